@@ -1,0 +1,76 @@
+"""Every error this library raises on purpose.
+
+Each message says what is wrong, what was got, what is allowed and what to do, in that order.
+"""
+
+from __future__ import annotations
+
+
+class DCNv3Error(Exception):
+    """Base of all errors raised by this library.
+
+    Parameters
+    ----------
+    problem : str
+        What is wrong, as a clause without a final full stop.
+    got : object, optional
+        What was received.
+    allowed : object, optional
+        What would have been accepted.
+    hint : str, optional
+        What to do or to type.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        got: object | None = None,
+        allowed: object | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.got = got
+        self.allowed = allowed
+        self.hint = hint
+        parts = [problem]
+        if got is not None:
+            parts.append(f"got {got}")
+        if allowed is not None:
+            parts.append(f"allowed: {allowed}")
+        message = "; ".join(parts) + "."
+        if hint is not None:
+            message += f" {hint}"
+        super().__init__(message)
+
+
+class InvalidArgumentError(DCNv3Error, ValueError):
+    """An argument has a value, shape, layout or dtype that the call cannot take."""
+
+
+class CheckpointError(DCNv3Error, ValueError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
+class ModelImportError(DCNv3Error):
+    """A model cannot be turned into Relax."""
+
+
+class CompileError(DCNv3Error):
+    """A model or an operator cannot be compiled for the target."""
+
+
+class TargetError(DCNv3Error, ValueError):
+    """A target is unknown, or is not the machine the code runs on."""
+
+
+class ArtifactError(DCNv3Error):
+    """A compiled artifact cannot be read, does not fit this machine, or was changed."""
+
+
+class ImageError(DCNv3Error, ValueError):
+    """A file is not an image that can be read."""
+
+
+class MissingDependencyError(DCNv3Error, ImportError):
+    """An optional package is needed for the call and is not installed."""
