@@ -1,1 +1,51 @@
-"""."""
+"""DCNv3 and InternImage compiled with TVM.
+
+Names are loaded when first used: ``import dcnv3_tvm`` imports neither PyTorch nor TVM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcnv3_tvm.compiler.compile import compile_artifact, compile_model
+    from dcnv3_tvm.compiler.operator import compile_op
+    from dcnv3_tvm.errors import DCNv3Error
+    from dcnv3_tvm.op.functional import dcnv3
+    from dcnv3_tvm.runtime import CompiledModel, load
+    from dcnv3_tvm.spec import DCNv3Spec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CompiledModel": "dcnv3_tvm.runtime",
+    "DCNv3Error": "dcnv3_tvm.errors",
+    "DCNv3Spec": "dcnv3_tvm.spec",
+    "compile_artifact": "dcnv3_tvm.compiler.compile",
+    "compile_model": "dcnv3_tvm.compiler.compile",
+    "compile_op": "dcnv3_tvm.compiler.operator",
+    "dcnv3": "dcnv3_tvm.op.functional",
+    "load": "dcnv3_tvm.runtime",
+}
+
+__all__ = [
+    "CompiledModel",
+    "DCNv3Error",
+    "DCNv3Spec",
+    "compile_artifact",
+    "compile_model",
+    "compile_op",
+    "dcnv3",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

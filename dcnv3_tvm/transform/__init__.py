@@ -1,1 +1,1 @@
-"""."""
+"""Passes over a model in Relax, one a file."""

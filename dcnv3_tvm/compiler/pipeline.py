@@ -1,0 +1,132 @@
+"""The way of a model from its import to scheduled kernels, in numbered phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import tvm
+from tvm import relax
+
+from dcnv3_tvm import schedules
+from dcnv3_tvm.imported import ImportedModel
+from dcnv3_tvm.op.legalize import LEGALIZATIONS
+from dcnv3_tvm.transform.convert_layout import convert_layout
+from dcnv3_tvm.transform.fold_weights import fold_weights
+from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
+from dcnv3_tvm.transform.lower_layers import lower_layers
+from dcnv3_tvm.transform.program import Program
+
+PHASES: Final = (
+    "imported",
+    "convert_layout",
+    "fold_weights",
+    "fuse_sampling",
+    "lower_layers",
+    "legalize",
+    "fuse",
+    "schedule",
+)
+"""Names of the phases, in order; a dump of phase i is the file ``0i-name.py``."""
+
+
+def run_pipeline(
+    imported: ImportedModel,
+    target: tvm.target.Target,
+    *,
+    debug_dump: Path | None = None,
+    on_phase: Callable[[str], None] | None = None,
+) -> tuple[Program, dict[str, str]]:
+    """Lower an imported model to kernels scheduled for a target.
+
+    Parameters
+    ----------
+    imported : ImportedModel
+        What an importer gave.
+    target : tvm.target.Target
+        What to schedule for.
+    debug_dump : Path, optional
+        Folder for the module after each phase, as TVMScript.
+    on_phase : callable, optional
+        Called with the name of each phase before it runs.
+
+    Returns
+    -------
+    program : Program
+        Relax functions that call scheduled kernels, and the weights as these want them.
+    kernels : dict of str to str
+        The schedule rule that took each kernel.
+    """
+    program = Program.of(imported)
+    kernels: dict[str, str] = {}
+
+    def schedule(before: Program) -> Program:
+        module, rules = schedules.schedule_module(before.module, target)
+        kernels.update(rules)
+        return Program(module, before.entries, before.weights)
+
+    steps: dict[str, Callable[[Program], Program]] = {
+        "imported": lambda before: before,
+        "convert_layout": convert_layout,
+        "fold_weights": fold_weights,
+        "fuse_sampling": fuse_sampling,
+        "lower_layers": lambda before: lower_layers(
+            before, lambda outputs: schedules.linear_tile(outputs, target)
+        ),
+        "legalize": lambda before: before.transformed(_legalize()),
+        "fuse": lambda before: before.transformed(_fuse()),
+        "schedule": schedule,
+    }
+    if debug_dump is not None:
+        debug_dump.mkdir(parents=True, exist_ok=True)
+    with target:
+        for number, name in enumerate(PHASES):
+            if on_phase is not None:
+                on_phase(name)
+            program = steps[name](program)
+            if debug_dump is not None:
+                text = program.module.script(show_meta=True)
+                (debug_dump / f"{number:02d}-{name}.py").write_text(text, encoding="utf-8")
+    return program, kernels
+
+
+def _legalize() -> tvm.transform.Pass:
+    return tvm.transform.Sequential(
+        [
+            relax.transform.DecomposeOpsForInference(),
+            relax.transform.CanonicalizeBindings(),
+            relax.transform.LegalizeOps(LEGALIZATIONS),
+        ]
+    )
+
+
+def _fuse() -> tvm.transform.Pass:
+    return tvm.transform.Sequential(
+        [
+            # A reshape stays a view of the same memory, so that nothing is fused into a copy.
+            relax.transform.RewriteDataflowReshape(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(),
+        ]
+    )
+
+
+def build_passes() -> tvm.transform.Pass:
+    """Return the passes that turn scheduled kernels and calls into a program for TVM's VM."""
+    return tvm.transform.Sequential(
+        [
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )

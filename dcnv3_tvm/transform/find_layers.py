@@ -1,0 +1,165 @@
+"""Finds the layers of a function: operators with weights, and what can be fused behind them.
+
+A layer begins at a product, a convolution or a LayerNorm and grows along its only consumer as far
+as our kernels' epilogues reach: bias, LayerNorm (behind a depthwise convolution), activation,
+residual sum, in this order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import tvm
+import tvm_ffi
+from tvm import relax
+
+from dcnv3_tvm.transform.program import count_uses
+from dcnv3_tvm.transform.shapes import dimensions
+
+_ACTIVATIONS: Final = {
+    "relax.nn.gelu": "gelu",
+    "relax.nn.relu": "relu",
+    "relax.nn.silu": "silu",
+    "relax.sigmoid": "sigmoid",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One kernel to be: the operator with weights, and what follows it.
+
+    Parameters
+    ----------
+    kind : str
+        ``"linear"``, ``"convolution"``, ``"depthwise"`` or ``"layer_norm"``.
+    root : relax.Call
+        The operator it begins with.
+    bias : relax.Var or None
+        One number for each channel.
+    norm : relax.Call or None
+        LayerNorm over the channels of a depthwise convolution.
+    activation : str or None
+        Name of the activation.
+    residual : relax.Expr or None
+        Tensor of the shape of the result, added last.
+    """
+
+    kind: str
+    root: relax.Call
+    bias: relax.Var | None = None
+    norm: relax.Call | None = None
+    activation: str | None = None
+    residual: relax.Expr | None = None
+
+
+def find_layers(function: relax.Function, inputs: int) -> dict[relax.Var, Layer]:
+    """Find the layers of a function by the variables that hold their results.
+
+    Parameters
+    ----------
+    function : relax.Function
+        Channels last, with weights folded; its first `inputs` parameters are no weights.
+    inputs : int
+        Number of inputs.
+    """
+    weights = set(function.params[inputs:])
+    uses = count_uses(function)
+    layers: dict[relax.Var, Layer] = {}
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            call = binding.value
+            if not isinstance(call, relax.Call) or not isinstance(call.op, tvm.ir.Op):
+                continue
+            for source in call.args:
+                previous = layers.get(source) if isinstance(source, relax.Var) else None
+                if previous is None or uses[source] > 1:
+                    continue
+                grown = _grow(previous, source, call, weights)
+                if grown is not None:
+                    layers[binding.var] = grown
+                    del layers[source]
+                    break
+            else:
+                layer = _begin(call, weights)
+                if layer is not None:
+                    layers[binding.var] = layer
+    return layers
+
+
+def _begin(call: relax.Call, weights: set[relax.Var]) -> Layer | None:
+    name = call.op.name
+    if name == "relax.nn.layer_norm":
+        return Layer("layer_norm", call) if _normalizes(call, weights) else None
+    if name not in ("relax.matmul", "relax.nn.conv2d"):
+        return None
+    source, weight = call.args
+    if weight not in weights or source in weights or str(source.ty.dtype.dtype) != "float32":
+        return None
+    if name == "relax.matmul":
+        return Layer("linear", call) if weight.ty.ndim == 2 and source.ty.ndim > 1 else None
+    return _begin_convolution(call)
+
+
+def _begin_convolution(call: relax.Call) -> Layer | None:
+    source, weight = call.args
+    attrs = call.attrs
+    if (str(attrs.data_layout), str(attrs.kernel_layout)) != ("NHWC", "OHWI"):
+        return None
+    if any(int(step) != 1 for step in attrs.dilation):
+        return None
+    top, left, bottom, right = (int(pad) for pad in attrs.padding)
+    if (top, left) != (bottom, right):
+        return None
+    channels = dimensions(source)[-1]
+    outputs, height, width, _ = dimensions(weight)
+    if int(attrs.groups) == 1:
+        pointwise = (height, width, top, left) == (1, 1, 0, 0)
+        unit = all(int(step) == 1 for step in attrs.strides)
+        return Layer("linear" if pointwise and unit else "convolution", call)
+    if int(attrs.groups) == channels == outputs:
+        return Layer("depthwise", call)
+    return None
+
+
+def _grow(
+    layer: Layer, source: relax.Var, call: relax.Call, weights: set[relax.Var]
+) -> Layer | None:
+    name = call.op.name
+    if name == "relax.add":
+        other = call.args[1] if call.args[0].same_as(source) else call.args[0]
+        return _add(layer, source, other, weights)
+    if layer.residual is not None or layer.activation is not None:
+        return None
+    if name in _ACTIVATIONS:
+        return dataclasses.replace(layer, activation=_ACTIVATIONS[name])
+    plain_depthwise = layer.kind == "depthwise" and layer.norm is None
+    if name == "relax.nn.layer_norm" and plain_depthwise and _normalizes(call, weights):
+        return dataclasses.replace(layer, norm=call)
+    return None
+
+
+def _add(
+    layer: Layer, source: relax.Var, other: relax.Expr, weights: set[relax.Var]
+) -> Layer | None:
+    if layer.residual is not None:
+        return None
+    if other in weights:
+        plain = layer.bias is None and layer.norm is None and layer.activation is None
+        if not plain or layer.kind == "layer_norm" or other.ty.ndim != 1:
+            return None
+        same = dimensions(other)[0] == dimensions(source)[-1]
+        return dataclasses.replace(layer, bias=other) if same else None
+    same_shape = tvm_ffi.structural_equal(source.ty, other.ty)
+    if layer.kind in ("linear", "layer_norm") and same_shape:
+        return dataclasses.replace(layer, residual=other)
+    return None
+
+
+def _normalizes(call: relax.Call, weights: set[relax.Var]) -> bool:
+    """Tell whether a LayerNorm is over the channels alone, with known scale and shift."""
+    rank = call.args[0].ty.ndim
+    over_channels = [int(axis) % rank for axis in call.attrs.axes] == [rank - 1]
+    affine = bool(call.attrs.center) and bool(call.attrs.scale)
+    known = all(argument in weights for argument in call.args[1:])
+    return over_channels and affine and known and str(call.args[0].ty.dtype.dtype) == "float32"

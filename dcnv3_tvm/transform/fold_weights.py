@@ -1,0 +1,178 @@
+"""Whatever depends on weights alone is computed now, and scales move into the weights.
+
+BatchNorm becomes a scale and a shift; a scale by channel that follows a product, a convolution or
+a LayerNorm (a folded BatchNorm, a layer scale) is multiplied into its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+from tvm import relax
+
+from dcnv3_tvm.transform.program import Program, Rebuilder
+from dcnv3_tvm.transform.shapes import static_shape
+
+
+def fold_weights(program: Program) -> Program:
+    """Fold constants, BatchNorm and scales by channel."""
+    return program.rebuilt(_fold)
+
+
+def _fold(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+    name = getattr(call.op, "name", "")
+    if name == "relax.nn.batch_norm":
+        return _fold_batch_norm(rebuilder, call)
+    evaluated = _evaluate(rebuilder, var, call, name)
+    if evaluated is not None:
+        return evaluated
+    if name == "relax.multiply":
+        return _fold_scale(rebuilder, *call.args)
+    if name == "relax.add":
+        return _fold_shift(rebuilder, *call.args)
+    return None
+
+
+_BINARY: Final[dict[str, Callable[..., Any]]] = {
+    "relax.add": np.add,
+    "relax.subtract": np.subtract,
+    "relax.multiply": np.multiply,
+    "relax.divide": np.divide,
+}
+_UNARY: Final[dict[str, Callable[..., Any]]] = {
+    "relax.negative": np.negative,
+    "relax.sqrt": np.sqrt,
+    "relax.rsqrt": lambda array: 1 / np.sqrt(array),
+}
+_VIEWS: Final = frozenset({"relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten"})
+
+
+def _evaluate(
+    rebuilder: Rebuilder, var: relax.Var, call: relax.Call, name: str
+) -> relax.Var | None:
+    """Compute the call if all its tensors are weights."""
+    word = name.removeprefix("relax.")
+    if name == "relax.concat":
+        arrays = [rebuilder.array(field) for field in call.args[0].fields]
+        if any(array is None for array in arrays):
+            return None
+        result = np.concatenate(arrays, axis=int(call.attrs.axis))
+        return rebuilder.weight(result, call.args[0].fields[0], word)
+    if name not in _BINARY and name not in _UNARY and name not in _VIEWS | {"relax.permute_dims"}:
+        return None
+    arrays = [rebuilder.array(argument) for argument in call.args if _is_tensor(argument)]
+    if any(array is None for array in arrays):
+        return None
+    if name in _BINARY:
+        result = _BINARY[name](*arrays)
+    elif name in _UNARY:
+        result = _UNARY[name](*arrays)
+    elif name == "relax.permute_dims":
+        axes = call.attrs.axes
+        result = np.transpose(arrays[0], None if axes is None else [int(axis) for axis in axes])
+    else:
+        result = np.reshape(arrays[0], static_shape(var))
+    return rebuilder.weight(np.asarray(result, arrays[0].dtype), call.args[0], word)
+
+
+def _is_tensor(expr: relax.Expr) -> bool:
+    return isinstance(expr.ty, relax.TensorType)
+
+
+def _fold_batch_norm(rebuilder: Rebuilder, call: relax.Call) -> relax.Expr | None:
+    source, *statistics = call.args
+    arrays = [rebuilder.array(argument) for argument in statistics]
+    if any(array is None for array in arrays) or bool(call.attrs.training):
+        return None
+    gamma, beta, mean, variance = (array.astype("float64") for array in arrays)
+    scale = gamma / np.sqrt(variance + float(call.attrs.epsilon))
+    rank, axis = source.ty.ndim, int(call.attrs.axis)
+    shape = [1] * rank
+    shape[axis] = -1
+    if axis % rank == rank - 1:
+        shape = [-1]
+    dtype = arrays[0].dtype
+    scale_var = rebuilder.weight(
+        scale.reshape(shape).astype(dtype), statistics[0], "batch_norm_scale"
+    )
+    shift_var = rebuilder.weight(
+        (beta - mean * scale).reshape(shape).astype(dtype), statistics[1], "batch_norm_shift"
+    )
+    scaled = _fold_scale(rebuilder, source, scale_var)
+    if scaled is None:
+        scaled = rebuilder.emit(relax.op.multiply(source, scale_var))
+    result = rebuilder.emit(relax.op.add(scaled, shift_var))
+    return relax.Tuple([result, *statistics[2:]])
+
+
+def _fold_scale(rebuilder: Rebuilder, first: relax.Expr, second: relax.Expr) -> relax.Var | None:
+    for source, scale_var in ((first, second), (second, first)):
+        scale = _by_channel(rebuilder, scale_var, source)
+        if scale is not None:
+            return _scaled(rebuilder, source, scale)
+    return None
+
+
+def _fold_shift(rebuilder: Rebuilder, first: relax.Expr, second: relax.Expr) -> relax.Var | None:
+    """Give every bias the plain form ``add(value, bias of shape (channels,))``, and merge two."""
+    for source, shift_var in ((first, second), (second, first)):
+        shift = _by_channel(rebuilder, shift_var, source)
+        if shift is None:
+            continue
+        inner = rebuilder.call(source, "relax.add", only_use=True)
+        if inner is not None:
+            earlier = _by_channel(rebuilder, inner.args[1], inner.args[0])
+            if earlier is not None:
+                source, shift = inner.args[0], earlier + shift
+        if source is first and rebuilder.array(second).ndim == 1:
+            return None
+        bias = rebuilder.weight(shift, shift_var, "bias")
+        return rebuilder.emit(relax.op.add(source, bias))
+    return None
+
+
+def _by_channel(rebuilder: Rebuilder, weight: relax.Expr, source: relax.Expr) -> np.ndarray | None:
+    """Return the weight as one number for each channel (last axis) of `source`."""
+    array = rebuilder.array(weight)
+    if array is None or rebuilder.array(source) is not None or source.ty.shape is None:
+        return None
+    channels = source.ty.shape[source.ty.ndim - 1]
+    if array.size == 0 or array.shape[-1:] != (array.size,) or array.size != channels:
+        return None
+    return array.reshape(-1)
+
+
+def _scaled(rebuilder: Rebuilder, source: relax.Expr, scale: np.ndarray) -> relax.Var | None:
+    """Return ``source * scale`` with the scale inside the weights of `source`, if it has some."""
+    if (inner := rebuilder.call(source, "relax.add", only_use=True)) is not None:
+        value, bias = inner.args
+        shift = _by_channel(rebuilder, bias, value)
+        scaled = None if shift is None else _scaled(rebuilder, value, scale)
+        if scaled is None:
+            return None
+        return rebuilder.emit(relax.op.add(scaled, rebuilder.weight(shift * scale, bias, "scaled")))
+    for name, axis, last in (("relax.matmul", -1, 2), ("relax.nn.conv2d", 0, 2)):
+        inner = rebuilder.call(source, name, only_use=True)
+        if inner is None:
+            continue
+        weight = rebuilder.array(inner.args[1])
+        if weight is None:
+            return None
+        shape = [1] * weight.ndim
+        shape[axis] = -1
+        scaled_weight = rebuilder.weight(weight * scale.reshape(shape), inner.args[1], "scaled")
+        arguments = [inner.args[0], scaled_weight, *inner.args[last:]]
+        return rebuilder.emit(relax.Call(inner.op, arguments, inner.attrs))
+    if (inner := rebuilder.call(source, "relax.nn.layer_norm", only_use=True)) is not None:
+        parameters = [rebuilder.array(argument) for argument in inner.args[1:]]
+        if any(array is None or array.shape != scale.shape for array in parameters):
+            return None
+        scaled_parameters = [
+            rebuilder.weight(array * scale, argument, "scaled")
+            for array, argument in zip(parameters, inner.args[1:], strict=True)
+        ]
+        arguments = [inner.args[0], *scaled_parameters]
+        return rebuilder.emit(relax.Call(inner.op, arguments, inner.attrs))
+    return None

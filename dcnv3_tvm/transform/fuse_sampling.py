@@ -1,0 +1,96 @@
+"""The softmax and the two projections in front of DCNv3.
+
+``softmax`` over the points moves into the operator. Where offset and mask logits are projections of
+one tensor, the two become one matrix product, whose result the packed kernel reads as it is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from tvm import relax
+
+from dcnv3_tvm.op import relax_op, tensorir
+from dcnv3_tvm.transform.program import Program, Rebuilder
+from dcnv3_tvm.transform.shapes import dimensions, static_shape
+
+
+def fuse_sampling(program: Program) -> Program:
+    """Fuse the softmax into DCNv3, and merge the projections to offset and mask."""
+    return program.rebuilt(_fuse)
+
+
+class _Projection(NamedTuple):
+    source: relax.Expr
+    weight: relax.Expr
+    bias: relax.Expr
+
+
+def _fuse(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
+    if not relax_op.is_dcnv3(call):
+        return None
+    attributes = relax_op.attributes_of(call)
+    x, offset, mask = call.args
+    if not attributes["softmax"]:
+        logits = _logits(rebuilder, mask, relax_op.spec_of(call).points)
+        if logits is None:
+            return None
+        mask = logits
+        attributes["softmax"] = True
+    fused = relax_op.dcnv3(x, offset, mask, **attributes)
+    packed = _packed(rebuilder, var, fused)
+    return rebuilder.emit(fused, like=var) if packed is None else packed
+
+
+def _logits(rebuilder: Rebuilder, mask: relax.Expr, points: int) -> relax.Expr | None:
+    """Return what the softmax over the points makes the mask of, or None if there is no such."""
+    last = rebuilder.call(mask, "relax.reshape", only_use=True)
+    if last is None:
+        return None
+    softmax = rebuilder.call(last.args[0], "relax.nn.softmax", only_use=True)
+    if softmax is None:
+        return None
+    grouped = softmax.args[0]
+    rank = grouped.ty.ndim
+    if int(softmax.attrs.axis) % rank != rank - 1 or dimensions(grouped)[-1] != points:
+        return None
+    first = rebuilder.call(grouped, "relax.reshape", only_use=True)
+    if first is None or first.args[0].ty != mask.ty:
+        return None
+    return first.args[0]
+
+
+def _packed(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
+    """Return the packed form of a call that takes logits, if its projections can be merged."""
+    x, offset, mask = call.args
+    projections = [_projection(rebuilder, tensor) for tensor in (offset, mask)]
+    if any(projection is None for projection in projections):
+        return None
+    first, second = projections
+    if not first.source.same_as(second.source):
+        return None
+    weight, bias = (
+        rebuilder.weight(
+            np.concatenate([rebuilder.array(part) for part in parts], axis=-1), parts[0], "merged"
+        )
+        for parts in ((first.weight, second.weight), (first.bias, second.bias))
+    )
+    product = rebuilder.emit(relax.op.matmul(first.source, weight))
+    offset_mask = rebuilder.emit(relax.op.add(product, bias))
+    kernel = rebuilder.add_kernel(tensorir.dcnv3_packed(relax_op.spec_of(call)), "dcnv3_packed")
+    return rebuilder.emit(relax.call_tir(kernel, [x, offset_mask], var.ty), like=var)
+
+
+def _projection(rebuilder: Rebuilder, tensor: relax.Expr) -> _Projection | None:
+    """Take ``source @ weight + bias`` apart, where weight and bias are known."""
+    total = rebuilder.call(tensor, "relax.add", only_use=True)
+    if total is None or static_shape(total.args[1]) is None:
+        return None
+    product = rebuilder.call(total.args[0], "relax.matmul", only_use=True)
+    if product is None:
+        return None
+    weight, bias = (rebuilder.array(argument) for argument in (product.args[1], total.args[1]))
+    if weight is None or bias is None or weight.ndim != 2 or bias.ndim != 1:
+        return None
+    return _Projection(product.args[0], product.args[1], total.args[1])
