@@ -103,7 +103,9 @@ def _fold_batch_norm(rebuilder: Rebuilder, call: relax.Call) -> relax.Expr | Non
     scaled = _fold_scale(rebuilder, source, scale_var)
     if scaled is None:
         scaled = rebuilder.emit(relax.op.multiply(source, scale_var))
-    result = rebuilder.emit(relax.op.add(scaled, shift_var))
+    result = _fold_shift(rebuilder, scaled, shift_var)
+    if result is None:
+        result = rebuilder.emit(relax.op.add(scaled, shift_var))
     return relax.Tuple([result, *statistics[2:]])
 
 

@@ -52,7 +52,9 @@ class Program:
         self, visit: Callable[[Rebuilder, relax.Var, relax.Call], relax.Var | None]
     ) -> Program:
         """Rebuild every entry: `visit` sees each call and may give what takes its place."""
-        module, weights = self.module, dict(self.weights)
+        # The functions are updated in place: in a module of our own.
+        module = tvm.IRModule(dict(self.module.functions_items()))
+        weights = dict(self.weights)
         entries = {}
         used: set[str] = set()
         for name, entry in self.entries.items():
