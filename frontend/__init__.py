@@ -1,1 +1,48 @@
-"""."""
+"""PyTorch InternImages in: build them, load their weights, import them into Relax.
+
+Names are loaded when first used, so that importing this package imports neither torch nor tvm.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcnv3_tvm.frontend.checkpoints import LoadReport, load_checkpoint
+    from dcnv3_tvm.frontend.internimage import DCNv3, InternImage
+    from dcnv3_tvm.frontend.registry import create_model
+    from dcnv3_tvm.frontend.torch_importer import import_model
+    from dcnv3_tvm.frontend.variants import InternImageConfig, list_models
+
+_HOMES = {
+    "DCNv3": "internimage",
+    "InternImage": "internimage",
+    "InternImageConfig": "variants",
+    "LoadReport": "checkpoints",
+    "create_model": "registry",
+    "import_model": "torch_importer",
+    "list_models": "variants",
+    "load_checkpoint": "checkpoints",
+}
+
+__all__ = [
+    "DCNv3",
+    "InternImage",
+    "InternImageConfig",
+    "LoadReport",
+    "create_model",
+    "import_model",
+    "list_models",
+    "load_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dcnv3_tvm.frontend.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
