@@ -129,7 +129,7 @@ def compile_artifact(
 def _build(module: tvm.IRModule, target: tvm.target.Target, library: Path) -> None:
     try:
         executable = relax.build(module, target, relax_pipeline=pipeline.build_passes())
-    except tvm.error.TVMError as error:
+    except RuntimeError as error:
         raise CompileError(
             "TVM cannot build the model",
             got=str(error).strip().splitlines()[-1],

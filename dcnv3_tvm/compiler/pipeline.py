@@ -10,6 +10,7 @@ import tvm
 from tvm import relax
 
 from dcnv3_tvm import schedules
+from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.op.legalize import LEGALIZATIONS
 from dcnv3_tvm.transform.convert_layout import convert_layout
@@ -29,6 +30,9 @@ PHASES: Final = (
     "schedule",
 )
 """Names of the phases, in order; a dump of phase i is the file ``0i-name.py``."""
+
+_KEPT: Final = frozenset({"relax.call_tir", "relax.reshape", "relax.shape_of"})
+"""Operators that TVM's virtual machine runs without a kernel."""
 
 
 def run_pipeline(
@@ -74,7 +78,7 @@ def run_pipeline(
         "lower_layers": lambda before: lower_layers(
             before, lambda outputs: schedules.linear_tile(outputs, target)
         ),
-        "legalize": lambda before: before.transformed(_legalize()),
+        "legalize": lambda before: _legalized(before.transformed(_legalize())),
         "fuse": lambda before: before.transformed(_fuse()),
         "schedule": schedule,
     }
@@ -99,6 +103,26 @@ def _legalize() -> tvm.transform.Pass:
             relax.transform.LegalizeOps(LEGALIZATIONS),
         ]
     )
+
+
+def _legalized(program: Program) -> Program:
+    """Refuse a program that still calls operators for which TVM found no kernel."""
+    left = []
+    for name in program.entries:
+        for block in program.module[name].body.blocks:
+            for binding in block.bindings:
+                call = binding.value
+                operator = getattr(call.op, "name", "") if isinstance(call, relax.Call) else ""
+                if operator.startswith(("relax.", "dcnv3_tvm.")) and operator not in _KEPT:
+                    left.append(f"{operator} in {name}: {call.ty}")
+    if left:
+        raise CompileError(
+            "these operators cannot be lowered to kernels",
+            got="; ".join(left[:5]),
+            hint="A shape that is not known before run time is the usual reason: import the model "
+            "with a fixed image size.",
+        )
+    return program
 
 
 def _fuse() -> tvm.transform.Pass:

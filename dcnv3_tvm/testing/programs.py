@@ -54,9 +54,7 @@ def make_program(
             output = builder.emit_output(result)
         builder.emit_func_output(output)
     entry = Entry(
-        inputs=tuple(
-            TensorInfo(name, tuple(shape), "float32") for name, shape in inputs.items()
-        ),
+        inputs=tuple(TensorInfo(name, tuple(shape), "float32") for name, shape in inputs.items()),
         outputs=(),
         weights=tuple(weights),
     )

@@ -93,6 +93,7 @@ class Rebuilder:
         self._weight_vars: dict[str, relax.Var] = {}
         self._weight_names: dict[relax.Var, str] = {}
         self._replacement: dict[relax.Var, relax.Expr] = {}
+        self._standing: set[relax.Expr] = set()
         self._uses: Counter[relax.Var] = Counter()
 
     def definition(self, var: relax.Expr) -> relax.Expr | None:
@@ -159,6 +160,7 @@ class Rebuilder:
         old_uses = count_uses(self.function)
         for var in inputs:
             self._uses[var] = old_uses[var]
+        self._standing.update(inputs, self._weight_names)
         for block in self.function.body.blocks:
             for binding in block.bindings:
                 self._visit_binding(binding, old_uses, visit)
@@ -183,11 +185,10 @@ class Rebuilder:
         else:
             replaced = visit(self, binding.var, value) if isinstance(value, relax.Call) else None
             new = self.emit(value, like=binding.var) if replaced is None else replaced
-        if new in self._replacement.values():
-            # A second old variable now stands for the same value.
-            self._uses[new] += old_uses[binding.var]
-        else:
-            self._uses[new] = max(self._uses[new] - 1, 0) + old_uses[binding.var]
+        uses = old_uses[binding.var]
+        # A value for which an old variable stood already is now used by both.
+        self._uses[new] = self._uses[new] + uses if new in self._standing else uses
+        self._standing.add(new)
         self._replacement[binding.var] = new
 
     def _substitute(self, expr: relax.Expr) -> relax.Expr:

@@ -44,7 +44,9 @@ def test_two_transposes_become_one(rng):
     program = make_program(build, {"x": x.shape}, {})
     converted = convert_layout(program)
     assert operators(converted) == ["relax.permute_dims"]
-    np.testing.assert_array_equal(run_program(converted, x), x.transpose(0, 2, 1).transpose(2, 0, 1))
+    np.testing.assert_array_equal(
+        run_program(converted, x), x.transpose(0, 2, 1).transpose(2, 0, 1)
+    )
 
 
 def test_a_transpose_of_axes_of_size_one_is_a_view():

@@ -104,7 +104,9 @@ def test_a_layer_scale_moves_into_a_layer_norm(rng):
 def test_a_weight_that_is_no_scale_by_channel_is_left_alone(rng):
     # As many numbers as there are channels, but along another axis.
     program = make_program(
-        lambda bb, x, w: bb.emit(relax.op.multiply(x, w)), {"x": (2, 3, 3)}, {"w": _random(rng, 3, 1)}
+        lambda bb, x, w: bb.emit(relax.op.multiply(x, w)),
+        {"x": (2, 3, 3)},
+        {"w": _random(rng, 3, 1)},
     )
     folded = fold_weights(program)
     assert operators(folded) == ["relax.multiply"]

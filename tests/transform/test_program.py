@@ -47,7 +47,7 @@ def test_a_symbolic_size_survives(rng):
         np.testing.assert_allclose(run_program(program, x), x @ weight, rtol=1e-4, atol=1e-5)
 
 
-def test_derived_weights_share_a_name_only_when_equal(rng):
+def test_derived_weights_share_a_name_only_when_equal():
     program = make_program(
         lambda bb, x, w: bb.emit(relax.op.add(x, w)),
         {"x": (4,)},
