@@ -1,0 +1,167 @@
+"""``dcnv3-tvm compile``: from a model's name and weights to an artifact."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dcnv3_tvm.cli.result import Result
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.progress import Progress
+
+if TYPE_CHECKING:
+    from dcnv3_tvm.imported import ImportedModel
+
+HELP: Final = "compile a model to a folder that runs without PyTorch"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "model", help="a name of `dcnv3-tvm models`, or a checkpoint file that is named after one"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--force", action="store_true", help="replace an artifact that is there")
+    add_weights(parser)
+    parser.add_argument(
+        "--target", default="auto", help="auto (this machine), or for example cpu-znver4"
+    )
+    parser.add_argument("--dtype", default="float32", help="element type (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="images in a call (default: 1)")
+    parser.add_argument("--dynamic-batch", action="store_true", help="any number of images")
+    parser.add_argument(
+        "--size", type=_size, metavar="HxW", help="size of the image (default: the model's own)"
+    )
+    parser.add_argument(
+        "--features-only", action="store_true", help="return the four feature maps, no logits"
+    )
+    parser.add_argument(
+        "--debug-dump", type=Path, metavar="DIR", help="write the module after each phase there"
+    )
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Declare where weights come from."""
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--checkpoint", type=Path, help=".safetensors, .pth or .bin file")
+    weights.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="random weights, for trying it out"
+    )
+
+
+def execute(arguments: argparse.Namespace) -> Result:
+    """Build, import, compile, write."""
+    from dcnv3_tvm.runtime.model import refuse_foreign
+
+    name, checkpoint = _model_and_checkpoint(arguments)
+    _check_sizes(arguments)
+    refuse_foreign(arguments.output)
+    if arguments.output.exists() and any(arguments.output.iterdir()) and not arguments.force:
+        raise InvalidArgumentError(
+            "the output folder holds an artifact already",
+            got=arguments.output,
+            hint="Use --force to replace it.",
+        )
+    with Progress(f"compile {name}") as progress:
+        progress.step("build the PyTorch model")
+        imported = _import(name, checkpoint, arguments, progress)
+        from dcnv3_tvm.compiler.compile import compile_artifact
+
+        metadata = compile_artifact(
+            imported,
+            arguments.output,
+            target=arguments.target,
+            dtype=arguments.dtype,
+            debug_dump=arguments.debug_dump,
+            on_phase=progress.step,
+        )
+    seconds = progress.seconds
+    size = sum(path.stat().st_size for path in arguments.output.iterdir())
+    data = {
+        "artifact": str(arguments.output),
+        "name": metadata.name,
+        "target": metadata.target.slug,
+        "dtype": metadata.dtype,
+        "bytes": size,
+        "seconds": round(seconds, 2),
+        "entries": {entry: value.to_json() for entry, value in metadata.entries.items()},
+    }
+    text = (
+        f"{arguments.output}: {metadata.name} for {metadata.target.slug}, {metadata.dtype}, "
+        f"{size / 1e6:.1f} MB, {seconds:.1f} s"
+    )
+    return Result(data, text)
+
+
+def _import(
+    name: str, checkpoint: Path | None, arguments: argparse.Namespace, progress: Progress
+) -> ImportedModel:
+    from dcnv3_tvm import frontend
+    from dcnv3_tvm.frontend.variants import model_config
+
+    model = frontend.create_model(
+        name, checkpoint=checkpoint, features_only=arguments.features_only
+    )
+    if arguments.random_weights is not None:
+        from dcnv3_tvm.testing.weights import randomize_
+
+        randomize_(model, arguments.random_weights)
+    resolution = model_config(name).resolution
+    height, width = arguments.size or (resolution, resolution)
+    progress.step("import it into Relax")
+    imported = frontend.import_model(
+        model,
+        example=(arguments.batch, 3, height, width),
+        dynamic_batch=arguments.dynamic_batch,
+    )
+    return dataclasses.replace(
+        imported, preprocessing=_preprocessing(imported.preprocessing, height, width)
+    )
+
+
+def _preprocessing(settings: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Fit the crop to the compiled size."""
+    if not settings or settings["crop"] == [height, width]:
+        return settings
+    return settings | {"resize": max(height, width), "crop": [height, width]}
+
+
+def _model_and_checkpoint(arguments: argparse.Namespace) -> tuple[str, Path | None]:
+    from dcnv3_tvm.frontend.variants import list_models, model_config
+
+    path = Path(arguments.model)
+    if not path.suffix and not path.exists():
+        return model_config(arguments.model).variant, arguments.checkpoint
+    if arguments.checkpoint is not None or arguments.random_weights is not None:
+        raise InvalidArgumentError(
+            "weights are given twice",
+            got=f"{arguments.model} and --checkpoint or --random-weights",
+            allowed="a model's name with one of these, or a checkpoint alone",
+        )
+    for name in list_models():
+        if re.match(rf"{name}(?![a-z])", path.name.lower()):
+            return name, path
+    raise InvalidArgumentError(
+        "the checkpoint's file name does not begin with a model's name",
+        got=path.name,
+        hint=f"Name the model: dcnv3-tvm compile internimage_t --checkpoint {path} -o ...",
+    )
+
+
+def _check_sizes(arguments: argparse.Namespace) -> None:
+    if arguments.batch < 1:
+        raise InvalidArgumentError(
+            "--batch is out of range", got=arguments.batch, allowed="1 or more"
+        )
+    if arguments.checkpoint is not None and not arguments.checkpoint.exists():
+        raise InvalidArgumentError("there is no such checkpoint", got=arguments.checkpoint)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 384x512 or 224")
+    return int(match[1]), int(match[2] or match[1])

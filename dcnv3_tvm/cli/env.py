@@ -1,0 +1,108 @@
+"""``dcnv3-tvm env``: what this machine and installation are."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from typing import Any, Final
+
+from dcnv3_tvm.cli.result import Result, table
+
+HELP: Final = "show versions, processor, threads and environment variables"
+
+_PACKAGES: Final = {
+    "dcnv3_tvm": "dcnv3-tvm",
+    "tvm": "apache-tvm",
+    "tvm_ffi": "apache-tvm-ffi",
+    "numpy": "numpy",
+    "torch": "torch",
+    "pillow": "pillow",
+    "safetensors": "safetensors",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take nothing."""
+    del parser
+
+
+def execute(arguments: argparse.Namespace) -> Result:
+    """Describe the machine and the installation."""
+    del arguments
+    from dcnv3_tvm import machine
+    from dcnv3_tvm.environment import VARIABLES
+    from dcnv3_tvm.runtime.library import default_threads
+
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions |= {name: _version(package) for name, package in _PACKAGES.items()}
+    features = machine.cpu_features()
+    data: dict[str, Any] = {
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu": machine.cpu_name(),
+        "cpu_features": None if features is None else sorted(features),
+        "physical_cores": machine.physical_cores(),
+        "threads": default_threads(),
+        "auto_target": _auto_target(),
+        "variables": [
+            {
+                "name": variable.name,
+                "value": variable.value,
+                "read_by": variable.reader,
+                "meaning": variable.meaning,
+            }
+            for variable in VARIABLES
+        ],
+        "warnings": version_warnings(versions),
+    }
+    facts = [(name, version or "not installed") for name, version in versions.items()]
+    facts += [
+        ("platform", data["platform"]),
+        ("cpu", f"{data['cpu']}, {data['physical_cores']} cores"),
+        ("cpu features", "unknown" if features is None else " ".join(sorted(features))),
+        ("threads", data["threads"]),
+        ("target auto", data["auto_target"] or "unknown: TVM cannot be imported"),
+    ]
+    variables = [
+        (row["name"], "-" if row["value"] is None else row["value"], row["read_by"], row["meaning"])
+        for row in data["variables"]
+    ]
+    sections = [
+        table(["", ""], facts).strip("\n"),
+        table(["variable", "value", "read by", "meaning"], variables),
+        *(f"warning: {warning}" for warning in data["warnings"]),
+    ]
+    return Result(data, "\n\n".join(sections))
+
+
+def version_warnings(versions: dict[str, str | None]) -> list[str]:
+    """Name combinations of versions that are known to break."""
+    tvm, ffi = versions.get("tvm"), versions.get("tvm_ffi")
+    if tvm and ffi and tvm.startswith("0.27.") and _release(ffi) >= (0, 1, 15):
+        return [
+            f"TVM {tvm} with tvm-ffi {ffi} crashes the process when it reads or writes JSON, which "
+            "tuning does. Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
+        ]
+    return []
+
+
+def _release(version: str) -> tuple[int, ...]:
+    parts = version.split(".")[:3]
+    return tuple(int(part) for part in parts if part.isdecimal())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _auto_target() -> str | None:
+    try:
+        from dcnv3_tvm import targets
+
+        return str(targets.resolve_target("auto"))
+    except ImportError:
+        return None

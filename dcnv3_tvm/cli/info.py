@@ -1,0 +1,61 @@
+"""``dcnv3-tvm info``: what an artifact is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from dcnv3_tvm.cli.result import Result, table
+
+HELP: Final = "show what an artifact is, without running it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("artifact", type=Path, help="folder of the artifact")
+
+
+def execute(arguments: argparse.Namespace) -> Result:
+    """Read the artifact's description."""
+    from dcnv3_tvm.errors import TargetError
+    from dcnv3_tvm.runtime.loading import check_target, read_metadata
+    from dcnv3_tvm.runtime.tensors import describe
+
+    metadata = read_metadata(arguments.artifact)
+    try:
+        check_target(metadata.target)
+        runs_here = "yes"
+    except TargetError as error:
+        runs_here = f"no: {error}"
+    sizes = {
+        path.name: path.stat().st_size
+        for path in sorted(arguments.artifact.iterdir())
+        if path.is_file()
+    }
+    facts = [
+        ("name", metadata.name),
+        ("target", f"{metadata.target.slug} ({metadata.target.text})"),
+        ("runs here", runs_here),
+        ("dtype", metadata.dtype),
+        ("versions", ", ".join(f"{name} {value}" for name, value in metadata.versions.items())),
+        ("created", metadata.created),
+        ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
+        ("kernels", _kernels(metadata.kernels)),
+    ]
+    for name, entry in metadata.entries.items():
+        facts += [(f"{name} takes", describe(tensor)) for tensor in entry.inputs]
+        facts += [
+            (f"{name} gives", f"{tensor.name}: {describe(tensor)} {tensor.dtype}")
+            for tensor in entry.outputs
+        ]
+    data = metadata.to_json() | {"files": sizes, "runs_here": runs_here}
+    return Result(data, table(["", ""], facts).strip("\n"))
+
+
+def _kernels(kernels: dict[str, str]) -> str:
+    counts: dict[str, int] = {}
+    for rule in kernels.values():
+        counts[rule] = counts.get(rule, 0) + 1
+    rules = ", ".join(f"{count} by {rule}" for rule, count in sorted(counts.items()))
+    return f"{len(kernels)} ({rules})" if rules else "0"

@@ -1,0 +1,52 @@
+"""What a verb gives back, and how tables are printed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Outcome of a verb.
+
+    Parameters
+    ----------
+    data : object
+        Plain values, printed with ``--json``.
+    text : str
+        The same for people.
+    ok : bool
+        Whether the exit code is 0.
+    """
+
+    data: Any
+    text: str
+    ok: bool = True
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Align columns: numbers to the right, words to the left.
+
+    Examples
+    --------
+    >>> print(table(["name", "size"], [["a", 10], ["bc", 2]]))
+    name  size
+    a       10
+    bc       2
+    """
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    right = [
+        bool(rows) and all(isinstance(row[column], int | float) for row in rows)
+        for column in range(len(header))
+    ]
+    lines = []
+    for row in cells:
+        aligned = [
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)

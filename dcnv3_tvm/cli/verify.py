@@ -1,0 +1,134 @@
+"""``dcnv3-tvm verify``: compare an artifact with PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dcnv3_tvm.cli.compile import add_weights
+from dcnv3_tvm.cli.result import Result, table
+from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
+from dcnv3_tvm.progress import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dcnv3_tvm.runtime import CompiledModel
+
+HELP: Final = "compare an artifact with PyTorch in float64, on random and real inputs"
+
+TOLERANCES: Final = {"float32": 1e-4}
+"""Largest error accepted, as a fraction of the largest value of an output."""
+
+_DYNAMIC_BATCH: Final = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument("artifact", type=Path, help="folder of the artifact")
+    parser.add_argument("image", type=Path, nargs="*", help="image files to compare on as well")
+    add_weights(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of the random image (default: 0)")
+
+
+def execute(arguments: argparse.Namespace) -> Result:
+    """Compare on every input and say how far each output is off."""
+    from dcnv3_tvm import runtime
+
+    if arguments.checkpoint is None and arguments.random_weights is None:
+        raise InvalidArgumentError(
+            "the weights to compare with are not given",
+            allowed="--checkpoint FILE or --random-weights SEED, as they were given to compile",
+        )
+    compiled = runtime.load(arguments.artifact)
+    inputs = _inputs(compiled, arguments)
+    tolerance = TOLERANCES[compiled.metadata.dtype]
+    with Progress(f"verify {compiled.metadata.name}") as progress:
+        progress.step("build the PyTorch model")
+        model = _model(compiled.metadata.config, arguments)
+        from dcnv3_tvm.testing.compare import compare
+
+        rows = []
+        for name, image in inputs.items():
+            progress.step(f"compare on {name}")
+            rows += [
+                {
+                    "input": name,
+                    "output": found.output,
+                    "max_error": found.maximum,
+                    "mean_error": found.mean,
+                    "max_abs_reference": found.scale,
+                    "ok": found.within(tolerance),
+                }
+                for found in compare(compiled, model, image)
+            ]
+    ok = all(row["ok"] for row in rows)
+    verdict = "agrees with" if ok else "DIFFERS from"
+    text = table(
+        ["input", "output", "max error", "mean error", "max |reference|", ""],
+        [
+            (
+                row["input"],
+                row["output"],
+                f"{row['max_error']:.2e}",
+                f"{row['mean_error']:.2e}",
+                f"{row['max_abs_reference']:.4g}",
+                "ok" if row["ok"] else "TOO FAR",
+            )
+            for row in rows
+        ],
+    )
+    text += (
+        f"\n{compiled.metadata.name} {verdict} PyTorch in float64 (errors relative to "
+        f"max |reference|, tolerance {tolerance:g})"
+    )
+    return Result({"ok": ok, "tolerance": tolerance, "outputs": rows}, text, ok=ok)
+
+
+def _inputs(compiled: CompiledModel, arguments: argparse.Namespace) -> dict[str, np.ndarray]:
+    import numpy as np
+
+    info = compiled.metadata.entries["main"].inputs[0]
+    batch = info.shape[0] if isinstance(info.shape[0], int) else _DYNAMIC_BATCH
+    if any(isinstance(size, str) for size in info.shape[1:]):
+        crop = compiled.metadata.preprocessing["crop"]
+        shape: tuple[Any, ...] = (batch, 3, *crop)
+    else:
+        shape = (batch, *info.shape[1:])
+    random = np.random.default_rng(arguments.seed).standard_normal(shape).astype(info.dtype)
+    inputs = {f"random {'x'.join(map(str, shape))}": random}
+    for path in arguments.image:
+        inputs[path.name] = compiled.preprocess([path] * batch)
+    return inputs
+
+
+def _model(config: dict[str, Any], arguments: argparse.Namespace) -> Any:
+    from dcnv3_tvm.frontend.variants import VARIANTS
+
+    if config.get("variant") not in VARIANTS:
+        raise InvalidArgumentError(
+            "the artifact names no InternImage variant, so there is nothing to compare with",
+            hint="Compare a model of your own with dcnv3_tvm.testing.compare.",
+        )
+    try:
+        from dcnv3_tvm import frontend
+
+        model = frontend.create_model(
+            config["variant"],
+            checkpoint=arguments.checkpoint,
+            num_classes=config["num_classes"],
+            features_only=config["features_only"],
+            out_indices=config["out_indices"],
+            layer_scale=config["layer_scale"],
+        )
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            "PyTorch, which the artifact is compared with, is not installed",
+            hint="Run: pip install 'dcnv3-tvm[torch]'",
+        ) from error
+    if arguments.random_weights is not None:
+        from dcnv3_tvm.testing.weights import randomize_
+
+        randomize_(model, arguments.random_weights)
+    return model

@@ -1,0 +1,117 @@
+"""Write a compiled model to a folder, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dcnv3_tvm import atomic
+from dcnv3_tvm.compiler import card
+from dcnv3_tvm.errors import ArtifactError, MissingDependencyError
+from dcnv3_tvm.runtime.library import installed_runtime
+from dcnv3_tvm.runtime.loading import digest_of
+from dcnv3_tvm.runtime.metadata import (
+    CARD,
+    LIBRARY,
+    METADATA,
+    RUNTIME_LIBRARY,
+    WEIGHTS,
+    ArtifactMetadata,
+)
+from dcnv3_tvm.runtime.model import refuse_foreign
+
+
+def write(
+    destination: str | os.PathLike[str],
+    *,
+    library: Path | bytes,
+    weights: Mapping[str, np.ndarray],
+    metadata: ArtifactMetadata,
+) -> None:
+    """Write an artifact.
+
+    Parameters
+    ----------
+    destination : str or path
+        The folder. An artifact there is replaced, and stays whole when anything fails.
+    library : Path or bytes
+        What ``Executable.export_library`` wrote.
+    weights : mapping of str to numpy.ndarray
+        By the names the entries have; any layout in memory.
+    metadata : ArtifactMetadata
+        Digests are filled in; so are versions and the date where they are empty.
+
+    Raises
+    ------
+    ArtifactError
+        If `destination` holds something that is no artifact, or cannot be written, or a weight an
+        entry needs is missing.
+    """
+    from safetensors import SafetensorError
+
+    destination = Path(destination)
+    refuse_foreign(destination)
+    _check_weights(weights, metadata)
+    runtime = installed_runtime()
+    if runtime is None:
+        raise MissingDependencyError(
+            "apache-tvm, whose runtime library goes into the artifact, is not installed",
+            hint="Run: pip install apache-tvm==0.27.0.post1",
+        )
+    try:
+        with atomic.folder(destination) as folder:
+            if isinstance(library, bytes):
+                (folder / LIBRARY).write_bytes(library)
+            else:
+                shutil.copyfile(library, folder / LIBRARY)
+            shutil.copyfile(runtime[0], folder / RUNTIME_LIBRARY)
+            _write_weights(folder / WEIGHTS, weights)
+            complete = dataclasses.replace(
+                metadata,
+                digests={
+                    name: digest_of(folder / name) for name in (LIBRARY, WEIGHTS, RUNTIME_LIBRARY)
+                },
+                versions=metadata.versions or installed_versions(),
+                created=metadata.created or _now(),
+            )
+            (folder / CARD).write_text(card.render(complete), encoding="utf-8")
+            (folder / METADATA).write_text(complete.dumps(), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ArtifactError(
+            "the artifact cannot be written",
+            got=f"{reason} ({getattr(error, 'filename', None) or destination})",
+            hint=f"What was at {destination} is unchanged.",
+        ) from error
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions an artifact records, of the packages as they are installed."""
+    packages = {"dcnv3_tvm": "dcnv3-tvm", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
+    return {name: importlib.metadata.version(package) for name, package in packages.items()}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _check_weights(weights: Mapping[str, np.ndarray], metadata: ArtifactMetadata) -> None:
+    needed = {name for entry in metadata.entries.values() for name in entry.weights}
+    missing = sorted(needed - weights.keys())
+    if missing:
+        raise ArtifactError(f"{len(missing)} weights of the model are missing", got=missing[0])
+
+
+def _write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    # The writer copies the memory as it lies, strides or not.
+    save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, path)
+    path.chmod((path.parent / LIBRARY).stat().st_mode)  # it makes files for the owner alone

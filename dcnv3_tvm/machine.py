@@ -1,0 +1,138 @@
+"""What the machine under us is: architecture, processor features, cores."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+_CPUINFO: Final = Path("/proc/cpuinfo")
+_TOPOLOGY: Final = "/sys/devices/system/cpu/cpu{index}/topology/thread_siblings_list"
+
+_ARCHITECTURES: Final = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
+
+_KERNEL_FLAGS: Final = {
+    "avx": "avx",
+    "avx2": "avx2",
+    "avx512bf16": "avx512_bf16",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512bw": "avx512bw",
+    "avx512cd": "avx512cd",
+    "avx512dq": "avx512dq",
+    "avx512f": "avx512f",
+    "avx512fp16": "avx512_fp16",
+    "avx512ifma": "avx512ifma",
+    "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512vl": "avx512vl",
+    "avx512vnni": "avx512_vnni",
+    "avx512vp2intersect": "avx512_vp2intersect",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avxvnni": "avx_vnni",
+    "amx-bf16": "amx_bf16",
+    "amx-int8": "amx_int8",
+    "amx-tile": "amx_tile",
+    "bmi": "bmi1",
+    "bmi2": "bmi2",
+    "f16c": "f16c",
+    "fma": "fma",
+    "fma4": "fma4",
+    "gfni": "gfni",
+    "lzcnt": "abm",
+    "movbe": "movbe",
+    "popcnt": "popcnt",
+    "sse3": "pni",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+    "sse4a": "sse4a",
+    "ssse3": "ssse3",
+    "vaes": "vaes",
+    "vpclmulqdq": "vpclmulqdq",
+    "xop": "xop",
+    "bf16": "bf16",
+    "dotprod": "asimddp",
+    "fullfp16": "asimdhp",
+    "i8mm": "i8mm",
+    "lse": "atomics",
+    "neon": "asimd",
+    "rdm": "asimdrdm",
+    "sve": "sve",
+    "sve2": "sve2",
+}
+"""LLVM's name of a feature that compiled code may use, and the Linux kernel's name of it.
+
+Features that a code generator never uses by itself (cache control, protection keys and so on) are
+left out: virtual machines hide them.
+"""
+
+
+def architecture() -> str:
+    """Return the processor architecture as LLVM spells it, for example ``"x86_64"``."""
+    name = platform.machine().lower()
+    return _ARCHITECTURES.get(name, name)
+
+
+def cpu_name() -> str:
+    """Return the processor's name for people, for example ``"AMD EPYC 9R14"``."""
+    fields = _cpuinfo()
+    return fields.get("model name") or platform.processor() or architecture()
+
+
+def cpu_features() -> frozenset[str] | None:
+    """Return the LLVM names of the features this processor has; None where nobody can say."""
+    fields = _cpuinfo()
+    flags = fields.get("flags") or fields.get("Features")
+    if flags is None:
+        return None
+    present = set(flags.split())
+    return frozenset(name for name, flag in _KERNEL_FLAGS.items() if flag in present)
+
+
+def missing_features(required: Iterable[str]) -> list[str]:
+    """Return those of the required LLVM features that this processor lacks.
+
+    Parameters
+    ----------
+    required : iterable of str
+        LLVM names, with or without a leading ``+``. Names that say nothing about compiled code
+        are ignored.
+    """
+    present = cpu_features()
+    if present is None:
+        return []
+    names = {name.removeprefix("+") for name in required}
+    return sorted(name for name in names if name in _KERNEL_FLAGS and name not in present)
+
+
+def physical_cores() -> int:
+    """Return the number of cores this process may use, hyper-threads of one core counted once."""
+    try:
+        usable = os.sched_getaffinity(0)
+    except AttributeError:
+        return os.cpu_count() or 1
+    return len({_siblings(index) for index in usable}) or 1
+
+
+def _siblings(index: int) -> str:
+    """Return the logical processors that share a core with this one."""
+    try:
+        return Path(_TOPOLOGY.format(index=index)).read_text().strip()
+    except OSError:
+        return str(index)
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """Return the first processor's fields of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = _CPUINFO.read_text()
+    except OSError:
+        return {}
+    fields = {}
+    for line in text.split("\n\n", 1)[0].splitlines():
+        name, _, value = line.partition(":")
+        fields[name.strip()] = value.strip()
+    return fields

@@ -1,0 +1,178 @@
+"""From a photograph to the input of a model, and from logits to classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import numpy as np
+
+from dcnv3_tvm.errors import ImageError, InvalidArgumentError, MissingDependencyError
+from dcnv3_tvm.runtime.tensors import aligned_bytes
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+Source: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray"
+"""One image: a file, a PIL image, or bytes of shape (H, W, 3)."""
+
+_EXTREME_ASPECT: Final = 8
+"""Beyond this, the ends of the longer side are cut before resizing, which bounds the memory."""
+
+
+def preprocess(
+    source: Source | Sequence[Source], settings: Mapping[str, Any], *, dtype: str = "float32"
+) -> np.ndarray:
+    """Resize the shorter side, crop the centre, normalise.
+
+    Parameters
+    ----------
+    source : path, PIL image, uint8 array of shape (H, W, 3), or a sequence of these
+        Any size; grey and transparent images become RGB, and EXIF orientation is applied.
+    settings : mapping
+        ``resize`` (shorter side, pixels), ``crop`` (height, width), ``mean`` and ``std`` (RGB,
+        of values between 0 and 1), ``interpolation``, ``layout``.
+    dtype : str
+        Element type of the result.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of shape (N, 3, crop height, crop width), or (N, height, width, 3) for ``layout="NHWC"``.
+
+    Raises
+    ------
+    ImageError
+        If something is not an image.
+    InvalidArgumentError
+        If `settings` is empty.
+    """
+    if not settings:
+        raise InvalidArgumentError(
+            "this artifact does not say how an image becomes its input",
+            hint="Prepare the array yourself and call the model with it.",
+        )
+    sources = list(source) if isinstance(source, list | tuple) else [source]
+    if not sources:
+        raise ImageError("there is no image in the sequence")
+    height, width = settings["crop"]
+    pixels = np.stack([_resize_and_crop(_open(item), settings) for item in sources])
+    mean = np.asarray(settings["mean"], np.float32) * 255
+    std = np.asarray(settings["std"], np.float32) * 255
+    batch = (pixels.astype(np.float32) - mean) / std
+    shape: tuple[int, ...] = (len(sources), height, width, 3)
+    if settings.get("layout", "NCHW") == "NCHW":
+        batch = batch.transpose(0, 3, 1, 2)
+        shape = (len(sources), 3, height, width)
+    element = _numpy_dtype(dtype)
+    result = aligned_bytes(batch.size * element.itemsize).view(element).reshape(shape)
+    result[...] = batch
+    return result
+
+
+def top_k(logits: Any, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Return the likeliest classes and their probabilities.
+
+    Parameters
+    ----------
+    logits : array of shape (N, classes)
+        NumPy's, PyTorch's or TVM's.
+    k : int
+        How many; at most the number of classes.
+
+    Returns
+    -------
+    classes : numpy.ndarray of int64, shape (N, k)
+    probabilities : numpy.ndarray of float64, shape (N, k)
+        In falling order.
+
+    Examples
+    --------
+    >>> classes, probabilities = top_k(np.array([[0.0, 2.0, 1.0]]), k=2)
+    >>> classes.tolist(), probabilities.round(3).tolist()
+    ([[1, 2]], [[0.665, 0.245]])
+    """
+    values = np.asarray(logits if isinstance(logits, np.ndarray) else np.from_dlpack(logits))
+    if values.ndim != 2:
+        raise InvalidArgumentError(
+            "logits have the wrong shape", got=f"shape {values.shape}", allowed="(N, classes)"
+        )
+    if not 1 <= k <= values.shape[1]:
+        raise InvalidArgumentError("k is out of range", got=k, allowed=f"1 to {values.shape[1]}")
+    values = values.astype(np.float64)
+    exponentials = np.exp(values - values.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    classes = np.argsort(-values, axis=1, kind="stable")[:, :k].astype(np.int64)
+    return classes, np.take_along_axis(probabilities, classes, axis=1)
+
+
+def _open(source: Any) -> PIL.Image.Image:
+    pil, ops = _pillow()
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            raise ImageError(
+                "the array is no image",
+                got=f"{source.dtype} of shape {source.shape}",
+                allowed="uint8 of shape (height, width, 3), RGB",
+            )
+        return pil.fromarray(np.ascontiguousarray(source))
+    try:
+        opened = source if isinstance(source, pil.Image) else pil.open(Path(source))
+        return ops.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError as error:
+        raise ImageError("there is no such image file", got=source) from error
+    except (OSError, ValueError, SyntaxError, TypeError, pil.DecompressionBombError) as error:
+        what = source if isinstance(source, str | os.PathLike) else type(source).__name__
+        raise ImageError(
+            "this is no image that can be read", got=what, hint=f"({error})"
+        ) from error
+
+
+def _resize_and_crop(picture: PIL.Image.Image, settings: Mapping[str, Any]) -> np.ndarray:
+    pil, _ = _pillow()
+    picture = _cut_ends(picture)
+    crop_height, crop_width = settings["crop"]
+    scale = settings["resize"] / min(picture.size)
+    # int() and round() as the published preprocessing has them, for the same pixels.
+    width, height = (
+        settings["resize"] if size == min(picture.size) else int(scale * size)
+        for size in picture.size
+    )
+    method = pil.Resampling[settings.get("interpolation", "bicubic").upper()]
+    resized = picture.resize((max(width, crop_width), max(height, crop_height)), method)
+    left = round((resized.width - crop_width) / 2)
+    top = round((resized.height - crop_height) / 2)
+    cropped = resized.crop((left, top, left + crop_width, top + crop_height))
+    return np.asarray(cropped, np.uint8)
+
+
+def _cut_ends(picture: PIL.Image.Image) -> PIL.Image.Image:
+    width, height = picture.size
+    limit = _EXTREME_ASPECT * min(width, height)
+    if max(width, height) <= limit:
+        return picture
+    new_width, new_height = min(width, limit), min(height, limit)
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    return picture.crop((left, top, left + new_width, top + new_height))
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    if name == "bfloat16":
+        import ml_dtypes
+
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
+    return np.dtype(name)
+
+
+def _pillow() -> tuple[Any, Any]:
+    try:
+        import PIL.Image
+        import PIL.ImageOps
+    except ImportError as error:
+        raise MissingDependencyError(
+            "pillow, which reads images, is not installed", hint="Run: pip install pillow"
+        ) from error
+    return PIL.Image, PIL.ImageOps

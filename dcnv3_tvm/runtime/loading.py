@@ -1,0 +1,196 @@
+"""Open an artifact, and refuse by name what does not fit this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
+from dcnv3_tvm.machine import architecture, missing_features
+from dcnv3_tvm.runtime import library, weights
+from dcnv3_tvm.runtime.metadata import (
+    LIBRARY,
+    METADATA,
+    RUNTIME_LIBRARY,
+    WEIGHTS,
+    ArtifactMetadata,
+    TargetInfo,
+)
+from dcnv3_tvm.runtime.model import CompiledModel
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    verify_digests: bool = True,
+    device: str = "cpu",
+    threads: int | None = None,
+    owner: object | None = None,
+) -> CompiledModel:
+    """Open a compiled model. Neither PyTorch nor TVM's compiler is needed or imported.
+
+    Parameters
+    ----------
+    path : str or path
+        The artifact's folder.
+    verify_digests : bool
+        Refuse an artifact any byte of which was changed.
+    device : str
+        ``"cpu"``.
+    threads : int, optional
+        Threads to compute with; the default is the environment's ``TVM_NUM_THREADS`` or
+        ``OMP_NUM_THREADS``, or else the physical cores this process may use.
+    owner : object, optional
+        Kept alive as long as the model, for example the temporary folder of `path`.
+
+    Returns
+    -------
+    CompiledModel
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is missing, changed, truncated, of another schema or TVM version.
+    TargetError
+        If it was compiled for another machine or device.
+
+    Examples
+    --------
+    >>> model = load("internimage_t")  # doctest: +SKIP
+    >>> logits = model(model.preprocess("photo.jpg"))  # doctest: +SKIP
+    """
+    if device != "cpu":
+        raise TargetError("the device is not supported", got=repr(device), allowed="'cpu'")
+    if threads is not None and threads < 1:
+        raise InvalidArgumentError(
+            "threads is out of range", got=threads, allowed="an integer of at least 1"
+        )
+    folder = Path(path)
+    try:
+        metadata = read_metadata(folder, verify_digest=verify_digests)
+        check_target(metadata.target)
+        code = (folder / LIBRARY).read_bytes()
+        bundled = folder / RUNTIME_LIBRARY
+        if verify_digests:
+            _check_digest(LIBRARY, hashlib.sha256(code).hexdigest(), metadata)
+            _check_digest(RUNTIME_LIBRARY, digest_of(bundled), metadata)
+        library.load_runtime(version=metadata.versions.get("tvm", ""), bundled=bundled.resolve())
+        tensors, digest = weights.read(folder / WEIGHTS)
+        if verify_digests:
+            _check_digest(WEIGHTS, digest, metadata)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    _check_weights(tensors, metadata)
+    return CompiledModel(
+        library.open_executable(code),
+        tensors,
+        metadata,
+        folder=folder.absolute(),
+        threads=library.default_threads() if threads is None else threads,
+        owner=owner,
+    )
+
+
+def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetadata:
+    """Read an artifact's description without opening its code.
+
+    Raises
+    ------
+    ArtifactError
+        If `folder` is no artifact, or its description is broken or changed.
+    """
+    if not folder.exists():
+        raise ArtifactError(
+            "there is no such artifact",
+            got=folder,
+            hint=f"Make it with: dcnv3-tvm compile internimage_t -o {folder}",
+        )
+    if not folder.is_dir():
+        raise ArtifactError(
+            "an artifact is a folder, and this is not one", got=folder, hint="Give the folder."
+        )
+    try:
+        text = (folder / METADATA).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"the folder is no artifact: it has no {METADATA}", got=folder
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(
+            f"{METADATA} is not valid JSON", got=error, hint="Compile the model again."
+        ) from error
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return ArtifactMetadata.loads(text, verify_digest=verify_digest)
+
+
+def check_target(target: TargetInfo) -> None:
+    """Refuse code that this machine cannot run.
+
+    Raises
+    ------
+    TargetError
+        If the code is for another device, architecture, or processor features not present.
+    """
+    hint = "Compile the model again on this machine, or with a --target this machine has."
+    if target.kind != "llvm":
+        raise TargetError(
+            "the artifact is not for a CPU", got=f"target {target.kind}", allowed="llvm", hint=hint
+        )
+    if target.architecture and target.architecture != architecture():
+        raise TargetError(
+            "the artifact is for another processor architecture",
+            got=target.architecture,
+            allowed=architecture(),
+            hint=hint,
+        )
+    missing = missing_features(target.features)
+    if missing:
+        raise TargetError(
+            f"the artifact is for another processor ({target.mcpu or target.slug}): this one lacks "
+            f"{', '.join(missing)}",
+            hint=hint,
+        )
+
+
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_digest(name: str, digest: str, metadata: ArtifactMetadata) -> None:
+    if digest != metadata.digests.get(name):
+        raise ArtifactError(
+            f"{name} was changed after it was written",
+            got=f"SHA-256 {digest[:12]}…",
+            allowed=f"{str(metadata.digests.get(name))[:12]}…",
+            hint="Copy the artifact again, or compile the model again.",
+        )
+
+
+def _check_weights(tensors: dict[str, Any], metadata: ArtifactMetadata) -> None:
+    needed = {name for entry in metadata.entries.values() for name in entry.weights}
+    missing = sorted(needed - tensors.keys())
+    if missing:
+        raise ArtifactError(
+            f"{WEIGHTS} lacks {len(missing)} weights of the model",
+            got=f"no {', '.join(missing[:3])}",
+            hint="Compile the model again.",
+        )
+
+
+def _unreadable(folder: Path, error: OSError) -> ArtifactError:
+    name = Path(error.filename).name if error.filename else folder.name
+    if isinstance(error, FileNotFoundError):
+        return ArtifactError(
+            f"the artifact is incomplete: it has no {name}", got=folder, hint="Copy it again."
+        )
+    return ArtifactError(
+        f"{name} cannot be read", got=error.strerror, hint="Check its permissions."
+    )

@@ -1,0 +1,220 @@
+"""The description inside an artifact: what it computes, for which machine, made by what."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, Final
+
+from dcnv3_tvm.errors import ArtifactError
+from dcnv3_tvm.signature import Entry, TensorInfo
+
+SCHEMA_VERSION: Final = 1
+"""Changes when an older reader could not understand the folder."""
+
+LIBRARY: Final = "model.so"
+WEIGHTS: Final = "weights.safetensors"
+METADATA: Final = "metadata.json"
+CARD: Final = "README.md"
+RUNTIME_LIBRARY: Final = "libtvm_runtime.so"
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetInfo:
+    """The machine an artifact was compiled for.
+
+    Parameters
+    ----------
+    kind : str
+        TVM's target kind, for example ``"llvm"``.
+    triple : str
+        LLVM's target triple; its first part is the architecture.
+    mcpu : str
+        LLVM's processor name.
+    features : tuple of str
+        LLVM's names of the processor features the code may use.
+    slug : str
+        Short name, for example ``"cpu-znver4"``.
+    text : str
+        The target as TVM prints it.
+    """
+
+    kind: str
+    triple: str = ""
+    mcpu: str = ""
+    features: tuple[str, ...] = ()
+    slug: str = ""
+    text: str = ""
+
+    @property
+    def architecture(self) -> str:
+        """The processor architecture, for example ``"x86_64"``; empty when unknown."""
+        return self.triple.partition("-")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArtifactMetadata:
+    """Everything an artifact says about itself.
+
+    Parameters
+    ----------
+    name : str
+        The model, for example ``"internimage_t"``.
+    entries : dict of str to Entry
+        The callable functions; ``"main"`` is always there.
+    target : TargetInfo
+        What it was compiled for.
+    dtype : str
+        Element type of the computation.
+    config : dict
+        The variant and its configuration, plain values.
+    preprocessing : dict
+        How an image becomes the input, plain values; empty when unknown.
+    versions : dict of str to str
+        Of ``dcnv3_tvm``, ``tvm`` and ``tvm_ffi`` at compilation.
+    kernels : dict of str to str
+        The schedule rule that took each kernel.
+    records : tuple of str
+        Tuning records used.
+    verification : dict or None
+        The comparison with PyTorch it passed.
+    created : str
+        Date and time of compilation, ISO 8601.
+    digests : dict of str to str
+        SHA-256 of the libraries and the weights, filled in on writing.
+    """
+
+    name: str
+    entries: dict[str, Entry]
+    target: TargetInfo
+    dtype: str = "float32"
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, str] = dataclasses.field(default_factory=dict)
+    records: tuple[str, ...] = ()
+    verification: dict[str, Any] | None = None
+    created: str = ""
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def feature_entry(self) -> str | None:
+        """The entry that returns feature maps; None when there is none."""
+        for name in ("features", "main"):
+            entry = self.entries.get(name)
+            if entry and all(output.stride is not None for output in entry.outputs):
+                return name
+        return None
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Name, channels and stride of every feature map; empty when there is none."""
+        if self.feature_entry is None:
+            return []
+        return [
+            {"name": output.name, "channels": _channels(output), "stride": output.stride}
+            for output in self.entries[self.feature_entry].outputs
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for ``json.dumps``, sealed with a digest of themselves."""
+        target = dataclasses.asdict(self.target) | {"features": list(self.target.features)}
+        target["str"] = target.pop("text")
+        data: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "dtype": self.dtype,
+            "config": self.config,
+            "preprocessing": self.preprocessing,
+            "target": target,
+            "versions": self.versions,
+            "entries": {name: entry.to_json() for name, entry in self.entries.items()},
+            "feature_info": self.feature_info,
+            "kernels": self.kernels,
+            "records": list(self.records),
+            "verification": self.verification,
+            "created": self.created,
+            "digests": self.digests,
+        }
+        return data | {"digest": _seal(data)}
+
+    def dumps(self) -> str:
+        """Return the text of ``metadata.json``."""
+        return json.dumps(self.to_json(), indent=2) + "\n"
+
+    @classmethod
+    def loads(cls, text: str, *, verify_digest: bool = True) -> ArtifactMetadata:
+        """Read back what `dumps` gave.
+
+        Parameters
+        ----------
+        text : str
+            The text of ``metadata.json``.
+        verify_digest : bool
+            Refuse a text that was changed.
+
+        Raises
+        ------
+        ArtifactError
+            If it is no JSON, of another schema version, changed, or incomplete.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{METADATA} is not valid JSON", got=error, hint="Compile the model again."
+            ) from error
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{METADATA} has another schema version",
+                got=version,
+                allowed=SCHEMA_VERSION,
+                hint="Compile the model again with the installed dcnv3_tvm.",
+            )
+        seal = data.pop("digest", None)
+        if verify_digest and seal != _seal(data):
+            raise ArtifactError(
+                f"{METADATA} was changed after it was written",
+                hint="Compile the model again, or load with verify_digests=False.",
+            )
+        try:
+            return cls._from_json(data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"{METADATA} is incomplete",
+                got=f"{type(error).__name__}: {error}",
+                hint="Compile the model again.",
+            ) from error
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any]) -> ArtifactMetadata:
+        target = dict(data["target"])
+        target["text"] = target.pop("str")
+        target["features"] = tuple(target["features"])
+        return cls(
+            name=data["name"],
+            dtype=data["dtype"],
+            config=data["config"],
+            preprocessing=data["preprocessing"],
+            target=TargetInfo(**target),
+            versions=data["versions"],
+            entries={name: Entry.from_json(entry) for name, entry in data["entries"].items()},
+            kernels=data["kernels"],
+            records=tuple(data["records"]),
+            verification=data["verification"],
+            created=data["created"],
+            digests=data["digests"],
+        )
+
+
+def _channels(tensor: TensorInfo) -> int | str | None:
+    axis = tensor.layout.find("C")
+    return tensor.shape[axis] if axis >= 0 else None
+
+
+def _seal(data: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(data))  # as the reader will see it: string keys, lists
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

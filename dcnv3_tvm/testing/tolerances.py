@@ -1,0 +1,100 @@
+"""The one table of tolerances: how far a result may be from float64, and why.
+
+No test has a tolerance of its own. Widening one here is a change of what the library promises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import numpy as np
+
+from dcnv3_tvm.op.reference import Array, Float64Array
+from dcnv3_tvm.spec import DCNv3Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorTolerance:
+    """Error sources of the DCNv3 kernels for one dtype.
+
+    Parameters
+    ----------
+    arithmetic : float
+        Machine epsilon of coordinates, weights and sums.
+    store : float
+        Unit roundoff of the output: half its machine epsilon, for the one rounding at the store.
+    smallest : float
+        Half the smallest positive number of the output type.
+    """
+
+    arithmetic: float
+    store: float
+    smallest: float
+
+
+_ARITHMETIC32: Final = 2.0**-23
+
+OPERATOR: Final = {
+    "float64": OperatorTolerance(arithmetic=2.0**-52, store=0.0, smallest=0.0),
+    "float32": OperatorTolerance(arithmetic=_ARITHMETIC32, store=0.0, smallest=2.0**-126),
+    # The half types: the inputs are taken as they are, all arithmetic is float32.
+    "float16": OperatorTolerance(arithmetic=_ARITHMETIC32, store=2.0**-11, smallest=2.0**-25),
+    "bfloat16": OperatorTolerance(arithmetic=_ARITHMETIC32, store=2.0**-8, smallest=2.0**-134),
+}
+"""Sources of error of the operator by dtype; `operator_bound` combines them."""
+
+# Roundings, in epsilons of max|x| * sum|mask|, that do not depend on the place: weights (a
+# difference, a product of three: 4) and four products and sums a point, which for random signs
+# grow with the square root of their number (49 points: 7 * 2); the exponential and the division
+# of the softmax (3). Doubled.
+_ROUNDINGS: Final = 40.0
+# A coordinate c has an error of 2 eps*|c| (its sum and its product with offset_scale), and moves
+# the value by at most 2 max|x| a pixel on each of two axes: 8 in the worst case.
+_COORDINATE_ROUNDINGS: Final = 8.0
+
+LAYER: Final = {"float32": 1e-5, "float64": 1e-13}
+"""Kernels of single layers by dtype, as a fraction of max(1, max|reference|): sums of some
+thousand products of random signs, in another order."""
+
+MODEL: Final = {"float32": 1e-4}
+"""Whole encoders by dtype, as a fraction of max|reference| of each output: some 60 layers of
+float32 products in another order, which differ by 1e-6 to 1e-5 between any two libraries."""
+
+
+def operator_bound(
+    spec: DCNv3Spec, x: Array, offset: Array, mask: Array, reference: Float64Array
+) -> Float64Array:
+    """Bound the error of the operator at every output element.
+
+    Parameters
+    ----------
+    spec : DCNv3Spec
+        The problem.
+    x, offset, mask : numpy.ndarray
+        The inputs, finite.
+    reference : numpy.ndarray
+        The float64 result, of shape (N, Ho, Wo, C).
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape of `reference`.
+    """
+    table = OPERATOR[spec.dtype]
+    # Points further away than the image is large are outside of it, and exactly nothing.
+    extent = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
+    learned = float(np.abs(offset.astype(np.float64)).max()) + max(extent)
+    outside = max(x.shape[1:3]) + max(extent) + max(spec.pad)
+    reach = min(abs(spec.offset_scale) * learned, outside)
+    if spec.softmax:
+        amount = np.ones((*mask.shape[:3], spec.group))
+    else:
+        per_point = mask.astype(np.float64).reshape(*mask.shape[:3], spec.group, spec.points)
+        amount = np.abs(per_point).sum(axis=-1)
+    amplitude = float(np.abs(x.astype(np.float64)).max()) * np.repeat(
+        amount, spec.group_channels, axis=-1
+    )
+    arithmetic = table.arithmetic * (_ROUNDINGS + _COORDINATE_ROUNDINGS * reach)
+    bound: Float64Array = arithmetic * amplitude + table.store * np.abs(reference) + table.smallest
+    return bound

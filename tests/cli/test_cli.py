@@ -1,0 +1,276 @@
+"""Verbs that need no compilation of a model, usage, and exit codes."""
+
+import io
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dcnv3_tvm import runtime
+from dcnv3_tvm.cli import env
+from dcnv3_tvm.cli.result import table
+from dcnv3_tvm.progress import Progress
+
+
+def test_models(cli):
+    found = cli("models", "--json")
+    assert found.code == 0
+    names = [row["name"].removeprefix("internimage_") for row in found.data]
+    assert names == ["t", "s", "b", "l", "xl", "h", "g"]
+    assert found.data[0]["parameters"] == 29_918_424
+    assert found.data[3]["resolution"] == 384
+    text = cli("models", "*_xl")
+    assert "internimage_xl" in text.out
+    assert "334.820M" in text.out
+    assert "internimage_t" not in text.out
+    assert cli("models", "resnet*").code == 2
+
+
+def test_run_prints_the_likeliest_classes(cli, toy, artifact_path, photo):
+    found = cli("run", artifact_path, photo, "--top", 3, "--json")
+    assert found.code == 0
+    assert found.err == ""
+    batch = runtime.preprocess(photo, toy.metadata.preprocessing)
+    classes, probabilities = runtime.top_k(toy.main(batch), k=3)
+    assert [row["class"] for row in found.data["top"]] == classes[0].tolist()
+    np.testing.assert_allclose([row["probability"] for row in found.data["top"]], probabilities[0])
+    text = cli("run", artifact_path, photo)
+    assert str(classes[0, 0]) in text.out.splitlines()[1]
+    assert len(text.out.splitlines()) == 6
+
+
+def test_run_saves_features(cli, toy, artifact_path, photo, tmp_path):
+    target = tmp_path / "maps.npz"
+    found = cli("run", artifact_path, photo, "--features", target, "--json")
+    assert found.code == 0
+    assert found.data["features"]["feature_1"] == [1, 3, 8, 8]
+    batch = runtime.preprocess(photo, toy.metadata.preprocessing)
+    with np.load(target) as maps:
+        assert set(maps) == {"feature_0", "feature_1"}
+        np.testing.assert_array_equal(maps["feature_1"], np.maximum(batch, 0))
+    assert cli("run", artifact_path, photo, "--features", tmp_path / "bare").code == 0
+    assert (tmp_path / "bare.npz").exists()
+    (tmp_path / "file").write_text("")
+    assert cli("run", artifact_path, photo, "--features", tmp_path / "file" / "x.npz").code == 2
+
+
+def test_run_times(cli, artifact_path, photo):
+    found = cli("run", artifact_path, photo, "--repeat", 5, "--threads", 1, "--json")
+    times = found.data["milliseconds"]
+    assert 0 < times["lower_quartile"] <= times["median"] <= times["upper_quartile"]
+    assert (times["calls"], times["threads"]) == (5, 1)
+    assert "ms median" in cli("run", artifact_path, photo, "--repeat", 1).out
+
+
+def test_run_without_logits(cli, tmp_path, photo):
+    from dcnv3_tvm.testing.toy import Toy
+
+    path = Toy.build(2, features_only=True).write(tmp_path / "maps")
+    found = cli("run", path, photo, "--json")
+    assert found.data["outputs"] == {"feature_0": [1, 3, 8, 8], "feature_1": [1, 3, 8, 8]}
+
+
+def test_info(cli, artifact_path):
+    found = cli("info", artifact_path, "--json")
+    assert found.code == 0
+    assert found.data["name"] == "toy"
+    assert found.data["runs_here"] == "yes"
+    assert set(found.data["files"]) >= {"model.so", "metadata.json"}
+    text = cli("info", artifact_path).out
+    assert "NCHW (1, 3, 8, 8)" in text
+    assert "cpu-test" in text
+
+
+def test_info_of_an_artifact_for_another_machine(cli, toy, tmp_path):
+    from dcnv3_tvm.runtime import TargetInfo
+
+    path = toy.write(tmp_path / "x", target=TargetInfo("llvm", "riscv64-linux"))
+    found = cli("info", path)
+    assert found.code == 0
+    assert "no: the artifact is for another processor architecture" in found.out
+    refused = cli("run", path, "photo.jpg")
+    assert refused.code == 2
+    assert "another processor architecture" in refused.err
+
+
+def test_env(cli, monkeypatch):
+    monkeypatch.setenv("TVM_NUM_THREADS", "7")
+    found = cli("env", "--json")
+    assert found.code == 0
+    assert found.data["versions"]["tvm"].startswith("0.27")
+    assert found.data["threads"] == 7
+    assert found.data["warnings"] == []
+    assert "mcpu" in found.data["auto_target"]
+    assert {"name", "value", "read_by", "meaning"} == set(found.data["variables"][0])
+    assert "TVM_BIND_THREADS" in cli("env").out
+
+
+@pytest.mark.parametrize(
+    ("tvm", "ffi", "warned"),
+    [
+        ("0.27.0.post1", "0.1.15", True),
+        ("0.27.0", "0.2.0", True),
+        ("0.27.0.post1", "0.1.14.post1", False),
+        ("0.28.0", "0.1.15", False),
+        (None, "0.1.15", False),
+    ],
+)
+def test_known_trap(tvm, ffi, warned):
+    assert bool(env.version_warnings({"tvm": tvm, "tvm_ffi": ffi})) is warned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "required: COMMAND"),
+        (("fly",), "invalid choice"),
+        (("run",), "required: artifact, image"),
+        (("run", "nowhere", "x.jpg"), "no such artifact"),
+        (("info", "nowhere"), "no such artifact"),
+        (("compile", "internimage_t"), "-o"),
+        (("compile", "internimage_u", "-o", "x"), "Did you mean"),
+        (("compile", "photo.pth", "-o", "x"), "does not begin with a model's name"),
+        (("compile", "internimage_t", "-o", "x", "--size", "big"), "no size such as 384x512"),
+        (("compile", "internimage_t", "-o", "x", "--batch", "0"), "1 or more"),
+        (("compile", "internimage_t", "-o", "x", "--checkpoint", "no.pth"), "no such checkpoint"),
+        (
+            ("compile", "internimage_t", "-o", "x", "--checkpoint", "a", "--random-weights", "0"),
+            "not allowed with",
+        ),
+        (("compile", "internimage_t_1k.pth", "-o", "x", "--random-weights", "0"), "given twice"),
+        (("verify", "nowhere"), "--random-weights SEED"),
+        (("verify", "nowhere", "--random-weights", "0"), "no such artifact"),
+    ],
+)
+def test_bad_usage(cli, arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = cli(*arguments)
+    assert found.code == 2
+    assert found.out == ""
+    assert words in found.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_image(cli, artifact_path, tmp_path):
+    path = tmp_path / "notes.jpg"
+    path.write_text("no image")
+    found = cli("run", artifact_path, path)
+    assert found.code == 2
+    assert "no image that can be read" in found.err
+
+
+def test_changed_artifact(cli, artifact_path, photo):
+    data = bytearray((artifact_path / "model.so").read_bytes())
+    data[5000] ^= 1
+    (artifact_path / "model.so").write_bytes(data)
+    found = cli("run", artifact_path, photo)
+    assert found.code == 2
+    assert "model.so was changed" in found.err
+
+
+def test_compile_does_not_replace_without_force(cli, artifact_path, tmp_path):
+    found = cli("compile", "internimage_t", "-o", artifact_path)
+    assert found.code == 2
+    assert "--force" in found.err
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis").write_text("")
+    found = cli("compile", "internimage_t", "-o", tmp_path / "home", "--force")
+    assert found.code == 2
+    assert "is no artifact" in found.err
+
+
+def test_verify_needs_an_internimage(cli, artifact_path):
+    found = cli("verify", artifact_path, "--random-weights", "0")
+    assert found.code == 2
+    assert "nothing to compare with" in found.err
+
+
+def test_interrupt(cli, artifact_path, photo, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "load", interrupt)
+    found = cli("run", artifact_path, photo)
+    assert found.code == 130
+    assert "interrupted" in found.err
+
+
+def run_program(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "dcnv3_tvm", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_version_and_module():
+    found = run_program("--version")
+    assert found.returncode == 0
+    assert found.stdout.startswith("dcnv3-tvm 0.")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("models",)])
+def test_light_start(arguments):
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert run_program(*arguments).returncode == 0
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5  # alone some 0.15 s; importing torch or tvm takes more than 1 s
+
+
+def test_closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "dcnv3_tvm", "models"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_help_of_every_verb(cli):
+    for verb in ("models", "compile", "run", "verify", "info", "env"):
+        found = cli(verb, "--help")
+        assert found.code == 0
+        assert "--json" in found.out
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_progress(kind):
+    stream = kind()
+    with Progress("job", stream=stream) as progress:
+        progress.step("first")
+        progress.step("second")
+    shown = stream.getvalue()
+    assert shown.count("\n") == (1 if kind is Terminal else 3)
+    assert ("\r" in shown) is (kind is Terminal)
+    assert "job: second" in shown
+    assert "job: done" in shown
+    with pytest.raises(KeyError), Progress("job", stream=stream):
+        raise KeyError
+    assert "job: stopped" in stream.getvalue()
+    quiet = io.StringIO()
+    with Progress("job", stream=quiet, quiet=True) as progress:
+        progress.step("first")
+    assert quiet.getvalue() == ""
+
+
+def test_table():
+    assert table(["a", "b"], [["x", 1.5], ["yy", 22]]) == "a     b\nx   1.5\nyy   22"

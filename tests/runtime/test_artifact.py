@@ -1,0 +1,409 @@
+"""Artifacts on the disk: written whole or not at all, read back, refused by name."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dcnv3_tvm import atomic, machine, runtime
+from dcnv3_tvm.compiler import artifact
+from dcnv3_tvm.errors import ArtifactError, TargetError
+from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo, library
+from dcnv3_tvm.runtime import weights as weights_file
+
+FILES = {"model.so", "weights.safetensors", "metadata.json", "README.md", "libtvm_runtime.so"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_files(artifact_path):
+    assert {path.name for path in artifact_path.iterdir()} == FILES
+    assert len({path.stat().st_mode for path in artifact_path.iterdir()}) == 1
+    assert [path.name for path in artifact_path.parent.iterdir()] == ["artifact"]
+    card = (artifact_path / "README.md").read_text()
+    assert "runtime.load" in card
+    assert "| output | feature_1 | 1, 3, 8, 8 | NCHW | float32 | 8 |" in card
+
+
+def test_metadata_round_trip(toy, artifact_path):
+    read = runtime.read_metadata(artifact_path)
+    assert read.entries == toy.metadata.entries
+    assert read.target == toy.metadata.target
+    assert read.config == {"variant": "toy", "depths": [1, 2]}
+    assert set(read.digests) == {"model.so", "weights.safetensors", "libtvm_runtime.so"}
+    assert set(read.versions) == {"dcnv3_tvm", "tvm", "tvm_ffi"}
+    assert read.created
+    assert ArtifactMetadata.loads(read.dumps()) == read
+
+
+def test_metadata_with_integer_keys_and_floats_keeps_its_seal(toy):
+    config = {"by_level": {9: 0.1, 10: 1e-6}, "pair": (3, 3)}
+    text = dataclasses.replace(toy.metadata, config=config).dumps()
+    assert ArtifactMetadata.loads(text).config["by_level"] == {"9": 0.1, "10": 1e-6}
+
+
+def test_replaces_an_artifact(toy, artifact_path, image):
+    first = runtime.load(artifact_path)
+    other = dataclasses.replace(toy, weights={"bias": toy.weights["bias"] + 1})
+    other.write(artifact_path)
+    second = runtime.load(artifact_path)
+    np.testing.assert_array_equal(second(image), other.main(image))
+    np.testing.assert_array_equal(first(image), toy.main(image))
+    assert [path.name for path in artifact_path.parent.iterdir()] == ["artifact"]
+
+
+def test_replaced_code_is_the_code_that_runs(make_toy, toy, artifact_path, image):
+    runtime.load(artifact_path)(image)
+    make_toy("n").write(artifact_path)
+    double = np.concatenate([image, image])
+    np.testing.assert_array_equal(runtime.load(artifact_path)(double), toy.main(double))
+
+
+def test_library_from_a_path(toy, tmp_path, image):
+    library_path = tmp_path / "x.so"
+    library_path.write_bytes(toy.code)
+    artifact.write(
+        str(tmp_path / "a" / "b"), library=library_path, weights=toy.weights, metadata=toy.metadata
+    )
+    np.testing.assert_array_equal(runtime.load(tmp_path / "a" / "b")(image), toy.main(image))
+
+
+def test_save_and_vanished_source(toy, artifact_path, tmp_path, image):
+    model = runtime.load(artifact_path)
+    model.save(tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(artifact_path)
+    model.save(artifact_path)  # onto itself
+    shutil.rmtree(artifact_path)
+    np.testing.assert_array_equal(model(image), toy.main(image))
+    with pytest.raises(ArtifactError, match="cannot be saved"):
+        model.save(tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+    np.testing.assert_array_equal(runtime.load(tmp_path / "copy")(image), toy.main(image))
+
+
+def test_owner_lives_as_long_as_the_model(toy, tmp_path):
+    owner = tempfile.TemporaryDirectory(dir=tmp_path)
+    folder = Path(owner.name)
+    model = runtime.load(toy.write(folder / "x"), owner=owner)
+    del owner
+    model.save(tmp_path / "kept")
+    model.close()
+    assert not folder.exists()
+    assert (tmp_path / "kept").exists()
+
+
+def test_save_refuses_a_changed_source(artifact_path, tmp_path):
+    model = runtime.load(artifact_path)
+    flip(artifact_path / "weights.safetensors", -1)
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors was changed"):
+        model.save(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("how", ["write", "save"])
+def test_foreign_destination_is_kept(toy, artifact_path, tmp_path, how):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("three years")
+    occupied = tmp_path / "file"
+    occupied.write_text("x")
+    act = toy.write if how == "write" else runtime.load(artifact_path).save
+    for destination in (home, occupied):
+        with pytest.raises(ArtifactError, match="is no artifact"):
+            act(destination)
+    assert (home / "thesis.txt").read_text() == "three years"
+    assert occupied.read_text() == "x"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("how", ["write", "save"])
+@pytest.mark.parametrize("stage", ["copyfile", "fsync", "mkdir"])
+def test_full_or_read_only_disk(toy, artifact_path, tmp_path, monkeypatch, how, stage, code):
+    destination = toy.write(tmp_path / "precious")
+    before = contents(destination)
+    act = toy.write if how == "write" else runtime.load(artifact_path).save
+    left = [0 if (how, stage) == ("write", "copyfile") else 1]
+
+    def fail(*arguments, **keywords):
+        if left[0]:
+            left[0] -= 1
+            return original(*arguments, **keywords)
+        raise OSError(code, os.strerror(code), str(arguments[0]))
+
+    owner, name = {
+        "copyfile": (shutil, "copyfile"),
+        "fsync": (os, "fsync"),
+        "mkdir": (Path, "mkdir"),
+    }[stage]
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(ArtifactError, match=os.strerror(code)) as caught:
+        act(destination)
+    monkeypatch.undo()
+    assert "is unchanged" in str(caught.value)
+    assert contents(destination) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"artifact", "precious"}
+
+
+def test_weights_writer_error_is_ours(toy, tmp_path, monkeypatch):
+    import safetensors.numpy
+
+    def fail(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(ArtifactError, match="No space left"):
+        toy.write(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["copyfile", "fsync"])
+def test_interrupt_leaves_nothing_half_written(toy, artifact_path, tmp_path, monkeypatch, stage):
+    before = contents(artifact_path)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil if stage == "copyfile" else os, stage, interrupt)
+    for destination in (artifact_path, tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            toy.write(destination)
+    monkeypatch.undo()
+    assert contents(artifact_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_without_exchange_of_names(toy, artifact_path, image, monkeypatch):
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    other = dataclasses.replace(toy, weights={"bias": toy.weights["bias"] + 1})
+    other.write(artifact_path)
+    np.testing.assert_array_equal(runtime.load(artifact_path)(image), other.main(image))
+    assert [path.name for path in artifact_path.parent.iterdir()] == ["artifact"]
+
+    before = contents(artifact_path)
+    rename = Path.rename
+
+    def second_rename_fails(self, target):
+        if Path(target) == artifact_path and (self / "half").exists():
+            raise OSError(errno.ENOSPC, "full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", second_rename_fails)
+    with pytest.raises(OSError, match="full"), atomic.folder(artifact_path) as folder:
+        (folder / "half").write_text("x")
+    assert contents(artifact_path) == before
+
+
+def test_atomic_file(tmp_path):
+    path = tmp_path / "maps.npz"
+    path.write_text("old")
+
+    def stop_half_way():
+        with atomic.file(path) as temporary:
+            temporary.write_text("new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        stop_half_way()
+    assert path.read_text() == "old"
+    with atomic.file(path) as temporary:
+        assert temporary.suffix == ".npz"
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["maps.npz"]
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.so", "weights.safetensors", "libtvm_runtime.so"])
+@pytest.mark.parametrize("position", [0, 100, -1])
+def test_changed_byte(artifact_path, name, position):
+    flip(artifact_path / name, position)
+    with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
+        runtime.load(artifact_path)
+
+
+def test_changed_metadata(artifact_path):
+    path = artifact_path / "metadata.json"
+    path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "float16"'))
+    with pytest.raises(ArtifactError, match=r"metadata\.json was changed"):
+        runtime.load(artifact_path)
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"README.md"}))
+def test_missing_file(artifact_path, name):
+    (artifact_path / name).unlink()
+    with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
+        runtime.load(artifact_path)
+
+
+def test_not_an_artifact(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no such artifact.*dcnv3-tvm compile"):
+        runtime.load(tmp_path / "nothing")
+    with pytest.raises(ArtifactError, match="is no artifact"):
+        runtime.load(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match="an artifact is a folder"):
+        runtime.load(tmp_path / "file")
+
+
+def test_no_permission(artifact_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ArtifactError, match=r"model\.so cannot be read.*Permission denied"):
+        runtime.load(artifact_path)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ArtifactError, match=r"metadata\.json cannot be read"):
+        runtime.load(artifact_path)
+
+
+def edit(artifact_path: Path, **changes: object) -> None:
+    path = artifact_path / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1"])
+def test_other_schema_version(artifact_path, version):
+    edit(artifact_path, schema_version=version)
+    with pytest.raises(ArtifactError, match="another schema version"):
+        runtime.load(artifact_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', '{"schema_version": 1}'])
+def test_broken_metadata(artifact_path, text):
+    (artifact_path / "metadata.json").write_text(text)
+    for verify in (True, False):
+        with pytest.raises(ArtifactError, match=r"metadata\.json"):
+            runtime.load(artifact_path, verify_digests=verify)
+
+
+def test_metadata_that_is_no_text(artifact_path):
+    (artifact_path / "metadata.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ArtifactError, match="not valid JSON"):
+        runtime.load(artifact_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (TargetInfo("cuda"), "not for a CPU"),
+        (TargetInfo("llvm", "riscv64-unknown-linux-gnu"), "another processor architecture"),
+        (TargetInfo("llvm", features=("+avx512f", "amx-int8", "clwb")), "lacks amx-int8"),
+    ],
+)
+def test_other_target(toy, tmp_path, monkeypatch, target, words):
+    monkeypatch.setattr(machine, "cpu_features", lambda: frozenset({"avx2", "avx512f"}))
+    with pytest.raises(TargetError, match=words):
+        runtime.load(toy.write(tmp_path / "x", target=target))
+
+
+def test_features_of_this_machine_are_accepted(toy, tmp_path, image):
+    target = TargetInfo("llvm", machine.architecture(), features=tuple(machine.cpu_features()))
+    model = runtime.load(toy.write(tmp_path / "x", target=target))
+    np.testing.assert_array_equal(model(image), toy.main(image))
+
+
+def test_other_tvm(toy, tmp_path):
+    path = toy.write(tmp_path / "x", versions=artifact.installed_versions() | {"tvm": "0.28.0"})
+    with pytest.raises(ArtifactError, match=r"allowed: TVM 0\.28\.0.*pip install"):
+        runtime.load(path)
+
+
+def test_other_device(artifact_path):
+    with pytest.raises(TargetError, match="'cpu'"):
+        runtime.load(artifact_path, device="cuda")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 40, 200, -1])
+def test_truncated_weights(artifact_path, keep):
+    path = artifact_path / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    for verify in (True, False):
+        with pytest.raises(ArtifactError, match=r"weights\.safetensors"):
+            runtime.load(artifact_path, verify_digests=verify)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"no json",
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "X8", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [9999999999], "data_offsets": [0, 39999999996]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+        b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_broken_weights(tmp_path, header):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ArtifactError, match="no safetensors file"):
+        weights_file.read(path)
+
+
+def test_every_weight_type_round_trips(toy, tmp_path):
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal((3, 5)) * 10
+    given = {
+        name: values.astype(name)
+        for name in ("float64", "float32", "float16", "int64", "int32", "int8", "uint8", "bool")
+    }
+    given["bfloat16"] = values.astype(ml_dtypes.bfloat16)
+    given["strided"] = values[:, ::2].astype(np.float32).T
+    given["scalar"] = np.array(2.5)
+    given["empty"] = np.zeros((0, 4), np.float32)
+    path = toy.write(tmp_path / "x").joinpath("weights.safetensors")
+    artifact.write(
+        tmp_path / "x",
+        library=toy.code,
+        weights=given,
+        metadata=dataclasses.replace(toy.metadata, entries={}),
+    )
+    read, digest = weights_file.read(path)
+    assert digest == runtime.read_metadata(tmp_path / "x").digests["weights.safetensors"]
+    assert set(read) == set(given)
+    for name, tensor in read.items():
+        from dcnv3_tvm.runtime.tensors import to_numpy
+
+        array = to_numpy(tensor)
+        assert array.dtype == given[name].dtype
+        np.testing.assert_array_equal(array, given[name])
+        assert array.ctypes.data % 64 == 0 or array.size == 0
+
+
+def test_missing_weight(toy, tmp_path):
+    with pytest.raises(ArtifactError, match="bias"):
+        dataclasses.replace(toy, weights={}).write(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_library_at_all(toy, tmp_path):
+    path = dataclasses.replace(toy, code=b"\x7fELF no library").write(tmp_path / "x")
+    with pytest.raises(ArtifactError, match=r"model\.so cannot be loaded"):
+        runtime.load(path)
+
+
+def test_installed_runtime_honours_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "libtvm_runtime.so").write_bytes(b"")
+    monkeypatch.setenv("TVM_LIBRARY_PATH", str(tmp_path))
+    found = library.installed_runtime()
+    assert found is not None
+    assert found[0].parent == tmp_path

@@ -1,0 +1,115 @@
+"""Loading needs neither PyTorch nor TVM, and gets along with both."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+def run(*code: str, arguments: tuple[Path, ...] = (), **environment: str) -> str:
+    script = "\n".join(textwrap.dedent(part) for part in code)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def files(toy, artifact_path, tmp_path, image) -> tuple[Path, Path, Path]:
+    np.save(tmp_path / "image.npy", image)
+    np.save(tmp_path / "expected.npy", toy.main(image))
+    return artifact_path, tmp_path / "image.npy", tmp_path / "expected.npy"
+
+
+BLOCK = """
+    import importlib.abc, sys
+
+    class Block(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in {"torch", "tvm", "safetensors"}:
+                raise ImportError(f"{name} is blocked")
+
+    sys.meta_path.insert(0, Block())
+"""
+LOAD = """
+    import sys
+    import numpy as np
+    from dcnv3_tvm import runtime
+
+    model = runtime.load(sys.argv[1], threads=2)
+    image, expected = np.load(sys.argv[2]), np.load(sys.argv[3])
+    assert np.array_equal(model(image), expected)
+    assert len(model.features(image)) == 2
+"""
+MAPPED = """
+    lines = open("/proc/self/maps").read().splitlines()
+    mapped = {line.split()[-1] for line in lines if line.endswith("libtvm_runtime.so")}
+"""
+
+
+def test_importing_them_fails_and_the_bundled_library_is_used(files):
+    mapped = run(BLOCK, LOAD, MAPPED, "print(mapped)", arguments=files).strip()
+    assert mapped == str({str(files[0] / "libtvm_runtime.so")})
+
+
+def test_neither_is_imported_where_installed(files):
+    unwanted = "assert not {'torch', 'tvm', 'PIL', 'safetensors'} & set(sys.modules)"
+    run(LOAD, unwanted, arguments=files)
+
+
+def test_importing_the_package_is_light():
+    run("import sys, dcnv3_tvm.runtime; assert not {'torch', 'tvm', 'tvm_ffi'} & set(sys.modules)")
+
+
+AFTER = """
+    import torch
+    from tvm import relax
+    import tvm
+    assert np.array_equal(model(image), expected)
+    assert np.array_equal(model(torch.from_numpy(image)).numpy(), expected)
+    machine = relax.VirtualMachine(tvm.runtime.load_module(sys.argv[1] + "/model.so"), tvm.cpu())
+    assert machine["main"] is not None
+"""
+
+
+def test_tvm_and_torch_imported_afterwards(files):
+    assert run(LOAD, AFTER, MAPPED, "print(len(mapped))", arguments=files).strip() == "1"
+
+
+@pytest.mark.parametrize("first", ["import tvm", "import torch, tvm", "import tvm, torch"])
+def test_tvm_imported_before(files, first):
+    assert run(first, LOAD, MAPPED, "print(len(mapped))", arguments=files).strip() == "1"
+
+
+def test_runtime_only_tvm(files):
+    run("import tvm", LOAD, arguments=files, TVM_USE_RUNTIME_LIB="1")
+
+
+def test_threads_of_the_environment(files):
+    ask = "print(runtime.load(sys.argv[1]).threads)"
+    assert run(LOAD, ask, arguments=files, TVM_NUM_THREADS="3").strip() == "3"
+    found = run(LOAD, ask, arguments=files, TVM_NUM_THREADS="", OMP_NUM_THREADS="1")
+    assert found.strip() == "1"
+
+
+def test_no_pillow_is_said(files):
+    code = """
+    import sys
+    sys.modules["PIL"] = None
+    from dcnv3_tvm import errors, runtime
+    try:
+        runtime.load(sys.argv[1]).preprocess("photo.jpg")
+    except errors.MissingDependencyError as error:
+        print(error)
+    """
+    assert "pip install pillow" in run(code, arguments=files)

@@ -1,0 +1,187 @@
+"""Calls of a loaded model: what goes in, what comes out, what is refused."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from dcnv3_tvm import runtime
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.runtime.tensors import ALIGNMENT, aligned_bytes, aligned_copy
+
+
+@pytest.fixture
+def model(artifact_path):
+    with runtime.load(artifact_path) as loaded:
+        yield loaded
+
+
+def test_numpy(model, toy, image):
+    result = model(image)
+    assert isinstance(result, np.ndarray)
+    np.testing.assert_array_equal(result, toy.main(image))
+
+
+def test_torch(model, toy, image):
+    result = model(torch.from_numpy(image).requires_grad_())
+    assert isinstance(result, torch.Tensor)
+    np.testing.assert_array_equal(result.numpy(), toy.main(image))
+
+
+def test_tvm_ffi(model, toy, image):
+    import tvm_ffi
+
+    result = model(tvm_ffi.from_dlpack(aligned_copy(image)))
+    assert isinstance(result, tvm_ffi.Tensor)
+    np.testing.assert_array_equal(np.from_dlpack(result), toy.main(image))
+
+
+def test_unaligned_tvm_ffi(model, toy, image):
+    import tvm_ffi
+
+    result = model(tvm_ffi.from_dlpack(_at_offset(image, 4)))
+    np.testing.assert_array_equal(np.from_dlpack(result), toy.main(image))
+
+
+def _at_offset(array, offset):
+    buffer = aligned_bytes(array.nbytes + offset)[offset:].view(array.dtype).reshape(array.shape)
+    buffer[...] = array
+    assert buffer.ctypes.data % ALIGNMENT == offset
+    return buffer
+
+
+@pytest.mark.parametrize("offset", [0, 4, 16, 32, 60])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_any_alignment(model, toy, image, offset, kind):
+    moved = _at_offset(image, offset)
+    result = model(moved if kind == "numpy" else torch.from_numpy(moved))
+    np.testing.assert_array_equal(np.asarray(result), toy.main(image))
+
+
+def test_strided_and_read_only(model, toy, image):
+    strided = np.asfortranarray(image)
+    frozen = image.copy()
+    frozen.flags.writeable = False
+    for array in (strided, frozen, image[:, ::-1][:, ::-1]):
+        np.testing.assert_array_equal(model(array), toy.main(image))
+    channels_last = torch.from_numpy(image).to(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(model(channels_last).numpy(), toy.main(image))
+
+
+def test_outputs_do_not_share_memory_and_can_be_written(model, toy, image):
+    first, second = model(image), model(image)
+    first += 1
+    np.testing.assert_array_equal(second, toy.main(image))
+
+
+def test_features(model, toy, image):
+    maps = model.features(image)
+    assert len(maps) == 2
+    np.testing.assert_array_equal(maps[0], image + toy.weights["bias"])
+    np.testing.assert_array_equal(maps[1], np.maximum(image, 0))
+    assert model.metadata.feature_info == [
+        {"name": "feature_0", "channels": 3, "stride": 4},
+        {"name": "feature_1", "channels": 3, "stride": 8},
+    ]
+
+
+def test_no_features(toy, tmp_path, image):
+    path = toy.write(tmp_path / "logits", entries={"main": toy.metadata.entries["main"]})
+    with pytest.raises(InvalidArgumentError, match="--features-only"):
+        runtime.load(path).features(image)
+
+
+def test_main_may_return_the_features(make_toy, tmp_path, image):
+    toy = make_toy(1, features_only=True)
+    model = runtime.load(toy.write(tmp_path / "maps"))
+    by_name = model(image)
+    assert list(by_name) == ["feature_0", "feature_1"]
+    np.testing.assert_array_equal(by_name["feature_1"], np.maximum(image, 0))
+    np.testing.assert_array_equal(model.features(image)[0], by_name["feature_0"])
+
+
+def test_results_outlive_the_model(artifact_path, toy, image):
+    model = runtime.load(artifact_path)
+    results = [model(image) for _ in range(20)]
+    maps = model.features(torch.from_numpy(image))
+    model.close()
+    del model
+    gc.collect()
+    for result in results:
+        np.testing.assert_array_equal(result, toy.main(image))
+    np.testing.assert_array_equal(maps[1].numpy(), np.maximum(image, 0))
+
+
+def test_closed(model, image):
+    model.close()
+    with pytest.raises(InvalidArgumentError, match="closed"):
+        model(image)
+
+
+def test_threads(model, toy):
+    images = np.random.default_rng(2).standard_normal((8, 1, 3, 8, 8)).astype(np.float32)
+    failures = []
+
+    def work(index):
+        expected = toy.main(images[index])
+        failures.extend(_ for _ in range(50) if not np.array_equal(model(images[index]), expected))
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_dynamic_batch(make_toy, tmp_path):
+    toy = make_toy("n")
+    model = runtime.load(toy.write(tmp_path / "dynamic"))
+    for batch in (1, 3, 17):
+        x = np.random.default_rng(batch).standard_normal((batch, 3, 8, 8)).astype(np.float32)
+        np.testing.assert_array_equal(model(x), toy.main(x))
+    with pytest.raises(InvalidArgumentError, match="empty"):
+        model(np.zeros((0, 3, 8, 8), np.float32))
+    with pytest.raises(InvalidArgumentError, match=r"allowed: NCHW \(n, 3, 8, 8\)"):
+        model(np.zeros((2, 3, 8, 9), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (np.zeros((1, 8, 8, 3), np.float32), r"NHWC.*x\.transpose\(0, 3, 1, 2\)"),
+        (torch.zeros((1, 8, 8, 3)), r"x\.permute\(0, 3, 1, 2\)"),
+        (np.zeros((3, 8, 8), np.float32), r"x\[None\]"),
+        (np.zeros((8, 8), np.float32), "number of dimensions"),
+        (np.zeros((2, 3, 8, 8), np.float32), "--dynamic-batch"),
+        (np.zeros((1, 3, 9, 8), np.float32), r"allowed: NCHW \(1, 3, 8, 8\).*--size"),
+        (np.zeros((1, 3, 8, 8)), r"float64; allowed: float32.*astype\('float32'\)"),
+        (torch.zeros((1, 3, 8, 8), dtype=torch.float16), r"x\.to\(torch\.float32\)"),
+        (np.zeros((1, 3, 8, 8), np.uint8), "preprocess"),
+        (np.zeros((1, 3, 8, 8), ">f4"), ">f4; allowed: float32"),
+        ([[1.0]], "not a tensor"),
+        ("photo.jpg", "preprocess"),
+        (None, "not a tensor"),
+    ],
+)
+def test_refused_before_the_call(model, bad, words):
+    with pytest.raises(InvalidArgumentError, match=words):
+        model(bad)
+
+
+def test_wrong_number_of_inputs(model, image):
+    with pytest.raises(InvalidArgumentError, match="1: image"):
+        model(image, image)
+    with pytest.raises(InvalidArgumentError, match="got 0"):
+        model()
+
+
+def test_thread_count(artifact_path, toy, image):
+    for threads in (1, 2, 1):
+        model = runtime.load(artifact_path, threads=threads)
+        assert model.threads == threads
+        np.testing.assert_array_equal(model(image), toy.main(image))
+    with pytest.raises(InvalidArgumentError, match="threads"):
+        runtime.load(artifact_path, threads=0)
