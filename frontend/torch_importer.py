@@ -80,9 +80,9 @@ def import_model(
     Examples
     --------
     >>> from dcnv3_tvm import frontend
-    >>> model = frontend.create_model("internimage_test_pre_norm")  # doctest: +SKIP
-    >>> imported = frontend.import_model(model, example=(1, 3, 64, 64))  # doctest: +SKIP
-    >>> imported.entries["main"].outputs[0].name  # doctest: +SKIP
+    >>> model = frontend.create_model("test_internimage_pre_norm")
+    >>> imported = frontend.import_model(model, example=(1, 3, 64, 64))
+    >>> imported.entries["main"].outputs[0].name
     'logits'
     """
     if features not in ("auto", "always", "never"):

@@ -1,1 +1,82 @@
-"""."""
+"""Schedules: TensorIR functions in, TensorIR functions that run fast on the target out.
+
+A rule is a function ``rule(func, target)`` that returns the scheduled function, or ``None`` when
+it does not know the kernel. One rule a file, in one folder a kind of target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from tvm import tirx
+from tvm.ir import IRModule
+from tvm.s_tir.schedule import ScheduleError
+from tvm.target import Target
+
+from dcnv3_tvm.schedules.cpu.convolution import convolution
+from dcnv3_tvm.schedules.cpu.dcnv3 import dcnv3
+from dcnv3_tvm.schedules.cpu.depthwise import depthwise
+from dcnv3_tvm.schedules.cpu.fallback import fallback
+from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
+from dcnv3_tvm.schedules.cpu.linear import linear
+from dcnv3_tvm.schedules.cpu.tiling import linear_tile
+
+__all__ = ["CPU_RULES", "SCHEDULED", "UNSCHEDULED", "linear_tile", "schedule_module"]
+
+Rule = Callable[[tirx.PrimFunc, Target], tirx.PrimFunc | None]
+
+CPU_RULES: Final[tuple[Rule, ...]] = (
+    dcnv3,
+    linear,
+    convolution,
+    depthwise,
+    layer_norm,
+    fallback,
+)
+"""Rules for LLVM targets, in the order in which they are tried."""
+
+SCHEDULED: Final = "tirx.is_scheduled"
+"""Function attribute of a kernel that is not to be scheduled again."""
+
+UNSCHEDULED: Final = "unscheduled"
+"""Name recorded for a kernel that no rule could schedule; it runs as it was written."""
+
+
+def schedule_module(mod: IRModule, target: Target) -> tuple[IRModule, dict[str, str]]:
+    """Schedule every TensorIR function of a module.
+
+    Parameters
+    ----------
+    mod : IRModule
+        Module; its Relax functions, and functions already scheduled, stay as they are.
+    target : Target
+        Target the module is compiled for.
+
+    Returns
+    -------
+    IRModule
+        A new module.
+    dict of str to str
+        Name of the rule that took each function, by the function's name.
+    """
+    scheduled = IRModule(dict(mod.functions_items()), attrs=mod.attrs)
+    taken: dict[str, str] = {}
+    for var, func in mod.functions_items():
+        if not isinstance(func, tirx.PrimFunc) or (func.attrs and func.attrs.get(SCHEDULED)):
+            continue
+        result, name = _schedule(func, target)
+        scheduled.update_func(var, result.with_attr(SCHEDULED, True))
+        taken[var.name_hint] = name
+    return scheduled, taken
+
+
+def _schedule(func: tirx.PrimFunc, target: Target) -> tuple[tirx.PrimFunc, str]:
+    for rule in CPU_RULES:
+        try:
+            result = rule(func, target)
+        except ScheduleError:
+            continue
+        if result is not None:
+            return result, rule.__name__
+    return func, UNSCHEDULED

@@ -81,9 +81,7 @@ class CompiledOperator:
         functional.check_arguments(spec, x, offset, mask)
         return self.call_checked(spec, x, offset, mask)
 
-    def call_checked(
-        self, spec: DCNv3Spec, x: TensorT, offset: TensorT, mask: TensorT
-    ) -> TensorT:
+    def call_checked(self, spec: DCNv3Spec, x: TensorT, offset: TensorT, mask: TensorT) -> TensorT:
         """Run the operator on tensors already checked against the static problem `spec`."""
         kind = tensors.kind_of({"x": x})
         out: TensorT = tensors.empty(kind, [int(s or 0) for s in spec.output_shape], spec.dtype)

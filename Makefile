@@ -1,0 +1,39 @@
+# The two commands: `make demo` and `make test`. Both set everything up first, in .venv.
+# Needed: python3 (3.10 or newer), make, and g++, with which TVM links compiled models.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# The workers of pytest share the cores, so each of them computes with one thread.
+ONE_THREAD := OMP_NUM_THREADS=1 TVM_NUM_THREADS=1
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)
+	$(BIN)/python examples/compile_and_run.py
+
+test: $(READY) lint
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/house/check_unpacked.py
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'Python 3.10 or newer is needed; name one: make PYTHON=python3.12 demo' >&2; exit 1; }
+	@command -v g++ >/dev/null || \
+	  { echo 'g++ is needed: TVM links compiled models with it' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install --editable '.[test]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

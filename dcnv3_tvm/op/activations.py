@@ -1,0 +1,37 @@
+"""Activation functions by name, as the epilogues of kernels know them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from tvm import tirx
+
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.op import math as fast
+
+ACTIVATIONS: Final = ("gelu", "relu", "sigmoid", "silu")
+"""Names that `activate` takes. GELU is the exact one, ``x * Phi(x)``."""
+
+
+def activate(name: str | None, value: Any) -> Any:
+    """Apply an activation to an expression; ``None`` applies nothing.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the name is not one of `ACTIVATIONS`.
+    """
+    if name is None:
+        return value
+    one = tirx.const(1, "float32")
+    if name == "gelu":
+        return fast.gelu(value)
+    if name == "relu":
+        return tirx.max(value, tirx.const(0, "float32"))
+    if name == "sigmoid":
+        return one / (one + fast.exp(-value))
+    if name == "silu":
+        return value / (one + fast.exp(-value))
+    raise InvalidArgumentError(
+        "activation is unknown", got=repr(name), allowed=", ".join(ACTIVATIONS)
+    )

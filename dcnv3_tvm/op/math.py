@@ -1,0 +1,144 @@
+"""Float32 functions as TensorIR expressions built from operations that LLVM vectorises.
+
+On LLVM targets ``tirx.exp`` and ``tirx.erf`` become one call into the C library per element. The
+expressions here are adds, multiplies, selects and one integer shift, which become vector code.
+
+The coefficients are minimax fits made for this file (iteratively reweighted least squares on
+Chebyshev nodes, in float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from tvm import tirx
+
+from dcnv3_tvm.errors import InvalidArgumentError
+
+EXP_RELATIVE_ERROR: Final = 2.0e-7
+"""Bound on the relative error of `exp` in float32, where the result is at least 2**-125."""
+
+GELU_ABSOLUTE_ERROR: Final = 5.0e-7
+"""Bound on the absolute error of `gelu` in float32 for ``x <= 8``; above, it returns x itself."""
+
+# e**r for |r| <= ln(2)/2, relative error 1.9e-9.
+_EXP: Final = (
+    1.0000000005546097,
+    1.000000036344733,
+    0.4999999207504763,
+    0.16666420072060384,
+    0.04166822619856306,
+    0.008374824054459974,
+    0.0013836835225095557,
+)
+# ln 2 in two parts; the first has 9 bits, so that n times it is exact for every exponent n.
+_LN2_HIGH: Final = 355.0 / 512.0
+_LN2_LOW: Final = 0.6931471805599453 - _LN2_HIGH
+# Below, the result flushes to zero; above, it overflows to infinity.
+_EXP_LOW: Final = -86.5
+_EXP_HIGH: Final = 88.72283
+
+# With a = |x| and t = 2a/_GELU_END - 1: gelu(x) = max(x, 0) - a*(_GELU_END - a)*polynomial(t).
+_GELU_END: Final = 5.5
+_GELU: Final = (
+    0.00108355435077101,
+    -0.008010287769138813,
+    0.02637440711259842,
+    -0.04882846772670746,
+    0.050040699541568756,
+    -0.014383798465132713,
+    -0.03307495638728142,
+    0.04636005312204361,
+    -0.012929704040288925,
+    -0.025641947984695435,
+    0.022788748145103455,
+    0.004962030798196793,
+    -0.010852506384253502,
+    8.96725250640884e-05,
+    0.0020248142536729574,
+)
+
+
+def exp(x: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Build e**x.
+
+    Parameters
+    ----------
+    x : tvm.tirx.PrimExpr
+        float32 or float64; the expression is repeated in the result, so let it be a load or a
+        variable. A float64 goes to the C library.
+
+    Returns
+    -------
+    tvm.tirx.PrimExpr
+        Of the type of `x`. In float32 the relative error is below `EXP_RELATIVE_ERROR`, results
+        for ``x < -86.5`` are 0, infinities give 0 and infinity, and NaN stays NaN.
+    """
+    if _type(x) == "float64":
+        return tirx.exp(x)
+    x_log2 = x * _real(1.4426950408889634)
+    exponent = tirx.min(tirx.max(x_log2, _real(-126.0)), _real(128.0))
+    n = tirx.floor(exponent + _real(0.5))
+    rest = (x - n * _real(_LN2_HIGH)) - n * _real(_LN2_LOW)
+    # 2**128 is not a float32: take 2**(n - 1), and twice the polynomial.
+    bits = tirx.shift_left(tirx.Cast("int32", n) + _int(126), _int(23))
+    power = tirx.reinterpret("float32", bits)
+    value = _horner(rest, [2.0 * c for c in _EXP]) * power
+    value = tirx.Select(x > _real(_EXP_HIGH), _real(float("inf")), value)
+    return tirx.Select(x < _real(_EXP_LOW), _real(0.0), value)
+
+
+def gelu(x: tirx.PrimExpr) -> tirx.PrimExpr:
+    """Build the exact (erf) GELU, ``x/2 * (1 + erf(x / sqrt 2))``.
+
+    ``max(x, 0) - gelu(x)`` is even in x, at most 0.17, and below 1.1e-7 from |x| = 5.5 on, so that
+    one polynomial on [0, 5.5] carries it, without a division and without cancellation.
+
+    Parameters
+    ----------
+    x : tvm.tirx.PrimExpr
+        float32 or float64; the expression is repeated in the result, so let it be a load or a
+        variable. A float64 goes to the C library's erf.
+
+    Returns
+    -------
+    tvm.tirx.PrimExpr
+        Of the type of `x`. In float32 the absolute error is below `GELU_ABSOLUTE_ERROR`; 0 gives
+        0, and NaN stays NaN.
+    """
+    if _type(x) == "float64":
+        half, root = tirx.const(0.5, "float64"), tirx.const(0.7071067811865476, "float64")
+        return x * half * (tirx.const(1.0, "float64") + tirx.erf(x * root))
+    size = tirx.abs(x)
+    a = tirx.Select(size < _real(_GELU_END), size, _real(_GELU_END))
+    t = a * _real(2.0 / _GELU_END) - _real(1.0)
+    rectified = (x + size) * _real(0.5)
+    return rectified - a * (_real(_GELU_END) - a) * _horner(t, _GELU)
+
+
+def _type(x: tirx.PrimExpr) -> str:
+    dtype = str(x.ty.dtype)
+    if dtype not in ("float32", "float64"):
+        raise InvalidArgumentError(
+            "this function computes in float32 or float64",
+            got=dtype,
+            allowed="float32, float64",
+            hint='Cast to float32 first: tirx.Cast("float32", x).',
+        )
+    return dtype
+
+
+def _real(value: float) -> Any:
+    return tirx.const(value, "float32")
+
+
+def _int(value: int) -> Any:
+    return tirx.const(value, "int32")
+
+
+def _horner(x: Any, coefficients: Sequence[float]) -> Any:
+    value = _real(coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + _real(coefficient)
+    return value

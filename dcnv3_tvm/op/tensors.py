@@ -1,0 +1,129 @@
+"""Arrays of NumPy, PyTorch and TVM as arguments of a compiled kernel, without copies."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dcnv3_tvm.errors import InvalidArgumentError
+
+_KINDS = "numpy.ndarray, torch.Tensor (on the CPU) or tvm.runtime.Tensor"
+
+
+def kind_of(tensors: dict[str, Any]) -> str:
+    """Tell which library named tensors come from.
+
+    Parameters
+    ----------
+    tensors : dict
+        Tensors by the names that an error shows.
+
+    Returns
+    -------
+    str
+        ``"numpy"``, ``"torch"`` or ``"tvm"``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If one is no tensor, they are of different kinds, or one is not in CPU memory.
+    """
+    kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
+    if len(set(kinds.values())) > 1:
+        raise InvalidArgumentError(
+            "the tensors are of different kinds",
+            got=", ".join(f"{name}: {kind}" for name, kind in kinds.items()),
+            allowed="all of one kind",
+        )
+    return next(iter(kinds.values()))
+
+
+def dtype_name(tensor: Any) -> str:
+    """Name the element type, for example ``"bfloat16"``, of a tensor of any kind."""
+    dtype = tensor.dtype
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
+def to_kernel(kind: str, tensor: Any) -> Any:
+    """Make a tensor an argument of a kernel.
+
+    The memory is shared, except that of an array that is not contiguous, not writable (DLPack
+    takes none such) or not in native byte order, which is copied.
+    """
+    if kind == "torch":
+        return _from_dlpack(tensor.detach().contiguous())
+    if kind == "tvm":
+        return tensor if tensor.is_contiguous() else _from_numpy(np.from_dlpack(tensor))
+    return _from_numpy(tensor)
+
+
+def empty(kind: str, shape: Sequence[int], dtype: str) -> Any:
+    """Allocate an uninitialised tensor of a kind."""
+    if kind == "torch":
+        import torch
+
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+    if kind == "tvm":
+        import tvm
+
+        return tvm.runtime.empty(tuple(shape), dtype)
+    return np.empty(tuple(shape), numpy_dtype(dtype))
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Find the NumPy type of a name; bfloat16 comes from ml_dtypes."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def _kind(name: str, tensor: Any) -> str:
+    if isinstance(tensor, np.ndarray):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(tensor, torch.Tensor):
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            raise InvalidArgumentError(
+                f"{name} is not a dense tensor in CPU memory",
+                got=f"device {tensor.device}, layout {tensor.layout}",
+                hint=f"Only CPUs are supported now: use {name}.cpu().",
+            )
+        return "torch"
+    tvm_ffi = sys.modules.get("tvm_ffi")
+    if tvm_ffi is not None and isinstance(tensor, tvm_ffi.Tensor):
+        if tensor.device.type != "cpu":
+            raise InvalidArgumentError(
+                f"{name} is not in CPU memory",
+                got=f"device {tensor.device}",
+                hint="Only CPUs are supported now.",
+            )
+        return "tvm"
+    raise InvalidArgumentError(
+        f"{name} is not a tensor",
+        got=f"{type(tensor).__module__}.{type(tensor).__qualname__}",
+        allowed=_KINDS,
+    )
+
+
+def _from_dlpack(tensor: Any) -> Any:
+    import tvm_ffi
+
+    return tvm_ffi.from_dlpack(tensor)
+
+
+def _from_numpy(array: np.ndarray[Any, Any]) -> Any:
+    native = array.dtype.newbyteorder("=")
+    array = np.require(array, dtype=native, requirements=["C", "W"])
+    if dtype_name(array) != "bfloat16":
+        return _from_dlpack(array)
+    # DLPack exports no NumPy extension type: pass the bits, and name them anew.
+    import tvm_ffi
+
+    view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+    bits = _from_dlpack(array.view(np.uint16))
+    return view(bits, tvm_ffi.Shape(array.shape), tvm_ffi.dtype("bfloat16"), 0)

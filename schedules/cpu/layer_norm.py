@@ -1,0 +1,111 @@
+"""Schedule of LayerNorm over contiguous channels."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from tvm import s_tir, tirx
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.target import Target
+
+from dcnv3_tvm.op.products import constant_factor
+from dcnv3_tvm.op.stages import KERNEL_ATTR, static
+from dcnv3_tvm.schedules.cpu.tiling import (
+    unroll_tile,
+    vector_unit,
+    vector_width,
+    vectorize_innermost,
+    whole_tile,
+)
+
+ROWS: Final = 8
+"""Most rows normalised side by side: their sums are independent and hide each other's latency."""
+
+
+def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+    """Normalise a few rows at a time, in parallel."""
+    if func.attrs.get(KERNEL_ATTR) != "layer_norm":
+        return None
+    lanes = vector_unit(target).lanes(str(func.params[0].dtype))
+    sch = s_tir.Schedule(func)
+    epilogue = sch.get_sblock("epilogue")
+    row, _ = sch.get_loops(epilogue)
+    task, _ = sch.split(row, [None, rows_at_once(sch.get(row).extent)])
+    sch.parallel(task)
+    normalize(sch, task, lanes)
+    return sch.mod["main"]
+
+
+def rows_at_once(rows: Any) -> int:
+    """Return how many of `rows` to normalise side by side: a divisor, or one."""
+    known = static(rows)
+    return whole_tile(known if known is not None else constant_factor(rows), ROWS) or 1
+
+
+def normalize(sch: s_tir.Schedule, task: LoopRV, lanes: int) -> None:
+    """Compute the blocks of a LayerNorm at `task`, whose rows and channels lie inside it.
+
+    Parameters
+    ----------
+    sch : Schedule
+        Schedule to change; block ``epilogue`` has a loop over rows and one over channels in `task`.
+    task : LoopRV
+        Loop to compute at.
+    lanes : int
+        Elements of a vector register.
+    """
+    scale = sch.get_sblock("scale")
+    sch.compute_at(scale, task, preserve_unit_loops=True)
+    sch.set_scope(scale, 0, "local")
+    for name in ("square", "total"):
+        tree_sum(sch, sch.get_sblock(name), task, lanes)
+    epilogue = sch.get_sblock("epilogue")
+    vectorize_innermost(sch, epilogue, lanes)
+
+
+def tree_sum(sch: s_tir.Schedule, total: SBlockRV, task: LoopRV, lanes: int) -> None:
+    """Sum over the innermost loop in vectors, then over the lanes of the vector by halves.
+
+    Parameters
+    ----------
+    sch : Schedule
+        Schedule to change.
+    total : SBlockRV
+        Block that sums over its innermost loop.
+    task : LoopRV
+        Loop to compute the sum at; the rows summed side by side lie inside it.
+    lanes : int
+        Elements of a vector register.
+    """
+    extent = static(sch.get(sch.get_loops(total)[-1]).extent)
+    width = vector_width(extent, lanes)
+    partial = []
+    while width > 1:
+        _, lane = sch.split(sch.get_loops(total)[-1], [None, width])
+        partial.append(sch.rfactor(lane, factor_axis=-1))
+        _order_axes(sch, partial[-1], lane_first=True)
+        width //= 2
+    if partial:
+        _order_axes(sch, total, lane_first=False)
+    for stage in [total, *reversed(partial)]:
+        sch.compute_at(stage, task, preserve_unit_loops=True)
+        sch.set_scope(stage, 0, "local")
+    for stage in partial:
+        *_, row, lane, step = sch.get_loops(stage)
+        sch.reorder(step, row, lane)
+        unroll_tile(sch, stage, [row, lane], step)
+        if stage is not partial[0]:
+            sch.unroll(step)
+    if partial:
+        *_, row, step = sch.get_loops(total)
+        sch.unroll(row)
+        sch.unroll(step)
+
+
+def _order_axes(sch: s_tir.Schedule, stage: SBlockRV, *, lane_first: bool) -> None:
+    """Order the axes that rfactor left in any order: rows, lane (first until now), step."""
+    kinds = [axis.iter_type for axis in sch.get(stage).iter_vars]
+    step = kinds.index(tirx.IterVar.CommReduce)
+    lane = [0] if lane_first else []
+    rows = [axis for axis in range(len(lane), len(kinds)) if axis != step]
+    sch.reorder_block_iter_var(stage, [*rows, *lane, step])

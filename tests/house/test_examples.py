@@ -1,0 +1,58 @@
+"""Every example runs, on something small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+
+TINY = "test_internimage_pre_norm"
+
+
+def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    # From another folder, as a user's script would: nothing may depend on the repository's root.
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+ARGUMENTS = {
+    "compile_and_run.py": ["--variant", TINY, "--calls", "2"],
+    "graph_operator.py": ["--size", "5"],
+    "run_operator.py": ["--size", "7"],
+}
+
+
+def test_every_example_is_listed():
+    assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ["graph_operator.py", "run_operator.py"])
+def test_operator_examples(name: str, tmp_path: Path):
+    done = run(name, *ARGUMENTS[name], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "relative error" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_compile_and_run(tmp_path: Path):
+    done = run("compile_and_run.py", *ARGUMENTS["compile_and_run.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "main/logits" in done.stdout
+    assert "features/feature_3" in done.stdout
+    assert "all within" in done.stdout
+    assert "china.jpg" in done.stdout
+    assert "the classes mean nothing" in done.stdout
+    # The long steps say what they are at.
+    assert "compile it: schedule" in done.stderr
+    metadata = json.loads((tmp_path / "build" / TINY / "metadata.json").read_text())
+    assert metadata["name"] == TINY

@@ -1,0 +1,191 @@
+"""The TensorIR kernels, compiled and scheduled for this machine, against float64."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tvm
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tvm.ir import IRModule
+
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.op import tensorir, tensors
+from dcnv3_tvm.op.reference import dcnv3_loops, dcnv3_reference
+from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
+from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.testing.specs import Inputs, random_inputs, specs
+from dcnv3_tvm.testing.tolerances import operator_bound
+
+
+def compile_kernels(kernels):
+    """Compile many kernels as one module: a third of the time of one by one."""
+    target = resolve_target("auto")
+    named = {f"f{i}": k.with_attr("global_symbol", f"f{i}") for i, k in enumerate(kernels)}
+    module, rules = schedule_module(IRModule(named), target)
+    assert set(rules.values()) == {"dcnv3"}
+    executable = tvm.compile(module, target=target)
+    return [executable[name] for name in named]
+
+
+def run(kernel, spec, inputs, packed=False):
+    """Run a kernel into an output full of NaN."""
+    arguments = [inputs.x, inputs.offset, inputs.mask]
+    if packed:
+        arguments = [inputs.x, np.concatenate([inputs.offset, inputs.mask], axis=-1)]
+    batch, out_height, out_width = inputs.offset.shape[:3]
+    out = np.full(
+        (batch, out_height, out_width, spec.channels), np.nan, tensors.numpy_dtype(spec.dtype)
+    )
+    kernel(*(tensors.to_kernel("numpy", array) for array in (*arguments, out)))
+    return out
+
+
+def check(out, spec, inputs):
+    reference = dcnv3_reference(inputs.x, inputs.offset, inputs.mask, spec)
+    finite = np.nan_to_num(inputs.offset.astype(np.float64), posinf=1e9, neginf=-1e9)
+    bound = operator_bound(spec, inputs.x, finite, inputs.mask, reference)
+    error = np.abs(out.astype(np.float64) - reference)
+    worst = np.unravel_index(np.argmax(error / bound), error.shape)
+    assert np.all(error <= bound), (
+        f"{spec.slug}: {out[worst]} is not {reference[worst]} at {worst} "
+        f"(error {error[worst]:.3g}, bound {bound[worst]:.3g})"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@settings(
+    max_examples=8,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],  # shrinking 25 compilations at a time takes too long
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_random_problems(dtype, data):
+    """200 problems a dtype; every second one with logits takes them packed."""
+    problems = data.draw(
+        st.lists(specs(dtype), min_size=25, max_size=25, unique_by=lambda spec: spec.slug)
+    )
+    packed = [spec.softmax and i % 2 == 0 for i, spec in enumerate(problems)]
+    kernels = compile_kernels(
+        tensorir.dcnv3_packed(spec) if pack else tensorir.dcnv3(spec)
+        for spec, pack in zip(problems, packed, strict=True)
+    )
+    for seed, (spec, pack, kernel) in enumerate(zip(problems, packed, kernels, strict=True)):
+        inputs = random_inputs(spec, seed=seed)
+        check(run(kernel, spec, inputs, pack), spec, inputs)
+
+
+SYMBOLIC = {
+    "all": (None, None, None),
+    "batch": (None, 7, 9),
+    "height": (2, None, 9),
+    "width": (2, 7, None),
+}
+SIZES = [(1, 1, 1), (2, 7, 9), (5, 7, 9), (3, 1, 9), (1, 8, 1), (2, 7, 16), (2, 30, 9)]
+
+
+@pytest.mark.parametrize("softmax", [False, True], ids=["mask", "logits"])
+@pytest.mark.parametrize("sizes", SYMBOLIC.values(), ids=SYMBOLIC)
+def test_symbolic_sizes(sizes, softmax):
+    spec = DCNv3Spec.of((*sizes, 24), group=3, stride=(2, 1), offset_scale=1.5, softmax=softmax)
+    (kernel,) = compile_kernels([tensorir.dcnv3(spec)])
+    ran = 0
+    for size in SIZES:
+        if any(a not in (None, b) for a, b in zip(sizes, size, strict=True)):
+            continue
+        n, h, w = size
+        static = dataclasses.replace(spec, batch=n, height=h, width=w)
+        inputs = random_inputs(static, seed=ran)
+        check(run(kernel, static, inputs), static, inputs)
+        ran += 1
+    assert ran >= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("static", [True, False], ids=["static", "symbolic"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (2, 2), (5, 6)], ids=str)
+def test_nothing_outside_is_read(size, static, dtype):
+    """NaN and infinite offsets drop their points; memory around the image is NaN and not read."""
+    spec = DCNv3Spec.of((2, *size, 10), group=2, pad=2, dtype=dtype)
+    shape = (2, *size, 10) if static else (None, None, None, 10)
+    (kernel,) = compile_kernels(
+        [tensorir.dcnv3(dataclasses.replace(spec, batch=shape[0], height=shape[1], width=shape[2]))]
+    )
+    plain = random_inputs(spec, seed=3)
+    rng = np.random.default_rng(4)
+    special = np.array([np.nan, np.inf, -np.inf, 6e4, -6e4]).astype(plain.offset.dtype)
+    offset = np.where(
+        rng.random(plain.offset.shape) < 0.3,
+        special[rng.integers(0, len(special), plain.offset.shape)],
+        plain.offset,
+    )
+    guard = plain.x.size
+    guarded = np.full(guard * 3, np.nan, plain.x.dtype)
+    x = guarded[guard : 2 * guard].reshape(plain.x.shape)
+    x[...] = plain.x
+    inputs = Inputs(x, offset, plain.mask)
+    check(run(kernel, spec, inputs), spec, inputs)
+
+
+def test_more_than_2_to_31_elements():
+    """The image is mostly untouched zero pages, so that the test needs little memory."""
+    spec = DCNv3Spec.of((2, 5000, 3400, 64), group=2, stride=(4900, 3300), dtype="float16")
+    assert np.prod(spec.input_shape) > 2**31
+    (kernel,) = compile_kernels([tensorir.dcnv3(spec)])
+    inputs = random_inputs(dataclasses.replace(spec, height=104, width=104, stride=(100, 100)))
+    x = np.zeros(spec.input_shape, np.float16)
+    rng = np.random.default_rng(5)
+    for rows in (slice(0, 4), slice(4890, 4910)):
+        for cols in (slice(0, 4), slice(3290, 3310)):
+            x[:, rows, cols] = rng.standard_normal(x[:, rows, cols].shape)
+    large = Inputs(x, inputs.offset / np.float16(20), inputs.mask)
+    out = run(kernel, spec, large)
+    reference = dcnv3_loops(large.x, large.offset, large.mask, spec)
+    assert np.abs(reference[1, -1, -1]).min() > 0
+    window = x[:, :4, :4]
+    bound = operator_bound(spec, window, large.offset, large.mask, reference)
+    assert np.all(np.abs(out - reference) <= 2 * bound)
+
+
+def test_softmax_is_stable():
+    spec = DCNv3Spec.of((1, 4, 5, 6), group=2, softmax=True)
+    inputs = random_inputs(spec)
+    shifted = Inputs(inputs.x, inputs.offset, inputs.mask * np.float32(12) + np.float32(3e3))
+    (kernel,) = compile_kernels([tensorir.dcnv3(spec)])
+    check(run(kernel, spec, shifted), spec, shifted)
+
+
+def test_packed_kernel_needs_logits():
+    with pytest.raises(InvalidArgumentError, match="takes mask logits"):
+        tensorir.dcnv3_packed(DCNv3Spec.of((1, 4, 5, 6), group=2))
+
+
+def test_a_side_beyond_float32_integers_is_refused():
+    with pytest.raises(InvalidArgumentError, match="width is too large"):
+        tensorir.dcnv3(DCNv3Spec.of((1, 1, 2**24 + 1, 1), group=1))
+
+
+@pytest.mark.parametrize("build", [tensorir.dcnv3, tensorir.dcnv3_packed])
+def test_names_blocks_and_attributes(build):
+    spec = DCNv3Spec.of((1, 4, 5, 6), group=2, softmax=True)
+    func = build(spec)
+    schedule = tvm.s_tir.Schedule(func)
+    blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
+    assert [schedule.get(block).name_hint for block in blocks] == [
+        "softmax_max",
+        "softmax_exp",
+        "softmax_sum",
+        "coordinates",
+        "corners",
+        "weights",
+        "pixels",
+        "sum",
+        "store",
+    ]
+    assert func.attrs[tensorir.KERNEL_ATTR] == build.__name__
+    assert func.attrs[tensorir.SPEC_ATTR] == spec.slug
+    assert func.attrs["global_symbol"] == build.__name__

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import tvm
+from tvm.target import Target
+
+from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.testing.tolerances import LAYER
+
+
+@pytest.fixture(scope="session")
+def host():
+    return resolve_target()
+
+
+@pytest.fixture(scope="session", params=["auto", "cpu-haswell", "cpu-x86-64"])
+def target(request):
+    """Return this machine's target, and older ones whose code it runs too."""
+    target = resolve_target(request.param)
+    if request.param != "auto" and "avx2" not in str(
+        tvm.target.codegen.llvm_get_cpu_features(resolve_target())
+    ):
+        pytest.skip("not an x86 machine with AVX2")
+    return target
+
+
+@pytest.fixture
+def scheduled():
+    """Schedule one function; return its script and the rule that took it."""
+
+    def schedule(func, target: Target):
+        module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+        module, rules = schedule_module(module, target)
+        return module["main"].script(), rules["main"]
+
+    return schedule
+
+
+@pytest.fixture
+def assert_close():
+    def check(result, reference, dtype="float32"):
+        limit = LAYER[dtype] * max(1.0, np.abs(reference).max())
+        np.testing.assert_allclose(result, reference, rtol=0, atol=limit)
+
+    return check
