@@ -128,9 +128,8 @@ class DCNv3Spec:
             ("group", self.group, 1, None),
             ("group_channels", self.group_channels, 1, None),
         ]
-        for name in ("batch", "height", "width"):
-            if getattr(self, name) is not None:
-                bounds.append((name, getattr(self, name), 1, None))
+        sizes = (("batch", self.batch), ("height", self.height), ("width", self.width))
+        bounds += [(name, size, 1, None) for name, size in sizes if size is not None]
         for name, low, high in (
             ("kernel_size", 1, MAX_KERNEL),
             ("stride", 1, None),
@@ -237,7 +236,7 @@ class DCNv3Spec:
     @property
     def output_size(self) -> tuple[int | None, int | None]:
         """(Ho, Wo); ``None`` where the input size is symbolic."""
-        sizes = []
+        sizes: list[int | None] = []
         for axis, size in enumerate((self.height, self.width)):
             if size is None:
                 sizes.append(None)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dcnv3_tvm.errors import MissingDependencyError
+
 if TYPE_CHECKING:
     from dcnv3_tvm.frontend.checkpoints import LoadReport, load_checkpoint
     from dcnv3_tvm.frontend.internimage import DCNv3, InternImage
@@ -41,7 +43,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dcnv3_tvm.frontend.{_HOMES[name]}"), name)
+    try:
+        home = importlib.import_module(f"dcnv3_tvm.frontend.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "tvm"):
+            raise
+        raise MissingDependencyError(
+            f"dcnv3_tvm.frontend.{name} needs {error.name}, which is not installed",
+            hint="Run: pip install 'dcnv3-tvm[torch]'",
+        ) from error
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

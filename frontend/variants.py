@@ -335,6 +335,15 @@ Sources: the configuration files of OpenGVLab/InternImage (T to XL, H, G).
 def list_models(pattern: str = "*") -> list[str]:
     """Return the names `create_model` takes that match a shell pattern, smallest first.
 
+    Parameters
+    ----------
+    pattern : str
+        As of `fnmatch`: ``*``, ``?`` and ``[...]``.
+
+    Returns
+    -------
+    list of str
+
     Examples
     --------
     >>> from dcnv3_tvm import frontend

@@ -133,7 +133,7 @@ def _model_and_checkpoint(arguments: argparse.Namespace) -> tuple[str, Path | No
     from dcnv3_tvm.frontend.variants import list_models, model_config
 
     path = Path(arguments.model)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         return model_config(arguments.model).variant, arguments.checkpoint
     if arguments.checkpoint is not None or arguments.random_weights is not None:
         raise InvalidArgumentError(

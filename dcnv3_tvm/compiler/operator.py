@@ -66,7 +66,7 @@ class CompiledOperator:
             If the operator was compiled for another machine.
         """
         tensors.kind_of({"x": x, "offset": offset, "mask": mask})
-        shape = tuple(int(size) for size in x.shape)  # type: ignore[attr-defined]
+        shape = tensors.shape_of(x)
         fits = len(shape) == 4 and all(
             size == wanted or (wanted is None and size > 0)
             for size, wanted in zip(shape, self.spec.input_shape, strict=True)
@@ -152,10 +152,8 @@ def _compile(spec: DCNv3Spec, target_text: str) -> CompiledOperator:
     from dcnv3_tvm.op.tensorir import dcnv3
     from dcnv3_tvm.schedules import schedule_module
 
-    if target_text == "auto":
-        target = targets.resolve_target("auto")
-    else:
-        target = Target(target_text)
+    auto = target_text == "auto"
+    target = targets.resolve_target("auto") if auto else Target(target_text)
     with _COMPILING:
         module, rules = schedule_module(IRModule({"dcnv3": dcnv3(spec)}), target)
         try:

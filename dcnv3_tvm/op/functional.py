@@ -83,7 +83,7 @@ def dcnv3(
     from dcnv3_tvm.compiler.operator import compile_op
 
     tensors.kind_of({"x": x, "offset": offset, "mask": mask})
-    shape = tuple(int(size) for size in x.shape)  # type: ignore[attr-defined]
+    shape = tensors.shape_of(x)
     if 0 in shape:
         raise InvalidArgumentError("x is empty", got=f"shape {shape}", allowed="sizes of 1 or more")
     dtype = tensors.dtype_name(x)
@@ -117,7 +117,7 @@ def check_arguments(spec: DCNv3Spec, x: object, offset: object, mask: object) ->
     """
     expected = {"x": spec.input_shape, "offset": spec.offset_shape, "mask": spec.mask_shape}
     got = {}
-    for (name, shape), tensor in zip(expected.items(), (x, offset, mask), strict=True):
+    for name, tensor in zip(expected, (x, offset, mask), strict=True):
         dtype = tensors.dtype_name(tensor)
         if dtype != spec.dtype:
             raise InvalidArgumentError(
@@ -125,7 +125,7 @@ def check_arguments(spec: DCNv3Spec, x: object, offset: object, mask: object) ->
                 got=dtype,
                 allowed=spec.dtype,
             )
-        got[name] = tuple(int(size) for size in tensor.shape)  # type: ignore[attr-defined]
+        got[name] = tensors.shape_of(tensor)
     for name, shape in expected.items():
         if len(got[name]) != 4:
             raise InvalidArgumentError(

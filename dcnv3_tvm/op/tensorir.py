@@ -186,7 +186,7 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int) -> Any:
     n, h, w, ho, wo = sizes
     acc_type = spec.accumulate_dtype
     softmax = spec.softmax
-    kernel_height, kernel_width = spec.kernel_size
+    kernel_height = spec.kernel_size[0]
     groups, points = _int64(spec.group), _int64(spec.points)
     group_channels = _int64(spec.group_channels)
     two = _int64(2)
@@ -239,8 +239,8 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int) -> Any:
     # With a static width, row and column taken from one index simplify back to that index when
     # the buffer is flattened; with a symbolic one TVM would emit the divisions.
     linear = spec.width is not None
-    few_pixels = linear and spec.height is not None and spec.height * spec.width < 2**31
-    pixel_type = "int32" if few_pixels else "int64"
+    image = (spec.height or 2**31) * (spec.width or 2**31)
+    pixel_type = "int32" if image < 2**31 else "int64"
 
     @T.inline
     def body(X, Offset, Mask, Out):

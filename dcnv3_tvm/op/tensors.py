@@ -41,6 +41,11 @@ def kind_of(tensors: dict[str, Any]) -> str:
     return next(iter(kinds.values()))
 
 
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """Read the shape of a tensor of any kind."""
+    return tuple(int(size) for size in tensor.shape)
+
+
 def dtype_name(tensor: Any) -> str:
     """Name the element type, for example ``"bfloat16"``, of a tensor of any kind."""
     dtype = tensor.dtype
@@ -78,7 +83,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype(name)
 
 

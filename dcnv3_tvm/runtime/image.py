@@ -88,6 +88,11 @@ def top_k(logits: Any, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
     probabilities : numpy.ndarray of float64, shape (N, k)
         In falling order.
 
+    Raises
+    ------
+    InvalidArgumentError
+        If `logits` is not two-dimensional, or `k` is out of range.
+
     Examples
     --------
     >>> classes, probabilities = top_k(np.array([[0.0, 2.0, 1.0]]), k=2)

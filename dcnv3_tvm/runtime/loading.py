@@ -96,6 +96,17 @@ def load(
 def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetadata:
     """Read an artifact's description without opening its code.
 
+    Parameters
+    ----------
+    folder : Path
+        The artifact.
+    verify_digest : bool
+        Refuse a description that was changed.
+
+    Returns
+    -------
+    ArtifactMetadata
+
     Raises
     ------
     ArtifactError

@@ -6,7 +6,7 @@ a LayerNorm (a folded BatchNorm, a layer scale) is multiplied into its weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -55,15 +55,16 @@ def _evaluate(
     """Compute the call if all its tensors are weights."""
     word = name.removeprefix("relax.")
     if name == "relax.concat":
-        arrays = [rebuilder.array(field) for field in call.args[0].fields]
-        if any(array is None for array in arrays):
+        arrays = _arrays(rebuilder, call.args[0].fields)
+        if arrays is None:
             return None
-        result = np.concatenate(arrays, axis=int(call.attrs.axis))
+        result: np.ndarray = np.concatenate(arrays, axis=int(call.attrs.axis))
         return rebuilder.weight(result, call.args[0].fields[0], word)
     if name not in _BINARY and name not in _UNARY and name not in _VIEWS | {"relax.permute_dims"}:
         return None
-    arrays = [rebuilder.array(argument) for argument in call.args if _is_tensor(argument)]
-    if any(array is None for array in arrays):
+    arrays = _arrays(rebuilder, [argument for argument in call.args if _is_tensor(argument)])
+    shape = static_shape(var)
+    if arrays is None or shape is None:
         return None
     if name in _BINARY:
         result = _BINARY[name](*arrays)
@@ -73,8 +74,19 @@ def _evaluate(
         axes = call.attrs.axes
         result = np.transpose(arrays[0], None if axes is None else [int(axis) for axis in axes])
     else:
-        result = np.reshape(arrays[0], static_shape(var))
+        result = np.reshape(arrays[0], shape)
     return rebuilder.weight(np.asarray(result, arrays[0].dtype), call.args[0], word)
+
+
+def _arrays(rebuilder: Rebuilder, exprs: Iterable[relax.Expr]) -> list[np.ndarray] | None:
+    """Return the values of weights and literals; None if one is computed from the inputs."""
+    arrays = []
+    for expr in exprs:
+        array = rebuilder.array(expr)
+        if array is None:
+            return None
+        arrays.append(array)
+    return arrays
 
 
 def _is_tensor(expr: relax.Expr) -> bool:
@@ -83,8 +95,8 @@ def _is_tensor(expr: relax.Expr) -> bool:
 
 def _fold_batch_norm(rebuilder: Rebuilder, call: relax.Call) -> relax.Expr | None:
     source, *statistics = call.args
-    arrays = [rebuilder.array(argument) for argument in statistics]
-    if any(array is None for array in arrays) or bool(call.attrs.training):
+    arrays = _arrays(rebuilder, statistics)
+    if arrays is None or bool(call.attrs.training):
         return None
     gamma, beta, mean, variance = (array.astype("float64") for array in arrays)
     scale = gamma / np.sqrt(variance + float(call.attrs.epsilon))
@@ -128,7 +140,8 @@ def _fold_shift(rebuilder: Rebuilder, first: relax.Expr, second: relax.Expr) -> 
             earlier = _by_channel(rebuilder, inner.args[1], inner.args[0])
             if earlier is not None:
                 source, shift = inner.args[0], earlier + shift
-        if source is first and rebuilder.array(second).ndim == 1:
+        known = rebuilder.array(second)
+        if source is first and known is not None and known.ndim == 1:
             return None
         bias = rebuilder.weight(shift, shift_var, "bias")
         return rebuilder.emit(relax.op.add(source, bias))

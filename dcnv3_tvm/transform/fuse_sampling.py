@@ -64,11 +64,8 @@ def _logits(rebuilder: Rebuilder, mask: relax.Expr, points: int) -> relax.Expr |
 def _packed(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
     """Return the packed form of a call that takes logits, if its projections can be merged."""
     x, offset, mask = call.args
-    projections = [_projection(rebuilder, tensor) for tensor in (offset, mask)]
-    if any(projection is None for projection in projections):
-        return None
-    first, second = projections
-    if not first.source.same_as(second.source):
+    first, second = _projection(rebuilder, offset), _projection(rebuilder, mask)
+    if first is None or second is None or not first.source.same_as(second.source):
         return None
     weight, bias = (
         rebuilder.weight(

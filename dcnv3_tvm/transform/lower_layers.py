@@ -69,7 +69,9 @@ class _Context:
     @property
     def weight(self) -> np.ndarray:
         """The weight of the operator the layer begins with."""
-        return self.rebuilder.array(self.rebuilder.current(self.layer.root.args[1]))
+        array = self.rebuilder.array(self.rebuilder.current(self.layer.root.args[1]))
+        assert array is not None, "only operators with a known weight begin a layer"
+        return array
 
     def packed(self, array: np.ndarray) -> relax.Var:
         """Add the weight in the order the kernel wants."""

@@ -115,7 +115,8 @@ class Rebuilder:
     def array(self, var: relax.Expr) -> np.ndarray | None:
         """Return the value of a weight or a literal; None for what is computed from the inputs."""
         if isinstance(var, GenericConst):
-            return var.value.numpy()
+            literal: np.ndarray = var.value.numpy()
+            return literal
         name = self._weight_names.get(var) if isinstance(var, relax.Var) else None
         return None if name is None else self.weights[name]
 
