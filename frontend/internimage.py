@@ -121,18 +121,7 @@ class DCNv3(nn.Module):
         offset = self.offset(local)
         logits = self.mask(local).unflatten(-1, (self.group, -1))
         mask = torch.softmax(logits, dim=-1).flatten(-2)
-        y = torch_op.dcnv3(
-            projected,
-            offset,
-            mask,
-            group=self.group,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            pad=self.pad,
-            dilation=self.dilation,
-            offset_scale=self.offset_scale,
-            remove_center=self.remove_center,
-        )
+        y = self.sample(projected, offset, mask)
         if self.center_feature_scale:
             gate = torch.sigmoid(
                 F.linear(
@@ -145,6 +134,21 @@ class DCNv3(nn.Module):
             y = y * (1 - gate) + projected * gate
         result: Tensor = self.output_proj(y)
         return result
+
+    def sample(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        """Call the operator on the projected map; subclasses may put another in its place."""
+        return torch_op.dcnv3(
+            x,
+            offset,
+            mask,
+            group=self.group,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            pad=self.pad,
+            dilation=self.dilation,
+            offset_scale=self.offset_scale,
+            remove_center=self.remove_center,
+        )
 
 
 class Stem(nn.Module):

@@ -6,6 +6,7 @@ Exit codes: 0 for success, 1 for a failure, 2 for bad usage or bad input, 130 fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -17,7 +18,8 @@ from typing import Final, Protocol, cast
 from dcnv3_tvm import errors
 from dcnv3_tvm.cli.result import Result
 
-_VERBS: Final = ("models", "compile", "run", "verify", "info", "env")
+_VERBS: Final = ("models", "compile", "run", "verify", "bench", "info", "env")
+_STDOUT: Final = "-"
 _BAD_INPUT: Final = (
     errors.InvalidArgumentError,
     errors.CheckpointError,
@@ -51,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser(verbs).parse_args(argv)
     try:
         result = verbs[arguments.verb].execute(arguments)
-        print(json.dumps(result.data, indent=2) if arguments.json else result.text)
+        as_json = arguments.json in (True, _STDOUT)
+        print(json.dumps(result.data, indent=2) if as_json else result.text)
         sys.stdout.flush()
     except errors.DCNv3Error as error:
         print(f"dcnv3-tvm {arguments.verb}: error: {error}", file=sys.stderr)
@@ -80,5 +83,7 @@ def _parser(verbs: dict[str, _Verb]) -> argparse.ArgumentParser:
     for name, verb in verbs.items():
         command = commands.add_parser(name, help=verb.HELP, description=verb.HELP)
         verb.add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print JSON")
+        # A verb that can write JSON to a file, too, has declared an option of its own.
+        with contextlib.suppress(argparse.ArgumentError):
+            command.add_argument("--json", action="store_true", help="print JSON")
     return parser

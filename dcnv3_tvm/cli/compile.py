@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", help="element type (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="images in a call (default: 1)")
     parser.add_argument("--dynamic-batch", action="store_true", help="any number of images")
+    parser.add_argument("--dynamic-size", action="store_true", help="any image size")
     parser.add_argument(
-        "--size", type=_size, metavar="HxW", help="size of the image (default: the model's own)"
+        "--size", type=parse_size, metavar="HxW", help="size of the image (default: the model's own)"
     )
     parser.add_argument(
         "--features-only", action="store_true", help="return the four feature maps, no logits"
@@ -116,6 +117,7 @@ def _import(
         model,
         example=(arguments.batch, 3, height, width),
         dynamic_batch=arguments.dynamic_batch,
+        dynamic_size=arguments.dynamic_size,
     )
     return dataclasses.replace(
         imported, preprocessing=_preprocessing(imported.preprocessing, height, width)
@@ -160,7 +162,8 @@ def _check_sizes(arguments: argparse.Namespace) -> None:
         raise InvalidArgumentError("there is no such checkpoint", got=arguments.checkpoint)
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
+    """Read ``HxW``, or one number for both, for argparse."""
     match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 384x512 or 224")

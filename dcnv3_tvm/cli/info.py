@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from dcnv3_tvm.cli.result import Result, table
 
@@ -42,6 +42,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("created", metadata.created),
         ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
         ("kernels", _kernels(metadata.kernels)),
+        ("verified", _verification(metadata.verification)),
     ]
     for name, entry in metadata.entries.items():
         facts += [(f"{name} takes", describe(tensor)) for tensor in entry.inputs]
@@ -59,3 +60,11 @@ def _kernels(kernels: dict[str, str]) -> str:
         counts[rule] = counts.get(rule, 0) + 1
     rules = ", ".join(f"{count} by {rule}" for rule, count in sorted(counts.items()))
     return f"{len(kernels)} ({rules})" if rules else "0"
+
+
+def _verification(verification: dict[str, Any] | None) -> str:
+    if verification is None:
+        return "no; `dcnv3-tvm verify --record` does"
+    worst = max(row["max_error"] for row in verification["outputs"])
+    verdict = "agrees with" if verification["ok"] else "DIFFERS from"
+    return f"{verdict} {verification['reference']} (largest error {worst:.1e} of max |reference|)"

@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, help="folder of the artifact")
     parser.add_argument("image", type=Path, nargs="*", help="image files to compare on as well")
     add_weights(parser)
+    parser.add_argument(
+        "--record", action="store_true", help="write the result into the artifact's metadata"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random image (default: 0)")
 
 
@@ -83,7 +86,12 @@ def execute(arguments: argparse.Namespace) -> Result:
         f"\n{compiled.metadata.name} {verdict} PyTorch in float64 (errors relative to "
         f"max |reference|, tolerance {tolerance:g})"
     )
-    return Result({"ok": ok, "tolerance": tolerance, "outputs": rows}, text, ok=ok)
+    result = {"ok": ok, "tolerance": tolerance, "outputs": rows}
+    if arguments.record:
+        from dcnv3_tvm.compiler.artifact import record_verification
+
+        record_verification(arguments.artifact, result | {"reference": "PyTorch in float64"})
+    return Result(result, text, ok=ok)
 
 
 def _inputs(compiled: CompiledModel, arguments: argparse.Namespace) -> dict[str, np.ndarray]:

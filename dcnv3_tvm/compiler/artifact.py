@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from dcnv3_tvm import atomic
 from dcnv3_tvm.compiler import card
 from dcnv3_tvm.errors import ArtifactError, MissingDependencyError
 from dcnv3_tvm.runtime.library import installed_runtime
-from dcnv3_tvm.runtime.loading import digest_of
+from dcnv3_tvm.runtime.loading import digest_of, read_metadata
 from dcnv3_tvm.runtime.metadata import (
     CARD,
     LIBRARY,
@@ -89,6 +90,33 @@ def write(
             "the artifact cannot be written",
             got=f"{reason} ({getattr(error, 'filename', None) or destination})",
             hint=f"What was at {destination} is unchanged.",
+        ) from error
+
+
+def record_verification(folder: Path, verification: dict[str, Any]) -> None:
+    """Write into an artifact how far its outputs were from the truth.
+
+    Parameters
+    ----------
+    folder : Path
+        The artifact.
+    verification : dict
+        Plain values: what it was compared with, on what, and the errors of each output.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact cannot be read or written; it then stays as it was.
+    """
+    metadata = dataclasses.replace(read_metadata(folder), verification=verification)
+    try:
+        with atomic.file(folder / METADATA) as path:
+            path.write_text(metadata.dumps(), encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(
+            "the verification cannot be written into the artifact",
+            got=f"{error.strerror} ({error.filename})",
+            hint="The artifact is unchanged.",
         ) from error
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from dcnv3_tvm import machine, targets
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
 from dcnv3_tvm.op import functional, tensors
+from dcnv3_tvm.runtime import library
 from dcnv3_tvm.spec import DCNv3Spec
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class CompiledOperator:
     def call_checked(self, spec: DCNv3Spec, x: TensorT, offset: TensorT, mask: TensorT) -> TensorT:
         """Run the operator on tensors already checked against the static problem `spec`."""
         kind = tensors.kind_of({"x": x})
+        library.use_threads(_threads())
         out: TensorT = tensors.empty(kind, [int(s or 0) for s in spec.output_shape], spec.dtype)
         self._function(*(tensors.to_kernel(kind, tensor) for tensor in (x, offset, mask, out)))
         return out
@@ -103,6 +105,11 @@ class CompiledOperator:
                 hint='Compile with target="auto".',
             )
         return self.executable["dcnv3"]
+
+
+@functools.cache
+def _threads() -> int:
+    return library.default_threads()
 
 
 def compile_op(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,16 @@ def test_verify(cli, classifier, photo):
     assert {row["input"] for row in found.data["outputs"]} == {"random 1x3x32x32", "china.jpg"}
     assert len(found.data["outputs"]) == 2 * 5
     assert all(0 < row["mean_error"] <= row["max_error"] < 1e-4 for row in found.data["outputs"])
+
+
+def test_verify_records_its_result_where_asked(cli, classifier, tmp_path):
+    folder = shutil.copytree(classifier, tmp_path / "copy")
+    assert "verify --record" in cli("info", folder).out
+    assert cli("verify", folder, "--random-weights", 3, "--record").code == 0
+    metadata = runtime.load(folder).metadata
+    assert metadata.verification["ok"]
+    assert len(metadata.verification["outputs"]) == 5
+    assert "agrees with PyTorch in float64" in cli("info", folder).out
 
 
 def test_verify_of_other_weights(cli, classifier):

@@ -50,7 +50,8 @@ def test_model_tour(folder: Path):
 @pytest.mark.slow
 def test_command_line_tour(folder: Path, capsys: pytest.CaptureFixture[str]):
     lines = [shlex.split(line, comments=True) for line in blocks("sh", "verify").splitlines()]
-    assert {line[1] for line in lines} == set(cli._VERBS)
+    # A benchmark takes minutes.
+    assert {line[1] for line in lines} == set(cli._VERBS) - {"bench"}
     for line in lines:
         assert line[0] == "dcnv3-tvm"
         assert cli.main(line[1:]) == 0, capsys.readouterr().err

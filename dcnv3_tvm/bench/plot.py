@@ -1,0 +1,84 @@
+"""A bar picture of a report."""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from dcnv3_tvm.bench.report import CaseResult, Report
+from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
+
+_WIDTH: Final = 9.0
+_BAR: Final = 0.32
+
+
+def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
+    """Draw one group of bars a case, on a logarithmic axis, with the floors as marks.
+
+    Parameters
+    ----------
+    report : Report
+        What to draw; contestants without times are left out.
+    path : path
+        File to write; its ending names the format, such as ``.png`` or ``.svg``.
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+    InvalidArgumentError
+        If the file cannot be written, or there is nothing to draw.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "matplotlib, which draws the picture, is not installed",
+            hint="Run: pip install 'dcnv3-tvm[bench]'",
+        ) from error
+    cases = [case for case in report.cases if _timed(case)]
+    if not cases:
+        raise InvalidArgumentError("there is nothing to draw: no contestant was timed")
+    names = list(dict.fromkeys(name for case in cases for name in _timed(case)))
+    lines = sum(len(_timed(case)) + 1 for case in cases)
+    figure = Figure(figsize=(_WIDTH, 1.8 + _BAR * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    place, places = 0.0, []
+    for case in cases:
+        begin = place
+        for name, (lower, median, upper) in _timed(case).items():
+            color = f"C{names.index(name) % 10}"
+            spread = [[median - lower], [upper - median]]
+            axes.barh(place, median, height=0.85, color=color, xerr=spread, ecolor="0.3")
+            axes.text(upper, place, f" {median:.3g}", va="center", fontsize="small")
+            place += 1
+        for seconds, style in ((case.floors.copy, ":"), (case.floors.arithmetic, "--")):
+            axes.vlines(1e3 * seconds, begin - 0.5, place - 0.5, color="0.2", linestyle=style)
+        places.append((begin + place - 1) / 2)
+        place += 1
+    axes.set_yticks(places, [case.slug for case in cases], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set_xlabel(
+        "milliseconds, median and quartiles (log); floors: copy dotted, arithmetic dashed"
+    )
+    handles = [axes.barh(0, 0, color=f"C{index % 10}") for index in range(len(names))]
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize="small")
+    where = report.provenance
+    axes.set_title(f"{where.cpu}, {where.threads} threads, {where.date[:10]}", fontsize="medium")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError("the picture cannot be written", got=error) from error
+
+
+def _timed(case: CaseResult) -> dict[str, tuple[float, float, float]]:
+    """Return lower quartile, median and upper quartile in milliseconds by contestant."""
+    return {
+        row.name: (1e3 * row.seconds.lower, 1e3 * row.seconds.median, 1e3 * row.seconds.upper)
+        for row in case.rows
+        if row.seconds is not None
+    }

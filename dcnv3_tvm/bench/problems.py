@@ -1,0 +1,144 @@
+"""A case made ready: a PyTorch module for the peers, inputs, the true outputs, and the work in it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dcnv3_tvm import frontend
+from dcnv3_tvm.bench.cases import EncoderCase
+from dcnv3_tvm.frontend.internimage import InternImage
+from dcnv3_tvm.op.reference import dcnv3_reference
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.testing.tolerances import MODEL, operator_bound
+from dcnv3_tvm.testing.twin import TwinOperator, twin_of
+from dcnv3_tvm.testing.weights import randomize_
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+PEER_TOLERANCE: Final = 1e-3
+"""Largest error of a peer, as a fraction of max|reference|: they compute the sampling points in
+coordinates from -1 to 1, which costs digits, and a wrong computation is off by far more."""
+
+OFFSET_SPREAD: Final = 2.0
+"""Offsets of the operator's inputs are uniform within plus or minus this many pixels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What all contestants of a case compute.
+
+    Parameters
+    ----------
+    slug : str
+        Name of the case.
+    source : DCNv3Spec or InternImage
+        What this library compiles.
+    module : torch.nn.Module
+        What peers run or export: the same with ``grid_sample``.
+    inputs : dict of str to numpy.ndarray
+        Arguments by name, in order, float32.
+    reference : list of numpy.ndarray
+        The outputs in float64.
+    tolerance : float
+        Largest error of this library, as a fraction of max|reference|.
+    flops, traffic : float
+        Operations (a multiply-add counts as two); bytes of inputs, weights and outputs.
+    """
+
+    slug: str
+    source: DCNv3Spec | InternImage
+    module: nn.Module
+    inputs: dict[str, Array]
+    reference: list[Array]
+    tolerance: float
+    flops: float
+    traffic: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The inputs for PyTorch, sharing their memory."""
+        return tuple(torch.from_numpy(array) for array in self.inputs.values())
+
+
+def operator_problem(spec: DCNv3Spec, seed: int = 0) -> Problem:
+    """Make an operator problem ready: normal x, uniform masks, offsets that cross the borders."""
+    rng = np.random.default_rng(seed)
+    inputs = {
+        "x": _aligned(rng.standard_normal(spec.input_shape, np.float32)),
+        "offset": _aligned(rng.uniform(-OFFSET_SPREAD, OFFSET_SPREAD, spec.offset_shape)),
+        "mask": _aligned(rng.random(spec.mask_shape, np.float32)),
+    }
+    reference = dcnv3_reference(*inputs.values(), spec)
+    bound = operator_bound(spec, *inputs.values(), reference)
+    return Problem(
+        slug=spec.slug,
+        source=spec,
+        module=TwinOperator(spec).eval(),
+        inputs=inputs,
+        reference=[reference],
+        tolerance=float(bound.max() / np.abs(reference).max()),
+        flops=spec.flops,
+        traffic=spec.bytes,
+    )
+
+
+def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
+    """Make an encoder ready, with random weights that deform by some pixels.
+
+    The truth is the module of the peers in float64; a test holds it against this library's
+    reference.
+    """
+    model = frontend.create_model(case.variant, features_only=case.features)
+    randomize_(model, seed)
+    twin = twin_of(model)
+    shape = (case.batch, 3, *case.size)
+    image = _aligned(np.random.default_rng(seed).standard_normal(shape, np.float32))
+    with torch.no_grad():
+        exact = copy.deepcopy(twin).double()(torch.from_numpy(image).double())
+    reference = arrays(exact)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    outputs = sum(array.size for array in reference)
+    return Problem(
+        slug=case.slug,
+        source=model,
+        module=twin,
+        inputs={"image": image},
+        reference=reference,
+        tolerance=MODEL["float32"],
+        flops=_encoder_flops(case),
+        traffic=4.0 * (weights + image.size + outputs),
+    )
+
+
+def arrays(outputs: Tensor | list[Tensor]) -> list[Array]:
+    """List a PyTorch model's outputs as arrays."""
+    tensors = [outputs] if isinstance(outputs, Tensor) else outputs
+    return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in tensors]
+
+
+def _aligned(values: Array) -> Array:
+    """Copy to float32 in memory of PyTorch's, whose alignment spares every contestant a copy."""
+    return torch.empty(values.shape).copy_(torch.from_numpy(values)).numpy()
+
+
+def _encoder_flops(case: EncoderCase) -> float:
+    """Count products, convolutions and sampling, by shapes alone."""
+    model = frontend.create_model(case.variant, features_only=case.features, device="meta")
+    mapping = {torch.ops.dcnv3_tvm.dcnv3: _sampling_flops}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        model(torch.empty(case.batch, 3, *case.size, device="meta"))
+    return float(counter.get_total_flops())
+
+
+def _sampling_flops(
+    x: tuple[int, ...], _offset: Any, mask: tuple[int, ...], *parameters: Any, **_: Any
+) -> int:
+    group = parameters[4]
+    return 2 * 4 * (mask[-1] // group) * mask[0] * mask[1] * mask[2] * x[-1]
