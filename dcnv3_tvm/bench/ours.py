@@ -1,4 +1,4 @@
-"""This library as a contestant."""
+"""The contestant that is this library."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dcnv3_tvm.bench.contestants import OURS, Contestant
 from dcnv3_tvm.bench.problems import Problem
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.operator import compile_op
+from dcnv3_tvm.frontend.internimage import InternImage
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.spec import DCNv3Spec
 
@@ -33,7 +34,7 @@ def build(problem: Problem, threads: int) -> list[Contestant]:
     """
     if isinstance(problem.source, DCNv3Spec):
         return _operator(problem, problem.source, threads)
-    return [_encoder(problem, threads)]
+    return [_encoder(problem, problem.source, threads)]
 
 
 def _operator(problem: Problem, spec: DCNv3Spec, threads: int) -> list[Contestant]:
@@ -56,11 +57,10 @@ def _operator(problem: Problem, spec: DCNv3Spec, threads: int) -> list[Contestan
     ]
 
 
-def _encoder(problem: Problem, threads: int) -> Contestant:
-    shape = tuple(problem.inputs["image"].shape)
-    model = compile_model(frontend.import_model(problem.source, example=shape))
-    model.threads = threads
+def _encoder(problem: Problem, source: InternImage, threads: int) -> Contestant:
     image = problem.inputs["image"]
+    model = compile_model(frontend.import_model(source, example=tuple(image.shape)))
+    model.threads = threads
     return Contestant(OURS, lambda: model(image), _listed, problem.tolerance)
 
 

@@ -32,6 +32,7 @@ def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError as error:
         raise MissingDependencyError(
             "matplotlib, which draws the picture, is not installed",
@@ -65,7 +66,7 @@ def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
     axes.set_xlabel(
         "milliseconds, median and quartiles (log); floors: copy dotted, arithmetic dashed"
     )
-    handles = [axes.barh(0, 0, color=f"C{index % 10}") for index in range(len(names))]
+    handles = [Patch(color=f"C{index % 10}") for index in range(len(names))]
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize="small")
     where = report.provenance
     axes.set_title(f"{where.cpu}, {where.threads} threads, {where.date[:10]}", fontsize="medium")

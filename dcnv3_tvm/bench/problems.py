@@ -1,9 +1,10 @@
-"""A case made ready: a PyTorch module for the peers, inputs, the true outputs, and the work in it."""
+"""A case made ready: a PyTorch module for the peers, inputs, true outputs, and its work."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.cases import EncoderCase
+from dcnv3_tvm.bench.export import OnnxFile
 from dcnv3_tvm.frontend.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
@@ -66,22 +68,27 @@ class Problem:
         """The inputs for PyTorch, sharing their memory."""
         return tuple(torch.from_numpy(array) for array in self.inputs.values())
 
+    @functools.cached_property
+    def onnx(self) -> OnnxFile:
+        """The module as a file, exported when first asked for."""
+        return OnnxFile(self.module, self.inputs)
+
 
 def operator_problem(spec: DCNv3Spec, seed: int = 0) -> Problem:
     """Make an operator problem ready: normal x, uniform masks, offsets that cross the borders."""
     rng = np.random.default_rng(seed)
-    inputs = {
-        "x": _aligned(rng.standard_normal(spec.input_shape, np.float32)),
-        "offset": _aligned(rng.uniform(-OFFSET_SPREAD, OFFSET_SPREAD, spec.offset_shape)),
-        "mask": _aligned(rng.random(spec.mask_shape, np.float32)),
-    }
-    reference = dcnv3_reference(*inputs.values(), spec)
-    bound = operator_bound(spec, *inputs.values(), reference)
+    shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape)
+    x_shape, offset_shape, mask_shape = (tuple(int(size or 0) for size in s) for s in shapes)
+    x = _aligned(rng.standard_normal(x_shape, np.float32))
+    offset = _aligned(rng.uniform(-OFFSET_SPREAD, OFFSET_SPREAD, offset_shape))
+    mask = _aligned(rng.random(mask_shape, np.float32))
+    reference = dcnv3_reference(x, offset, mask, spec)
+    bound = operator_bound(spec, x, offset, mask, reference)
     return Problem(
         slug=spec.slug,
         source=spec,
         module=TwinOperator(spec).eval(),
-        inputs=inputs,
+        inputs={"x": x, "offset": offset, "mask": mask},
         reference=[reference],
         tolerance=float(bound.max() / np.abs(reference).max()),
         flops=spec.flops,
@@ -140,5 +147,5 @@ def _encoder_flops(case: EncoderCase) -> float:
 def _sampling_flops(
     x: tuple[int, ...], _offset: Any, mask: tuple[int, ...], *parameters: Any, **_: Any
 ) -> int:
-    group = parameters[4]
+    group: int = parameters[4]
     return 2 * 4 * (mask[-1] // group) * mask[0] * mask[1] * mask[2] * x[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -32,6 +33,8 @@ class Provenance:
         Name of the processor.
     cores, threads : int
         Physical cores this process may use; threads that each contestant computes with.
+    load : float
+        Load average of the minute before: others who compute at the same time disturb.
     date : str
         UTC, ISO 8601.
     commit : str or None
@@ -44,6 +47,7 @@ class Provenance:
     cpu: str
     cores: int
     threads: int
+    load: float
     date: str
     commit: str | None
     versions: dict[str, str]
@@ -57,6 +61,7 @@ class Provenance:
             cpu=_cpu(),
             cores=machine.physical_cores(),
             threads=threads,
+            load=round(os.getloadavg()[0], 2),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             commit=_commit(),
             versions=versions | {name: text for name, text in found.items() if text is not None},
@@ -68,7 +73,7 @@ class Provenance:
         versions = ", ".join(f"{name} {text}" for name, text in self.versions.items())
         commit = f", commit {self.commit}" if self.commit else ""
         return (
-            f"{self.cpu}, {self.cores} cores, {self.threads} threads; {versions}; "
+            f"{self.cpu}, {self.cores} cores, {self.threads} threads, load {self.load}; {versions}; "
             f"{self.date}{commit}"
         )
 

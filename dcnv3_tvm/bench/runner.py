@@ -47,6 +47,7 @@ def run(
         In a case where an output is wrong nothing is timed.
     """
     plan = plan or Plan()
+    provenance = Provenance.here(threads)
     skipped = {
         peer.name: f"not installed: {', '.join(peer.missing)}" for peer in against if peer.missing
     }
@@ -62,7 +63,7 @@ def run(
         results.append(_run_case(problem, present, threads, plan, peaks, on_step))
     return Report(
         kind="encoder" if any(isinstance(case, EncoderCase) for case in cases) else "op",
-        provenance=Provenance.here(threads),
+        provenance=provenance,
         plan=plan,
         peaks=peaks,
         cases=tuple(results),

@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dynamic-batch", action="store_true", help="any number of images")
     parser.add_argument("--dynamic-size", action="store_true", help="any image size")
     parser.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="size of the image (default: the model's own)"
+        "--size",
+        type=parse_size,
+        metavar="HxW",
+        help="size of the image (default: the model's own)",
     )
     parser.add_argument(
         "--features-only", action="store_true", help="return the four feature maps, no logits"

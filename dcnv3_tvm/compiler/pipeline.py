@@ -92,7 +92,7 @@ def run_pipeline(
             if debug_dump is not None:
                 text = program.module.script(show_meta=True)
                 (debug_dump / f"{number:02d}-{name}.py").write_text(text, encoding="utf-8")
-    return program, kernels
+    return program.with_plain_names(), kernels
 
 
 def _legalize() -> tvm.transform.Pass:

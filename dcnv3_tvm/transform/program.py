@@ -48,6 +48,24 @@ class Program:
         """Apply a TVM pass that leaves the parameters of the entries alone."""
         return dataclasses.replace(self, module=transform(self.module))
 
+    def with_plain_names(self) -> Program:
+        """Give derived weights the name of the weight they come from, where no two claim it."""
+        origins = Counter(name.partition(":")[0] for name in self.weights)
+        plain = {
+            name: origin if origins[origin := name.partition(":")[0]] == 1 else name
+            for name in self.weights
+        }
+        return Program(
+            self.module,
+            {
+                function: dataclasses.replace(
+                    entry, weights=tuple(plain[name] for name in entry.weights)
+                )
+                for function, entry in self.entries.items()
+            },
+            {plain[name]: array for name, array in self.weights.items()},
+        )
+
     def rebuilt(
         self, visit: Callable[[Rebuilder, relax.Var, relax.Call], relax.Var | None]
     ) -> Program:

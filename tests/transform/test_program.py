@@ -102,3 +102,15 @@ def test_a_value_that_two_variables_stand_for_is_used_by_both():
 
     make_program(build, {"x": (4,)}, {}).rebuilt(visit)
     assert seen == [None]
+
+
+def test_a_derived_weight_gets_its_plain_name_unless_two_claim_it(rng):
+    weights = {
+        name: rng.standard_normal(4).astype("float32") for name in ("a:packed", "b:half", "b:half2")
+    }
+    program = make_program(
+        lambda bb, x, *values: bb.emit(relax.op.add(x, values[0])), {"x": (4,)}, weights
+    ).with_plain_names()
+    assert program.entries["main"].weights == ("a", "b:half", "b:half2")
+    assert set(program.weights) == {"a", "b:half", "b:half2"}
+    np.testing.assert_array_equal(program.weights["a"], weights["a:packed"])
