@@ -20,6 +20,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     """Read the artifact's description."""
     from dcnv3_tvm.errors import TargetError
     from dcnv3_tvm.runtime.loading import check_target, read_metadata
+    from dcnv3_tvm.runtime.metadata import WEIGHTS
     from dcnv3_tvm.runtime.tensors import describe
 
     metadata = read_metadata(arguments.artifact)
@@ -41,6 +42,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("versions", ", ".join(f"{name} {value}" for name, value in metadata.versions.items())),
         ("created", metadata.created),
         ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
+        ("memory", _memory(sizes[WEIGHTS], metadata.activation_bytes)),
         ("kernels", _kernels(metadata.kernels)),
         ("verified", _verification(metadata.verification)),
     ]
@@ -52,6 +54,12 @@ def execute(arguments: argparse.Namespace) -> Result:
         ]
     data = metadata.to_json() | {"files": sizes, "runs_here": runs_here}
     return Result(data, table(["", ""], facts).strip("\n"))
+
+
+def _memory(weights: int, activations: dict[str, int]) -> str:
+    parts = [f"weights {weights / 1e6:.1f} MB"]
+    parts += [f"a call of {name} {size / 1e6:.1f} MB" for name, size in activations.items()]
+    return ", ".join(parts)
 
 
 def _kernels(kernels: dict[str, str]) -> str:

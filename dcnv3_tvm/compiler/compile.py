@@ -108,6 +108,7 @@ def compile_artifact(
     )
     if on_phase is not None:
         on_phase("build")
+    planned, activation_bytes = pipeline.plan_memory(program, resolved)
     metadata = ArtifactMetadata(
         name=imported.name,
         entries=program.entries,
@@ -116,10 +117,11 @@ def compile_artifact(
         config=imported.config,
         preprocessing=imported.preprocessing,
         kernels=kernels,
+        activation_bytes=activation_bytes,
     )
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-build-") as folder:
         library = Path(folder) / "model.so"
-        _build(program.module, resolved, library)
+        _build(planned, resolved, library)
         if on_phase is not None:
             on_phase("write")
         artifact.write(destination, library=library, weights=program.weights, metadata=metadata)
@@ -128,7 +130,7 @@ def compile_artifact(
 
 def _build(module: tvm.IRModule, target: tvm.target.Target, library: Path) -> None:
     try:
-        executable = relax.build(module, target, relax_pipeline=pipeline.build_passes())
+        executable = relax.build(module, target, relax_pipeline=pipeline.lower_passes())
     except RuntimeError as error:
         raise CompileError(
             "TVM cannot build the model",

@@ -138,14 +138,49 @@ def _fuse() -> tvm.transform.Pass:
     )
 
 
-def build_passes() -> tvm.transform.Pass:
-    """Return the passes that turn scheduled kernels and calls into a program for TVM's VM."""
-    return tvm.transform.Sequential(
+def plan_memory(program: Program, target: tvm.target.Target) -> tuple[tvm.IRModule, dict[str, int]]:
+    """Give every intermediate result its place in memory, shared by those that never meet.
+
+    Returns
+    -------
+    module : tvm.IRModule
+        With the storage of each function.
+    sizes : dict of str to int
+        Bytes of that storage by entry; an entry with sizes known only at run time is left out.
+    """
+    passes = tvm.transform.Sequential(
         [
             relax.transform.ToNonDataflow(),
             relax.transform.RemovePurityChecking(),
             relax.transform.CallTIRRewrite(),
             relax.transform.StaticPlanBlockMemory(),
+        ]
+    )
+    with target:
+        module = passes(program.module)
+    sizes = {name: _storage(module[name]) for name in program.entries}
+    return module, {name: size for name, size in sizes.items() if size is not None}
+
+
+def _storage(function: relax.Function) -> int | None:
+    """Add up the planned storage of a function; None where a size is known only at run time."""
+    total = 0
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            call = binding.value
+            if getattr(getattr(call, "op", None), "name", "") != "relax.memory.alloc_storage":
+                continue
+            size = call.args[0].values[0]
+            if not isinstance(size, tvm.tirx.IntImm):
+                return None
+            total += int(size)
+    return total
+
+
+def lower_passes() -> tvm.transform.Pass:
+    """Return the passes from planned memory to a program for TVM's virtual machine."""
+    return tvm.transform.Sequential(
+        [
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),

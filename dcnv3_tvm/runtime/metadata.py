@@ -75,6 +75,9 @@ class ArtifactMetadata:
         Of ``dcnv3_tvm``, ``tvm`` and ``tvm_ffi`` at compilation.
     kernels : dict of str to str
         The schedule rule that took each kernel.
+    activation_bytes : dict of str to int
+        Memory a call takes for intermediate results, by entry; an entry whose sizes are known only
+        at run time is not there.
     records : tuple of str
         Tuning records used.
     verification : dict or None
@@ -93,6 +96,7 @@ class ArtifactMetadata:
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
+    activation_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     records: tuple[str, ...] = ()
     verification: dict[str, Any] | None = None
     created: str = ""
@@ -132,6 +136,7 @@ class ArtifactMetadata:
             "entries": {name: entry.to_json() for name, entry in self.entries.items()},
             "feature_info": self.feature_info,
             "kernels": self.kernels,
+            "activation_bytes": self.activation_bytes,
             "records": list(self.records),
             "verification": self.verification,
             "created": self.created,
@@ -202,6 +207,7 @@ class ArtifactMetadata:
             versions=data["versions"],
             entries={name: Entry.from_json(entry) for name, entry in data["entries"].items()},
             kernels=data["kernels"],
+            activation_bytes=data["activation_bytes"],
             records=tuple(data["records"]),
             verification=data["verification"],
             created=data["created"],

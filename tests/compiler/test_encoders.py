@@ -81,6 +81,21 @@ def test_compiling_leaves_the_import_as_it_was(rng):
     np.testing.assert_array_equal(first, second)
 
 
+def test_the_memory_of_a_call_is_known_where_the_sizes_are():
+    model = frontend.create_model(POOLED[0])
+
+    def memory(batch, **options):
+        imported = frontend.import_model(model, example=(batch, 3, 32, 32), **options)
+        return dt.compile_model(imported).metadata.activation_bytes
+
+    one, three = memory(1), memory(3)
+    # At least the largest result: what the first convolution of the stem makes.
+    assert one["main"] >= 4 * 16 * 16 * model_config(POOLED[0]).channels // 2
+    assert set(one) == set(three) == {"main", "features"}
+    assert all(2 * one[entry] < three[entry] <= 3.5 * one[entry] for entry in one)
+    assert memory(1, dynamic_batch=True) == {}
+
+
 def test_the_dump_has_every_phase(tmp_path):
     from dcnv3_tvm.compiler.pipeline import PHASES
 
