@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dcnv3_tvm.errors import MissingDependencyError
+
 if TYPE_CHECKING:
     from dcnv3_tvm.compiler.compile import compile_artifact, compile_model
     from dcnv3_tvm.compiler.operator import compile_op
@@ -44,7 +46,16 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        home = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if error.name != "tvm":
+            raise
+        raise MissingDependencyError(
+            f"dcnv3_tvm.{name} needs TVM's compiler, which is not installed",
+            hint="Run: pip install apache-tvm==0.27.0.post1",
+        ) from error
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 HELP: Final = "compare an artifact with PyTorch in float64, on random and real inputs"
 
-TOLERANCES: Final = {"float32": 1e-4}
-"""Largest error accepted, as a fraction of the largest value of an output."""
-
 _DYNAMIC_BATCH: Final = 2
 
 
@@ -44,9 +41,11 @@ def execute(arguments: argparse.Namespace) -> Result:
             "the weights to compare with are not given",
             allowed="--checkpoint FILE or --random-weights SEED, as they were given to compile",
         )
+    from dcnv3_tvm.testing.tolerances import MODEL
+
     compiled = runtime.load(arguments.artifact)
     inputs = _inputs(compiled, arguments)
-    tolerance = TOLERANCES[compiled.metadata.dtype]
+    tolerance = MODEL[compiled.metadata.dtype]
     with Progress(f"verify {compiled.metadata.name}") as progress:
         progress.step("build the PyTorch model")
         model = _model(compiled.metadata.config, arguments)

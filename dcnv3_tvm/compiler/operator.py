@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dcnv3_tvm import machine, targets
-from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
+from dcnv3_tvm.errors import (
+    CompileError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    TargetError,
+)
 from dcnv3_tvm.op import functional, tensors
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.spec import DCNv3Spec
@@ -135,6 +140,8 @@ def compile_op(
         If the target is unknown.
     CompileError
         If TVM fails to compile it.
+    MissingDependencyError
+        If TVM's compiler is not installed.
 
     Examples
     --------
@@ -147,7 +154,15 @@ def compile_op(
     """
     # Targets compare by identity: their text is the key.
     name = "auto" if isinstance(target, str) and target == "auto" else None
-    return _compile(spec, name or str(targets.resolve_target(target)))
+    try:
+        return _compile(spec, name or str(targets.resolve_target(target)))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "tvm":
+            raise
+        raise MissingDependencyError(
+            "TVM's compiler, which the operator needs, is not installed",
+            hint="Run: pip install apache-tvm==0.27.0.post1",
+        ) from error
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)

@@ -39,3 +39,24 @@ def test_a_missing_pytorch_is_named():
     )
     assert "needs torch" in said
     assert "pip install 'dcnv3-tvm[torch]'" in said
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "dt.compile_model",
+        "dt.compile_op(dt.DCNv3Spec.of((1, 4, 4, 4), group=1))",
+        "dt.dcnv3(*(np.ones((1, 4, 4, c), 'float32') for c in (4, 18, 9)), group=1)",
+    ],
+)
+def test_a_missing_tvm_is_named(use: str):
+    said = run(
+        "import sys; sys.modules['tvm'] = None\n"
+        "import numpy as np, dcnv3_tvm as dt\n"
+        "from dcnv3_tvm import errors\n"
+        "try:\n"
+        f"    {use}\n"
+        "except errors.MissingDependencyError as error:\n"
+        "    print(error)\n"
+    )
+    assert "pip install apache-tvm==" in said
