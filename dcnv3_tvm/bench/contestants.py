@@ -95,6 +95,12 @@ PEERS: Final = (
         "dcnv3_tvm.bench.peers:onnxruntime",
     ),
     Peer(
+        "onnxruntime-deform",
+        "ONNX Runtime, rewritten with DeformConv",
+        ("onnxruntime", *_EXPORT),
+        "dcnv3_tvm.bench.peers:onnxruntime_deform",
+    ),
+    Peer(
         "openvino",
         "OpenVINO in float32, from the same export",
         ("openvino", *_EXPORT),

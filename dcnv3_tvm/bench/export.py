@@ -27,9 +27,16 @@ class OnnxFile:
         What is exported, for the shapes of `inputs`.
     inputs : mapping of str to numpy.ndarray
         Arguments by name, in order.
+    translations : mapping, optional
+        How operators that the exporter does not know are written.
     """
 
-    def __init__(self, module: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Mapping[str, Any],
+        translations: Mapping[Any, Any] | None = None,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="dcnv3-tvm-bench-")
         self.path = Path(self._folder.name) / "model.onnx"
         with _quiet():
@@ -40,6 +47,7 @@ class OnnxFile:
                 opset_version=OPSET,
                 dynamo=True,
                 verbose=False,
+                custom_translation_table=dict(translations or {}),
             )
             if program is None:
                 raise RuntimeError("the export gave no program")

@@ -3,7 +3,6 @@
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -18,7 +17,7 @@ _CHAINS: Final = 12
 
 _STEPS: Final = 200_000
 _COPIED: Final = 64 * 2**20
-_REPEATS: Final = 9
+_SECONDS: Final = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Floors:
 
 @functools.lru_cache(maxsize=8)
 def measure_peaks(threads: int) -> Peaks:
-    """Measure the machine for about a second, with kernels of our own.
+    """Measure the machine for some two seconds, with kernels of our own.
 
     Parameters
     ----------
@@ -95,13 +94,13 @@ def _compiled(function: Any, *arrays: Any) -> Callable[[], Any]:
 
 
 def _best(call: Callable[[], Any]) -> float:
-    """Time some calls; the mean of the best third, since others may disturb."""
-    times = []
-    for _ in range(_REPEATS):
+    """Call for a while and return the best time: a floor is what the machine can do undisturbed."""
+    times: list[float] = []
+    while sum(times) < _SECONDS or len(times) < 3:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return statistics.mean(sorted(times)[: _REPEATS // 3])
+    return min(times)
 
 
 def _multiply_adds(threads: int, lanes: int) -> Any:

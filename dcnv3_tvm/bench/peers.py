@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dcnv3_tvm.bench.contestants import Contestant
+from dcnv3_tvm.bench.export import OnnxFile
 from dcnv3_tvm.bench.problems import PEER_TOLERANCE, Problem, arrays
 
 
@@ -35,16 +36,26 @@ def _torch(name: str, module: Any, problem: Problem, threads: int) -> Contestant
 
 def onnxruntime(problem: Problem, threads: int) -> Contestant:
     """ONNX Runtime's CPU provider, with its default optimisations: all."""
+    return _onnxruntime("onnxruntime", problem.onnx, problem, threads)
+
+
+def onnxruntime_deform(problem: Problem, threads: int) -> Contestant:
+    """ONNX Runtime, for a model that was rewritten to use DeformConv."""
+    from dcnv3_tvm.bench.deform_conv import deforming, translations
+
+    file = OnnxFile(deforming(problem.module), problem.inputs, translations())
+    return _onnxruntime("onnxruntime-deform", file, problem, threads)
+
+
+def _onnxruntime(name: str, file: OnnxFile, problem: Problem, threads: int) -> Contestant:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    session = ort.InferenceSession(
-        str(problem.onnx.path), options, providers=["CPUExecutionProvider"]
-    )
+    session = ort.InferenceSession(str(file.path), options, providers=["CPUExecutionProvider"])
     feed = problem.inputs
-    return Contestant("onnxruntime", lambda: session.run(None, feed), list, PEER_TOLERANCE)
+    return Contestant(name, lambda: session.run(None, feed), list, PEER_TOLERANCE)
 
 
 def openvino(problem: Problem, threads: int) -> Contestant:

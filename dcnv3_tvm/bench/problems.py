@@ -119,7 +119,7 @@ def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
         inputs={"image": image},
         reference=reference,
         tolerance=MODEL["float32"],
-        flops=_encoder_flops(case),
+        flops=encoder_flops(case),
         traffic=4.0 * (weights + image.size + outputs),
     )
 
@@ -135,7 +135,7 @@ def _aligned(values: Array) -> Array:
     return torch.empty(values.shape).copy_(torch.from_numpy(values)).numpy()
 
 
-def _encoder_flops(case: EncoderCase) -> float:
+def encoder_flops(case: EncoderCase) -> float:
     """Count products, convolutions and sampling, by shapes alone."""
     model = frontend.create_model(case.variant, features_only=case.features, device="meta")
     mapping = {torch.ops.dcnv3_tvm.dcnv3: _sampling_flops}

@@ -72,10 +72,8 @@ class Provenance:
         """All of it in one line."""
         versions = ", ".join(f"{name} {text}" for name, text in self.versions.items())
         commit = f", commit {self.commit}" if self.commit else ""
-        return (
-            f"{self.cpu}, {self.cores} cores, {self.threads} threads, load {self.load}; {versions}; "
-            f"{self.date}{commit}"
-        )
+        machine_text = f"{self.cpu}, {self.cores} cores, {self.threads} threads, load {self.load}"
+        return f"{machine_text}; {versions}; {self.date}{commit}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from dcnv3_tvm.bench.measure import Plan, measure
 from dcnv3_tvm.bench.problems import Problem, encoder_problem, operator_problem
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.bench.report import CaseResult, Report, Row
-from dcnv3_tvm.errors import DCNv3Error
 from dcnv3_tvm.spec import DCNv3Spec
 
 
@@ -79,27 +79,18 @@ def _run_case(
     peaks: Peaks,
     on_step: Callable[[str], None],
 ) -> CaseResult:
-    contestants: list[Contestant] = []
+    on_step(f"{problem.slug}: build {OURS}")
+    contestants = ours.build(problem, threads)
     failures: list[Row] = []
-    builders: dict[str, Callable[[], list[Contestant]]] = {
-        OURS: lambda: ours.build(problem, threads)
-    }
-    builders |= {peer.name: _builder(peer, problem, threads) for peer in peers}
-    for name, build in builders.items():
-        on_step(f"{problem.slug}: build {name}")
+    for peer in peers:
+        on_step(f"{problem.slug}: build {peer.name}")
         try:
-            contestants += build()
-        except DCNv3Error:
-            raise
+            contestants.append(peer.build(problem, threads))
         except Exception as error:
             # A peer that cannot be built is a result too, whatever its library raises.
-            failures.append(Row(name, failure=_first_line(error)))
+            failures.append(Row(peer.name, failure=_first_line(error)))
     floors = Floors.of(problem.flops, problem.traffic, peaks)
     return compete(problem.slug, problem.reference, contestants, failures, floors, plan, on_step)
-
-
-def _builder(peer: Peer, problem: Problem, threads: int) -> Callable[[], list[Contestant]]:
-    return lambda: [peer.build(problem, threads)]
 
 
 def compete(
@@ -138,9 +129,9 @@ def compete(
         on_step(f"{slug}: compare {contestant.name}")
         try:
             outputs = contestant.outputs(contestant.call())
-        except DCNv3Error:
-            raise
         except Exception as error:
+            if contestant.name.startswith(OURS):
+                raise
             rows[contestant.name] = Row(contestant.name, failure=_first_line(error))
         else:
             error_found = error_of(outputs, reference)
@@ -154,15 +145,11 @@ def compete(
             **timing,
         )
         for name, timing_found in timings.items():
-            row = rows[name]
-            ratio = timing_found.ratio_to(timings[OURS]) if OURS in timings else None
-            rows[name] = Row(
-                name,
-                row.error,
-                row.tolerance,
-                timing_found.seconds,
-                ratio,
-                timing_found.redone,
+            rows[name] = dataclasses.replace(
+                rows[name],
+                seconds=timing_found.seconds,
+                ratio=timing_found.ratio_to(timings[OURS]),
+                redone=timing_found.redone,
             )
     return CaseResult(slug, floors, (*rows.values(), *failures))
 

@@ -81,8 +81,9 @@ def execute(arguments: argparse.Namespace) -> Result:
     from dcnv3_tvm.runtime.library import default_threads
 
     threads = arguments.threads or default_threads()
-    # The operator takes its threads from here when it is first called.
-    os.environ[TVM_NUM_THREADS.name] = str(threads)
+    if arguments.threads is not None:
+        # The operator takes its threads from here when it is first called.
+        os.environ[TVM_NUM_THREADS.name] = str(threads)
     try:
         from dcnv3_tvm.bench import runner
         from dcnv3_tvm.bench.measure import Plan
@@ -108,7 +109,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         from dcnv3_tvm.bench.plot import save_plot
 
         save_plot(report, arguments.plot)
-    return Result(data, _text(report), ok=report.ok)
+    return Result(data, report_text(report), ok=report.ok)
 
 
 def _cases(arguments: argparse.Namespace) -> Sequence[Any]:
@@ -135,7 +136,8 @@ def _cases(arguments: argparse.Namespace) -> Sequence[Any]:
     return chosen
 
 
-def _text(report: Report) -> str:
+def report_text(report: Report) -> str:
+    """Show a report to people: the machine, the floors, a table a case."""
     from dcnv3_tvm.bench.report import TABLE_HEADER, table_rows
 
     peaks = report.peaks

@@ -12,48 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-def dcnv3_core_pytorch(
-    x,
-    offset,
-    mask,
-    kernel_h,
-    kernel_w,
-    stride_h,
-    stride_w,
-    pad_h,
-    pad_w,
-    dilation_h,
-    dilation_w,
-    group,
-    group_channels,
-    offset_scale,
-    remove_center=False,
-):
-    """Sample with grid_sample, one point of the kernel at a time."""
-    batch, height, width, channels = x.shape
-    out_height, out_width = offset.shape[1:3]
-    half_w, half_h = dilation_w * (kernel_w - 1) // 2, dilation_h * (kernel_h - 1) // 2
-    rows = torch.arange(out_height, dtype=x.dtype)[:, None] * stride_h + half_h - pad_h
-    columns = torch.arange(out_width, dtype=x.dtype)[None, :] * stride_w + half_w - pad_w
-    points = [(i, j) for i in range(kernel_w) for j in range(kernel_h)]
-    if remove_center:
-        points.remove((kernel_w // 2, kernel_h // 2))
-    moved = offset.unflatten(-1, (group, len(points), 2))
-    weights = mask.unflatten(-1, (group, len(points)))
-    maps = x.reshape(batch, height, width, group, group_channels).permute(0, 3, 4, 1, 2)
-    maps = maps.reshape(batch * group, group_channels, height, width)
-    total = x.new_zeros(batch, out_height, out_width, group, group_channels)
-    for p, (i, j) in enumerate(points):
-        dx, dy = moved[..., p, 0], moved[..., p, 1]
-        column = columns[..., None] + offset_scale * (i * dilation_w - half_w + dx)
-        row = rows[..., None] + offset_scale * (j * dilation_h - half_h + dy)
-        grid = torch.stack([(2 * column + 1) / width - 1, (2 * row + 1) / height - 1], -1)
-        grid = grid.permute(0, 3, 1, 2, 4).reshape(batch * group, out_height, out_width, 2)
-        sampled = F.grid_sample(maps, grid, mode="bilinear", align_corners=False)
-        sampled = sampled.reshape(batch, group, group_channels, out_height, out_width)
-        total = total + sampled.permute(0, 3, 4, 1, 2) * weights[..., p, None]
-    return total.reshape(batch, out_height, out_width, channels)
+from dcnv3_tvm.testing.twin import dcnv3_core_pytorch
 
 
 class DCNv3Function(torch.autograd.Function):

@@ -1,0 +1,144 @@
+"""The sampling as ONNX's DeformConv: what one gets who rewrites the model for ONNX Runtime.
+
+DeformConv with one filter of ones a channel is DCNv3, once the offsets are put into its order. The
+operator here can be exported only; it computes nothing in PyTorch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.testing.twin import TwinDCNv3, TwinOperator
+
+_NAME: Final = "dcnv3_tvm_bench::deform_conv"
+_SCHEMA: Final = (
+    "(Tensor x, Tensor weight, Tensor offset, Tensor bias, Tensor mask, int[2] kernel, "
+    "int[2] stride, int[2] pad, int[2] dilation, int group) -> Tensor"
+)
+
+
+def deforming(module: nn.Module) -> nn.Module:
+    """Copy a module that holds twins, with DeformConv in place of ``grid_sample``.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A `TwinOperator`, or an encoder of `twin_of`. Unchanged; its weights are shared.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    for part in copied.modules():
+        if type(part) is TwinDCNv3:
+            part.__class__ = _DeformDCNv3
+        elif type(part) is TwinOperator:
+            part.__class__ = _DeformOperator
+    return copied
+
+
+class _DeformOperator(TwinOperator):
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        return _sample(x, offset, mask, self.spec)
+
+
+class _DeformDCNv3(TwinDCNv3):
+    def sample(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        spec = DCNv3Spec.of(
+            x.shape,
+            group=self.group,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            pad=self.pad,
+            dilation=self.dilation,
+            offset_scale=self.offset_scale,
+            remove_center=self.remove_center,
+        )
+        return _sample(x, offset, mask, spec)
+
+
+def _sample(x: Tensor, offset: Tensor, mask: Tensor, spec: DCNv3Spec) -> Tensor:
+    if spec.remove_center:
+        raise InvalidArgumentError("DeformConv has no kernel without a centre", got=spec.slug)
+    (kernel_h, kernel_w), (dilation_h, dilation_w) = spec.kernel_size, spec.dilation
+    batch, height, width, _ = offset.shape
+    # Ours goes down the columns of the kernel and has x first; theirs along the rows, y first.
+    moved = offset.reshape(batch, height, width, spec.group, kernel_w, kernel_h, 2)
+    moved = torch.stack([moved[..., 1], moved[..., 0]], dim=-1) * spec.offset_scale
+    if spec.offset_scale != 1.0:
+        rows = torch.arange(kernel_h) * dilation_h - dilation_h * (kernel_h - 1) // 2
+        columns = torch.arange(kernel_w) * dilation_w - dilation_w * (kernel_w - 1) // 2
+        grid = torch.stack(torch.meshgrid(columns, rows, indexing="ij")[::-1], dim=-1)
+        moved = moved + (spec.offset_scale - 1.0) * grid
+    moved = moved.permute(0, 3, 5, 4, 6, 1, 2).reshape(batch, -1, height, width)
+    weights = mask.reshape(batch, height, width, spec.group, kernel_w, kernel_h)
+    weights = weights.permute(0, 3, 5, 4, 1, 2).reshape(batch, -1, height, width)
+    y = torch.ops.dcnv3_tvm_bench.deform_conv(
+        x.permute(0, 3, 1, 2),
+        x.new_ones(spec.channels, 1, kernel_h, kernel_w),
+        moved,
+        x.new_zeros(spec.channels),
+        weights,
+        spec.kernel_size,
+        spec.stride,
+        spec.pad,
+        spec.dilation,
+        spec.group,
+    )
+    result: Tensor = y.permute(0, 2, 3, 1)
+    return result
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Return how the exporter writes the operator, for its ``custom_translation_table``."""
+    from onnxscript import opset20
+
+    def deform_conv(
+        x: Any,
+        weight: Any,
+        offset: Any,
+        bias: Any,
+        mask: Any,
+        kernel: Any,
+        stride: Any,
+        pad: Any,
+        dilation: Any,
+        group: Any,
+    ) -> Any:
+        return opset20.DeformConv(
+            x,
+            weight,
+            offset,
+            bias,
+            mask,
+            kernel_shape=list(kernel),
+            strides=list(stride),
+            pads=[*pad, *pad],
+            dilations=list(dilation),
+            group=weight.shape[0],
+            offset_group=group,
+        )
+
+    return {torch.ops.dcnv3_tvm_bench.deform_conv.default: deform_conv}
+
+
+def _shape(
+    x: Tensor, _weight: Tensor, _offset: Tensor, _bias: Tensor, mask: Tensor, *_: Any
+) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1], *mask.shape[2:])
+
+
+def _register() -> None:
+    # The registry of operators belongs to the process, and outlives a reload of this module.
+    if hasattr(torch.ops.dcnv3_tvm_bench, "deform_conv"):
+        return
+    torch.library.define(_NAME, _SCHEMA)
+    torch.library.register_fake(_NAME)(_shape)
+
+
+_register()

@@ -1,0 +1,113 @@
+"""What peers compute is the same problem; the published-style twin is the operator."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from dcnv3_tvm import frontend
+from dcnv3_tvm.bench import ours, peers
+from dcnv3_tvm.bench.cases import encoder_case
+from dcnv3_tvm.bench.contestants import error_of
+from dcnv3_tvm.bench.problems import PEER_TOLERANCE, encoder_problem, operator_problem
+from dcnv3_tvm.op.reference import dcnv3_reference
+from dcnv3_tvm.runtime.library import default_threads
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.testing.compare import reference_outputs
+from dcnv3_tvm.testing.specs import random_inputs
+from dcnv3_tvm.testing.twin import TwinOperator, twin_of
+from dcnv3_tvm.testing.weights import randomize_
+
+TINY = "test_internimage_pre_norm"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel_size": (3, 5), "stride": (2, 1), "pad": (2, 1), "dilation": (1, 2)},
+        {"remove_center": True, "offset_scale": 1.5},
+        {"kernel_size": 2, "pad": 1, "offset_scale": 0.5},
+    ],
+)
+def test_twin_is_the_operator(options):
+    spec = DCNv3Spec.of((2, 7, 11, 12), group=3, dtype="float64", **options)
+    inputs = random_inputs(spec)
+    arrays = (inputs.x, inputs.offset, inputs.mask)
+    found = TwinOperator(spec)(*map(torch.from_numpy, arrays)).numpy()
+    np.testing.assert_allclose(found, dcnv3_reference(*arrays, spec), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", frontend.list_models("test_*"))
+def test_twin_of_an_encoder_is_the_encoder(name):
+    model = randomize_(frontend.create_model(name))
+    image = np.random.default_rng(0).standard_normal((2, 3, 32, 64))
+    (truth,) = reference_outputs(model, image)["main"]
+    twin = twin_of(model).double()
+    with torch.no_grad():
+        found = twin(torch.from_numpy(image)).numpy()
+    np.testing.assert_allclose(found, truth, rtol=0, atol=1e-9 * np.abs(truth).max())
+    assert type(model.levels[0].blocks[0].dcn) is frontend.DCNv3
+
+
+def test_operator_problem():
+    spec = DCNv3Spec.of((1, 9, 5, 8), group=2)
+    problem = operator_problem(spec)
+    assert problem.slug == spec.slug
+    offset = problem.inputs["offset"]
+    assert 1.8 < np.abs(offset).max() <= 2.0
+    assert all(array.dtype == np.float32 and array.any() for array in problem.inputs.values())
+    assert problem.reference[0].dtype == np.float64
+    assert (problem.flops, problem.traffic) == (spec.flops, spec.bytes)
+    assert 1e-7 < problem.tolerance < 1e-4
+
+
+def test_encoder_problem():
+    problem = encoder_problem(encoder_case(TINY, size=(32, 40)))
+    assert problem.inputs["image"].shape == (1, 3, 32, 40)
+    assert [output.shape for output in problem.reference] == [(1, 10)]
+    features = encoder_problem(encoder_case(TINY, size=(32, 40), features=True))
+    assert len(features.reference) == 4
+    # The head of a tiny model is small beside the rest.
+    assert 0.9 * problem.flops < features.flops < problem.flops
+
+
+def test_work_of_internimage_t():
+    from dcnv3_tvm.bench.problems import encoder_flops
+
+    # 4.9 G multiply-adds with the head, sampling included: published as "5 G".
+    assert encoder_flops(encoder_case("internimage_t")) == pytest.approx(9.8e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("eager", "torch"),
+        ("onnxruntime", "onnxruntime"),
+        ("onnxruntime_deform", "onnxruntime"),
+        ("openvino", "openvino"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["op", "encoder"])
+def test_peers_compute_the_truth(name, package, kind):
+    pytest.importorskip(package)
+    if name != "eager":
+        pytest.importorskip("onnxscript")
+    if kind == "op":
+        problem = operator_problem(DCNv3Spec.of((2, 9, 5, 8), group=2, offset_scale=1.5))
+    else:
+        problem = encoder_problem(encoder_case(TINY, features=True))
+    contestant = getattr(peers, name)(problem, default_threads())
+    error = error_of(contestant.outputs(contestant.call()), problem.reference)
+    assert error <= contestant.tolerance == PEER_TOLERANCE
+    assert error < 1e-5
+
+
+def test_ours_computes_the_truth_and_a_wrong_reference_is_seen():
+    problem = operator_problem(DCNv3Spec.of((1, 9, 5, 8), group=2))
+    wrong = dataclasses.replace(problem, reference=[problem.reference[0] + 1e-3])
+    for contestant in ours.build(problem, default_threads()):
+        outputs = contestant.outputs(contestant.call())
+        assert error_of(outputs, problem.reference) <= contestant.tolerance
+        assert error_of(outputs, wrong.reference) > contestant.tolerance
