@@ -161,7 +161,6 @@ def test_csv_round_trip(fair, unfair):
 
 
 def test_picture(fair, unfair, tmp_path):
-    pytest.importorskip("matplotlib")
     from dcnv3_tvm.bench.plot import save_plot
 
     save_plot(report(fair, unfair[0]), tmp_path / "bars.svg")
