@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Final
@@ -211,17 +212,17 @@ class DCNv3Spec:
             dtype=dtype,
         )
 
-    @property
+    @functools.cached_property
     def channels(self) -> int:
         """Channels of input and output: ``group * group_channels``."""
         return self.group * self.group_channels
 
-    @property
+    @functools.cached_property
     def points(self) -> int:
         """Sampling points P of each group at each output pixel."""
         return self.kernel_size[0] * self.kernel_size[1] - int(self.remove_center)
 
-    @property
+    @functools.cached_property
     def kernel_points(self) -> tuple[tuple[int, int], ...]:
         """(column, row) of every point in the operator's order: column first."""
         height, width = self.kernel_size
@@ -233,7 +234,7 @@ class DCNv3Spec:
             if not (self.remove_center and (i, j) == centre)
         )
 
-    @property
+    @functools.cached_property
     def output_size(self) -> tuple[int | None, int | None]:
         """(Ho, Wo); ``None`` where the input size is symbolic."""
         sizes: list[int | None] = []
@@ -245,37 +246,37 @@ class DCNv3Spec:
             sizes.append((size + 2 * self.pad[axis] - extent) // self.stride[axis] + 1)
         return sizes[0], sizes[1]
 
-    @property
+    @functools.cached_property
     def is_static(self) -> bool:
         """Whether batch, height and width are all known."""
         return None not in (self.batch, self.height, self.width)
 
-    @property
+    @functools.cached_property
     def input_shape(self) -> tuple[int | None, ...]:
         """Shape of x."""
         return (self.batch, self.height, self.width, self.channels)
 
-    @property
+    @functools.cached_property
     def offset_shape(self) -> tuple[int | None, ...]:
         """Shape of offset."""
         return (self.batch, *self.output_size, self.group * self.points * 2)
 
-    @property
+    @functools.cached_property
     def mask_shape(self) -> tuple[int | None, ...]:
         """Shape of mask."""
         return (self.batch, *self.output_size, self.group * self.points)
 
-    @property
+    @functools.cached_property
     def output_shape(self) -> tuple[int | None, ...]:
         """Shape of the result."""
         return (self.batch, *self.output_size, self.channels)
 
-    @property
+    @functools.cached_property
     def accumulate_dtype(self) -> str:
         """Element type of coordinates, weights and sums."""
         return "float64" if self.dtype == "float64" else "float32"
 
-    @property
+    @functools.cached_property
     def flops(self) -> int:
         """Floating-point operations of the sampling and the sum (a multiply-add counts as two).
 
@@ -284,13 +285,13 @@ class DCNv3Spec:
         """
         return 2 * 4 * self.points * self._elements(self.output_shape)
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         """Least traffic: every input read once, the output written once."""
         shapes = (self.input_shape, self.offset_shape, self.mask_shape, self.output_shape)
         return DTYPE_BYTES[self.dtype] * sum(self._elements(shape) for shape in shapes)
 
-    @property
+    @functools.cached_property
     def slug(self) -> str:
         """Short unique name, used for test ids, records and benchmark cases."""
 

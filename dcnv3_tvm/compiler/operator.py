@@ -83,7 +83,9 @@ class CompiledOperator:
                 got=f"shape {shape}",
                 allowed=f"shape {self.spec.input_shape} (None: any size), NHWC",
             )
-        spec = dataclasses.replace(self.spec, batch=shape[0], height=shape[1], width=shape[2])
+        spec = self.spec
+        if not spec.is_static:
+            spec = dataclasses.replace(spec, batch=shape[0], height=shape[1], width=shape[2])
         functional.check_arguments(spec, x, offset, mask)
         return self.call_checked(spec, x, offset, mask)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 from dcnv3_tvm.errors import InvalidArgumentError
@@ -91,13 +92,13 @@ def dcnv3(
         raise InvalidArgumentError(
             "x has a dtype that is not supported", got=dtype, allowed=", ".join(DTYPE_BYTES)
         )
-    spec = DCNv3Spec.of(
+    spec = _spec(
         shape,
         group=group,
-        kernel_size=kernel_size,
-        stride=stride,
-        pad=pad,
-        dilation=dilation,
+        kernel_size=_hashable(kernel_size),
+        stride=_hashable(stride),
+        pad=_hashable(pad),
+        dilation=_hashable(dilation),
         offset_scale=offset_scale,
         remove_center=remove_center,
         softmax=softmax,
@@ -105,6 +106,17 @@ def dcnv3(
     )
     check_arguments(spec, x, offset, mask)
     return compile_op(spec).call_checked(spec, x, offset, mask)
+
+
+# Describing the problem anew would take longer than a small one takes to compute.
+_spec = functools.lru_cache(maxsize=256, typed=True)(DCNv3Spec.of)
+
+
+def _hashable(value: int | Sequence[int]) -> Hashable:
+    """Give a pair in any form one that the cache can look up; what is no pair, as its text."""
+    if isinstance(value, Sequence):
+        return tuple(value)
+    return value if isinstance(value, Hashable) else repr(value)
 
 
 def check_arguments(spec: DCNv3Spec, x: object, offset: object, mask: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +49,11 @@ def shape_of(tensor: Any) -> tuple[int, ...]:
 
 def dtype_name(tensor: Any) -> str:
     """Name the element type, for example ``"bfloat16"``, of a tensor of any kind."""
-    dtype = tensor.dtype
+    return _name_of(tensor.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _name_of(dtype: Any) -> str:
     return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
@@ -123,8 +128,10 @@ def _from_dlpack(tensor: Any) -> Any:
 
 
 def _from_numpy(array: np.ndarray[Any, Any]) -> Any:
-    native = array.dtype.newbyteorder("=")
-    array = np.require(array, dtype=native, requirements=["C", "W"])
+    flags = array.flags
+    if not (flags.c_contiguous and flags.writeable and array.dtype.isnative):
+        native = array.dtype.newbyteorder("=")
+        array = np.require(array, dtype=native, requirements=["C", "W"])
     if dtype_name(array) != "bfloat16":
         return _from_dlpack(array)
     # DLPack exports no NumPy extension type: pass the bits, and name them anew.

@@ -150,6 +150,8 @@ def test_interrupted_compilation_leaves_nothing(tmp_path):
         [sys.executable, "-m", "dcnv3_tvm", "compile", MODEL, "-o", str(tmp_path / "x")],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background makes them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:
