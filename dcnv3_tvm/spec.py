@@ -237,14 +237,19 @@ class DCNv3Spec:
     @functools.cached_property
     def output_size(self) -> tuple[int | None, int | None]:
         """(Ho, Wo); ``None`` where the input size is symbolic."""
-        sizes: list[int | None] = []
-        for axis, size in enumerate((self.height, self.width)):
-            if size is None:
-                sizes.append(None)
-                continue
-            extent = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
-            sizes.append((size + 2 * self.pad[axis] - extent) // self.stride[axis] + 1)
-        return sizes[0], sizes[1]
+        height, width = (
+            None if size is None else self.output_extent(size, axis)
+            for axis, size in enumerate((self.height, self.width))
+        )
+        return height, width
+
+    def output_extent(self, size: Any, axis: int) -> Any:
+        """Return the output's extent for an input of `size` along an axis (0: height, 1: width).
+
+        The size may be a number, or a symbol of PyTorch or TVM.
+        """
+        extent = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+        return (size + (2 * self.pad[axis] - extent)) // self.stride[axis] + 1
 
     @functools.cached_property
     def is_static(self) -> bool:

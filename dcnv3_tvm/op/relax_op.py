@@ -270,12 +270,8 @@ def _check_dtypes(x: relax.TensorType, offset: relax.TensorType, mask: relax.Ten
 def _output_dims(dims: list[Any], spec: DCNv3Spec) -> list[Any]:
     """Return N, Ho and Wo, as expressions of the dimensions of x."""
     analyzer = tvm.sym.Analyzer()
-    result = [dims[0]]
-    for axis, dim in enumerate(dims[1:3]):
-        extent = spec.dilation[axis] * (spec.kernel_size[axis] - 1) + 1
-        steps = tirx.floordiv(dim + (2 * spec.pad[axis] - extent), spec.stride[axis])
-        result.append(analyzer.simplify(steps + 1))
-    return result
+    extents = (spec.output_extent(dim, axis) for axis, dim in enumerate(dims[1:3]))
+    return [dims[0], *(analyzer.simplify(extent) for extent in extents)]
 
 
 def _check_shape(

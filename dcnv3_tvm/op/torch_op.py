@@ -147,11 +147,7 @@ def _fake(
         remove_center=remove_center,
         softmax=softmax,
     )
-    leading = [x.shape[0]]
-    for axis in range(2):
-        extent = spec.dilation[axis] * (spec.kernel_size[axis] - 1) + 1
-        steps = (x.shape[1 + axis] + 2 * spec.pad[axis] - extent) // spec.stride[axis]
-        leading.append(steps + 1)
+    leading = [x.shape[0], *(spec.output_extent(x.shape[1 + axis], axis) for axis in range(2))]
     _check_shape("offset", offset, [*leading, spec.group * spec.points * 2])
     _check_shape("mask", mask, [*leading, spec.group * spec.points])
     return x.new_empty([*leading, spec.channels])
