@@ -16,6 +16,7 @@ import numpy as np
 from dcnv3_tvm import atomic
 from dcnv3_tvm.compiler import card
 from dcnv3_tvm.errors import ArtifactError, MissingDependencyError
+from dcnv3_tvm.runtime import weights as weights_file
 from dcnv3_tvm.runtime.library import installed_runtime
 from dcnv3_tvm.runtime.loading import digest_of, read_metadata
 from dcnv3_tvm.runtime.metadata import (
@@ -52,11 +53,9 @@ def write(
     Raises
     ------
     ArtifactError
-        If `destination` holds something that is no artifact, or cannot be written, or a weight an
-        entry needs is missing.
+        If `destination` holds something that is no artifact, or cannot be written; if a weight an
+        entry needs is missing, or one has a type that cannot be written.
     """
-    from safetensors import SafetensorError
-
     destination = Path(destination)
     refuse_foreign(destination)
     _check_weights(weights, metadata)
@@ -73,7 +72,7 @@ def write(
             else:
                 shutil.copyfile(library, folder / LIBRARY)
             shutil.copyfile(runtime[0], folder / RUNTIME_LIBRARY)
-            _write_weights(folder / WEIGHTS, weights)
+            weights_file.write(folder / WEIGHTS, weights)
             complete = dataclasses.replace(
                 metadata,
                 digests={
@@ -84,11 +83,10 @@ def write(
             )
             (folder / CARD).write_text(card.render(complete), encoding="utf-8")
             (folder / METADATA).write_text(complete.dumps(), encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
         raise ArtifactError(
             "the artifact cannot be written",
-            got=f"{reason} ({getattr(error, 'filename', None) or destination})",
+            got=f"{error.strerror or error} ({error.filename or destination})",
             hint=f"What was at {destination} is unchanged.",
         ) from error
 
@@ -135,11 +133,3 @@ def _check_weights(weights: Mapping[str, np.ndarray], metadata: ArtifactMetadata
     missing = sorted(needed - weights.keys())
     if missing:
         raise ArtifactError(f"{len(missing)} weights of the model are missing", got=missing[0])
-
-
-def _write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    from safetensors.numpy import save_file
-
-    # The writer copies the memory as it lies, strides or not.
-    save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, path)
-    path.chmod((path.parent / LIBRARY).stat().st_mode)  # it makes files for the owner alone

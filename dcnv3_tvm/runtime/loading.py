@@ -31,12 +31,16 @@ def load(
 ) -> CompiledModel:
     """Open a compiled model. Neither PyTorch nor TVM's compiler is needed or imported.
 
+    Weights are mapped, not copied: the folder may be replaced or removed while the model is in
+    use, but its weights must not be edited in place.
+
     Parameters
     ----------
     path : str or path
         The artifact's folder.
     verify_digests : bool
-        Refuse an artifact any byte of which was changed.
+        Refuse an artifact any byte of which was changed, which takes reading all of it. Without,
+        weights are read from the disk when they are first needed.
     device : str
         ``"cpu"``.
     threads : int, optional
@@ -77,7 +81,7 @@ def load(
             _check_digest(LIBRARY, hashlib.sha256(code).hexdigest(), metadata)
             _check_digest(RUNTIME_LIBRARY, digest_of(bundled), metadata)
         library.load_runtime(version=metadata.versions.get("tvm", ""), bundled=bundled.resolve())
-        tensors, digest = weights.read(folder / WEIGHTS)
+        tensors, digest = weights.read(folder / WEIGHTS, digest=verify_digests)
         if verify_digests:
             _check_digest(WEIGHTS, digest, metadata)
     except OSError as error:
