@@ -12,6 +12,9 @@ from dcnv3_tvm.spec import DCNv3Spec
 DETECTION_SIZE: Final = (800, 1344)
 """Height and width of an image as detection models take it."""
 
+DTYPES: Final = {"float32": "f32", "bfloat16": "bf16"}
+"""Element types an encoder is measured in, with their short names."""
+
 SUITE: Final[tuple[tuple[str, tuple[int, int] | None], ...]] = (
     ("internimage_t", None),
     ("internimage_s", None),
@@ -38,23 +41,31 @@ class EncoderCase:
         Height and width of the image.
     features : bool
         Without a head: the four feature maps instead of logits.
+    dtype : str
+        What this library computes products in, one of `DTYPES`; inputs and outputs are float32.
     """
 
     variant: str
     batch: int
     size: tuple[int, int]
     features: bool = False
+    dtype: str = "float32"
 
     @property
     def slug(self) -> str:
         """Short unique name, in the manner of `DCNv3Spec.slug`."""
         height, width = self.size
         kind = "-features" if self.features else ""
-        return f"{self.variant}-n{self.batch}-h{height}-w{width}{kind}-f32"
+        return f"{self.variant}-n{self.batch}-h{height}-w{width}{kind}-{DTYPES[self.dtype]}"
 
 
 def encoder_case(
-    variant: str, *, batch: int = 1, size: tuple[int, int] | None = None, features: bool = False
+    variant: str,
+    *,
+    batch: int = 1,
+    size: tuple[int, int] | None = None,
+    features: bool = False,
+    dtype: str = "float32",
 ) -> EncoderCase:
     """Describe an encoder, at the variant's own resolution unless a size is given.
 
@@ -69,7 +80,7 @@ def encoder_case(
     'internimage_l-n1-h384-w384-f32'
     """
     config = model_config(variant)
-    return EncoderCase(config.variant, batch, size or _own_size(config), features)
+    return EncoderCase(config.variant, batch, size or _own_size(config), features, dtype)
 
 
 def stage_specs(

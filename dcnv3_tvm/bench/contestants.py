@@ -13,6 +13,15 @@ from dcnv3_tvm.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from dcnv3_tvm.bench.problems import Array, Problem
 
+MAX: Final = "max"
+"""Name of an error measure: max|error| / max|reference| of an output."""
+
+NORM: Final = "norm"
+"""Name of an error measure: ‖error‖ / ‖reference‖ of an output.
+
+For types so short that the largest of many errors says more of their number than of their size.
+"""
+
 OURS: Final = "dcnv3-tvm"
 """Name of this library's contestant, to which all others are compared."""
 
@@ -30,7 +39,7 @@ class Contestant:
     outputs : callable
         Turns what `call` returned into arrays; not timed.
     tolerance : float
-        Largest error accepted, as a fraction of max|reference|.
+        Largest error accepted, in the measure of the problem.
     """
 
     name: str
@@ -53,12 +62,15 @@ class Peer:
         Distributions it needs.
     builder : str
         ``module:function`` of ``(problem, threads) -> Contestant``.
+    dtypes : tuple of str
+        Of the cases it takes part in.
     """
 
     name: str
     meaning: str
     packages: tuple[str, ...]
     builder: str
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     @property
     def missing(self) -> list[str]:
@@ -106,28 +118,35 @@ PEERS: Final = (
         ("openvino", *_EXPORT),
         "dcnv3_tvm.bench.peers:openvino",
     ),
+    Peer(
+        "openvino-bf16",
+        "OpenVINO in bfloat16, from the same export",
+        ("openvino", *_EXPORT),
+        "dcnv3_tvm.bench.peers:openvino_bf16",
+        dtypes=("bfloat16",),
+    ),
 )
 """Every peer, in the order of their turns."""
 
 
-def select_peers(names: Iterable[str]) -> list[Peer]:
-    """Find peers by name.
+def select_peers(names: Iterable[str] | None = None, dtype: str = "float32") -> list[Peer]:
+    """Find peers by name, or all of them, that take part in cases of a dtype.
 
     Raises
     ------
     InvalidArgumentError
-        If a name is unknown.
+        If a name is unknown, or its peer takes no part.
     """
-    known = {peer.name: peer for peer in PEERS}
-    wanted = list(names)
+    known = {peer.name: peer for peer in PEERS if dtype in peer.dtypes}
+    wanted = list(known if names is None else names)
     for name in wanted:
         if name not in known:
             raise InvalidArgumentError(
-                "there is no such peer to measure against",
+                f"there is no such peer to measure against in {dtype}",
                 got=repr(name),
                 allowed=", ".join(known),
             )
-    return [peer for peer in PEERS if peer.name in wanted]
+    return [known[name] for name in known if name in wanted]
 
 
 def version(package: str) -> str | None:
@@ -138,17 +157,20 @@ def version(package: str) -> str | None:
         return None
 
 
-def error_of(outputs: Sequence[Array], reference: Sequence[Array]) -> float:
-    """Return the largest error over all outputs, as a fraction of max|reference| of each.
+def error_of(outputs: Sequence[Array], reference: Sequence[Array], measure: str = MAX) -> float:
+    """Return the largest error over all outputs, measured as `MAX` or as `NORM` says.
 
     NaN if the number of outputs or a shape is another, or an element is not finite.
     """
     import numpy as np
 
+    def size(array: Array) -> float:
+        return float(np.linalg.norm(array) if measure == NORM else np.abs(array).max())
+
     if len(outputs) != len(reference):
         return float("nan")
     errors = [
-        float(np.abs(output.astype(np.float64) - truth).max() / (np.abs(truth).max() or 1.0))
+        size(output.astype(np.float64) - truth) / (size(truth) or 1.0)
         if output.shape == truth.shape
         else float("nan")
         for output, truth in zip(outputs, reference, strict=True)

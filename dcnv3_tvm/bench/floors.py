@@ -15,6 +15,14 @@ from dcnv3_tvm.runtime import library
 _CHAINS: Final = 12
 """Independent sums a thread works on: more than the latency of a multiply-add needs."""
 
+RATES: Final = {"float32": 1.0, "bfloat16": 2.0}
+"""Rates of products by dtype, over that of multiply-adds in float32, which is what is measured.
+
+In bfloat16 an instruction that multiplies and adds two numbers in each lane of float32 takes the
+time of one that does so with one. A whole encoder is taken at this rate, though its sampling and
+all else is float32: its floor stays one.
+"""
+
 _STEPS: Final = 200_000
 _COPIED: Final = 64 * 2**20
 _SECONDS: Final = 0.7
@@ -38,6 +46,10 @@ class Peaks:
     bytes: float
     how: str
 
+    def flops_in(self, dtype: str) -> float:
+        """Return the rate of products of a dtype: see `RATES`."""
+        return RATES[dtype] * self.flops
+
 
 @dataclasses.dataclass(frozen=True)
 class Floors:
@@ -55,9 +67,14 @@ class Floors:
     arithmetic: float
 
     @classmethod
-    def of(cls, work: float, traffic: float, peaks: Peaks) -> "Floors":
-        """Divide operations and bytes by the machine's rates."""
-        return cls(copy=traffic / peaks.bytes, arithmetic=work / peaks.flops)
+    def of(cls, work: float, traffic: float, peaks: Peaks, dtype: str = "float32") -> "Floors":
+        """Divide operations and bytes by the machine's rates for products of a dtype."""
+        return cls(copy=traffic / peaks.bytes, arithmetic=work / peaks.flops_in(dtype))
+
+    @property
+    def seconds(self) -> float:
+        """The larger one: copies and arithmetic can be done at once."""
+        return max(self.copy, self.arithmetic)
 
 
 @functools.lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ import numpy as np
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.contestants import OURS, Contestant
 from dcnv3_tvm.bench.problems import Problem
+from dcnv3_tvm.bench.sessions import of_ours
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.operator import compile_op
 from dcnv3_tvm.frontend.internimage import InternImage
@@ -58,11 +59,6 @@ def _operator(problem: Problem, spec: DCNv3Spec, threads: int) -> list[Contestan
 
 
 def _encoder(problem: Problem, source: InternImage, threads: int) -> Contestant:
-    image = problem.inputs["image"]
-    model = compile_model(frontend.import_model(source, example=tuple(image.shape)))
-    model.threads = threads
-    return Contestant(OURS, lambda: model(image), _listed, problem.tolerance)
-
-
-def _listed(result: Any) -> list[Any]:
-    return list(result.values()) if isinstance(result, dict) else [result]
+    example = tuple(problem.inputs["image"].shape)
+    model = compile_model(frontend.import_model(source, example=example), dtype=problem.dtype)
+    return Contestant(OURS, *of_ours(model, problem.inputs, threads), problem.tolerance)

@@ -9,16 +9,18 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.cases import EncoderCase
+from dcnv3_tvm.bench.contestants import MAX, NORM
 from dcnv3_tvm.bench.export import OnnxFile
+from dcnv3_tvm.bench.sessions import of_torch
 from dcnv3_tvm.frontend.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
-from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.tolerances import MODEL, operator_bound
+from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
+from dcnv3_tvm.testing.tolerances import MODEL, MODEL_NORM, operator_bound
 from dcnv3_tvm.testing.twin import TwinOperator, twin_of
 from dcnv3_tvm.testing.weights import randomize_
 
@@ -27,6 +29,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 PEER_TOLERANCE: Final = 1e-3
 """Largest error of a peer, as a fraction of max|reference|: they compute the sampling points in
 coordinates from -1 to 1, which costs digits, and a wrong computation is off by far more."""
+
+BF16_PEER_TOLERANCE: Final = 5e-2
+"""Largest error of a peer that computes in bfloat16, as ‖error‖ / ‖reference‖: it stores what lies
+between the layers with 8 bits, too, and a wrong computation is off by some tens of percent."""
 
 OFFSET_SPREAD: Final = 2.0
 """Offsets of the operator's inputs are uniform within plus or minus this many pixels."""
@@ -49,9 +55,11 @@ class Problem:
     reference : list of numpy.ndarray
         The outputs in float64.
     tolerance : float
-        Largest error of this library, as a fraction of max|reference|.
+        Largest error of this library.
     flops, traffic : float
         Operations (a multiply-add counts as two); bytes of inputs, weights and outputs.
+    dtype : str
+        What this library computes products in.
     """
 
     slug: str
@@ -62,16 +70,24 @@ class Problem:
     tolerance: float
     flops: float
     traffic: float
+    dtype: str = "float32"
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The inputs for PyTorch, sharing their memory."""
-        return tuple(torch.from_numpy(array) for array in self.inputs.values())
+    def measure(self) -> str:
+        """How errors are measured: `MAX` or `NORM`."""
+        return MAX if self.dtype == "float32" else NORM
 
     @functools.cached_property
     def onnx(self) -> OnnxFile:
         """The module as a file, exported when first asked for."""
         return OnnxFile(self.module, self.inputs)
+
+    @functools.cached_property
+    def onnx_deform(self) -> OnnxFile:
+        """The module rewritten to use DeformConv, as a file."""
+        from dcnv3_tvm.bench.deform_conv import deforming, translations
+
+        return OnnxFile(deforming(self.module), self.inputs, translations())
 
 
 def operator_problem(spec: DCNv3Spec, seed: int = 0) -> Problem:
@@ -107,9 +123,10 @@ def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
     twin = twin_of(model)
     shape = (case.batch, 3, *case.size)
     image = _aligned(np.random.default_rng(seed).standard_normal(shape, np.float32))
-    with torch.no_grad():
-        exact = copy.deepcopy(twin).double()(torch.from_numpy(image).double())
-    reference = arrays(exact)
+    exact = of_torch(
+        copy.deepcopy(twin).double(), {"image": image.astype(np.float64)}, torch.get_num_threads()
+    )
+    reference = exact.outputs(exact.call())
     weights = sum(parameter.numel() for parameter in model.parameters())
     outputs = sum(array.size for array in reference)
     return Problem(
@@ -118,16 +135,11 @@ def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
         module=twin,
         inputs={"image": image},
         reference=reference,
-        tolerance=MODEL["float32"],
+        tolerance=MODEL["float32"] if case.dtype == "float32" else MODEL_NORM[case.dtype],
         flops=encoder_flops(case),
-        traffic=4.0 * (weights + image.size + outputs),
+        traffic=DTYPE_BYTES[case.dtype] * weights + 4.0 * (image.size + outputs),
+        dtype=case.dtype,
     )
-
-
-def arrays(outputs: Tensor | list[Tensor]) -> list[Array]:
-    """List a PyTorch model's outputs as arrays."""
-    tensors = [outputs] if isinstance(outputs, Tensor) else outputs
-    return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in tensors]
 
 
 def _aligned(values: Array) -> Array:

@@ -7,7 +7,7 @@ import dataclasses
 import io
 from typing import Any, Final
 
-from dcnv3_tvm.bench.contestants import OURS
+from dcnv3_tvm.bench.contestants import MAX, OURS
 from dcnv3_tvm.bench.floors import Floors, Peaks
 from dcnv3_tvm.bench.measure import Plan, Quartiles
 from dcnv3_tvm.bench.provenance import Provenance
@@ -27,7 +27,7 @@ class Row:
     name : str
         The contestant.
     error : float or None
-        Largest error, as a fraction of max|reference|; None where it gave no output.
+        Largest error, in the measure of the case; None where it gave no output.
     tolerance : float or None
         What the error may be.
     seconds : Quartiles or None
@@ -68,11 +68,14 @@ class CaseResult:
         Least times.
     rows : tuple of Row
         In the order of the turns, this library first.
+    measure : str
+        How errors are measured: ``"max"`` or ``"norm"``, see `error_of`.
     """
 
     slug: str
     floors: Floors
     rows: tuple[Row, ...]
+    measure: str = MAX
 
     @property
     def wrong(self) -> list[str]:
@@ -221,6 +224,8 @@ def _case(data: dict[str, Any]) -> CaseResult:
         slug=data["slug"],
         floors=Floors(**data["floors"]),
         rows=tuple(_row(row) for row in data["rows"]),
+        # Written since there is more than one.
+        measure=data.get("measure", MAX),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dcnv3_tvm.bench import ours
 from dcnv3_tvm.bench.cases import EncoderCase
-from dcnv3_tvm.bench.contestants import OURS, Contestant, Peer, error_of
+from dcnv3_tvm.bench.contestants import MAX, OURS, Contestant, Peer, error_of
 from dcnv3_tvm.bench.floors import Floors, Peaks, measure_peaks
 from dcnv3_tvm.bench.measure import Plan, measure
 from dcnv3_tvm.bench.problems import Problem, encoder_problem, operator_problem
@@ -89,8 +89,17 @@ def _run_case(
         except Exception as error:
             # A peer that cannot be built is a result too, whatever its library raises.
             failures.append(Row(peer.name, failure=_first_line(error)))
-    floors = Floors.of(problem.flops, problem.traffic, peaks)
-    return compete(problem.slug, problem.reference, contestants, failures, floors, plan, on_step)
+    floors = Floors.of(problem.flops, problem.traffic, peaks, problem.dtype)
+    return compete(
+        problem.slug,
+        problem.reference,
+        contestants,
+        failures,
+        floors,
+        plan,
+        on_step,
+        measure_error=problem.measure,
+    )
 
 
 def compete(
@@ -101,6 +110,8 @@ def compete(
     floors: Floors,
     plan: Plan,
     on_step: Callable[[str], None] = lambda _: None,
+    *,
+    measure_error: str = MAX,
     **timing: Any,
 ) -> CaseResult:
     """Compare the contestants' outputs with the truth, and time them if all are right.
@@ -121,6 +132,8 @@ def compete(
         How often to call.
     on_step : callable
         Called with what happens next.
+    measure_error : str
+        How errors are measured, see `error_of`.
     **timing
         ``clock`` and ``sleep``, as of `measure`.
     """
@@ -134,7 +147,7 @@ def compete(
                 raise
             rows[contestant.name] = Row(contestant.name, failure=_first_line(error))
         else:
-            error_found = error_of(outputs, reference)
+            error_found = error_of(outputs, reference, measure_error)
             rows[contestant.name] = Row(contestant.name, error_found, contestant.tolerance)
     running = [contestant for contestant in contestants if rows[contestant.name].failure is None]
     if not any(row.wrong for row in rows.values()):
@@ -151,7 +164,7 @@ def compete(
                 ratio=timing_found.ratio_to(timings[OURS]),
                 redone=timing_found.redone,
             )
-    return CaseResult(slug, floors, (*rows.values(), *failures))
+    return CaseResult(slug, floors, (*rows.values(), *failures), measure_error)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import fnmatch
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm import atomic
 from dcnv3_tvm.bench import cases
-from dcnv3_tvm.bench.contestants import PEERS, select_peers
+from dcnv3_tvm.bench.contestants import NORM, PEERS, Peer, select_peers
 from dcnv3_tvm.cli.compile import parse_size
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.environment import TVM_NUM_THREADS
@@ -21,6 +23,7 @@ from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
     from dcnv3_tvm.bench.report import Report
+    from dcnv3_tvm.spec import DCNv3Spec
 
 HELP: Final = "time the operator or an encoder beside PyTorch, ONNX Runtime and OpenVINO"
 
@@ -31,97 +34,178 @@ _NONE: Final = "none"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("what", choices=("op", "encoder"), help="the operator, or a whole encoder")
+    """Declare what is measured, each with its arguments."""
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, kind in _KINDS.items():
+        command = kinds.add_parser(name, help=kind.help, description=kind.help)
+        for add in (_add_common, *kind.arguments):
+            add(command)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant",
         default="internimage_t",
-        help="a name of `dcnv3-tvm models` (default: %(default)s); for op, whose stages, or "
-        f"{_ALL}: T to H, and T at {'x'.join(map(str, cases.DETECTION_SIZE))}",
+        help="a name of `dcnv3-tvm models` (default: %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
     parser.add_argument(
         "--size", type=parse_size, metavar="HxW", help="of the image (default: the variant's own)"
     )
     parser.add_argument(
-        "--features", action="store_true", help="encoder: the feature pyramid, without a head"
-    )
-    parser.add_argument(
-        "--case", default="*", metavar="PATTERN", help="op: only cases whose name matches"
-    )
-    names = ",".join(peer.name for peer in PEERS)
-    parser.add_argument(
-        "--against", default=names, metavar="NAMES", help=f"of {names}, or {_NONE} (default: all)"
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="of every contestant (default: the cores)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="bursts of each (default: 5)"
+        "--threads", type=int, metavar="N", help="that compute (default: the cores)"
     )
     parser.add_argument(
         "--json",
         nargs="?",
         const=STDOUT,
+        # The command has an option of this name, too, whose value must stand.
+        default=argparse.SUPPRESS,
         metavar="FILE",
         help="write JSON to a file, or print it instead of the table",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write CSV")
+
+
+def _add_case(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--case", default="*", metavar="PATTERN", help="only cases whose name matches"
+    )
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(cases.DTYPES),
+        default="float32",
+        help="of this library's products (default: %(default)s)",
+    )
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features", action="store_true", help="the feature pyramid, without a head"
+    )
+
+
+def _add_against(parser: argparse.ArgumentParser) -> None:
+    names = ",".join(peer.name for peer in PEERS)
+    parser.add_argument(
+        "--against",
+        metavar="NAMES",
+        help=f"of {names}, or {_NONE} (default: all that take part in the dtype)",
+    )
+
+
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rounds", type=int, default=5, metavar="N", help="bursts of each (default: 5)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw bars (.png, .svg, .pdf)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What can be measured.
+
+    Parameters
+    ----------
+    help : str
+        In a line.
+    arguments : tuple of callable
+        Declare what it takes besides what all take.
+    measure : callable
+        ``(arguments, threads, on_step) -> report``.
+    """
+
+    help: str
+    arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
+    measure: Callable[[argparse.Namespace, int, Callable[[str], None]], Any]
 
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Measure, write the files, and show the table."""
     for name in ("batch", "threads", "rounds"):
-        value = getattr(arguments, name)
+        value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise InvalidArgumentError(f"--{name} is out of range", got=value, allowed="1 or more")
-    selected = _cases(arguments)
-    peers = select_peers(() if arguments.against == _NONE else arguments.against.split(","))
     from dcnv3_tvm.runtime.library import default_threads
 
     threads = arguments.threads or default_threads()
     if arguments.threads is not None:
         # The operator takes its threads from here when it is first called.
         os.environ[TVM_NUM_THREADS.name] = str(threads)
-    try:
-        from dcnv3_tvm.bench import runner
-        from dcnv3_tvm.bench.measure import Plan
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"the benchmark needs {error.name}, which is not installed",
-            hint="Run: pip install 'dcnv3-tvm[bench]'",
-        ) from error
     with Progress(f"bench {arguments.what}") as progress:
-        report = runner.run(
-            selected,
-            against=peers,
-            threads=threads,
-            plan=Plan(rounds=arguments.rounds),
-            on_step=progress.step,
-        )
+        report = _KINDS[arguments.what].measure(arguments, threads, progress.step)
     data = report.to_json()
-    if arguments.json not in (None, STDOUT):
+    if isinstance(arguments.json, str) and arguments.json != STDOUT:
         _write(Path(arguments.json), json.dumps(data, indent=2) + "\n")
     if arguments.csv is not None:
         _write(arguments.csv, report.to_csv())
-    if arguments.plot is not None:
+    if getattr(arguments, "plot", None) is not None:
         from dcnv3_tvm.bench.plot import save_plot
 
         save_plot(report, arguments.plot)
     return Result(data, report_text(report), ok=report.ok)
 
 
-def _cases(arguments: argparse.Namespace) -> Sequence[Any]:
-    if arguments.what == "encoder":
-        return [
-            cases.encoder_case(
-                arguments.variant,
-                batch=arguments.batch,
-                size=arguments.size,
-                features=arguments.features,
-            )
-        ]
+def _compete(
+    selected: Sequence[Any],
+    arguments: argparse.Namespace,
+    threads: int,
+    on_step: Callable[[str], None],
+) -> Report:
+    peers = _peers(arguments)
+    with _requirements():
+        from dcnv3_tvm.bench import runner
+        from dcnv3_tvm.bench.measure import Plan
+    return runner.run(
+        selected,
+        against=peers,
+        threads=threads,
+        plan=Plan(rounds=arguments.rounds),
+        on_step=on_step,
+    )
+
+
+def _operator(
+    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
+) -> Report:
+    return _compete(_specs(arguments), arguments, threads, on_step)
+
+
+def _encoder(arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]) -> Report:
+    return _compete([_case(arguments)], arguments, threads, on_step)
+
+
+def _peers(arguments: argparse.Namespace) -> list[Peer]:
+    names = None if arguments.against is None else arguments.against.split(",")
+    return select_peers(() if names == [_NONE] else names, getattr(arguments, "dtype", "float32"))
+
+
+@contextlib.contextmanager
+def _requirements() -> Iterator[None]:
+    """Say how to install what an import in the body does not find."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"the benchmark needs {error.name}, which is not installed",
+            hint="Run: pip install 'dcnv3-tvm[bench]'",
+        ) from error
+
+
+def _case(arguments: argparse.Namespace) -> cases.EncoderCase:
+    return cases.encoder_case(
+        arguments.variant,
+        batch=arguments.batch,
+        size=arguments.size,
+        features=getattr(arguments, "features", False),
+        dtype=arguments.dtype,
+    )
+
+
+def _specs(arguments: argparse.Namespace) -> list[DCNv3Spec]:
     if arguments.variant == _ALL:
         specs = cases.suite(batch=arguments.batch)
     else:
@@ -136,6 +220,22 @@ def _cases(arguments: argparse.Namespace) -> Sequence[Any]:
     return chosen
 
 
+_KINDS: Final = {
+    "op": _Kind(
+        f"the operator at the stages of a variant, or of {_ALL} (T to H, and T at "
+        f"{'x'.join(map(str, cases.DETECTION_SIZE))}), beside other runtimes",
+        (_add_case, _add_against, _add_rounds),
+        _operator,
+    ),
+    "encoder": _Kind(
+        "a whole encoder beside other runtimes",
+        (_add_features, _add_dtype, _add_against, _add_rounds),
+        _encoder,
+    ),
+}
+"""By name, in the order of the help."""
+
+
 def report_text(report: Report) -> str:
     """Show a report to people: the machine, the floors, a table a case."""
     from dcnv3_tvm.bench.report import TABLE_HEADER, table_rows
@@ -148,6 +248,8 @@ def report_text(report: Report) -> str:
     ]
     for case in report.cases:
         section = f"{case.slug}\n{table(TABLE_HEADER, table_rows(case))}"
+        if case.measure == NORM:
+            section += "\nErrors are ‖error‖ / ‖reference‖; the arithmetic floor is of bfloat16."
         if case.wrong:
             section += (
                 f"\nNo times: the outputs of {', '.join(case.wrong)} are not those of the float64 "

@@ -43,5 +43,7 @@ def test_encoder_cases():
     assert cases.encoder_case("internimage_t").slug == "internimage_t-n1-h224-w224-f32"
     case = cases.encoder_case("internimage_t", batch=2, size=(800, 1344), features=True)
     assert case.slug == "internimage_t-n2-h800-w1344-features-f32"
+    case = cases.encoder_case("internimage_t", dtype="bfloat16")
+    assert case.slug == "internimage_t-n1-h224-w224-bf16"
     with pytest.raises(InvalidArgumentError, match="no model of this name"):
         cases.encoder_case("internimage_u")

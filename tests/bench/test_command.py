@@ -73,6 +73,7 @@ def test_wrong_outputs_give_no_times(capsys, monkeypatch):
         (("op", "--case", "x"), "no case matches the pattern"),
         (("op", "--variant", "internimage_u"), "Did you mean"),
         (("encoder", "--variant", "all"), "no model of this name"),
+        (("encoder", "--against", "openvino-bf16"), "no such peer to measure against in float32"),
     ],
 )
 def test_bad_usage(capsys, arguments, words):
@@ -81,6 +82,6 @@ def test_bad_usage(capsys, arguments, words):
 
 
 def test_module():
-    command = [sys.executable, "-m", "dcnv3_tvm.bench", "--help"]
+    command = [sys.executable, "-m", "dcnv3_tvm.bench", "op", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "--against" in done.stdout

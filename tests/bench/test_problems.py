@@ -10,7 +10,12 @@ from dcnv3_tvm import frontend
 from dcnv3_tvm.bench import ours, peers
 from dcnv3_tvm.bench.cases import encoder_case
 from dcnv3_tvm.bench.contestants import error_of
-from dcnv3_tvm.bench.problems import PEER_TOLERANCE, encoder_problem, operator_problem
+from dcnv3_tvm.bench.problems import (
+    BF16_PEER_TOLERANCE,
+    PEER_TOLERANCE,
+    encoder_problem,
+    operator_problem,
+)
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime.library import default_threads
 from dcnv3_tvm.spec import DCNv3Spec
@@ -91,6 +96,35 @@ def test_peers_compute_the_truth(name, kind):
     error = error_of(contestant.outputs(contestant.call()), problem.reference)
     assert error <= contestant.tolerance == PEER_TOLERANCE
     assert error < 1e-5
+
+
+def test_bfloat16_encoder():
+    exact = encoder_problem(encoder_case(TINY))
+    problem = encoder_problem(encoder_case(TINY, dtype="bfloat16"))
+    assert (exact.measure, problem.measure) == ("max", "norm")
+    # The truth is the same; the weights are half as many bytes.
+    np.testing.assert_array_equal(problem.reference[0], exact.reference[0])
+    assert 0.5 * exact.traffic < problem.traffic < 0.7 * exact.traffic
+    contestant = peers.openvino_bf16(problem, default_threads())
+    outputs = contestant.outputs(contestant.call())
+    error = error_of(outputs, problem.reference, problem.measure)
+    assert error <= contestant.tolerance == BF16_PEER_TOLERANCE
+    wrong = [output[:, ::-1] for output in outputs]
+    assert error_of(wrong, problem.reference, problem.measure) > BF16_PEER_TOLERANCE
+
+
+def test_ours_is_compiled_for_the_dtype_of_the_case(monkeypatch):
+    asked = []
+
+    def refuse(_, *, dtype):
+        asked.append(dtype)
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(ours, "compile_model", refuse)
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(RuntimeError, match="not today"):
+            ours.build(encoder_problem(encoder_case(TINY, dtype=dtype)), 1)
+    assert asked == ["float32", "bfloat16"]
 
 
 def test_ours_computes_the_truth_and_a_wrong_reference_is_seen():

@@ -37,7 +37,7 @@ class Ticks:
 
         return Contestant(name, call, list, tolerance)
 
-    def compete(self, *contestants, failures=()):
+    def compete(self, *contestants, failures=(), **options):
         return compete(
             "case",
             TRUTH,
@@ -47,6 +47,7 @@ class Ticks:
             PLAN,
             clock=lambda: self.now,
             sleep=lambda _: None,
+            **options,
         )
 
 
@@ -121,6 +122,33 @@ def test_error_is_relative_to_each_output():
     assert error_of(outputs, truth) == pytest.approx(0.002)
 
 
+def test_error_of_norms():
+    truth = [np.array([3.0, -4.0]), np.array([100.0, 0.0])]
+    outputs = [truth[0] + [0.3, 0.4], truth[1] + 2.0]
+    assert error_of(outputs, truth, "norm") == pytest.approx(0.1)
+    assert np.isnan(error_of(outputs[:1], truth, "norm"))
+    assert np.isnan(error_of([outputs[0], outputs[1] * np.nan], truth, "norm"))
+
+
+def test_bfloat16_has_a_measure_and_a_floor_of_its_own():
+    ticks = Ticks()
+    # One element far off: too far for the maximum, not for the norm.
+    outputs = [TRUTH[0].copy()]
+    outputs[0][1, 1] += 0.04
+    contestant = ticks.contestant(OURS, 1.0, outputs, tolerance=1e-2)
+    assert ticks.compete(contestant).wrong == [OURS]
+    case = ticks.compete(contestant, measure_error="norm")
+    assert case.wrong == []
+    written = report(case)
+    assert Report.from_json(json.loads(json.dumps(written.to_json()))) == written
+    assert "‖error‖ / ‖reference‖" in report_text(written)
+    assert Floors.of(1e8, 2e7, PEAKS, "bfloat16") == Floors(copy=2e-3, arithmetic=5e-4)
+    # Files from before there was more than one measure.
+    data = written.to_json()
+    del data["cases"][0]["measure"]
+    assert Report.from_json(data).cases[0].measure == "max"
+
+
 def test_a_peer_that_fails_is_told_and_an_own_failure_is_raised():
     ticks = Ticks()
 
@@ -177,6 +205,14 @@ def test_peers_by_name():
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     with pytest.raises(InvalidArgumentError, match="no such peer"):
         select_peers(["tensorrt"])
+
+
+def test_peers_by_dtype():
+    exact, short = select_peers(), select_peers(dtype="bfloat16")
+    assert [peer.name for peer in exact] == [peer.name for peer in PEERS[:-1]]
+    assert [peer.name for peer in short] == [peer.name for peer in PEERS]
+    with pytest.raises(InvalidArgumentError, match="in float32"):
+        select_peers(["openvino-bf16"])
 
 
 def test_a_missing_package_is_named():
