@@ -12,6 +12,7 @@ from dcnv3_tvm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from dcnv3_tvm.bench.problems import Array, Problem
+    from dcnv3_tvm.bench.sessions import Session
 
 MAX: Final = "max"
 """Name of an error measure: max|error| / max|reference| of an output."""
@@ -21,6 +22,14 @@ NORM: Final = "norm"
 
 For types so short that the largest of many errors says more of their number than of their size.
 """
+
+PEER_TOLERANCE: Final = 1e-3
+"""Largest error of a peer in float32: they compute the sampling points in coordinates from -1 to 1,
+which costs digits, and a wrong computation is off by far more."""
+
+BF16_PEER_TOLERANCE: Final = 5e-2
+"""Largest error of a peer that computes in bfloat16, as ‖error‖ / ‖reference‖: it stores what lies
+between the layers with 8 bits, too, and a wrong computation is off by some tens of percent."""
 
 OURS: Final = "dcnv3-tvm"
 """Name of this library's contestant, to which all others are compared."""
@@ -61,7 +70,9 @@ class Peer:
     packages : tuple of str
         Distributions it needs.
     builder : str
-        ``module:function`` of ``(problem, threads) -> Contestant``.
+        ``module:function`` of ``(problem, threads) -> Session``.
+    tolerance : float
+        Largest error accepted, in the measure of the problem.
     dtypes : tuple of str
         Of the cases it takes part in.
     """
@@ -70,6 +81,7 @@ class Peer:
     meaning: str
     packages: tuple[str, ...]
     builder: str
+    tolerance: float = PEER_TOLERANCE
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
     @property
@@ -80,9 +92,9 @@ class Peer:
     def build(self, problem: Problem, threads: int) -> Contestant:
         """Make the contestant ready for a problem."""
         module, _, function = self.builder.partition(":")
-        build: Callable[[Problem, int], Contestant]
+        build: Callable[[Problem, int], Session]
         build = getattr(importlib.import_module(module), function)
-        return build(problem, threads)
+        return Contestant(self.name, *build(problem, threads), self.tolerance)
 
 
 _EXPORT: Final = ("torch", "onnx", "onnxscript")
@@ -123,6 +135,7 @@ PEERS: Final = (
         "OpenVINO in bfloat16, from the same export",
         ("openvino", *_EXPORT),
         "dcnv3_tvm.bench.peers:openvino_bf16",
+        tolerance=BF16_PEER_TOLERANCE,
         dtypes=("bfloat16",),
     ),
 )
@@ -147,6 +160,13 @@ def select_peers(names: Iterable[str] | None = None, dtype: str = "float32") -> 
                 allowed=", ".join(known),
             )
     return [known[name] for name in known if name in wanted]
+
+
+def absent(peers: Iterable[Peer]) -> dict[str, str]:
+    """Say of each peer that lacks packages which they are."""
+    return {
+        peer.name: f"not installed: {', '.join(peer.missing)}" for peer in peers if peer.missing
+    }
 
 
 def version(package: str) -> str | None:

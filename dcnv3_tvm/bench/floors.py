@@ -71,11 +71,6 @@ class Floors:
         """Divide operations and bytes by the machine's rates for products of a dtype."""
         return cls(copy=traffic / peaks.bytes, arithmetic=work / peaks.flops_in(dtype))
 
-    @property
-    def seconds(self) -> float:
-        """The larger one: copies and arithmetic can be done at once."""
-        return max(self.copy, self.arithmetic)
-
 
 @functools.lru_cache(maxsize=8)
 def measure_peaks(threads: int) -> Peaks:

@@ -8,6 +8,7 @@ the first calls do not count; and a comparison is a ratio of bursts of the same 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -99,6 +100,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
     on_round: Callable[[int], None] | None = None,
+    before: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Timing]:
     """Time contestants that are warm already.
 
@@ -112,41 +114,76 @@ def measure(
         Present time in seconds, and waiting.
     on_round : callable, optional
         Called with the number of each round as it begins.
+    before : mapping of str to callable, optional
+        What is called before each call of a contestant, and not timed.
 
     Returns
     -------
     dict of str to Timing
     """
+    take = {
+        name: functools.partial(_burst, call, (before or {}).get(name), plan, clock, sleep)
+        for name, call in contestants.items()
+    }
     bursts: dict[str, list[tuple[float, ...]]] = {name: [] for name in contestants}
     for number in range(plan.rounds):
         if on_round is not None:
             on_round(number)
-        for name, call in contestants.items():
-            bursts[name].append(_burst(call, plan, clock, sleep))
+        for name, burst in take.items():
+            bursts[name].append(burst())
     return {
-        name: _without_outliers(bursts[name], call, plan, clock, sleep)
-        for name, call in contestants.items()
+        name: _without_outliers(bursts[name], burst, plan.outlier) for name, burst in take.items()
     }
 
 
-def _without_outliers(
-    bursts: list[tuple[float, ...]],
+def median_of_bursts(
     call: Callable[[], Any],
-    plan: Plan,
-    clock: Callable[[], float],
-    sleep: Callable[[float], None],
+    *,
+    seconds: float,
+    bursts: int = 7,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Return the time of a call that may be far shorter than a look at the clock.
+
+    Parameters
+    ----------
+    call : callable
+        What is timed.
+    seconds : float
+        Least time of a burst; how many calls that takes is found out, which warms up.
+    bursts : int
+        How many are taken. Nobody else computes between them, so there is no pause.
+    clock : callable
+        Present time in seconds.
+    """
+
+    def burst(calls: int) -> float:
+        start = clock()
+        for _ in range(calls):
+            call()
+        return clock() - start
+
+    calls = 1
+    while burst(calls) < seconds:
+        calls *= 2
+    return statistics.median(burst(calls) for _ in range(bursts)) / calls
+
+
+def _without_outliers(
+    bursts: list[tuple[float, ...]], take: Callable[[], tuple[float, ...]], outlier: float
 ) -> Timing:
     medians = [statistics.median(burst) for burst in bursts]
-    limit = plan.outlier * statistics.median(medians)
+    limit = outlier * statistics.median(medians)
     late = [number for number, median in enumerate(medians) if median > limit]
     # The new burst counts whatever it shows: choosing the faster one would flatter.
     for number in late:
-        bursts[number] = _burst(call, plan, clock, sleep)
+        bursts[number] = take()
     return Timing(tuple(bursts), len(late))
 
 
 def _burst(
     call: Callable[[], Any],
+    before: Callable[[], Any] | None,
     plan: Plan,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
@@ -154,6 +191,8 @@ def _burst(
     sleep(plan.pause)
     times: list[float] = []
     while len(times) < plan.calls and (len(times) < 2 or sum(times) < plan.burst_seconds):
+        if before is not None:
+            before()
         start = clock()
         call()
         times.append(clock() - start)

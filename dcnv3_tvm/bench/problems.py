@@ -26,14 +26,6 @@ from dcnv3_tvm.testing.weights import randomize_
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-PEER_TOLERANCE: Final = 1e-3
-"""Largest error of a peer, as a fraction of max|reference|: they compute the sampling points in
-coordinates from -1 to 1, which costs digits, and a wrong computation is off by far more."""
-
-BF16_PEER_TOLERANCE: Final = 5e-2
-"""Largest error of a peer that computes in bfloat16, as ‖error‖ / ‖reference‖: it stores what lies
-between the layers with 8 bits, too, and a wrong computation is off by some tens of percent."""
-
 OFFSET_SPREAD: Final = 2.0
 """Offsets of the operator's inputs are uniform within plus or minus this many pixels."""
 

@@ -75,6 +75,17 @@ class Provenance:
         machine_text = f"{self.cpu}, {self.cores} cores, {self.threads} threads, load {self.load}"
         return f"{machine_text}; {versions}; {self.date}{commit}"
 
+    def columns(self) -> dict[str, Any]:
+        """Return the columns that lines of CSV end with."""
+        return {
+            "date": self.date,
+            "commit": self.commit,
+            "cpu": self.cpu,
+            "cores": self.cores,
+            "threads": self.threads,
+            "versions": " ".join(f"{name}={text}" for name, text in self.versions.items()),
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         return dataclasses.asdict(self)

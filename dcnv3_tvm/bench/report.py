@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from typing import Any, Final
 
 from dcnv3_tvm.bench.contestants import MAX, OURS
 from dcnv3_tvm.bench.floors import Floors, Peaks
+from dcnv3_tvm.bench.listing import SCHEMA, csv_text
 from dcnv3_tvm.bench.measure import Plan, Quartiles
 from dcnv3_tvm.bench.provenance import Provenance
-
-SCHEMA: Final = 1
-"""Version of the JSON; raised when a reader of the old one would go wrong."""
 
 TABLE_HEADER: Final = ("", "ms", "quartiles", "best", "against ours", "quartiles", "error")
 
@@ -139,15 +135,10 @@ class Report:
 
     def to_csv(self) -> str:
         """Return one line for each contestant and case, times in milliseconds."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, CSV_FIELDS, lineterminator="\n")
-        writer.writeheader()
-        for case in self.cases:
-            writer.writerows(self._csv_row(case, row) for row in case.rows)
-        return text.getvalue()
+        rows = [self._csv_row(case, row) for case in self.cases for row in case.rows]
+        return csv_text(rows, CSV_FIELDS)
 
     def _csv_row(self, case: CaseResult, row: Row) -> dict[str, Any]:
-        where = self.provenance
         values: dict[str, Any] = {
             "case": case.slug,
             "contestant": row.name,
@@ -156,13 +147,7 @@ class Report:
             "failure": row.failure,
             "copy_floor_ms": 1e3 * case.floors.copy,
             "arithmetic_floor_ms": 1e3 * case.floors.arithmetic,
-            "date": where.date,
-            "commit": where.commit,
-            "cpu": where.cpu,
-            "cores": where.cores,
-            "threads": where.threads,
-            "versions": " ".join(f"{name}={text}" for name, text in where.versions.items()),
-        }
+        } | self.provenance.columns()
         if row.seconds is not None:
             times = dataclasses.asdict(row.seconds.scaled(1e3))
             values |= {f"{name}_ms": time for name, time in times.items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 from dcnv3_tvm.bench import ours
 from dcnv3_tvm.bench.cases import EncoderCase
-from dcnv3_tvm.bench.contestants import MAX, OURS, Contestant, Peer, error_of
+from dcnv3_tvm.bench.contestants import MAX, OURS, Contestant, Peer, absent, error_of
 from dcnv3_tvm.bench.floors import Floors, Peaks, measure_peaks
 from dcnv3_tvm.bench.measure import Plan, measure
 from dcnv3_tvm.bench.problems import Problem, encoder_problem, operator_problem
@@ -48,9 +48,7 @@ def run(
     """
     plan = plan or Plan()
     provenance = Provenance.here(threads)
-    skipped = {
-        peer.name: f"not installed: {', '.join(peer.missing)}" for peer in against if peer.missing
-    }
+    skipped = absent(against)
     for name, reason in skipped.items():
         on_step(f"without {name}, {reason} (pip install 'dcnv3-tvm[bench]')")
     on_step("measure the machine")

@@ -22,10 +22,11 @@ from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
+    from dcnv3_tvm.bench.listing import Listing
     from dcnv3_tvm.bench.report import Report
     from dcnv3_tvm.spec import DCNv3Spec
 
-HELP: Final = "time the operator or an encoder beside PyTorch, ONNX Runtime and OpenVINO"
+HELP: Final = "measure the operator or an encoder beside PyTorch, ONNX Runtime and OpenVINO"
 
 STDOUT: Final = "-"
 
@@ -101,6 +102,9 @@ def _add_rounds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, metavar="N", help="bursts of each (default: 5)"
     )
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw bars (.png, .svg, .pdf)")
 
 
@@ -178,6 +182,24 @@ def _encoder(arguments: argparse.Namespace, threads: int, on_step: Callable[[str
     return _compete([_case(arguments)], arguments, threads, on_step)
 
 
+def _memory(
+    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
+) -> Listing[Any]:
+    case, peers = _case(arguments), _peers(arguments)
+    with _requirements():
+        from dcnv3_tvm.bench.memory import measure_memory
+    return measure_memory(case, against=peers, threads=threads, on_step=on_step)
+
+
+def _beside_torch(
+    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
+) -> Listing[Any]:
+    case = _case(arguments)
+    with _requirements():
+        from dcnv3_tvm.bench.beside_torch import measure_beside_torch
+    return measure_beside_torch(case, threads=threads, rounds=arguments.rounds, on_step=on_step)
+
+
 def _peers(arguments: argparse.Namespace) -> list[Peer]:
     names = None if arguments.against is None else arguments.against.split(",")
     return select_peers(() if names == [_NONE] else names, getattr(arguments, "dtype", "float32"))
@@ -224,20 +246,36 @@ _KINDS: Final = {
     "op": _Kind(
         f"the operator at the stages of a variant, or of {_ALL} (T to H, and T at "
         f"{'x'.join(map(str, cases.DETECTION_SIZE))}), beside other runtimes",
-        (_add_case, _add_against, _add_rounds),
+        (_add_case, _add_against, _add_rounds, _add_plot),
         _operator,
     ),
     "encoder": _Kind(
         "a whole encoder beside other runtimes",
-        (_add_features, _add_dtype, _add_against, _add_rounds),
+        (_add_features, _add_dtype, _add_against, _add_rounds, _add_plot),
         _encoder,
+    ),
+    "memory": _Kind(
+        "the peak memory of an encoder beside that of other runtimes, each in a fresh process",
+        (_add_features, _add_dtype, _add_against),
+        _memory,
+    ),
+    "beside-torch": _Kind(
+        "a compiled encoder behind operations of PyTorch in the same process, in several settings",
+        (_add_features, _add_dtype, _add_rounds),
+        _beside_torch,
     ),
 }
 """By name, in the order of the help."""
 
 
-def report_text(report: Report) -> str:
+def report_text(report: Report | Listing[Any]) -> str:
     """Show a report to people: the machine, the floors, a table a case."""
+    from dcnv3_tvm.bench.listing import Listing
+
+    if isinstance(report, Listing):
+        listed = f"{report.slug}\n{table(report.HEADER, report.cells())}"
+        sections = [report.provenance.line, report.how, listed, "\n".join(report.summary())]
+        return "\n\n".join(filter(None, sections))
     from dcnv3_tvm.bench.report import TABLE_HEADER, table_rows
 
     peaks = report.peaks

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from dcnv3_tvm.bench.measure import Plan, Quartiles, Timing, measure
+from dcnv3_tvm.bench.measure import Plan, Quartiles, Timing, measure, median_of_bursts
 
 
 class Clock:
@@ -77,6 +77,30 @@ def test_a_disturbed_burst_is_taken_once_more_whatever_comes():
     found = times(clock, plan, a=clock.contestant("a", 1.0, 9.0, 1.0, 7.0))["a"]
     assert found.bursts == tuple(pytest.approx((value,)) for value in (1.0, 7.0, 1.0))
     assert found.redone == 1
+
+
+def test_what_stands_before_a_call_is_not_timed():
+    clock = Clock()
+    plan = dataclasses.replace(PLAN, rounds=1)
+    found = measure(
+        {"a": clock.contestant("a", 2.0), "b": clock.contestant("b", 2.0)},
+        plan,
+        clock=clock,
+        sleep=clock.sleep,
+        before={"b": clock.contestant("other", 50.0)},
+    )
+    assert found["a"].bursts == found["b"].bursts == (pytest.approx((2.0,) * 3),)
+    assert [name for name, _ in clock.log] == ["sleep", *"aaaaa", "sleep", *["other", "b"] * 5]
+
+
+def test_short_calls_are_timed_many_at_once():
+    clock = Clock()
+    call = clock.contestant("a", 50.0, *[2.0] * 31, *[3.0] * 64, *[9.0] * 16, 2.0)
+    # Bursts of 1, then 2, 4, ... calls until one takes long enough; then three that count.
+    found = median_of_bursts(call, seconds=60.0, bursts=3, clock=clock)
+    calls = [1, 2, 4, 8, 16, 32]
+    assert found == pytest.approx(3.0)
+    assert len(clock.log) == sum(calls) + 3 * 32
 
 
 def test_quartiles():

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from dcnv3_tvm import frontend
-from dcnv3_tvm.bench import ours, peers
+from dcnv3_tvm.bench import ours
 from dcnv3_tvm.bench.cases import encoder_case
-from dcnv3_tvm.bench.contestants import error_of
-from dcnv3_tvm.bench.problems import (
+from dcnv3_tvm.bench.contestants import (
     BF16_PEER_TOLERANCE,
     PEER_TOLERANCE,
-    encoder_problem,
-    operator_problem,
+    error_of,
+    select_peers,
 )
+from dcnv3_tvm.bench.problems import encoder_problem, operator_problem
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime.library import default_threads
 from dcnv3_tvm.spec import DCNv3Spec
@@ -85,14 +85,16 @@ def test_work_of_internimage_t():
     assert encoder_flops(encoder_case("internimage_t")) == pytest.approx(9.8e9, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["eager", "onnxruntime", "onnxruntime_deform", "openvino"])
+@pytest.mark.parametrize("name", ["torch", "onnxruntime", "onnxruntime-deform", "openvino"])
 @pytest.mark.parametrize("kind", ["op", "encoder"])
 def test_peers_compute_the_truth(name, kind):
     if kind == "op":
         problem = operator_problem(DCNv3Spec.of((2, 9, 5, 8), group=2, offset_scale=1.5))
     else:
         problem = encoder_problem(encoder_case(TINY, features=True))
-    contestant = getattr(peers, name)(problem, default_threads())
+    (peer,) = select_peers([name])
+    contestant = peer.build(problem, default_threads())
+    assert contestant.name == name
     error = error_of(contestant.outputs(contestant.call()), problem.reference)
     assert error <= contestant.tolerance == PEER_TOLERANCE
     assert error < 1e-5
@@ -105,7 +107,8 @@ def test_bfloat16_encoder():
     # The truth is the same; the weights are half as many bytes.
     np.testing.assert_array_equal(problem.reference[0], exact.reference[0])
     assert 0.5 * exact.traffic < problem.traffic < 0.7 * exact.traffic
-    contestant = peers.openvino_bf16(problem, default_threads())
+    (peer,) = select_peers(["openvino-bf16"], "bfloat16")
+    contestant = peer.build(problem, default_threads())
     outputs = contestant.outputs(contestant.call())
     error = error_of(outputs, problem.reference, problem.measure)
     assert error <= contestant.tolerance == BF16_PEER_TOLERANCE
