@@ -131,7 +131,7 @@ def main() -> int:
     print("\nLargest difference to PyTorch in float64, relative to the largest value of the output")
     for found in differences:
         print(f"  {found.output:24} {found.maximum:.1e}  (largest value {found.scale:.3g})")
-    passed = all(found.within(TOLERANCE) for found in differences)
+    passed = all(found.within("float32") for found in differences)
     print(f"  {'all within' if passed else 'NOT ALL within'} {TOLERANCE:g}")
 
     print(f"\nMilliseconds a call, batch 1, {encoder.threads} threads: median (quartiles)")

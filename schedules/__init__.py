@@ -17,12 +17,20 @@ from tvm.target import Target
 from dcnv3_tvm.schedules.cpu.convolution import convolution
 from dcnv3_tvm.schedules.cpu.dcnv3 import dcnv3
 from dcnv3_tvm.schedules.cpu.depthwise import depthwise
+from dcnv3_tvm.schedules.cpu.dot_product import has_bfloat16_dot
 from dcnv3_tvm.schedules.cpu.fallback import fallback
 from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
 from dcnv3_tvm.schedules.cpu.linear import linear
 from dcnv3_tvm.schedules.cpu.tiling import linear_tile
 
-__all__ = ["CPU_RULES", "SCHEDULED", "UNSCHEDULED", "linear_tile", "schedule_module"]
+__all__ = [
+    "CPU_RULES",
+    "SCHEDULED",
+    "UNSCHEDULED",
+    "has_bfloat16_dot",
+    "linear_tile",
+    "schedule_module",
+]
 
 Rule = Callable[[tirx.PrimFunc, Target], tirx.PrimFunc | None]
 

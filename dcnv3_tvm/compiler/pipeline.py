@@ -39,6 +39,7 @@ def run_pipeline(
     imported: ImportedModel,
     target: tvm.target.Target,
     *,
+    dtype: str = "float32",
     debug_dump: Path | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> tuple[Program, dict[str, str]]:
@@ -50,6 +51,8 @@ def run_pipeline(
         What an importer gave.
     target : tvm.target.Target
         What to schedule for.
+    dtype : str
+        Element type of the operands of products, float32 or bfloat16.
     debug_dump : Path, optional
         Folder for the module after each phase, as TVMScript.
     on_phase : callable, optional
@@ -76,7 +79,7 @@ def run_pipeline(
         "fold_weights": fold_weights,
         "fuse_sampling": fuse_sampling,
         "lower_layers": lambda before: lower_layers(
-            before, lambda outputs: schedules.linear_tile(outputs, target)
+            before, lambda outputs: schedules.linear_tile(outputs, target), dtype
         ),
         "legalize": lambda before: _legalized(before.transformed(_legalize())),
         "fuse": lambda before: before.transformed(_fuse()),

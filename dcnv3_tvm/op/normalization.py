@@ -10,7 +10,7 @@ from tvm import tirx
 
 from dcnv3_tvm.op.activations import activate
 from dcnv3_tvm.op.products import output_extent, padded
-from dcnv3_tvm.op.stages import argument, compute, function, int64, product, unflatten
+from dcnv3_tvm.op.stages import argument, cast, compute, function, int64, product, unflatten
 
 
 @functools.lru_cache(maxsize=256)
@@ -22,6 +22,7 @@ def layer_norm(
     activation: str | None = None,
     residual: bool = False,
     dtype: str = "float32",
+    out_dtype: str | None = None,
 ) -> tirx.PrimFunc:
     """Build ``out = activation((x - mean) / sqrt(var + eps) * gamma + beta) + residual``.
 
@@ -41,6 +42,8 @@ def layer_norm(
         Whether a tensor of the output's shape is added last.
     dtype : str
         Element type of all tensors.
+    out_dtype : str, optional
+        Another element type for out.
 
     Returns
     -------
@@ -55,14 +58,17 @@ def layer_norm(
         gamma = argument("gamma", [channels], dtype)
         beta = argument("beta", [channels], dtype)
         added = argument("residual", [*lead, channels], dtype) if residual else None
-        out = argument("out", [*lead, channels], dtype)
+        stored = out_dtype or dtype
+        out = argument("out", [*lead, channels], stored)
 
         def value(m: Any, c: Any) -> Any:
             return x[(*unflatten(m, lead), c)]
 
         def finish(m: Any, c: Any, normal: Any) -> Any:
             result = activate(activation, normal)
-            return result if added is None else result + added[(*unflatten(m, lead), c)]
+            if added is not None:
+                result = result + added[(*unflatten(m, lead), c)]
+            return cast(stored, result)
 
         _normalize(
             [rows],
@@ -93,6 +99,8 @@ def depthwise(
     norm_eps: float | None = None,
     activation: str | None = None,
     dtype: str = "float32",
+    x_dtype: str | None = None,
+    out_dtype: str | None = None,
 ) -> tirx.PrimFunc:
     """Build a depthwise convolution of channels-last tensors, with LayerNorm and activation.
 
@@ -111,7 +119,9 @@ def depthwise(
     activation : str or None
         One of `dcnv3_tvm.op.activations.ACTIVATIONS`.
     dtype : str
-        Element type of all tensors.
+        Element type of the computation and of all tensors.
+    x_dtype, out_dtype : str, optional
+        Other element types for x and out.
 
     Returns
     -------
@@ -126,13 +136,14 @@ def depthwise(
         for axis, size in enumerate((height, width))
     )
     with function("depthwise") as builder:
-        x = argument("x", [batch, height, width, channels], dtype)
+        x = argument("x", [batch, height, width, channels], x_dtype or dtype)
         weight = argument("weight", [*kernel_size, channels], dtype)
         shift = argument("bias", [channels], dtype) if bias else None
         normalized = norm_eps is not None
         gamma = argument("gamma", [channels], dtype) if normalized else None
         beta = argument("beta", [channels], dtype) if normalized else None
-        out = argument("out", [batch, out_height, out_width, channels], dtype)
+        stored = out_dtype or dtype
+        out = argument("out", [batch, out_height, out_width, channels], stored)
         image = padded(x, (out_height, out_width), kernel_size, stride, pad, (1, 1), dtype)
         sums = compute(
             "window",
@@ -153,8 +164,8 @@ def depthwise(
             compute(
                 "epilogue",
                 [*places, channels],
-                lambda *index: activate(activation, value(*index)),
-                dtype=dtype,
+                lambda *index: cast(stored, activate(activation, value(*index))),
+                dtype=stored,
                 into=out,
             )
         else:
@@ -165,7 +176,7 @@ def depthwise(
                 gamma,
                 beta,
                 norm_eps,
-                lambda *index: activate(activation, index[-1]),
+                lambda *index: cast(stored, activate(activation, index[-1])),
                 dtype=dtype,
                 into=out,
             )

@@ -2,13 +2,16 @@
 
 Weights come packed in column tiles, so that the inner loop of a schedule reads them in order:
 output channel ``n`` lies in tile ``n // tile`` at position ``n % tile``, and the last tile is
-filled up with zeros.
+filled up with zeros. In bfloat16 two input features lie side by side, because the processors'
+dot product takes pairs. Its operands are multiplied and summed in float32, in which the epilogue
+computes too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -17,8 +20,21 @@ import numpy.typing as npt
 from tvm import tirx
 from tvm.sym import Analyzer
 
+from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.activations import activate
-from dcnv3_tvm.op.stages import argument, compute, function, int64, product, static, unflatten
+from dcnv3_tvm.op.stages import (
+    argument,
+    cast,
+    compute,
+    function,
+    int64,
+    product,
+    static,
+    unflatten,
+)
+
+PAIR: Final = 2
+"""Input features that lie side by side in packed weights of bfloat16."""
 
 ROW_SLACK: Final = 15
 """Rows computed beyond the last, when no row tile divides their number.
@@ -78,6 +94,7 @@ def linear(
     tile: int,
     epilogue: Epilogue | None = None,
     dtype: str = "float32",
+    out_dtype: str | None = None,
 ) -> tirx.PrimFunc:
     """Build ``out = epilogue(x @ weight.T)``.
 
@@ -92,16 +109,25 @@ def linear(
     epilogue : Epilogue, optional
         What to apply before the store.
     dtype : str
-        Element type of all tensors.
+        Element type of x and weight. In bfloat16 K must be even.
+    out_dtype : str, optional
+        Element type of out; by default that of the sums, bias and residual (`sum_dtype`).
 
     Returns
     -------
     tvm.tirx.PrimFunc
-        Function of x (*lead, K), weight (ceil(N/tile), K, tile), [bias (N,)],
+        Function of x (*lead, K), weight (as `pack_linear` gives it), [bias (N,)],
         [residual (*lead, N)], out (*lead, N); unscheduled blocks ``product`` over
         (rows, columns, K) and ``epilogue`` over (rows, columns).
     """
     epilogue = epilogue or Epilogue()
+    if dtype == "bfloat16" and in_features % PAIR:
+        raise InvalidArgumentError(
+            "a product in bfloat16 takes its input features in pairs",
+            got=f"{in_features} input features",
+            allowed="an even number",
+        )
+    wide = sum_dtype(dtype)
     lead = [int64(size) for size in lead]
     rows = product(lead)
     slack = needs_slack(rows)
@@ -109,23 +135,35 @@ def linear(
     def source(row: Any) -> list[Any]:
         return unflatten(tirx.min(row, rows - 1) if slack else row, lead)
 
+    def element(column: Any, k: Any) -> Any:
+        place = [k, column % tile]
+        if dtype == "bfloat16":
+            place = [k // PAIR, column % tile, k % PAIR]
+        return weight[(column // tile, *place)]
+
     with function("linear") as builder:
         x = argument("x", [*lead, in_features], dtype)
-        weight = argument("weight", [-(-out_features // tile), in_features, tile], dtype)
-        store = _epilogue_arguments(epilogue, [*lead, out_features], dtype)
+        pair = [PAIR] if dtype == "bfloat16" else []
+        inner = [in_features // math.prod(pair), tile, *pair]
+        weight = argument("weight", [-(-out_features // tile), *inner], dtype)
+        store = _epilogue_arguments(epilogue, [*lead, out_features], wide, out_dtype or wide)
         for part in column_parts(out_features, tile):
             sums = compute(
                 f"product{part.suffix}",
                 [rows + ROW_SLACK if slack else rows, part.width],
                 lambda m, n, k, part=part: (
-                    x[(*source(m), k)]
-                    * weight[(part.start + n) // tile, k, (part.start + n) % tile]
+                    cast(wide, x[(*source(m), k)]) * cast(wide, element(part.start + n, k))
                 ),
                 reduce=[in_features],
-                dtype=dtype,
+                dtype=wide,
             )
             store(part, sums, [rows], lambda m: unflatten(m, lead))
     return builder.get()
+
+
+def sum_dtype(dtype: str) -> str:
+    """Return the element type in which operands of a type are multiplied and summed."""
+    return "float32" if dtype == "bfloat16" else dtype
 
 
 class ColumnPart(NamedTuple):
@@ -154,9 +192,9 @@ def column_parts(channels: int, tile: int) -> list[ColumnPart]:
 
 
 def _epilogue_arguments(
-    epilogue: Epilogue, shape: Sequence[Any], dtype: str
+    epilogue: Epilogue, shape: Sequence[Any], dtype: str, out_dtype: str
 ) -> Callable[[ColumnPart, Any, Sequence[Any], Callable[..., list[Any]]], None]:
-    """Declare the parameters of an epilogue and the output.
+    """Declare the parameters of an epilogue, which computes in `dtype`, and the output.
 
     Returns
     -------
@@ -166,7 +204,7 @@ def _epilogue_arguments(
     """
     bias = argument("bias", shape[-1:], dtype) if epilogue.bias else None
     residual = argument("residual", shape, dtype) if epilogue.residual else None
-    out = argument("out", shape, dtype)
+    out = argument("out", shape, out_dtype)
 
     def value(total: Any, index: Sequence[Any]) -> Any:
         if bias is not None:
@@ -183,8 +221,8 @@ def _epilogue_arguments(
         compute(
             f"epilogue{part.suffix}",
             [*places, part.width],
-            lambda *index: value(sums[index], at(*index)),
-            dtype=dtype,
+            lambda *index: cast(out_dtype, value(sums[index], at(*index))),
+            dtype=out_dtype,
             into=out,
             at=at,
         )
@@ -198,16 +236,21 @@ def pack_linear(weight: npt.NDArray[Any], tile: int) -> npt.NDArray[Any]:
     Parameters
     ----------
     weight : ndarray of shape (N, K)
-        As PyTorch keeps it: one row an output feature.
+        As PyTorch keeps it: one row an output feature; in the type of the kernel.
     tile : int
         Columns of a tile.
 
     Returns
     -------
     ndarray of shape (ceil(N/tile), K, tile)
-        Contiguous, zero beyond N.
+        Contiguous, zero beyond N; in bfloat16 (ceil(N/tile), K/2, tile, 2).
     """
-    return _pack(weight, tile)
+    packed = _pack(weight, tile)
+    if weight.dtype.name != "bfloat16":
+        return packed
+    tiles, inputs, _ = packed.shape
+    pairs = packed.reshape(tiles, inputs // PAIR, PAIR, tile)
+    return np.ascontiguousarray(np.moveaxis(pairs, 2, 3))
 
 
 @functools.lru_cache(maxsize=256)
@@ -263,7 +306,7 @@ def convolution(
         weight = argument(
             "weight", [-(-out_channels // tile), *kernel_size, in_channels, tile], dtype
         )
-        store = _epilogue_arguments(epilogue, shape, dtype)
+        store = _epilogue_arguments(epilogue, shape, dtype, dtype)
         image = padded(x, (out_height, wide), kernel_size, stride, pad, dilation, dtype)
         for part in column_parts(out_channels, tile):
             sums = compute(
@@ -300,7 +343,8 @@ def padded(
 ) -> Any:
     """Add a block that copies a channels-last image into a frame of zeros.
 
-    The frame is as large as the windows of ``outputs`` = (rows, columns) reach.
+    The frame is as large as the windows of ``outputs`` = (rows, columns) reach; `dtype` is its
+    element type.
     """
     batch, height, width, channels = x.shape
     extents = [
@@ -311,7 +355,8 @@ def padded(
     def pixel(b: Any, i: Any, j: Any, c: Any) -> Any:
         row, column = i - pad[0], j - pad[1]
         inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
-        return tirx.if_then_else(inside, x[b, row, column, c], tirx.const(0, dtype))
+        value = cast(dtype, x[b, row, column, c])
+        return tirx.if_then_else(inside, value, tirx.const(0, dtype))
 
     return compute("padded", [batch, *extents, channels], pixel, dtype=dtype)
 

@@ -52,6 +52,11 @@ def unflatten(index: Any, extents: Sequence[Any]) -> list[Any]:
     return [index, *reversed(indices)]
 
 
+def cast(dtype: str, value: Any) -> Any:
+    """Convert an expression to a type; it stays as it is where it has that type."""
+    return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
+
+
 @contextlib.contextmanager
 def function(kernel: str) -> Iterator[IRBuilder]:
     """Open a function; ``builder.get()`` returns it after the ``with``.

@@ -25,7 +25,9 @@ Extents and loop variables are int64, so that more than 2**31 elements are addre
 """
 
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
+import dataclasses
 import functools
+import json
 from typing import Any, NamedTuple
 
 from tvm import tirx
@@ -39,7 +41,11 @@ KERNEL_ATTR = "dcnv3_tvm.kernel"
 """Function attribute that names the kernel: ``"dcnv3"`` or ``"dcnv3_packed"``."""
 
 SPEC_ATTR = "dcnv3_tvm.spec"
-"""Function attribute that holds the slug of the problem."""
+"""Function attribute that holds the problem, as JSON; `spec_of` reads it."""
+
+PACKED_MULTIPLE = 16
+"""Offsets and logits packed in one tensor are filled up to a multiple of so many channels, so that
+the product that makes them has whole vectors."""
 
 MAX_SIDE = 2**24
 """Largest height and width: to here float32 holds every integer, and the borders are exact."""
@@ -76,7 +82,7 @@ def dcnv3(spec: DCNv3Spec) -> tirx.PrimFunc:
     dtype = spec.dtype
     # TVM would assume 64 bytes, and crash on an array of NumPy or a slice of one.
     align = DTYPE_BYTES[dtype]
-    body = _body(spec, sizes, mask_start=0)
+    body = _body(spec, sizes, mask_start=0, stored=dtype)
 
     @T.prim_func(s_tir=True)
     def dcnv3(x: T.handle, offset: T.handle, mask: T.handle, out: T.handle):
@@ -90,7 +96,7 @@ def dcnv3(spec: DCNv3Spec) -> tirx.PrimFunc:
 
 
 @functools.lru_cache(maxsize=64)
-def dcnv3_packed(spec: DCNv3Spec) -> tirx.PrimFunc:
+def dcnv3_packed(spec: DCNv3Spec, out_dtype: str | None = None) -> tirx.PrimFunc:
     """Build the kernel that takes offsets and mask logits in one tensor.
 
     One matrix product can then produce both.
@@ -99,12 +105,15 @@ def dcnv3_packed(spec: DCNv3Spec) -> tirx.PrimFunc:
     ----------
     spec : DCNv3Spec
         The problem; ``spec.softmax`` must be set.
+    out_dtype : str, optional
+        Another element type for ``out`` than the problem's.
 
     Returns
     -------
     tvm.tirx.PrimFunc
         Function of ``(x, offset_mask, out)``, unscheduled. ``offset_mask`` has the shape
-        (N, Ho, Wo, group*P*3): the ``group*P*2`` offsets, then the ``group*P`` logits.
+        (N, Ho, Wo, `packed_channels`): the ``group*P*2`` offsets, then the ``group*P`` logits,
+        then channels that are not read.
 
     Raises
     ------
@@ -120,21 +129,35 @@ def dcnv3_packed(spec: DCNv3Spec) -> tirx.PrimFunc:
         )
     sizes = _sizes(spec)
     n, h, w, ho, wo = sizes
-    channels, offsets, masks = _extents(spec)
-    packed = _int64(offsets + masks)
+    channels, offsets, _ = _extents(spec)
+    packed = _int64(packed_channels(spec))
     dtype = spec.dtype
+    stored = out_dtype or dtype
     # TVM would assume 64 bytes, and crash on an array of NumPy or a slice of one.
-    align = DTYPE_BYTES[dtype]
-    body = _body(spec, sizes, mask_start=int(offsets))
+    align, out_align = DTYPE_BYTES[dtype], DTYPE_BYTES[stored]
+    body = _body(spec, sizes, mask_start=int(offsets), stored=stored)
 
     @T.prim_func(s_tir=True)
     def dcnv3_packed(x: T.handle, offset_mask: T.handle, out: T.handle):
         X = T.match_buffer(x, (n, h, w, channels), dtype, align=align)
         OffsetMask = T.match_buffer(offset_mask, (n, ho, wo, packed), dtype, align=align)
-        Out = T.match_buffer(out, (n, ho, wo, channels), dtype, align=align)
+        Out = T.match_buffer(out, (n, ho, wo, channels), stored, align=out_align)
         body(X, OffsetMask, OffsetMask, Out)
 
     return _finish(dcnv3_packed, "dcnv3_packed", spec)
+
+
+def packed_channels(spec: DCNv3Spec) -> int:
+    """Count the channels of the tensor that `dcnv3_packed` takes: offsets, logits, filling."""
+    used = 3 * spec.group * spec.points
+    return -(-used // PACKED_MULTIPLE) * PACKED_MULTIPLE
+
+
+def spec_of(func: tirx.PrimFunc) -> DCNv3Spec:
+    """Return the problem that a kernel of this module was built for."""
+    fields: dict[str, Any] = json.loads(str(func.attrs[SPEC_ATTR]))
+    pairs = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return DCNv3Spec(**(fields | pairs))
 
 
 def _int64(value: int) -> Any:
@@ -168,12 +191,13 @@ def _sizes(spec: DCNv3Spec) -> _Sizes:
 
 
 def _finish(func: tirx.PrimFunc, name: str, spec: DCNv3Spec) -> tirx.PrimFunc:
+    problem = json.dumps(dataclasses.asdict(spec))
     return func.with_attr(
-        {"global_symbol": name, "tirx.noalias": True, KERNEL_ATTR: name, SPEC_ATTR: spec.slug}
+        {"global_symbol": name, "tirx.noalias": True, KERNEL_ATTR: name, SPEC_ATTR: problem}
     )
 
 
-def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int) -> Any:
+def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str) -> Any:
     """Return the body shared by the kernels, as a TVMScript inline function.
 
     Parameters
@@ -182,6 +206,8 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int) -> Any:
         The problem and its extents.
     mask_start : int
         Where the mask begins along the last axis of the tensor that holds it.
+    stored : str
+        Element type of the output.
     """
     n, h, w, ho, wo = sizes
     acc_type = spec.accumulate_dtype
@@ -351,7 +377,7 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int) -> Any:
                     value = T.meta_var(acc[b, y, x, g, ch] / total[b, y, x, g])
                 else:
                     value = T.meta_var(acc[b, y, x, g, ch])
-                Out[b, y, x, g * group_channels + ch] = T.Cast(spec.dtype, value)
+                Out[b, y, x, g * group_channels + ch] = T.Cast(stored, value)
 
     return body
 

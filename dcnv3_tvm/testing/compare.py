@@ -16,6 +16,7 @@ from dcnv3_tvm.frontend.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime import CompiledModel
 from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.testing.tolerances import MODEL, MODEL_NORM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Difference:
         Name of the entry and the output.
     maximum, mean : float
         Of the absolute differences, divided by `scale`; NaN where an element is not finite.
+    norm : float
+        Euclidean norm of the differences, divided by that of the truth.
     scale : float
         Largest absolute value of the truth.
     """
@@ -35,11 +38,14 @@ class Difference:
     output: str
     maximum: float
     mean: float
+    norm: float
     scale: float
 
-    def within(self, tolerance: float) -> bool:
-        """Whether every element is finite and close enough."""
-        return self.maximum <= tolerance
+    def within(self, dtype: str) -> bool:
+        """Whether every element is finite and close enough for a model compiled for `dtype`."""
+        if dtype in MODEL_NORM:
+            return self.norm <= MODEL_NORM[dtype]
+        return self.maximum <= MODEL[dtype]
 
 
 class ReferenceOperator(TorchFunctionMode):
@@ -123,10 +129,11 @@ def compare(compiled: CompiledModel, model: InternImage, image: np.ndarray) -> l
 def difference(name: str, output: np.ndarray, expected: np.ndarray) -> Difference:
     """Measure how far an output is from the truth."""
     if output.shape != expected.shape:
-        return Difference(f"{name} {output.shape}", float("nan"), float("nan"), float("nan"))
+        return Difference(f"{name} {output.shape}", *[float("nan")] * 4)
     scale = float(np.abs(expected).max())
     errors = np.abs(output.astype(np.float64) - expected) / (scale or 1.0)
-    return Difference(name, float(errors.max()), float(errors.mean()), scale)
+    norm = float(np.linalg.norm(errors) / (np.linalg.norm(expected / (scale or 1.0)) or 1.0))
+    return Difference(name, float(errors.max()), float(errors.mean()), norm, scale)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

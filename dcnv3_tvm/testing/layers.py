@@ -91,6 +91,7 @@ def run_kernel(
     *,
     target: Any = None,
     scheduled: bool = True,
+    dtype: str | None = None,
 ) -> Array:
     """Compile a kernel, run it on arrays, and return its output.
 
@@ -106,11 +107,13 @@ def run_kernel(
         Target to compile for; this machine's processor by default.
     scheduled : bool
         Whether the schedule rules are applied.
+    dtype : str, optional
+        Element type of the output; that of the first input by default.
 
     Returns
     -------
     ndarray
-        The output, in the type of the first input.
+        The output.
     """
     import tvm
 
@@ -122,7 +125,7 @@ def run_kernel(
     if scheduled:
         module, _ = schedule_module(module, target)
     compiled = tvm.compile(module, target=target)
-    poisoned = np.full(output_shape, np.nan, inputs[0].dtype)
+    poisoned = np.full(output_shape, np.nan, inputs[0].dtype if dtype is None else dtype)
     tensors = [tvm.runtime.tensor(array) for array in (*inputs, poisoned)]
     compiled["main"](*tensors)
     return np.asarray(tensors[-1].numpy())

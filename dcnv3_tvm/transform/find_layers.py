@@ -15,7 +15,7 @@ import tvm_ffi
 from tvm import relax
 
 from dcnv3_tvm.transform.program import count_uses
-from dcnv3_tvm.transform.shapes import dimensions
+from dcnv3_tvm.transform.shapes import dimensions, element_type
 
 _ACTIVATIONS: Final = {
     "relax.nn.gelu": "gelu",
@@ -94,7 +94,7 @@ def _begin(call: relax.Call, weights: set[relax.Var]) -> Layer | None:
     if name not in ("relax.matmul", "relax.nn.conv2d"):
         return None
     source, weight = call.args
-    if weight not in weights or source in weights or str(source.ty.dtype.dtype) != "float32":
+    if weight not in weights or source in weights or element_type(source) != "float32":
         return None
     if name == "relax.matmul":
         return Layer("linear", call) if weight.ty.ndim == 2 and source.ty.ndim > 1 else None
@@ -162,4 +162,4 @@ def _normalizes(call: relax.Call, weights: set[relax.Var]) -> bool:
     over_channels = [int(axis) % rank for axis in call.attrs.axes] == [rank - 1]
     affine = bool(call.attrs.center) and bool(call.attrs.scale)
     known = all(argument in weights for argument in call.args[1:])
-    return over_channels and affine and known and str(call.args[0].ty.dtype.dtype) == "float32"
+    return over_channels and affine and known and element_type(call.args[0]) == "float32"

@@ -67,15 +67,17 @@ def _packed(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var
     first, second = _projection(rebuilder, offset), _projection(rebuilder, mask)
     if first is None or second is None or not first.source.same_as(second.source):
         return None
-    weight, bias = (
-        rebuilder.weight(
-            np.concatenate([rebuilder.array(part) for part in parts], axis=-1), parts[0], "merged"
-        )
-        for parts in ((first.weight, second.weight), (first.bias, second.bias))
-    )
-    product = rebuilder.emit(relax.op.matmul(first.source, weight))
-    offset_mask = rebuilder.emit(relax.op.add(product, bias))
-    kernel = rebuilder.add_kernel(tensorir.dcnv3_packed(relax_op.spec_of(call)), "dcnv3_packed")
+    spec = relax_op.spec_of(call)
+
+    def merged(parts: tuple[relax.Expr, relax.Expr]) -> relax.Var:
+        array = np.concatenate([rebuilder.array(part) for part in parts], axis=-1)
+        filling = tensorir.packed_channels(spec) - array.shape[-1]
+        array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, filling)])
+        return rebuilder.weight(array, parts[0], "merged")
+
+    product = rebuilder.emit(relax.op.matmul(first.source, merged((first.weight, second.weight))))
+    offset_mask = rebuilder.emit(relax.op.add(product, merged((first.bias, second.bias))))
+    kernel = rebuilder.add_kernel(tensorir.dcnv3_packed(spec), "dcnv3_packed")
     return rebuilder.emit(relax.call_tir(kernel, [x, offset_mask], var.ty), like=var)
 
 

@@ -9,13 +9,16 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dcnv3_tvm.op import normalization, products
+from dcnv3_tvm.op import normalization, products, tensorir
 from dcnv3_tvm.transform.find_layers import Layer, find_layers
 from dcnv3_tvm.transform.program import Program, Rebuilder
-from dcnv3_tvm.transform.shapes import dimensions
+from dcnv3_tvm.transform.shapes import dimensions, element_type
+from dcnv3_tvm.transform.storage import Values, find_values, packed_sampling
 
 
-def lower_layers(program: Program, tile_width: Callable[[int], int]) -> Program:
+def lower_layers(
+    program: Program, tile_width: Callable[[int], int], dtype: str = "float32"
+) -> Program:
     """Lower every layer that has a kernel of ours; the rest is left to TVM's legalisation.
 
     Parameters
@@ -24,18 +27,54 @@ def lower_layers(program: Program, tile_width: Callable[[int], int]) -> Program:
         Channels last, with weights folded.
     tile_width : callable
         Gives, for a number of output features, the width of the tiles to pack weights in.
+    dtype : str
+        Element type of the operands of products: float32, or bfloat16 for those that can.
     """
     found: dict[relax.Var, Layer] = {}
+    values = Values(set(), set(), set())
     for name, entry in program.entries.items():
-        found |= find_layers(program.module[name], len(entry.inputs))
+        function = program.module[name]
+        layers = find_layers(function, len(entry.inputs))
+        found |= layers
+        for all_of_kind, of_function in zip(
+            values, find_values(function, layers, program.module), strict=True
+        ):
+            all_of_kind.update(of_function)
+    if dtype == "float32":
+        values = Values(values.inner, set(), set())
+    converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
 
-    def visit(rebuilder: Rebuilder, var: relax.Var, _call: relax.Call) -> relax.Var | None:
+    def operand(rebuilder: Rebuilder, source: relax.Expr) -> relax.Var:
+        """Return a tensor in bfloat16; one that is read several times is converted once."""
+        if element_type(source) == "bfloat16":
+            return source
+        if (rebuilder, source) not in converted:
+            converted[rebuilder, source] = rebuilder.emit(relax.op.astype(source, "bfloat16"))
+        return converted[rebuilder, source]
+
+    def visit(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
+        if var in values.inner:
+            return relax.Var(var.name, var.ty)  # a name that nothing refers to in the end
         layer = found.get(var)
         if layer is None:
-            return None
-        return _LOWER[layer.kind](_Context(rebuilder, var, layer, tile_width))
+            return _lower_sampling(rebuilder, var, call) if var in values.narrow else None
+        source = rebuilder.current(layer.root.args[0])
+        if var in values.products:
+            source = operand(rebuilder, source)
+        out_dtype = "bfloat16" if var in values.narrow else element_type(var)
+        return _LOWER[layer.kind](_Context(rebuilder, var, layer, source, out_dtype, tile_width))
 
     return program.rebuilt(visit)
+
+
+def _lower_sampling(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
+    """Let the packed DCNv3 kernel store bfloat16."""
+    kernel = packed_sampling(call, rebuilder.module)
+    assert kernel is not None, "only kernels known to store bfloat16 are asked to"
+    narrow = tensorir.dcnv3_packed(tensorir.spec_of(kernel), "bfloat16")
+    function = rebuilder.add_kernel(narrow, "dcnv3_packed")
+    ty = relax.TensorType(var.ty.shape, "bfloat16")
+    return rebuilder.emit(relax.call_tir(function, list(call.args[1].fields), ty), like=var)
 
 
 class _Context:
@@ -46,13 +85,17 @@ class _Context:
         rebuilder: Rebuilder,
         var: relax.Var,
         layer: Layer,
+        source: relax.Expr,
+        out_dtype: str,
         tile_width: Callable[[int], int],
     ) -> None:
         self.rebuilder = rebuilder
         self.var = var
         self.layer = layer
+        self.source = source
+        self.dtype = element_type(source)
+        self.out_dtype = out_dtype
         self.tile_width = tile_width
-        self.source = rebuilder.current(layer.root.args[0])
         self._symbols: dict[str, tvm.tirx.Var] = {}
 
     def sizes(self, expr: relax.Expr) -> tuple[Any, ...]:
@@ -68,7 +111,7 @@ class _Context:
 
     @property
     def weight(self) -> np.ndarray:
-        """The weight of the operator the layer begins with."""
+        """The weight of the operator the layer begins with, as it was imported."""
         array = self.rebuilder.array(self.rebuilder.current(self.layer.root.args[1]))
         assert array is not None, "only operators with a known weight begin a layer"
         return array
@@ -85,7 +128,8 @@ class _Context:
         words = [name, self.layer.activation, None if self.layer.residual is None else "residual"]
         function = self.rebuilder.add_kernel(kernel, "_".join(word for word in words if word))
         given = [self.rebuilder.current(argument) for argument in arguments if argument is not None]
-        return self.rebuilder.emit(relax.call_tir(function, given, self.var.ty), like=self.var)
+        ty = relax.TensorType(self.var.ty.shape, self.out_dtype)
+        return self.rebuilder.emit(relax.call_tir(function, given, ty), like=self.var)
 
 
 def _epilogue(layer: Layer) -> products.Epilogue:
@@ -108,8 +152,10 @@ def _lower_linear(context: _Context) -> relax.Var:
         outputs,
         tile=tile,
         epilogue=_epilogue(layer),
+        dtype=context.dtype,
+        out_dtype=context.out_dtype,
     )
-    packed = context.packed(products.pack_linear(matrix, tile))
+    packed = context.packed(products.pack_linear(matrix.astype(context.dtype), tile))
     return context.call(
         kernel, f"linear_{inputs}_{outputs}", [context.source, packed, layer.bias, layer.residual]
     )
@@ -152,6 +198,8 @@ def _lower_depthwise(context: _Context) -> relax.Var:
         bias=layer.bias is not None,
         norm_eps=None if layer.norm is None else float(layer.norm.attrs.epsilon),
         activation=layer.activation,
+        x_dtype=context.dtype,
+        out_dtype=context.out_dtype,
     )
     packed = context.packed(weight[..., 0].transpose(1, 2, 0))
     norm = [] if layer.norm is None else list(layer.norm.args[1:])
@@ -169,6 +217,7 @@ def _lower_layer_norm(context: _Context) -> relax.Var:
         eps=float(layer.root.attrs.epsilon),
         activation=layer.activation,
         residual=layer.residual is not None,
+        out_dtype=context.out_dtype,
     )
     return context.call(kernel, f"layer_norm_{channels}", [*layer.root.args, layer.residual])
 

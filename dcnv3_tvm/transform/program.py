@@ -102,6 +102,7 @@ class Rebuilder:
         self, module: tvm.IRModule, name: str, entry: Entry, weights: dict[str, np.ndarray]
     ) -> None:
         self.function = module[name]
+        self.module = module
         self.weights = weights
         self._name = name
         self._entry = entry
@@ -236,12 +237,12 @@ class Rebuilder:
     def _finish(
         self, inputs: Sequence[relax.Var], result: relax.Expr
     ) -> tuple[tvm.IRModule, Entry]:
-        live = set(_variables(result))
+        live = set(variables(result))
         kept: list[relax.VarBinding] = []
         for var, value in reversed(self._bindings):
             if var in live:
                 kept.append(relax.VarBinding(var, value))
-                live.update(_variables(value))
+                live.update(variables(value))
         names = tuple(name for name, var in self._weight_vars.items() if var in live)
         params = [*inputs, *(self._weight_vars[name] for name in names)]
         output = relax.Var("output", self._builder.normalize(result).ty)
@@ -257,7 +258,7 @@ class Rebuilder:
         return module, dataclasses.replace(self._entry, weights=names)
 
 
-def _variables(expr: relax.Expr) -> list[relax.Var]:
+def variables(expr: relax.Expr) -> list[relax.Var]:
     """List the variables in an expression, each as often as it stands there."""
     if isinstance(expr, relax.Var):
         return [expr]
@@ -269,7 +270,7 @@ def _variables(expr: relax.Expr) -> list[relax.Var]:
         children = list(expr.args)
     else:
         children = []
-    return [var for child in children for var in _variables(child)]
+    return [var for child in children for var in variables(child)]
 
 
 def count_uses(function: relax.Function) -> Counter[relax.Var]:
@@ -277,8 +278,8 @@ def count_uses(function: relax.Function) -> Counter[relax.Var]:
     uses: Counter[relax.Var] = Counter()
     for block in function.body.blocks:
         for binding in block.bindings:
-            uses.update(_variables(binding.value))
-    uses.update(_variables(function.body.body))
+            uses.update(variables(binding.value))
+    uses.update(variables(function.body.body))
     return uses
 
 

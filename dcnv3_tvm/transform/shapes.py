@@ -21,3 +21,8 @@ def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
         return None
     sizes = dimensions(expr)
     return sizes if all(isinstance(size, int) for size in sizes) else None
+
+
+def element_type(expr: relax.Expr) -> str:
+    """Return the element type of a tensor."""
+    return str(expr.ty.dtype.dtype)

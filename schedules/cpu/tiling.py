@@ -13,10 +13,18 @@ from tvm.target import Target
 
 from dcnv3_tvm.op.products import ROW_SLACK, constant_factor
 from dcnv3_tvm.op.stages import static
+from dcnv3_tvm.spec import DTYPE_BYTES
 from dcnv3_tvm.targets import vector_bits
 
 RESIDENT_WEIGHTS: Final = 512 * 1024
 """Bytes of weights that may be read again for every row tile: they stay in the L2 cache."""
+
+
+CACHE_WAY: Final = 4096
+"""Bytes of one way of the L1 data cache, on all x86-64 processors with at least AVX."""
+
+CACHE_WAYS: Final = 8
+"""Ways of the L1 data cache; newer processors have more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,20 +63,24 @@ def linear_tile(out_features: int, target: Target, dtype: str = "float32") -> in
 def weights_stay_cached(weight: Any) -> bool:
     """Whether packed weights are small enough to be read again for every row tile."""
     sizes = [size for size in map(static, weight.shape) if size is not None]
-    return math.prod(sizes) * (8 if weight.dtype == "float64" else 4) <= RESIDENT_WEIGHTS
+    return math.prod(sizes) * DTYPE_BYTES[str(weight.dtype)] <= RESIDENT_WEIGHTS
 
 
 def tile_columns(sch: s_tir.Schedule, column: LoopRV, weight: Any) -> int:
     """Return the columns of a register tile: those of a weight tile, or the few there are."""
-    sizes = (static(sch.get(column).extent), static(weight.shape[-1]))
+    tile = weight.shape[-2 if str(weight.dtype) == "bfloat16" else -1]
+    sizes = (static(sch.get(column).extent), static(tile))
     return min(size for size in sizes if size is not None)
 
 
-def row_tile(rows: Any, columns: int, unit: VectorUnit, dtype: str) -> int:
+def row_tile(
+    rows: Any, columns: int, unit: VectorUnit, dtype: str, row_bytes: int | None = None
+) -> int:
     """Return the rows of a register tile with `columns` columns.
 
     As many as the registers hold beside one row of weights and one broadcast; another number where
-    that divides the rows and makes every tile whole.
+    that divides the rows and makes every tile whole. Rows at a distance of whole pages all fall
+    into one set of the L1 cache: then no more than it keeps.
 
     Parameters
     ----------
@@ -80,9 +92,14 @@ def row_tile(rows: Any, columns: int, unit: VectorUnit, dtype: str) -> int:
         Registers to fill.
     dtype : str
         Element type.
+    row_bytes : int, optional
+        Distance of neighbouring rows in memory.
     """
     vectors = -(-columns // unit.lanes(dtype))
     most = max(1, min((unit.registers - vectors - 1) // vectors, ROW_SLACK + 1))
+    if row_bytes is not None:
+        sets = CACHE_WAY // math.gcd(row_bytes, CACHE_WAY)
+        most = min(most, sets * CACHE_WAYS)
     known = static(rows)
     if known is not None and known <= most:
         return known

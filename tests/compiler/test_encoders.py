@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 import dcnv3_tvm as dt
-from dcnv3_tvm import frontend
-from dcnv3_tvm.errors import CompileError
+from dcnv3_tvm import frontend, machine
+from dcnv3_tvm.errors import CompileError, TargetError
 from dcnv3_tvm.frontend.variants import model_config
 from dcnv3_tvm.testing.compare import compare
-from dcnv3_tvm.testing.tolerances import MODEL
 from dcnv3_tvm.testing.weights import randomize_
 
 TINY = frontend.list_models("test_internimage_*")
@@ -17,13 +16,18 @@ POOLED = [name for name in TINY if name not in CLIP]
 # Importing and compiling open sizes takes longest: one variant of each head shows it.
 OPEN = [POOLED[0], CLIP[0]]
 
+DOT_PRODUCT = pytest.mark.skipif(
+    "avx512bf16" in machine.missing_features(["avx512bf16"]),
+    reason="this processor multiplies no bfloat16",
+)
+
 
 def _assert_agrees(compiled, model, *shapes, rng):
     for shape in shapes:
         image = rng.standard_normal(shape).astype("float32")
         differences = compare(compiled, model, image)
         assert len(differences) == 1 + 4
-        assert [d for d in differences if not d.within(MODEL["float32"])] == []
+        assert [d for d in differences if not d.within(compiled.metadata.dtype)] == []
         # A model whose weights do nothing would agree with anything.
         assert all(d.scale > 1e-2 for d in differences)
 
@@ -71,6 +75,33 @@ def test_released_variants(name, batch, rng):
     others = [kernel for kernel, rule in compiled.metadata.kernels.items() if rule == "fallback"]
     assert len(others) <= 8
     _assert_agrees(compiled, model, shape, rng=rng)
+
+
+@DOT_PRODUCT
+@pytest.mark.parametrize("name", TINY)
+def test_every_block_path_and_head_in_bfloat16(name, rng):
+    model = randomize_(frontend.create_model(name), seed=1)
+    imported = frontend.import_model(model, example=(2, 3, 64, 96))
+    compiled = dt.compile_model(imported, dtype="bfloat16")
+    assert "unscheduled" not in compiled.metadata.kernels.values()
+    assert {tensor.dtype for tensor in compiled.metadata.entries["main"].outputs} == {"float32"}
+    _assert_agrees(compiled, model, (2, 3, 64, 96), rng=rng)
+
+
+@DOT_PRODUCT
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["internimage_t", "internimage_s", "internimage_b"])
+def test_released_variants_in_bfloat16(name, rng):
+    model = randomize_(frontend.create_model(name), seed=1)
+    shape = (1, 3, 224, 224)
+    compiled = dt.compile_model(frontend.import_model(model, example=shape), dtype="bfloat16")
+    _assert_agrees(compiled, model, shape, rng=rng)
+
+
+def test_bfloat16_for_a_processor_without_it_is_refused_with_words():
+    imported = frontend.import_model(frontend.create_model(TINY[0]), example=(1, 3, 32, 32))
+    with pytest.raises(TargetError, match=r"avx512_bf16.*float32"):
+        dt.compile_model(imported, target="cpu-haswell", dtype="bfloat16")
 
 
 def test_compiling_leaves_the_import_as_it_was(rng):

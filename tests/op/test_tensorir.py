@@ -33,7 +33,11 @@ def run(kernel, spec, inputs, packed=False):
     """Run a kernel into an output full of NaN."""
     arguments = [inputs.x, inputs.offset, inputs.mask]
     if packed:
-        arguments = [inputs.x, np.concatenate([inputs.offset, inputs.mask], axis=-1)]
+        both = np.concatenate([inputs.offset, inputs.mask], axis=-1)
+        filling = np.full(
+            (*both.shape[:3], tensorir.packed_channels(spec) - both.shape[3]), np.nan, both.dtype
+        )
+        arguments = [inputs.x, np.concatenate([both, filling], axis=-1)]
     batch, out_height, out_width = inputs.offset.shape[:3]
     out = np.full(
         (batch, out_height, out_width, spec.channels), np.nan, tensors.numpy_dtype(spec.dtype)
@@ -187,5 +191,5 @@ def test_names_blocks_and_attributes(build):
         "store",
     ]
     assert func.attrs[tensorir.KERNEL_ATTR] == build.__name__
-    assert func.attrs[tensorir.SPEC_ATTR] == spec.slug
+    assert tensorir.spec_of(func) == spec
     assert func.attrs["global_symbol"] == build.__name__

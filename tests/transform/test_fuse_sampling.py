@@ -58,8 +58,12 @@ def _fused(rng, build):
 def test_projections_of_one_tensor_become_one_product(rng):
     fused = _fused(rng, _build())
     assert operators(fused) == ["relax.matmul", "relax.add", "dcnv3_packed"]
-    shapes = sorted(array.shape for array in fused.weights.values())
-    assert shapes == [(_C, _GROUP * _POINTS * 3), (_GROUP * _POINTS * 3,)]
+    weight, bias = sorted(fused.weights.values(), key=lambda array: -array.ndim)
+    # 54 offsets and logits, filled up with zeros to whole vectors.
+    assert (weight.shape, bias.shape) == ((_C, 64), (64,))
+    assert weight[:, :54].all()
+    assert not weight[:, 54:].any()
+    assert not bias[54:].any()
 
 
 def test_projections_of_two_tensors_stay_two(rng):
