@@ -182,6 +182,15 @@ def _encoder(arguments: argparse.Namespace, threads: int, on_step: Callable[[str
     return _compete([_case(arguments)], arguments, threads, on_step)
 
 
+def _kernels(
+    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
+) -> Listing[Any]:
+    case = _case(arguments)
+    with _requirements():
+        from dcnv3_tvm.bench.kernels import list_kernels
+    return list_kernels(case, threads=threads, on_step=on_step)
+
+
 def _memory(
     arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
 ) -> Listing[Any]:
@@ -253,6 +262,11 @@ _KINDS: Final = {
         "a whole encoder beside other runtimes",
         (_add_features, _add_dtype, _add_against, _add_rounds, _add_plot),
         _encoder,
+    ),
+    "kernels": _Kind(
+        "every kernel of a compiled encoder alone, beside its floor",
+        (_add_features, _add_dtype),
+        _kernels,
     ),
     "memory": _Kind(
         "the peak memory of an encoder beside that of other runtimes, each in a fresh process",

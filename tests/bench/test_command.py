@@ -13,6 +13,8 @@ from dcnv3_tvm.bench import measure, ours, runner
 from dcnv3_tvm.bench.contestants import OURS
 from dcnv3_tvm.bench.report import Report
 from dcnv3_tvm.cli import main
+from dcnv3_tvm.schedules import has_bfloat16_dot
+from dcnv3_tvm.targets import resolve_target
 
 TINY = ("--variant", "test_internimage_pre_norm", "--against", "torch", "--rounds", "2")
 CASE = "dcnv3-n1-h4-w4-c16-g4-k3-s1-p1-d1-f32"
@@ -48,6 +50,23 @@ def test_encoder_prints_json(capsys):
     assert data["cases"][0]["slug"] == "test_internimage_pre_norm-n2-h32-w40-f32"
     assert [row["name"] for row in data["cases"][0]["rows"]] == [OURS, "torch"]
     assert not any(row["wrong"] for row in data["cases"][0]["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not has_bfloat16_dot(resolve_target("auto")), reason="the processor multiplies no bfloat16"
+)
+def test_encoder_in_bfloat16(capsys):
+    arguments = ["--dtype", "bfloat16", "--against", "openvino,openvino-bf16", "--json"]
+    assert main(["bench", "encoder", *TINY[:2], "--rounds", "2", *arguments]) == 0
+    (case,) = json.loads(capsys.readouterr().out)["cases"]
+    assert case["slug"] == "test_internimage_pre_norm-n1-h32-w32-bf16"
+    assert case["measure"] == "norm"
+    errors = {row["name"]: row["error"] for row in case["rows"]}
+    assert list(errors) == [OURS, "openvino", "openvino-bf16"]
+    # Short products are seen.
+    assert 1e-4 < errors[OURS] < 1e-2
+    assert errors["openvino"] < 1e-5
 
 
 def test_wrong_outputs_give_no_times(capsys, monkeypatch):
