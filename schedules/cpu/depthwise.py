@@ -24,7 +24,8 @@ def depthwise(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     """
     if func.attrs.get(KERNEL_ATTR) != "depthwise":
         return None
-    lanes = vector_unit(target).lanes(str(func.params[0].dtype))
+    dtype = str(func.params[1].dtype)
+    lanes = vector_unit(target).lanes(dtype)
     sch = s_tir.Schedule(func)
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
     normalized = len(sch.get_consumers(window)) > 1
@@ -33,7 +34,7 @@ def depthwise(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     task = sch.fuse(batch, line)
     sch.parallel(task)
     if normalized:
-        normalize(sch, run, lanes)
+        normalize(sch, run, lanes, dtype)
     else:
         vectorize_innermost(sch, epilogue, lanes)
 

@@ -10,6 +10,7 @@ from tvm.target import Target
 
 from dcnv3_tvm.op.products import constant_factor
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
+from dcnv3_tvm.schedules.cpu.lane_sum import sum_lanes
 from dcnv3_tvm.schedules.cpu.tiling import (
     unroll_tile,
     vector_unit,
@@ -26,13 +27,14 @@ def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     """Normalise a few rows at a time, in parallel."""
     if func.attrs.get(KERNEL_ATTR) != "layer_norm":
         return None
-    lanes = vector_unit(target).lanes(str(func.params[0].dtype))
+    dtype = str(func.params[0].dtype)
+    lanes = vector_unit(target).lanes(dtype)
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, _ = sch.get_loops(epilogue)
     task, _ = sch.split(row, [None, rows_at_once(sch.get(row).extent)])
     sch.parallel(task)
-    normalize(sch, task, lanes)
+    normalize(sch, task, lanes, dtype)
     return sch.mod["main"]
 
 
@@ -42,7 +44,7 @@ def rows_at_once(rows: Any) -> int:
     return whole_tile(known if known is not None else constant_factor(rows), ROWS) or 1
 
 
-def normalize(sch: s_tir.Schedule, task: LoopRV, lanes: int) -> None:
+def normalize(sch: s_tir.Schedule, task: LoopRV, lanes: int, dtype: str) -> None:
     """Compute the blocks of a LayerNorm at `task`, whose rows and channels lie inside it.
 
     Parameters
@@ -53,18 +55,22 @@ def normalize(sch: s_tir.Schedule, task: LoopRV, lanes: int) -> None:
         Loop to compute at.
     lanes : int
         Elements of a vector register.
+    dtype : str
+        Element type of the computation.
     """
     scale = sch.get_sblock("scale")
     sch.compute_at(scale, task, preserve_unit_loops=True)
     sch.set_scope(scale, 0, "local")
     for name in ("square", "total"):
-        tree_sum(sch, sch.get_sblock(name), task, lanes)
+        sum_channels(sch, sch.get_sblock(name), task, lanes, dtype)
     epilogue = sch.get_sblock("epilogue")
     vectorize_innermost(sch, epilogue, lanes)
 
 
-def tree_sum(sch: s_tir.Schedule, total: SBlockRV, task: LoopRV, lanes: int) -> None:
-    """Sum over the innermost loop in vectors, then over the lanes of the vector by halves.
+def sum_channels(
+    sch: s_tir.Schedule, total: SBlockRV, task: LoopRV, lanes: int, dtype: str
+) -> None:
+    """Sum over the innermost loop in vectors, then over the lanes of the vector.
 
     Parameters
     ----------
@@ -76,30 +82,28 @@ def tree_sum(sch: s_tir.Schedule, total: SBlockRV, task: LoopRV, lanes: int) -> 
         Loop to compute the sum at; the rows summed side by side lie inside it.
     lanes : int
         Elements of a vector register.
+    dtype : str
+        Element type of the sums.
     """
     extent = static(sch.get(sch.get_loops(total)[-1]).extent)
     width = vector_width(extent, lanes)
-    partial = []
-    while width > 1:
+    stages = [total]
+    if width > 1:
         _, lane = sch.split(sch.get_loops(total)[-1], [None, width])
-        partial.append(sch.rfactor(lane, factor_axis=-1))
-        _order_axes(sch, partial[-1], lane_first=True)
-        width //= 2
-    if partial:
+        partial = sch.rfactor(lane, factor_axis=-1)
+        _order_axes(sch, partial, lane_first=True)
         _order_axes(sch, total, lane_first=False)
-    for stage in [total, *reversed(partial)]:
+        stages.append(partial)
+    for stage in stages:
         sch.compute_at(stage, task, preserve_unit_loops=True)
         sch.set_scope(stage, 0, "local")
-    for stage in partial:
-        *_, row, lane, step = sch.get_loops(stage)
+    if width > 1:
+        *_, row, lane, step = sch.get_loops(partial)
         sch.reorder(step, row, lane)
-        unroll_tile(sch, stage, [row, lane], step)
-        if stage is not partial[0]:
-            sch.unroll(step)
-    if partial:
-        *_, row, step = sch.get_loops(total)
+        unroll_tile(sch, partial, [row, lane], step)
+        *_, row, lane = sch.get_loops(total)
         sch.unroll(row)
-        sch.unroll(step)
+        sum_lanes(sch, total, lane, task, dtype)
 
 
 def _order_axes(sch: s_tir.Schedule, stage: SBlockRV, *, lane_first: bool) -> None:

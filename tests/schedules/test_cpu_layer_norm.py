@@ -1,8 +1,13 @@
+import math
+
 import numpy as np
 import pytest
+import tvm
 from tvm import tirx
 
 from dcnv3_tvm.op import normalization
+from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
 from dcnv3_tvm.testing.layers import run_kernel
 
@@ -56,3 +61,28 @@ def test_rows_run_in_parallel_and_channels_in_vectors(scheduled, host):
     assert "T.parallel" in script
     assert "T.vectorized" in script
     assert 'scope="local"' in script
+
+
+@pytest.mark.parametrize("channels", [7, 10, 20, 40, 48])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sums_over_vectors_of_every_width(rng, assert_close, scheduled, dtype, channels):
+    target = resolve_target("cpu-haswell")
+    x = rng.standard_normal((9, channels)).astype(dtype)
+    gamma, beta = (rng.standard_normal(channels).astype(dtype) for _ in range(2))
+    func = normalization.layer_norm((9,), channels, eps=1e-6, dtype=dtype)
+    width = math.gcd(channels, 32 // x.itemsize)
+    script, _ = scheduled(func, target)
+    assert (f'"dcnv3_tvm_sum_{dtype}x{width}"' in script) == (width > 1)
+    result = run_kernel(func, [x, gamma, beta], x.shape, target=target)
+    assert_close(result, layers.layer_norm(x, gamma, beta, 1e-6), dtype)
+
+
+def test_lanes_are_added_in_vector_registers():
+    target = resolve_target("cpu-znver4")
+    func = normalization.layer_norm((3136,), 64, eps=1e-6)
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    module, _ = schedule_module(module, target)
+    assembly = tvm.compile(module, target=target).mod.inspect_source("asm")
+    # The detour through general registers that halving a vector in memory ends in.
+    assert "vpextrq" not in assembly
+    assert "dcnv3_tvm_sum" not in assembly

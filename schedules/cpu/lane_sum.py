@@ -1,0 +1,86 @@
+"""The sum over the lanes of a vector register."""
+
+# No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
+import functools
+from typing import Final
+
+from tvm import s_tir
+from tvm.s_tir import TensorIntrin
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.script import tirx as T
+
+_LLVM_TYPES: Final = {"float32": "float", "float64": "double"}
+_SUFFIXES: Final = {"float32": "f32", "float64": "f64"}
+
+
+def sum_lanes(sch: s_tir.Schedule, total: SBlockRV, lane: LoopRV, task: LoopRV, dtype: str) -> None:
+    """Let a block that adds up a vector, element by element, do so by shuffles.
+
+    LLVM makes a detour through general registers of what TVM can express: vectors that are halved
+    through memory.
+
+    Parameters
+    ----------
+    sch : Schedule
+        Schedule to change.
+    total : SBlockRV
+        Reduction block over `lane` alone, in local memory.
+    lane : LoopRV
+        Its innermost loop; 2, 4, 8 or 16 long.
+    task : LoopRV
+        A loop around it.
+    dtype : str
+        Element type, float32 or float64.
+    """
+    width = int(sch.get(lane).extent)
+    sch.decompose_reduction(total, lane)
+    sch.tensorize(lane, _intrinsic(width, dtype))
+    sch.annotate(task, "pragma_import_llvm", _code(width, dtype))
+
+
+def _name(width: int, dtype: str) -> str:
+    return f"dcnv3_tvm_sum_{dtype}x{width}"
+
+
+def _code(width: int, dtype: str) -> str:
+    """Return the function, which LLVM inlines: TVM's own call has no way to allow reordering."""
+    scalar = _LLVM_TYPES[dtype]
+    reduce = f"@llvm.vector.reduce.fadd.v{width}{_SUFFIXES[dtype]}"
+    return f"""
+declare {scalar} {reduce}({scalar}, <{width} x {scalar}>)
+
+define {scalar} @{_name(width, dtype)}(<{width} x {scalar}> %vector) {{
+  %sum = call reassoc {scalar} {reduce}({scalar} -0.0, <{width} x {scalar}> %vector)
+  ret {scalar} %sum
+}}
+"""
+
+
+@functools.cache
+def _intrinsic(width: int, dtype: str) -> str:
+    """Register the sum of a number of lanes and return its name."""
+    name = _name(width, dtype)
+
+    @T.prim_func(s_tir=True)
+    def described(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (width,), dtype, offset_factor=1, scope="local")
+        B = T.match_buffer(b, (1,), dtype, offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads(B[0:1], A[0:width])
+            T.writes(B[0:1])
+            for i in T.serial(0, width):
+                with T.sblock("sum"):
+                    lane = T.axis.remap("R", [i])
+                    B[0] = B[0] + A[lane]
+
+    @T.prim_func(s_tir=True)
+    def done(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (width,), dtype, offset_factor=1, scope="local")
+        B = T.match_buffer(b, (1,), dtype, offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads(B[0:1], A[0:width])
+            T.writes(B[0:1])
+            B[0] = B[0] + T.call_pure_extern(dtype, name, A.vload([0], f"{dtype}x{width}"))
+
+    TensorIntrin.register(name, described, done)
+    return name
