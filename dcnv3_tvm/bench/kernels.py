@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Final, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import tvm
 from tvm import relax, tirx
@@ -280,10 +279,6 @@ def _timed(kernels: list[Kernel], target: tvm.target.Target) -> Iterable[tuple[K
 
 
 def _random(rng: np.random.Generator, tensor: Tensor) -> Array:
-    """Draw normal numbers; integers are pairs of bfloat16."""
-    if tensor.dtype == "int32":
-        pairs = rng.standard_normal((*tensor.shape, 2), np.float32).astype(ml_dtypes.bfloat16)
-        return pairs.view(np.int32)[..., 0]
     return rng.standard_normal(tensor.shape, np.float32).astype(tensor.dtype)
 
 
@@ -357,10 +352,10 @@ def _total(name: str, rows: Iterable[KernelRow]) -> Total:
 def _row(kernel: Kernel, seconds: float, whole: float, peaks: Peaks) -> KernelRow:
     flops = operations(kernel)
     tensors = (*kernel.inputs, *kernel.outputs)
-    traffic = sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 4) for shape, dtype in tensors)
-    # The operands of a product are of one type; bfloat16 weights come in pairs, as integers.
-    exact = kernel.rule not in PRODUCTS or kernel.inputs[1].dtype == "float32"
-    floors = Floors.of(flops, traffic, peaks, "float32" if exact else "bfloat16")
+    traffic = sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in tensors)
+    # What is no product computes in float32, whatever it reads and writes.
+    operands = kernel.inputs[1].dtype if kernel.rule in PRODUCTS else "float32"
+    floors = Floors.of(flops, traffic, peaks, operands)
     inputs = ", ".join(map(_shown, kernel.inputs))
     return KernelRow(
         kernel=kernel.name,
