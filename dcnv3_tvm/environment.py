@@ -44,13 +44,17 @@ OMP_NUM_THREADS: Final = Variable(
 TVM_BIND_THREADS: Final = Variable(
     "TVM_BIND_THREADS",
     "TVM",
-    "0 keeps its threads from being pinned to cores: set it when PyTorch works in the same "
-    "process.",
+    "0 keeps its threads from being pinned to cores.",
+)
+GOMP_SPINCOUNT: Final = Variable(
+    "GOMP_SPINCOUNT",
+    "PyTorch's OpenMP",
+    "10000, set before PyTorch is imported, keeps its idle threads from slowing TVM's down.",
 )
 OMP_WAIT_POLICY: Final = Variable(
     "OMP_WAIT_POLICY",
     "PyTorch's OpenMP",
-    "PASSIVE, set before PyTorch is imported, keeps its idle threads from slowing TVM's down.",
+    "PASSIVE does the same for TVM, but can slow PyTorch's small operations down.",
 )
 TVM_LIBRARY_PATH: Final = Variable(
     "TVM_LIBRARY_PATH",
@@ -65,6 +69,7 @@ VARIABLES: Final = (
     TVM_NUM_THREADS,
     OMP_NUM_THREADS,
     TVM_BIND_THREADS,
+    GOMP_SPINCOUNT,
     OMP_WAIT_POLICY,
     TVM_LIBRARY_PATH,
     TVM_BACKTRACE,

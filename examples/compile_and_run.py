@@ -19,7 +19,7 @@ from typing import Any
 
 # PyTorch's idle threads spin on the cores that compiled models compute on, unless told before
 # PyTorch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
