@@ -22,7 +22,8 @@ def render(metadata: ArtifactMetadata) -> str:
         f"{metadata.versions.get('tvm', '?')}) on {metadata.created}, in {metadata.dtype}, for "
         f"`{metadata.target.slug}`.",
         "It runs with the packages `dcnv3-tvm`, `apache-tvm-ffi`, `numpy` and `pillow`; neither "
-        "PyTorch nor TVM's compiler is needed.",
+        "PyTorch nor TVM's compiler is needed. Processes that run it have its weights mapped: "
+        "replace or remove this folder, but do not overwrite its files in place.",
         "## Run it",
         _example(metadata),
     ]

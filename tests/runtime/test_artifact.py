@@ -31,6 +31,7 @@ def test_files(artifact_path):
     assert [path.name for path in artifact_path.parent.iterdir()] == ["artifact"]
     card = (artifact_path / "README.md").read_text()
     assert "runtime.load" in card
+    assert "do not overwrite its files in place" in card
     assert "| output | feature_1 | 1, 3, 8, 8 | NCHW | float32 | 8 |" in card
 
 

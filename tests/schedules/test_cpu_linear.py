@@ -84,6 +84,15 @@ def test_a_row_tile_fills_the_registers_and_divides_the_rows():
     assert row_tile(n, 32, wide, "float32") == 14
 
 
+def test_rows_that_share_a_set_of_the_cache_are_no_more_than_it_keeps():
+    wide = VectorUnit(bits=512, registers=32)
+    assert row_tile(196, 32, wide, "float32", row_bytes=1024 * 4) == 7
+    assert row_tile(196, 32, wide, "float32", row_bytes=3072 * 4) == 7
+    assert row_tile(196, 32, wide, "float32", row_bytes=1024 * 2) == 14
+    assert row_tile(196, 32, wide, "float32", row_bytes=1280 * 4) == 14
+    assert row_tile(49, 32, wide, "float32", row_bytes=2048 * 4) == 7
+
+
 @pytest.mark.parametrize("unit", [VectorUnit(512, 32), VectorUnit(256, 16), VectorUnit(128, 32)])
 def test_every_row_tile_is_whole_or_has_slack(unit):
     for columns in (1, unit.lanes("float32"), 2 * unit.lanes("float32")):
