@@ -107,13 +107,17 @@ def missing_features(required: Iterable[str]) -> list[str]:
     return sorted(name for name in names if name in _KERNEL_FLAGS and name not in present)
 
 
+def usable_cores() -> set[int]:
+    """Return the numbers of the logical processors this thread may use."""
+    try:
+        return os.sched_getaffinity(0)
+    except AttributeError:
+        return set(range(os.cpu_count() or 1))
+
+
 def physical_cores() -> int:
     """Return the number of cores this process may use, hyper-threads of one core counted once."""
-    try:
-        usable = os.sched_getaffinity(0)
-    except AttributeError:
-        return os.cpu_count() or 1
-    return len({_siblings(index) for index in usable}) or 1
+    return len({_siblings(index) for index in usable_cores()}) or 1
 
 
 def _siblings(index: int) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from dcnv3_tvm import machine
 from dcnv3_tvm.errors import TargetError
 
 if TYPE_CHECKING:
@@ -115,9 +115,7 @@ def num_cores(target: Target) -> int:
     given = target.attrs.get("num-cores")
     if given is not None and int(given) > 0:
         return int(given)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(machine.usable_cores())
 
 
 def _host_config() -> dict[str, Any]:

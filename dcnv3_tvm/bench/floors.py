@@ -26,6 +26,8 @@ all else is float32: its floor stays one.
 _STEPS: Final = 200_000
 _COPIED: Final = 64 * 2**20
 _SECONDS: Final = 0.7
+_BURSTS: Final = 5
+_PAUSE: Final = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +108,21 @@ def _compiled(function: Any, *arrays: Any) -> Callable[[], Any]:
 
 
 def _best(call: Callable[[], Any]) -> float:
-    """Call for a while and return the best time: a floor is what the machine can do undisturbed."""
+    """Call for a while and return the best time: a floor is what the machine can do undisturbed.
+
+    In bursts, because for the length of one the system may keep two threads on one core.
+    """
     times: list[float] = []
-    while sum(times) < _SECONDS or len(times) < 3:
+    for _ in range(_BURSTS):
         start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        while True:
+            before = time.perf_counter()
+            call()
+            after = time.perf_counter()
+            times.append(after - before)
+            if after - start > _SECONDS / _BURSTS:
+                break
+        time.sleep(_PAUSE)
     return min(times)
 
 

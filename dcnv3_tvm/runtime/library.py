@@ -20,12 +20,12 @@ from typing import Any, Final
 
 from dcnv3_tvm.environment import OMP_NUM_THREADS, TVM_LIBRARY_PATH, TVM_NUM_THREADS
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, MissingDependencyError
-from dcnv3_tvm.machine import physical_cores
+from dcnv3_tvm.machine import physical_cores, usable_cores
 from dcnv3_tvm.runtime.metadata import LIBRARY, RUNTIME_LIBRARY
 
 _POOLED_ALLOCATOR: Final = 2
 _CPU: Final = 1
-_BIG_CORES: Final = 1
+_SHARE_ALL_CORES: Final = -3
 
 _SET_MAX_CONCURRENCY: Final = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
 
@@ -217,6 +217,8 @@ def use_threads(count: int) -> None:
     set_concurrency = getattr(ctypes.CDLL(None), _SET_MAX_CONCURRENCY, None)
     if set_concurrency is not None:
         set_concurrency(ctypes.c_int(max(count, default_threads())))
-    if int(ffi.get_global_func("runtime.NumThreads")()) != count:
-        ffi.get_global_func("runtime.config_threadpool")(_BIG_CORES, count)
+    # Left to itself TVM pins every thread but the caller's to a core, on which the caller's may run
+    # as well, while another core is idle: now and then for half a second.
+    cores = [str(core) for core in sorted(usable_cores())]
+    ffi.get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, count, cores)
     _thread_state.count = count

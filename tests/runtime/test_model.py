@@ -1,6 +1,7 @@
 """Calls of a loaded model: what goes in, what comes out, what is refused."""
 
 import gc
+import os
 import threading
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from dcnv3_tvm import runtime
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime.tensors import ALIGNMENT, aligned_bytes, aligned_copy
+
+TASKS = "/proc/self/task"
 
 
 @pytest.fixture
@@ -185,3 +188,11 @@ def test_thread_count(artifact_path, toy, image):
         np.testing.assert_array_equal(model(image), toy.main(image))
     with pytest.raises(InvalidArgumentError, match="threads"):
         runtime.load(artifact_path, threads=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinities are Linux's")
+def test_no_thread_is_pinned_to_a_core(artifact_path, image):
+    runtime.load(artifact_path, threads=2)(image)
+    affinities = {int(task): os.sched_getaffinity(int(task)) for task in os.listdir(TASKS)}
+    assert len(affinities) > 1
+    assert all(cores == os.sched_getaffinity(0) for cores in affinities.values())
