@@ -167,7 +167,9 @@ class Rebuilder:
         """Add a kernel to the module (once, when one of equal structure is there).
 
         It is marked opaque, so that TVM fuses nothing into it: its schedule rule knows it as it is.
+        Without a symbol of its own it is dropped from the module when nothing calls it any more.
         """
+        function = function.without_attr("global_symbol")
         return self._builder.add_func(function.with_attr("op_pattern", _OPAQUE), name)
 
     def run(
