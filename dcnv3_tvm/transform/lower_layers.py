@@ -31,15 +31,13 @@ def lower_layers(
         Element type of the operands of products: float32, or bfloat16 for those that can.
     """
     found: dict[relax.Var, Layer] = {}
-    values = Values(set(), set(), set())
+    per_entry: list[Values] = []
     for name, entry in program.entries.items():
         function = program.module[name]
         layers = find_layers(function, len(entry.inputs))
         found |= layers
-        for all_of_kind, of_function in zip(
-            values, find_values(function, layers, program.module), strict=True
-        ):
-            all_of_kind.update(of_function)
+        per_entry.append(find_values(function, layers, program.module))
+    values = Values(*(set[relax.Var]().union(*kind) for kind in zip(*per_entry, strict=True)))
     if dtype == "float32":
         values = Values(values.inner, set(), set())
     converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
