@@ -14,13 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.cases import EncoderCase
-from dcnv3_tvm.bench.contestants import MAX, NORM
 from dcnv3_tvm.bench.export import OnnxFile
 from dcnv3_tvm.bench.sessions import of_torch
 from dcnv3_tvm.frontend.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
-from dcnv3_tvm.testing.tolerances import MODEL, MODEL_NORM, operator_bound
+from dcnv3_tvm.testing.tolerances import model_tolerance, operator_bound
 from dcnv3_tvm.testing.twin import TwinOperator, twin_of
 from dcnv3_tvm.testing.weights import randomize_
 
@@ -66,8 +65,8 @@ class Problem:
 
     @property
     def measure(self) -> str:
-        """How errors are measured: `MAX` or `NORM`."""
-        return MAX if self.dtype == "float32" else NORM
+        """How errors are measured: ``"max"`` or ``"norm"``, see `model_tolerance`."""
+        return model_tolerance(self.dtype)[0]
 
     @functools.cached_property
     def onnx(self) -> OnnxFile:
@@ -127,7 +126,7 @@ def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
         module=twin,
         inputs={"image": image},
         reference=reference,
-        tolerance=MODEL["float32"] if case.dtype == "float32" else MODEL_NORM[case.dtype],
+        tolerance=model_tolerance(case.dtype)[1],
         flops=encoder_flops(case),
         traffic=DTYPE_BYTES[case.dtype] * weights + 4.0 * (image.size + outputs),
         dtype=case.dtype,

@@ -41,13 +41,12 @@ def execute(arguments: argparse.Namespace) -> Result:
             "the weights to compare with are not given",
             allowed="--checkpoint FILE or --random-weights SEED, as they were given to compile",
         )
-    from dcnv3_tvm.testing.tolerances import MODEL, MODEL_NORM
+    from dcnv3_tvm.testing.tolerances import model_tolerance
 
     compiled = runtime.load(arguments.artifact)
     inputs = _inputs(compiled, arguments)
     dtype = compiled.metadata.dtype
-    by_norm = dtype in MODEL_NORM
-    tolerance = MODEL_NORM[dtype] if by_norm else MODEL[dtype]
+    measure, tolerance = model_tolerance(dtype)
     with Progress(f"verify {compiled.metadata.name}") as progress:
         progress.step("build the PyTorch model")
         model = _model(compiled.metadata.config, arguments)
@@ -85,7 +84,6 @@ def execute(arguments: argparse.Namespace) -> Result:
             for row in rows
         ],
     )
-    measure = "norm" if by_norm else "max"
     text += (
         f"\n{compiled.metadata.name} {verdict} PyTorch in float64 (max and mean error relative to "
         f"max |reference|, norm error to its norm; tolerance of the {measure} error {tolerance:g})"

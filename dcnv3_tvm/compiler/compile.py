@@ -41,7 +41,7 @@ def compile_model(
         ``"auto"`` is this machine's processor; ``"cpu-znver4"`` or ``"llvm -mcpu=..."`` another.
     dtype : str
         ``"float32"``, or ``"bfloat16"`` for products with operands of bfloat16 and sums of float32,
-        about twice as fast on processors with ``avx512_bf16``. Inputs and outputs stay float32.
+        which takes a processor with ``avx512_bf16``. Inputs and outputs stay float32.
     debug_dump : path, optional
         Folder for the module after each phase of the pipeline, as TVMScript.
     on_phase : callable, optional

@@ -16,7 +16,7 @@ from dcnv3_tvm.frontend.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime import CompiledModel
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.tolerances import MODEL, MODEL_NORM
+from dcnv3_tvm.testing.tolerances import model_tolerance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,8 @@ class Difference:
 
     def within(self, dtype: str) -> bool:
         """Whether every element is finite and close enough for a model compiled for `dtype`."""
-        if dtype in MODEL_NORM:
-            return self.norm <= MODEL_NORM[dtype]
-        return self.maximum <= MODEL[dtype]
+        measure, bound = model_tolerance(dtype)
+        return (self.norm if measure == "norm" else self.maximum) <= bound
 
 
 class ReferenceOperator(TorchFunctionMode):

@@ -68,6 +68,21 @@ by some 2**-9 of its norm; some 60 layers, most of them behind a residual, add u
 that. The largest single error would grow with the number of elements."""
 
 
+def model_tolerance(dtype: str) -> tuple[str, float]:
+    """Return how the error of a whole encoder compiled for `dtype` is measured, and its bound.
+
+    Returns
+    -------
+    measure : str
+        ``"max"``: max|error| / max|reference|; ``"norm"``: ||error|| / ||reference||.
+    bound : float
+        Largest error of each output.
+    """
+    if dtype in MODEL_NORM:
+        return "norm", MODEL_NORM[dtype]
+    return "max", MODEL[dtype]
+
+
 def operator_bound(
     spec: DCNv3Spec, x: Array, offset: Array, mask: Array, reference: Float64Array
 ) -> Float64Array:

@@ -109,7 +109,7 @@ class _Context:
 
     @property
     def weight(self) -> np.ndarray:
-        """The weight of the operator the layer begins with, as it was imported."""
+        """The weight of the operator the layer begins with, not packed, in float32."""
         array = self.rebuilder.array(self.rebuilder.current(self.layer.root.args[1]))
         assert array is not None, "only operators with a known weight begin a layer"
         return array
