@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm import machine
+from dcnv3_tvm import gpu, machine
 from dcnv3_tvm.errors import TargetError
 
 if TYPE_CHECKING:
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 _ALLOWED: Final = (
     '"auto", "cpu" or "llvm" (this machine), "cpu-<name>" such as "cpu-znver4", '
-    '"llvm -mcpu=<name>", or a tvm.target.Target of kind llvm'
+    '"llvm -mcpu=<name>", "cuda" (this machine\'s GPU), "cuda-<arch>" such as "cuda-sm90", or a '
+    "tvm.target.Target of kind llvm or cuda"
 )
 _STRING_OPTIONS: Final = ("mcpu", "mtriple", "mabi", "mfloat-abi")
 _INTEGER_OPTIONS: Final = ("num-cores", "opt-level")
@@ -28,19 +29,21 @@ def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
     target : str, mapping or tvm.target.Target
         ``"auto"``, ``"cpu"`` and ``"llvm"`` mean this machine's processor, as LLVM detects it.
         ``"cpu-znver4"`` and ``"llvm -mcpu=znver4"`` name another one; ``-mtriple``, ``-mattr``,
-        ``-mabi``, ``-num-cores`` and ``-opt-level`` are understood too. A mapping is TVM's own
-        form, ``{"kind": "llvm", "mcpu": "znver4"}``.
+        ``-mabi``, ``-num-cores`` and ``-opt-level`` are understood too. ``"cuda"`` means this
+        machine's first GPU, ``"cuda-sm90"`` and ``"cuda -arch=sm_90"`` any of that architecture.
+        A mapping is TVM's own form, ``{"kind": "llvm", "mcpu": "znver4"}``.
 
     Returns
     -------
     tvm.target.Target
-        Of kind llvm. ``num-cores`` is present only if it was given: the number of cores is the
-        machine's that runs the code.
+        Of kind llvm or cuda. ``num-cores`` is present only if it was given: the number of cores is
+        the machine's that runs the code.
 
     Raises
     ------
     TargetError
-        If the target is not understood, is no CPU, or LLVM does not know the processor.
+        If the target is not understood, LLVM does not know the processor, kernels are not scheduled
+        for the GPU's architecture, or this machine has no GPU where its own was asked for.
 
     Examples
     --------
@@ -50,17 +53,23 @@ def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
     from tvm.target import Target
 
     if isinstance(target, Target):
-        if target.kind.name != "llvm":
-            raise TargetError("target is not a CPU", got=str(target), allowed=_ALLOWED)
-        return target
-    if isinstance(target, str):
+        config = dict(target.export())
+        config.pop("tag", None)
+    elif isinstance(target, str):
         config = _parse(target)
     elif isinstance(target, Mapping):
         config = dict(target)
-        if config.get("kind") != "llvm":
-            raise TargetError("target is not a CPU", got=repr(target), allowed=_ALLOWED)
     else:
         raise TargetError("target is not understood", got=repr(target), allowed=_ALLOWED)
+    kind = config.get("kind")
+    if kind == "cuda":
+        return _cuda(config)
+    if kind != "llvm":
+        raise TargetError(
+            "target is neither a CPU nor an NVIDIA GPU", got=str(target), allowed=_ALLOWED
+        )
+    if isinstance(target, Target):
+        return target
     if "mcpu" in config:
         _check_cpu(config)
     try:
@@ -118,6 +127,31 @@ def num_cores(target: Target) -> int:
     return len(machine.usable_cores())
 
 
+def is_gpu(target: Target) -> bool:
+    """Tell whether kernels for a target run on a GPU."""
+    return str(target.kind.name) == "cuda"
+
+
+def gpu_architecture(target: Target) -> gpu.Architecture:
+    """Return what a multiprocessor of a GPU target offers."""
+    return gpu.ARCHITECTURES[str(target.attrs["arch"])]
+
+
+def _cuda(config: Mapping[str, Any]) -> Target:
+    """Build a GPU target; its host part is for any processor of this architecture."""
+    from tvm.target import Target
+
+    arch = str(config.get("arch") or gpu.device().arch)
+    if arch not in gpu.ARCHITECTURES:
+        raise TargetError(
+            "kernels are not scheduled for this GPU architecture",
+            got=arch,
+            allowed=", ".join(gpu.ARCHITECTURES),
+            hint="A target is written as cuda-sm90; GPUs older than sm_80 are not supported.",
+        )
+    return Target({"kind": "cuda", "arch": arch}, host={"kind": "llvm"})
+
+
 def _host_config() -> dict[str, Any]:
     return {"kind": "llvm", "mcpu": host_cpu()}
 
@@ -131,6 +165,8 @@ def _parse(text: str) -> dict[str, Any]:
         return _host_config()
     if kind.startswith("cpu-") and not options:
         return {"kind": "llvm", "mcpu": kind.removeprefix("cpu-")}
+    if kind == "cuda" or kind.startswith("cuda-"):
+        return _parse_cuda(text, kind, options)
     if kind != "llvm":
         raise TargetError("target is unknown", got=repr(text), allowed=_ALLOWED)
     if not options:
@@ -157,6 +193,19 @@ def _parse(text: str) -> dict[str, Any]:
                 allowed=", ".join(f"-{n}" for n in (*_STRING_OPTIONS, "mattr", *_INTEGER_OPTIONS)),
             )
     return config
+
+
+def _parse_cuda(text: str, kind: str, options: list[str]) -> dict[str, Any]:
+    arch = kind.partition("-")[2]
+    if options and not arch:
+        name, _, arch = options.pop(0).partition("=")
+        if name != "-arch" or not arch:
+            raise TargetError("target is unknown", got=repr(text), allowed=_ALLOWED)
+    if options:
+        raise TargetError("target is unknown", got=repr(text), allowed=_ALLOWED)
+    if arch and "_" not in arch:
+        arch = arch.replace("sm", "sm_", 1)
+    return {"kind": "cuda", "arch": arch}
 
 
 def _check_cpu(config: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from tvm.ir import IRModule
 from tvm.s_tir.schedule import ScheduleError
 from tvm.target import Target
 
+from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.schedules.cpu.convolution import convolution
 from dcnv3_tvm.schedules.cpu.dcnv3 import dcnv3
 from dcnv3_tvm.schedules.cpu.depthwise import depthwise
@@ -22,13 +23,17 @@ from dcnv3_tvm.schedules.cpu.fallback import fallback
 from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
 from dcnv3_tvm.schedules.cpu.linear import linear
 from dcnv3_tvm.schedules.cpu.tiling import linear_tile
+from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3 as gpu_dcnv3
+from dcnv3_tvm.targets import is_gpu, target_slug
 
 __all__ = [
     "CPU_RULES",
+    "GPU_RULES",
     "SCHEDULED",
     "UNSCHEDULED",
     "has_bfloat16_dot",
     "linear_tile",
+    "rules_for",
     "schedule_module",
 ]
 
@@ -44,11 +49,19 @@ CPU_RULES: Final[tuple[Rule, ...]] = (
 )
 """Rules for LLVM targets, in the order in which they are tried."""
 
+GPU_RULES: Final[tuple[Rule, ...]] = (gpu_dcnv3,)
+"""Rules for CUDA targets, in the order in which they are tried."""
+
 SCHEDULED: Final = "tirx.is_scheduled"
 """Function attribute of a kernel that is not to be scheduled again."""
 
 UNSCHEDULED: Final = "unscheduled"
-"""Name recorded for a kernel that no rule could schedule; it runs as it was written."""
+"""Name recorded for a CPU kernel that no rule could schedule; it runs as it was written."""
+
+
+def rules_for(target: Target) -> tuple[Rule, ...]:
+    """Return the rules for a target, in the order in which they are tried."""
+    return GPU_RULES if is_gpu(target) else CPU_RULES
 
 
 def schedule_module(mod: IRModule, target: Target) -> tuple[IRModule, dict[str, str]]:
@@ -67,6 +80,11 @@ def schedule_module(mod: IRModule, target: Target) -> tuple[IRModule, dict[str, 
         A new module.
     dict of str to str
         Name of the rule that took each function, by the function's name.
+
+    Raises
+    ------
+    CompileError
+        If no rule takes a kernel for a GPU, where code without a schedule cannot run.
     """
     scheduled = IRModule(dict(mod.functions_items()), attrs=mod.attrs)
     taken: dict[str, str] = {}
@@ -74,13 +92,19 @@ def schedule_module(mod: IRModule, target: Target) -> tuple[IRModule, dict[str, 
         if not isinstance(func, tirx.PrimFunc) or (func.attrs and func.attrs.get(SCHEDULED)):
             continue
         result, name = _schedule(func, target)
+        if name == UNSCHEDULED and is_gpu(target):
+            raise CompileError(
+                "no schedule rule takes this kernel",
+                got=var.name_hint,
+                hint=f"Kernels for {target_slug(target)} must be scheduled; please report it.",
+            )
         scheduled.update_func(var, result.with_attr(SCHEDULED, True))
         taken[var.name_hint] = name
     return scheduled, taken
 
 
 def _schedule(func: tirx.PrimFunc, target: Target) -> tuple[tirx.PrimFunc, str]:
-    for rule in CPU_RULES:
+    for rule in rules_for(target):
         try:
             result = rule(func, target)
         except ScheduleError:

@@ -1,9 +1,12 @@
 import pytest
 from tvm.target import Target
 
+from dcnv3_tvm import gpu
 from dcnv3_tvm.errors import TargetError
 from dcnv3_tvm.targets import (
+    gpu_architecture,
     host_cpu,
+    is_gpu,
     num_cores,
     resolve_target,
     target_slug,
@@ -49,8 +52,39 @@ def test_options():
     assert target_slug(Target("llvm")) == "cpu-generic"
 
 
-def test_gpu_slug():
-    assert target_slug(Target({"kind": "cuda", "arch": "sm_90"})) == "cuda-sm90"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cuda-sm90",
+        "cuda-sm_90",
+        "cuda -arch=sm_90",
+        {"kind": "cuda", "arch": "sm_90"},
+        Target({"kind": "cuda", "arch": "sm_90"}),
+    ],
+    ids=str,
+)
+def test_gpu(name):
+    target = resolve_target(name)
+    assert is_gpu(target)
+    assert target_slug(target) == "cuda-sm90"
+    assert target.host.kind.name == "llvm"
+    assert gpu_architecture(target).block_shared_bytes == 227 * 1024
+
+
+def test_the_gpu_of_a_machine_without_one(monkeypatch):
+    monkeypatch.setattr(gpu, "devices", lambda: ())
+    with pytest.raises(TargetError, match='no NVIDIA GPU.*target="cuda-sm90"'):
+        resolve_target("cuda")
+
+
+def test_the_gpu_of_this_machine(monkeypatch):
+    here = gpu.Device(0, "NVIDIA A10", "sm_86", 24 * 2**30, 72)
+    monkeypatch.setattr(gpu, "devices", lambda: (here,))
+    assert target_slug(resolve_target("cuda")) == "cuda-sm86"
+    with pytest.raises(
+        TargetError, match=r"no such GPU; got cuda:1; allowed: cuda:0 \(NVIDIA A10\)"
+    ):
+        gpu.device(1)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +98,10 @@ def test_gpu_slug():
         ("llvm mcpu=znver4", "a target option has no value"),
         ("llvm -unroll=3", "a target option is unknown"),
         ("llvm -num-cores=two", "a target option is unknown"),
-        ({"kind": "vulkan"}, "target is not a CPU"),
-        (Target({"kind": "cuda", "arch": "sm_90"}), "target is not a CPU"),
+        ({"kind": "vulkan"}, "target is neither a CPU nor an NVIDIA GPU"),
+        ("cuda-sm75", "not scheduled for this GPU architecture; got sm_75; allowed: sm_80, "),
+        ("cuda-sm90 -x", "target is unknown"),
+        ("cuda -mcpu=sm_90", "target is unknown"),
         (7, "target is not understood"),
     ],
     ids=str,

@@ -8,6 +8,7 @@ coordinates               where the point samples: (y, x) in pixels of x
 corners                   row and column of the upper left of the four pixels read, inside x
 weights                   the four bilinear weights times the mask
 pixels                    only where the width is static: row and column as one index
+patch                     only for GPUs: the four pixels read, for each channel
 sum                       weights times pixels, over points, for each channel
 store                     the division of the softmax, and the one rounding to the output type
 ========================= ========================================================================
@@ -28,7 +29,7 @@ Extents and loop variables are int64, so that more than 2**31 elements are addre
 import dataclasses
 import functools
 import json
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -51,6 +52,10 @@ MAX_SIDE = 2**24
 """Largest height and width: to here float32 holds every integer, and the borders are exact."""
 
 
+_CORNERS: Final = ((0, 0), (0, 1), (1, 0), (1, 1))
+"""Row and column of the pixels of a patch."""
+
+
 class _Sizes(NamedTuple):
     """Extents as int64 expressions; variables where the problem is symbolic."""
 
@@ -62,7 +67,7 @@ class _Sizes(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def dcnv3(spec: DCNv3Spec) -> tirx.PrimFunc:
+def dcnv3(spec: DCNv3Spec, *, gather: bool = False) -> tirx.PrimFunc:
     """Build the kernel that takes offset and mask as two tensors.
 
     Parameters
@@ -70,6 +75,9 @@ def dcnv3(spec: DCNv3Spec) -> tirx.PrimFunc:
     spec : DCNv3Spec
         The problem. Sizes that are ``None`` become variables, bound by the shape of ``x``. With
         ``spec.softmax`` the mask holds logits.
+    gather : bool
+        Copy the pixels of a point first, by a block ``patch``, and use the target's exponential:
+        so GPUs load many channels at once.
 
     Returns
     -------
@@ -82,7 +90,7 @@ def dcnv3(spec: DCNv3Spec) -> tirx.PrimFunc:
     dtype = spec.dtype
     # TVM would assume 64 bytes, and crash on an array of NumPy or a slice of one.
     align = DTYPE_BYTES[dtype]
-    body = _body(spec, sizes, mask_start=0, stored=dtype)
+    body = _body(spec, sizes, mask_start=0, stored=dtype, gather=gather)
 
     @T.prim_func(s_tir=True)
     def dcnv3(x: T.handle, offset: T.handle, mask: T.handle, out: T.handle):
@@ -96,7 +104,9 @@ def dcnv3(spec: DCNv3Spec) -> tirx.PrimFunc:
 
 
 @functools.lru_cache(maxsize=64)
-def dcnv3_packed(spec: DCNv3Spec, out_dtype: str | None = None) -> tirx.PrimFunc:
+def dcnv3_packed(
+    spec: DCNv3Spec, out_dtype: str | None = None, *, gather: bool = False
+) -> tirx.PrimFunc:
     """Build the kernel that takes offsets and mask logits in one tensor.
 
     One matrix product can then produce both.
@@ -107,6 +117,8 @@ def dcnv3_packed(spec: DCNv3Spec, out_dtype: str | None = None) -> tirx.PrimFunc
         The problem; ``spec.softmax`` must be set.
     out_dtype : str, optional
         Another element type for ``out`` than the problem's.
+    gather : bool
+        As in `dcnv3`.
 
     Returns
     -------
@@ -135,7 +147,7 @@ def dcnv3_packed(spec: DCNv3Spec, out_dtype: str | None = None) -> tirx.PrimFunc
     stored = out_dtype or dtype
     # TVM would assume 64 bytes, and crash on an array of NumPy or a slice of one.
     align, out_align = DTYPE_BYTES[dtype], DTYPE_BYTES[stored]
-    body = _body(spec, sizes, mask_start=int(offsets), stored=stored)
+    body = _body(spec, sizes, mask_start=int(offsets), stored=stored, gather=gather)
 
     @T.prim_func(s_tir=True)
     def dcnv3_packed(x: T.handle, offset_mask: T.handle, out: T.handle):
@@ -151,6 +163,14 @@ def packed_channels(spec: DCNv3Spec) -> int:
     """Count the channels of the tensor that `dcnv3_packed` takes: offsets, logits, filling."""
     used = 3 * spec.group * spec.points
     return -(-used // PACKED_MULTIPLE) * PACKED_MULTIPLE
+
+
+def gathering(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Build a kernel of this module anew, with the block ``patch``."""
+    spec = spec_of(func)
+    if str(func.attrs[KERNEL_ATTR]) == "dcnv3":
+        return dcnv3(spec, gather=True)
+    return dcnv3_packed(spec, str(func.params[-1].dtype), gather=True)
 
 
 def spec_of(func: tirx.PrimFunc) -> DCNv3Spec:
@@ -197,7 +217,7 @@ def _finish(func: tirx.PrimFunc, name: str, spec: DCNv3Spec) -> tirx.PrimFunc:
     )
 
 
-def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str) -> Any:
+def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str, gather: bool) -> Any:
     """Return the body shared by the kernels, as a TVMScript inline function.
 
     Parameters
@@ -208,10 +228,13 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str) -> Any:
         Where the mask begins along the last axis of the tensor that holds it.
     stored : str
         Element type of the output.
+    gather : bool
+        As in `dcnv3`.
     """
     n, h, w, ho, wo = sizes
     acc_type = spec.accumulate_dtype
     softmax = spec.softmax
+    exponential = tirx.exp if gather else exp
     kernel_height = spec.kernel_size[0]
     groups, points = _int64(spec.group), _int64(spec.points)
     group_channels = _int64(spec.group_channels)
@@ -244,18 +267,22 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str) -> Any:
         return scale * (grid + tirx.Cast(acc_type, learned))
 
     def first(coordinate: Any, pixel: Any, axis: int) -> Any:
-        """Relative index of the first of two pixels along an axis: inside x, whatever comes in."""
+        """Relative index of the first of two pixels along an axis: inside x, whatever comes in.
+
+        An integer, left in the type of the coordinates, which the weights need.
+        """
         low = -base(pixel, axis)
         high = low + tirx.max(sizes[1 + axis] - _int64(2), _int64(0))
-        low, high = tirx.Cast(acc_type, low), tirx.Cast(acc_type, high)
+        # By way of int32, because GPUs are slow at converting int64.
+        low, high = (tirx.Cast(acc_type, tirx.Cast("int32", end)) for end in (low, high))
         # A comparison with NaN is false, so that NaN gives the low end.
         inside = tirx.Select(coordinate > low, tirx.min(coordinate, high), low)
-        return tirx.Cast("int32", tirx.floor(inside))
+        return tirx.floor(inside)
 
     def tent(coordinate: Any, index: Any, corner: int, step: Any) -> Any:
         """Weight of pixel ``index + corner`` along an axis."""
-        pixel = tirx.Cast(acc_type, index + tirx.Cast("int32", corner))
-        weight = real(1) - tirx.abs(coordinate - pixel)
+        distance = coordinate - index - tirx.Cast(acc_type, corner)
+        weight = real(1) - tirx.abs(distance)
         weight = tirx.max(weight, real(0))
         if _is_one(step):
             return weight
@@ -268,16 +295,31 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str) -> Any:
     image = (spec.height or 2**31) * (spec.width or 2**31)
     pixel_type = "int32" if image < 2**31 else "int64"
 
+    def from_index(index: Any, r: Any, s: Any) -> tuple[Any, Any]:
+        """Row and column of corner (r, s) of the patch whose first pixel has an index."""
+        index = tirx.Cast("int64", index)
+        return tirx.floordiv(index, w) + row_step * r, tirx.floormod(index, w) + col_step * s
+
+    def from_pair(row: Any, col: Any, y: Any, x: Any, r: Any, s: Any) -> tuple[Any, Any]:
+        """Row and column of corner (r, s) of the patch at a relative row and column."""
+        top = tirx.Cast("int64", tirx.Cast("int32", row)) + base(y, 0)
+        left = tirx.Cast("int64", tirx.Cast("int32", col)) + base(x, 1)
+        return top + row_step * r, left + col_step * s
+
     @T.inline
     def body(X, Offset, Mask, Out):
         pos_y = T.sblock_alloc_buffer((n, ho, wo, groups, points), acc_type)
         pos_x = T.sblock_alloc_buffer((n, ho, wo, groups, points), acc_type)
-        row = T.sblock_alloc_buffer((n, ho, wo, groups, points), "int32")
-        col = T.sblock_alloc_buffer((n, ho, wo, groups, points), "int32")
+        row = T.sblock_alloc_buffer((n, ho, wo, groups, points), acc_type)
+        col = T.sblock_alloc_buffer((n, ho, wo, groups, points), acc_type)
         weight = T.sblock_alloc_buffer((n, ho, wo, groups, two, two, points), acc_type)
         acc = T.sblock_alloc_buffer((n, ho, wo, groups, group_channels), acc_type)
         if linear:
             pixel = T.sblock_alloc_buffer((n, ho, wo, groups, points), pixel_type)
+        if gather:
+            patch = T.sblock_alloc_buffer(
+                (n, ho, wo, groups, points, two, two, group_channels), spec.dtype
+            )
         if softmax:
             peak = T.sblock_alloc_buffer((n, ho, wo, groups), acc_type)
             part = T.sblock_alloc_buffer((n, ho, wo, groups, points), acc_type)
@@ -294,7 +336,7 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str) -> Any:
             for i0, i1, i2, i3, i4 in T.grid(n, ho, wo, groups, points):
                 with T.sblock("softmax_exp"):
                     b, y, x, g, p = T.axis.remap("SSSSS", [i0, i1, i2, i3, i4])
-                    part[b, y, x, g, p] = exp(
+                    part[b, y, x, g, p] = exponential(
                         T.Cast(acc_type, Mask[b, y, x, mask_start + g * points + p])
                         - peak[b, y, x, g]
                     )
@@ -333,43 +375,85 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str) -> Any:
                 with T.sblock("pixels"):
                     b, y, x, g, p = T.axis.remap("SSSSS", [i0, i1, i2, i3, i4])
                     pixel[b, y, x, g, p] = T.Cast(
-                        pixel_type, row[b, y, x, g, p] + T.Cast("int32", base(y, 0))
+                        pixel_type,
+                        T.Cast("int32", row[b, y, x, g, p]) + T.Cast("int32", base(y, 0)),
                     ) * T.Cast(pixel_type, w) + T.Cast(
-                        pixel_type, col[b, y, x, g, p] + T.Cast("int32", base(x, 1))
+                        pixel_type,
+                        T.Cast("int32", col[b, y, x, g, p]) + T.Cast("int32", base(x, 1)),
                     )
-        for i0, i1, i2, i3, i4, c in T.grid(n, ho, wo, groups, points, group_channels):
-            with T.sblock("sum"):
-                b, y, x, g, p, ch = T.axis.remap("SSSSRS", [i0, i1, i2, i3, i4, c])
-                chan = T.meta_var(g * group_channels + ch)
-                # Which pixels are read depends on data: the region is the whole image.
-                if linear:
-                    T.reads(
-                        weight[b, y, x, g, 0:2, 0:2, p], pixel[b, y, x, g, p], X[b, 0:h, 0:w, chan]
+        if gather:
+            for i0, i1, i2, i3, i4, dy, dx, c in T.grid(
+                n, ho, wo, groups, points, two, two, group_channels
+            ):
+                with T.sblock("patch"):
+                    b, y, x, g, p, r, s, ch = T.axis.remap(
+                        "SSSSSSSS", [i0, i1, i2, i3, i4, dy, dx, c]
                     )
-                    top = T.meta_var(T.Cast("int64", pixel[b, y, x, g, p]) // w)
-                    left = T.meta_var(T.Cast("int64", pixel[b, y, x, g, p]) % w)
-                else:
-                    T.reads(
-                        weight[b, y, x, g, 0:2, 0:2, p],
-                        row[b, y, x, g, p],
-                        col[b, y, x, g, p],
-                        X[b, 0:h, 0:w, chan],
+                    chan = T.meta_var(g * group_channels + ch)
+                    # Which pixels are read depends on data: the region is the whole image.
+                    if linear:
+                        T.reads(pixel[b, y, x, g, p], X[b, 0:h, 0:w, chan])
+                        corner = T.meta_var(from_index(pixel[b, y, x, g, p], r, s))
+                    else:
+                        T.reads(row[b, y, x, g, p], col[b, y, x, g, p], X[b, 0:h, 0:w, chan])
+                        corner = T.meta_var(
+                            from_pair(row[b, y, x, g, p], col[b, y, x, g, p], y, x, r, s)
+                        )
+                    T.writes(patch[b, y, x, g, p, r, s, ch])
+                    patch[b, y, x, g, p, r, s, ch] = X[b, corner[0], corner[1], chan]
+            for i0, i1, i2, i3, i4, dy, dx, c in T.grid(
+                n, ho, wo, groups, points, two, two, group_channels
+            ):
+                with T.sblock("sum"):
+                    b, y, x, g, p, r, s, ch = T.axis.remap(
+                        "SSSSRRRS", [i0, i1, i2, i3, i4, dy, dx, c]
                     )
-                    top = T.meta_var(T.Cast("int64", row[b, y, x, g, p]) + base(y, 0))
-                    left = T.meta_var(T.Cast("int64", col[b, y, x, g, p]) + base(x, 1))
-                T.writes(acc[b, y, x, g, ch])
-                with T.init():
-                    acc[b, y, x, g, ch] = real(0)
-                # The four corners are added first: a shorter chain of dependent additions.
-                acc[b, y, x, g, ch] = acc[b, y, x, g, ch] + (
-                    weight[b, y, x, g, 0, 0, p] * T.Cast(acc_type, X[b, top, left, chan])
-                    + weight[b, y, x, g, 0, 1, p]
-                    * T.Cast(acc_type, X[b, top, left + col_step, chan])
-                    + weight[b, y, x, g, 1, 0, p]
-                    * T.Cast(acc_type, X[b, top + row_step, left, chan])
-                    + weight[b, y, x, g, 1, 1, p]
-                    * T.Cast(acc_type, X[b, top + row_step, left + col_step, chan])
-                )
+                    with T.init():
+                        acc[b, y, x, g, ch] = real(0)
+                    acc[b, y, x, g, ch] = acc[b, y, x, g, ch] + weight[
+                        b, y, x, g, r, s, p
+                    ] * T.Cast(acc_type, patch[b, y, x, g, p, r, s, ch])
+        else:
+            for i0, i1, i2, i3, i4, c in T.grid(n, ho, wo, groups, points, group_channels):
+                with T.sblock("sum"):
+                    b, y, x, g, p, ch = T.axis.remap("SSSSRS", [i0, i1, i2, i3, i4, c])
+                    chan = T.meta_var(g * group_channels + ch)
+                    if linear:
+                        T.reads(
+                            weight[b, y, x, g, 0:2, 0:2, p],
+                            pixel[b, y, x, g, p],
+                            X[b, 0:h, 0:w, chan],
+                        )
+                        corners = T.meta_var(
+                            [from_index(pixel[b, y, x, g, p], r, s) for r, s in _CORNERS]
+                        )
+                    else:
+                        T.reads(
+                            weight[b, y, x, g, 0:2, 0:2, p],
+                            row[b, y, x, g, p],
+                            col[b, y, x, g, p],
+                            X[b, 0:h, 0:w, chan],
+                        )
+                        corners = T.meta_var(
+                            [
+                                from_pair(row[b, y, x, g, p], col[b, y, x, g, p], y, x, r, s)
+                                for r, s in _CORNERS
+                            ]
+                        )
+                    T.writes(acc[b, y, x, g, ch])
+                    with T.init():
+                        acc[b, y, x, g, ch] = real(0)
+                    # The four corners are added first: a shorter chain of dependent additions.
+                    acc[b, y, x, g, ch] = acc[b, y, x, g, ch] + (
+                        weight[b, y, x, g, 0, 0, p]
+                        * T.Cast(acc_type, X[b, corners[0][0], corners[0][1], chan])
+                        + weight[b, y, x, g, 0, 1, p]
+                        * T.Cast(acc_type, X[b, corners[1][0], corners[1][1], chan])
+                        + weight[b, y, x, g, 1, 0, p]
+                        * T.Cast(acc_type, X[b, corners[2][0], corners[2][1], chan])
+                        + weight[b, y, x, g, 1, 1, p]
+                        * T.Cast(acc_type, X[b, corners[3][0], corners[3][1], chan])
+                    )
         for i0, i1, i2, i3, c in T.grid(n, ho, wo, groups, group_channels):
             with T.sblock("store"):
                 b, y, x, g, ch = T.axis.remap("SSSSS", [i0, i1, i2, i3, c])

@@ -1,0 +1,154 @@
+"""NVIDIA GPUs: what an architecture offers, and which devices this machine has.
+
+The devices are asked of the driver's library, which is there wherever a GPU is: no PyTorch, no
+TVM and no CUDA toolkit is needed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+from typing import Any, Final
+
+from dcnv3_tvm.errors import TargetError
+
+_DRIVER: Final = "libcuda.so.1"
+_COMPUTE_MAJOR, _COMPUTE_MINOR, _PROCESSORS = 75, 76, 16
+_NAME_LENGTH: Final = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a multiprocessor of an architecture offers, from the CUDA programming guide.
+
+    Parameters
+    ----------
+    threads : int
+        Most resident threads.
+    blocks : int
+        Most resident blocks.
+    shared_bytes : int
+        Shared memory of the multiprocessor; a block can have `RESERVED_SHARED` less.
+    """
+
+    threads: int
+    blocks: int
+    shared_bytes: int
+
+    @property
+    def block_shared_bytes(self) -> int:
+        """Most shared memory of a block."""
+        return self.shared_bytes - RESERVED_SHARED
+
+
+RESERVED_SHARED: Final = 1024
+"""Shared memory that the system takes from every block."""
+
+REGISTERS: Final = 65536
+"""32-bit registers of a multiprocessor, in all architectures listed."""
+
+WARP: Final = 32
+"""Threads of a warp."""
+
+ARCHITECTURES: Final = {
+    "sm_80": Architecture(threads=2048, blocks=32, shared_bytes=164 * 1024),
+    "sm_86": Architecture(threads=1536, blocks=16, shared_bytes=100 * 1024),
+    "sm_87": Architecture(threads=1536, blocks=16, shared_bytes=164 * 1024),
+    "sm_89": Architecture(threads=1536, blocks=24, shared_bytes=100 * 1024),
+    "sm_90": Architecture(threads=2048, blocks=32, shared_bytes=228 * 1024),
+    "sm_100": Architecture(threads=2048, blocks=32, shared_bytes=228 * 1024),
+    "sm_120": Architecture(threads=1536, blocks=24, shared_bytes=100 * 1024),
+}
+"""Architectures that kernels are scheduled for: those with tensor cores for bfloat16 and copies
+into shared memory that bypass registers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A GPU of this machine.
+
+    Parameters
+    ----------
+    index : int
+        Its number, as CUDA counts.
+    name : str
+        For example ``"NVIDIA H200"``.
+    arch : str
+        For example ``"sm_90"``.
+    total_bytes : int
+        Its memory.
+    processors : int
+        Its multiprocessors.
+    """
+
+    index: int
+    name: str
+    arch: str
+    total_bytes: int
+    processors: int
+
+
+@functools.cache
+def devices() -> tuple[Device, ...]:
+    """List the GPUs of this machine; none where there is no driver."""
+    driver = _driver()
+    count = ctypes.c_int(0)
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    return tuple(_describe(driver, index) for index in range(count.value))
+
+
+def device(index: int = 0) -> Device:
+    """Return a GPU of this machine.
+
+    Raises
+    ------
+    TargetError
+        If there is no such GPU.
+    """
+    found = devices()
+    if not found:
+        raise TargetError(
+            "this machine has no NVIDIA GPU, or no driver for it",
+            got=f"no {_DRIVER} that lists a device",
+            hint="Check that nvidia-smi shows the GPU; to compile for another machine, name its "
+            'architecture: target="cuda-sm90" (--target cuda-sm90).',
+        )
+    if not 0 <= index < len(found):
+        raise TargetError(
+            "there is no such GPU",
+            got=f"cuda:{index}",
+            allowed=", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in found),
+        )
+    return found[index]
+
+
+def _driver() -> Any | None:
+    try:
+        driver = ctypes.CDLL(_DRIVER)
+    except OSError:
+        return None
+    return driver if driver.cuInit(0) == 0 else None
+
+
+def _describe(driver: Any, index: int) -> Device:
+    handle = ctypes.c_int()
+    driver.cuDeviceGet(ctypes.byref(handle), index)
+    name = ctypes.create_string_buffer(_NAME_LENGTH)
+    driver.cuDeviceGetName(name, _NAME_LENGTH, handle)
+    total = ctypes.c_size_t()
+    driver.cuDeviceTotalMem_v2(ctypes.byref(total), handle)
+
+    def attribute(number: int) -> int:
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), number, handle)
+        return value.value
+
+    return Device(
+        index=index,
+        name=name.value.decode(),
+        arch=f"sm_{attribute(_COMPUTE_MAJOR)}{attribute(_COMPUTE_MINOR)}",
+        total_bytes=total.value,
+        processors=attribute(_PROCESSORS),
+    )
