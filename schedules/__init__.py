@@ -24,6 +24,10 @@ from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
 from dcnv3_tvm.schedules.cpu.linear import linear
 from dcnv3_tvm.schedules.cpu.tiling import linear_tile
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3 as gpu_dcnv3
+from dcnv3_tvm.schedules.gpu.depthwise import depthwise as gpu_depthwise
+from dcnv3_tvm.schedules.gpu.gemm import gemm
+from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm as gpu_layer_norm
+from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.targets import is_gpu, target_slug
 
 __all__ = [
@@ -49,7 +53,7 @@ CPU_RULES: Final[tuple[Rule, ...]] = (
 )
 """Rules for LLVM targets, in the order in which they are tried."""
 
-GPU_RULES: Final[tuple[Rule, ...]] = (gpu_dcnv3,)
+GPU_RULES: Final[tuple[Rule, ...]] = (gpu_dcnv3, gemm, gpu_depthwise, gpu_layer_norm)
 """Rules for CUDA targets, in the order in which they are tried."""
 
 SCHEDULED: Final = "tirx.is_scheduled"
@@ -98,6 +102,8 @@ def schedule_module(mod: IRModule, target: Target) -> tuple[IRModule, dict[str, 
                 got=var.name_hint,
                 hint=f"Kernels for {target_slug(target)} must be scheduled; please report it.",
             )
+        if is_gpu(target):
+            result = tensorize(result)
         scheduled.update_func(var, result.with_attr(SCHEDULED, True))
         taken[var.name_hint] = name
     return scheduled, taken

@@ -111,7 +111,7 @@ def gelu(x: tirx.PrimExpr) -> tirx.PrimExpr:
         half, root = tirx.const(0.5, "float64"), tirx.const(0.7071067811865476, "float64")
         return x * half * (tirx.const(1.0, "float64") + tirx.erf(x * root))
     size = tirx.abs(x)
-    a = tirx.Select(size < _real(_GELU_END), size, _real(_GELU_END))
+    a = tirx.min(size, _real(_GELU_END))
     t = a * _real(2.0 / _GELU_END) - _real(1.0)
     rectified = (x + size) * _real(0.5)
     return rectified - a * (_real(_GELU_END) - a) * _horner(t, _GELU)

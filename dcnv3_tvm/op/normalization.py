@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from tvm import tirx
+from tvm.tirx.script import builder as T
 
 from dcnv3_tvm.op.activations import activate
 from dcnv3_tvm.op.products import output_extent, padded
 from dcnv3_tvm.op.stages import argument, cast, compute, function, int64, product, unflatten
+
+OPTIONS_ATTR: Final = "dcnv3_tvm.depthwise"
+"""Function attribute with the options of a depthwise convolution, as JSON."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -22,6 +27,8 @@ def layer_norm(
     activation: str | None = None,
     residual: bool = False,
     dtype: str = "float32",
+    x_dtype: str | None = None,
+    residual_dtype: str | None = None,
     out_dtype: str | None = None,
 ) -> tirx.PrimFunc:
     """Build ``out = activation((x - mean) / sqrt(var + eps) * gamma + beta) + residual``.
@@ -41,33 +48,44 @@ def layer_norm(
     residual : bool
         Whether a tensor of the output's shape is added last.
     dtype : str
-        Element type of all tensors.
-    out_dtype : str, optional
-        Another element type for out.
+        Element type of the computation and of all tensors.
+    x_dtype, residual_dtype, out_dtype : str, optional
+        Other element types for x, residual and out.
 
     Returns
     -------
     tvm.tirx.PrimFunc
         Function of x (*lead, C), gamma (C,), beta (C,), [residual (*lead, C)], out (*lead, C);
-        unscheduled blocks ``total``, ``square``, ``scale`` and ``epilogue``.
+        unscheduled blocks ``total``, ``square``, ``scale`` and ``epilogue``, before them ``given``
+        if x is of another type than the computation.
     """
     lead = [int64(size) for size in lead]
     rows = product(lead)
     with function("layer_norm") as builder:
-        x = argument("x", [*lead, channels], dtype)
+        x = argument("x", [*lead, channels], x_dtype or dtype)
         gamma = argument("gamma", [channels], dtype)
         beta = argument("beta", [channels], dtype)
-        added = argument("residual", [*lead, channels], dtype) if residual else None
+        shape = [*lead, channels]
+        added = argument("residual", shape, residual_dtype or dtype) if residual else None
         stored = out_dtype or dtype
         out = argument("out", [*lead, channels], stored)
+        given = None
+        if x.dtype != dtype:
+            # Converted once: it is read three times.
+            given = compute(
+                "given",
+                [rows, channels],
+                lambda m, c: cast(dtype, x[(*unflatten(m, lead), c)]),
+                dtype=dtype,
+            )
 
         def value(m: Any, c: Any) -> Any:
-            return x[(*unflatten(m, lead), c)]
+            return x[(*unflatten(m, lead), c)] if given is None else given[m, c]
 
         def finish(m: Any, c: Any, normal: Any) -> Any:
             result = activate(activation, normal)
             if added is not None:
-                result = result + added[(*unflatten(m, lead), c)]
+                result = result + cast(dtype, added[(*unflatten(m, lead), c)])
             return cast(stored, result)
 
         _normalize(
@@ -101,6 +119,7 @@ def depthwise(
     dtype: str = "float32",
     x_dtype: str | None = None,
     out_dtype: str | None = None,
+    gather: bool = False,
 ) -> tirx.PrimFunc:
     """Build a depthwise convolution of channels-last tensors, with LayerNorm and activation.
 
@@ -122,6 +141,9 @@ def depthwise(
         Element type of the computation and of all tensors.
     x_dtype, out_dtype : str, optional
         Other element types for x and out.
+    gather : bool
+        Leave the type of x as it is in ``padded``, for loads of whole vectors, and convert it in a
+        block ``converted`` behind.
 
     Returns
     -------
@@ -135,7 +157,19 @@ def depthwise(
         output_extent(size, kernel_size[axis], stride[axis], pad[axis], 1)
         for axis, size in enumerate((height, width))
     )
+    options = {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "pad": pad,
+        "bias": bias,
+        "norm_eps": norm_eps,
+        "activation": activation,
+        "dtype": dtype,
+        "x_dtype": x_dtype,
+        "out_dtype": out_dtype,
+    }
     with function("depthwise") as builder:
+        T.func_attr({OPTIONS_ATTR: json.dumps(options)})
         x = argument("x", [batch, height, width, channels], x_dtype or dtype)
         weight = argument("weight", [*kernel_size, channels], dtype)
         shift = argument("bias", [channels], dtype) if bias else None
@@ -144,7 +178,13 @@ def depthwise(
         beta = argument("beta", [channels], dtype) if normalized else None
         stored = out_dtype or dtype
         out = argument("out", [batch, out_height, out_width, channels], stored)
-        image = padded(x, (out_height, out_width), kernel_size, stride, pad, (1, 1), dtype)
+        outputs, dilation = (out_height, out_width), (1, 1)
+        image = padded(x, outputs, kernel_size, stride, pad, dilation, x.dtype if gather else dtype)
+        if image.dtype != dtype:
+            raw = image
+            image = compute(
+                "converted", raw.shape, lambda *index: cast(dtype, raw[index]), dtype=dtype
+            )
         sums = compute(
             "window",
             [batch, out_height, out_width, channels],
@@ -181,6 +221,14 @@ def depthwise(
                 into=out,
             )
     return builder.get()
+
+
+def gathering(func: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Build a kernel of `depthwise` anew, with ``gather=True``."""
+    options = json.loads(str(func.attrs[OPTIONS_ATTR]))
+    pairs = {name: tuple(options[name]) for name in ("kernel_size", "stride", "pad")}
+    *sizes, channels = func.params[0].shape
+    return depthwise(*sizes, int(channels), **(options | pairs), gather=True)
 
 
 def _normalize(

@@ -53,9 +53,15 @@ _ROUNDINGS: Final = 40.0
 # the value by at most 2 max|x| a pixel on each of two axes: 8 in the worst case.
 _COORDINATE_ROUNDINGS: Final = 8.0
 
-LAYER: Final = {"float32": 1e-5, "float64": 1e-13}
-"""Kernels of single layers by dtype, as a fraction of max(1, max|reference|): sums of some
-thousand products of random signs, in another order."""
+LAYER: Final = {
+    "float32": 1e-5,
+    "float64": 1e-13,
+    "float16": 1e-5 + 2.0**-11,
+    "bfloat16": 1e-5 + 2.0**-8,
+}
+"""Kernels of single layers by dtype of their output, as a fraction of max(1, max|reference|): sums
+of some thousand products of random signs, in another order; in the half types one more rounding,
+at the store, as everything before it is float32."""
 
 MODEL: Final = {"float32": 1e-4}
 """Whole encoders by dtype, as a fraction of max|reference| of each output: some 60 layers of

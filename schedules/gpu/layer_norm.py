@@ -1,0 +1,187 @@
+"""LayerNorm on GPUs: some threads share a row, keep it in registers, and add by shuffles."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+from tvm import s_tir, tirx
+from tvm.s_tir.schedule import ExprRV, LoopRV, SBlockRV
+from tvm.target import Target
+
+from dcnv3_tvm.gpu import WARP
+from dcnv3_tvm.op.stages import KERNEL_ATTR, static
+from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, choose, unroll_all, vectorize_copy
+from dcnv3_tvm.spec import DTYPE_BYTES
+from dcnv3_tvm.targets import is_gpu
+
+LANES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Numbers of threads that may share the channels."""
+
+_THREADS: Final = 128
+"""Threads of a block."""
+
+_ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Rows of a block among which a tuner may choose."""
+
+_ROW_BYTES: Final = 160
+"""Bytes of a row that a thread takes before a second warp helps."""
+
+_MOST_BYTES: Final = 512
+"""Bytes of a row that a thread can take: more would not fit its registers."""
+
+
+def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+    """Schedule LayerNorm over contiguous channels.
+
+    A row is read once, in vectors. The threads that share it are neighbours in a warp, or some
+    whole warps; each keeps its part in registers until it is stored.
+    """
+    if func.attrs is None or func.attrs.get(KERNEL_ATTR) != "layer_norm" or not is_gpu(target):
+        return None
+    x, out = func.params[0], func.params[-1]
+    channels = static(x.shape[-1])
+    if channels is None:
+        return None
+    vector = vector_elements(channels, [x, out])
+    vectors = channels // vector
+    size = vector * DTYPE_BYTES[str(x.dtype)]
+    lanes = _lanes(vectors, size)
+    if -(-vectors // lanes) * size > _MOST_BYTES:
+        return None
+    sch = s_tir.Schedule(func)
+    epilogue = sch.get_sblock("epilogue")
+    row, channel = sch.get_loops(epilogue)
+    block, row = sch.split(row, [None, choose(sch, _ROWS, max(1, _THREADS // lanes))])
+    sch.bind(block, "blockIdx.x")
+    sch.bind(row, "threadIdx.y")
+    shared = Channels.of(sch, lanes, vector)
+    shared.store(sch, epilogue, channel)
+    shared.normalize(sch, row)
+    _read(sch, shared, row)
+    return sch.mod["main"]
+
+
+def _read(sch: s_tir.Schedule, shared: Channels, row: LoopRV) -> None:
+    """Read a row into registers, where it is in the type of the computation."""
+    readers = [sch.get_sblock(name) for name in ("total", "square", "epilogue")]
+    (producer,) = sch.get_producers(readers[0]) or [None]
+    given = producer or sch.cache_read(readers[0], 0, "local", readers)
+    sch.compute_at(given, row, preserve_unit_loops=True)
+    step = shared.split(sch, sch.get_loops(given)[-1])
+    if producer is None:
+        shared.vectorize(sch, given)
+    else:
+        sch.set_scope(given, 0, "local")
+        sch.unroll(sch.get_loops(given)[-1])
+        shared.load(sch, given, step, ("x",))
+
+
+def vector_elements(channels: int, tensors: Sequence[Any]) -> int:
+    """Count the channels that are one access to the tensor of the smallest elements."""
+    smallest = min(DTYPE_BYTES[str(tensor.dtype)] for tensor in tensors)
+    return math.gcd(channels, VECTOR_BYTES // smallest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """How the channels of a row are shared out among threads.
+
+    Parameters
+    ----------
+    lanes : ExprRV
+        Threads that share a row.
+    vector : int
+        Neighbouring channels that a thread takes together.
+    scope : str
+        Where the sums of a row go: each thread of a warp gets them by shuffles; more warps need
+        shared memory.
+    """
+
+    lanes: ExprRV
+    vector: int
+    scope: str
+
+    @classmethod
+    def of(cls, sch: s_tir.Schedule, lanes: int, vector: int) -> Channels:
+        """Choose the threads of a row, by default `lanes`."""
+        warp = lanes <= WARP
+        candidates = [count for count in LANES if (count <= WARP) == warp]
+        return cls(choose(sch, candidates, lanes), vector, "local" if warp else "shared")
+
+    def split(self, sch: s_tir.Schedule, channel: LoopRV, inside: Sequence[LoopRV] = ()) -> LoopRV:
+        """Give a loop over the channels to threads, and return the loop of a thread's vectors.
+
+        The loops `inside` come between the threads and their vectors.
+        """
+        step, lane, element = sch.split(channel, [None, self.lanes, self.vector])
+        sch.reorder(lane, *inside, step, element)
+        sch.bind(lane, "threadIdx.x")
+        unroll_all(sch, [*inside, step])
+        return step
+
+    def store(
+        self,
+        sch: s_tir.Schedule,
+        block: SBlockRV,
+        channel: LoopRV,
+        inside: Sequence[LoopRV] = (),
+    ) -> None:
+        """Share out the last block: vectors are computed in registers, and then stored.
+
+        What it reads of the parameters comes in vectors too.
+        """
+        step = self.split(sch, channel, inside)
+        sch.unroll(sch.get_loops(block)[-1])
+        copy = sch.cache_write(block, 0, "local")
+        sch.reverse_compute_at(copy, step, preserve_unit_loops=True)
+        self.vectorize(sch, copy)
+        self.load(sch, block, step, ("gamma", "beta", "residual"))
+
+    def load(
+        self, sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV, names: Sequence[str]
+    ) -> None:
+        """Load what a block reads of some parameters into registers, at a loop, in vectors."""
+        for index, region in enumerate(sch.get(block).reads):
+            if region.source.name in names:
+                copy = sch.cache_read(block, index, "local")
+                sch.compute_at(copy, loop, preserve_unit_loops=True)
+                self.vectorize(sch, copy)
+
+    def vectorize(self, sch: s_tir.Schedule, copy: SBlockRV) -> None:
+        """Make a copy between memory and registers one of vectors."""
+        dtype = str(sch.get(copy).writes[0].source.dtype)
+        vectorize_copy(sch, copy, min(self.vector, VECTOR_BYTES // DTYPE_BYTES[dtype]))
+
+    def normalize(self, sch: s_tir.Schedule, row: LoopRV) -> None:
+        """Compute the sums of a LayerNorm at the loop `row`, of a thread's rows."""
+        scale = sch.get_sblock("scale")
+        sch.compute_at(scale, row, preserve_unit_loops=True)
+        sch.set_scope(scale, 0, "local")
+        sch.unroll(sch.get_loops(scale)[-1])
+        for name in ("square", "total"):
+            block = sch.get_sblock(name)
+            sch.compute_at(block, row, preserve_unit_loops=True)
+            sch.set_scope(block, 0, self.scope)
+            *_, place, channel = sch.get_loops(block)
+            self.split(sch, channel)
+            unroll_all(sch, [place, sch.get_loops(block)[-1]])
+            # By the CUDA compiler: TVM lowers no second copy of a sum over threads.
+            sch.annotate(place, "pragma_unroll_explicit", 0)
+
+
+def _lanes(vectors: int, size: int) -> int:
+    """Choose the threads of a row of `vectors` vectors of `size` bytes.
+
+    As few idle ones as possible, then as many as possible, which is as many rows in flight; a
+    second warp only if one would have to keep too much.
+    """
+    candidates = [lanes for lanes in LANES if lanes < 2 * vectors]
+
+    def cost(lanes: int) -> tuple[bool, int, int]:
+        steps = -(-vectors // lanes)
+        return steps * size > _ROW_BYTES, steps * lanes, abs(lanes - WARP)
+
+    return min(candidates, key=cost)

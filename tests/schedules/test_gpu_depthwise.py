@@ -1,0 +1,142 @@
+import pytest
+import tvm
+from tvm import tirx
+
+from dcnv3_tvm.op import normalization
+from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.schedules.gpu.depthwise import depthwise
+from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.testing import layers
+from dcnv3_tvm.testing.layers import run_kernel
+from dcnv3_tvm.testing.serial import serialized
+
+TARGET = resolve_target("cuda-sm90")
+TYPES = [
+    {"x_dtype": "float16", "out_dtype": "float16"},
+    {"x_dtype": "bfloat16", "out_dtype": "bfloat16"},
+    {"x_dtype": "float16", "out_dtype": "float32"},
+    {"x_dtype": "float32", "out_dtype": "bfloat16"},
+]
+
+
+def random(rng, shape, dtype="float32"):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def check(
+    rng,
+    assert_close,
+    shape,
+    given=None,
+    kernel=(3, 3),
+    stride=(1, 1),
+    pad=(1, 1),
+    normalized=True,
+    activation="gelu",
+    **types,
+):
+    """Compare the scheduled kernel, its threads one after the other, with float64."""
+    *sizes, channels = shape
+    x = random(rng, shape, types.get("x_dtype", "float32"))
+    weight = random(rng, (*kernel, channels))
+    bias, gamma, beta = (random(rng, (channels,)) for _ in range(3))
+    func = normalization.depthwise(
+        *(given or sizes),
+        channels,
+        kernel_size=kernel,
+        stride=stride,
+        pad=pad,
+        bias=True,
+        norm_eps=1e-6 if normalized else None,
+        activation=activation,
+        **types,
+    )
+    sums = layers.depthwise(x, weight, stride=stride, pad=pad) + bias
+    normal = layers.layer_norm(sums, gamma, beta, 1e-6) if normalized else sums
+    arrays = [x, weight, bias, *([gamma, beta] if normalized else [])]
+    dtype = types.get("out_dtype", "float32")
+    scheduled = serialized(depthwise(func, TARGET))
+    result = run_kernel(scheduled, arrays, sums.shape, scheduled=False, dtype=dtype)
+    assert_close(result.astype("float64"), layers.activation(activation, normal), dtype)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 14, 28, 64),
+        (2, 7, 7, 80),
+        (64, 14, 9, 16),
+        (1, 3, 1, 13),
+        (1, 1, 6, 24),
+        (3, 9, 11, 112),
+        (2, 3, 5, 1536),
+        (1, 2, 3, 2560),
+    ],
+)
+def test_sizes(rng, assert_close, shape):
+    check(rng, assert_close, shape)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()))
+@pytest.mark.parametrize("shape", [(2, 7, 5, 80), (128, 14, 13, 16), (1, 5, 6, 13)])
+def test_types(rng, assert_close, types, shape):
+    check(rng, assert_close, shape, **types)
+
+
+def test_without_normalisation(rng, assert_close):
+    check(rng, assert_close, (1, 7, 9, 32), normalized=False, activation=None)
+    check(rng, assert_close, (64, 13, 9, 96), normalized=False, **TYPES[0])
+
+
+def test_large_windows_and_strides(rng, assert_close):
+    check(rng, assert_close, (1, 11, 12, 16), kernel=(5, 5), pad=(2, 2), **TYPES[0])
+    check(rng, assert_close, (1, 9, 10, 16), kernel=(9, 9), pad=(4, 4))
+    check(rng, assert_close, (1, 11, 12, 16), kernel=(2, 5), stride=(2, 3), pad=(0, 1), **TYPES[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 14, 14, 32), (3, 9, 5, 32)])
+def test_symbolic_sizes(rng, assert_close, shape):
+    n, h, w = (tirx.Var(name, "int64") for name in "nhw")
+    check(rng, assert_close, shape, given=(n, *shape[1:3]), **TYPES[0])
+    check(rng, assert_close, shape, given=(n, h, w), **TYPES[0])
+
+
+def source(func):
+    """Return the CUDA code of a kernel, scheduled by its rule."""
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    module, rules = schedule_module(module, TARGET)
+    assert rules["main"] == "depthwise"
+    code = tvm.compile(module, target=TARGET).mod.imports[0].inspect_source()
+    return code[code.rindex('extern "C" __global__') :]
+
+
+def test_everything_stays_in_registers_and_moves_in_vectors():
+    func = normalization.depthwise(
+        64,
+        56,
+        56,
+        64,
+        kernel_size=(3, 3),
+        pad=(1, 1),
+        bias=True,
+        norm_eps=1e-6,
+        activation="gelu",
+        x_dtype="float16",
+        out_dtype="float16",
+    )
+    code = source(func)
+    assert "__shared__" not in code
+    assert "__shfl_down_sync" in code
+    # Four pixels of a row see six, in three rows.
+    assert code.count("= *(uint4*)(x_ptr + ") == 18
+    assert code.count("*(uint4*)(out_ptr + ") == 4
+    assert code.count("= *(float4*)(weight_ptr + ") == 9 * 2
+    assert not any(f"{name}_ptr[" in code for name in ("x", "out", "weight", "gamma", "beta"))
+
+
+def test_what_does_not_fit_registers_and_other_kernels_are_refused():
+    options = {"kernel_size": (3, 3), "pad": (1, 1), "bias": True}
+    assert depthwise(normalization.depthwise(1, 4, 4, 65536, **options), TARGET) is None
+    assert depthwise(normalization.layer_norm((3,), 16, eps=1e-6), TARGET) is None
+    kernel = normalization.depthwise(1, 4, 4, 8, **options)
+    assert depthwise(kernel, resolve_target("cpu-znver4")) is None

@@ -1,0 +1,110 @@
+import numpy as np
+import pytest
+import tvm
+from tvm import tirx
+
+from dcnv3_tvm.op import normalization
+from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm
+from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.testing import layers
+from dcnv3_tvm.testing.layers import run_kernel
+from dcnv3_tvm.testing.serial import serialized
+
+TARGET = resolve_target("cuda-sm90")
+TYPES = [
+    {},
+    {"x_dtype": "float16", "out_dtype": "float16"},
+    {"x_dtype": "bfloat16", "residual_dtype": "bfloat16", "out_dtype": "bfloat16"},
+    {"x_dtype": "float16", "residual_dtype": "float32", "out_dtype": "float32"},
+    {"x_dtype": "float32", "residual_dtype": "float16", "out_dtype": "bfloat16"},
+]
+
+
+def random(rng, shape, dtype="float32"):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def check(rng, assert_close, shape, lead=None, **options):
+    """Compare the scheduled kernel, its threads one after the other, with float64."""
+    dtypes = [options.get(f"{name}_dtype", "float32") for name in ("x", "residual", "out")]
+    x, residual = (random(rng, shape, dtype) for dtype in dtypes[:2])
+    gamma, beta = random(rng, shape[-1]), random(rng, shape[-1])
+    func = normalization.layer_norm(lead or shape[:-1], shape[-1], eps=1e-6, **options)
+    given = [x, gamma, beta, *([residual] if options.get("residual") else [])]
+    scheduled = serialized(layer_norm(func, TARGET))
+    result = run_kernel(scheduled, given, shape, scheduled=False, dtype=dtypes[2])
+    reference = layers.activation(
+        options.get("activation"), layers.layer_norm(x, gamma, beta, 1e-6)
+    )
+    if options.get("residual"):
+        reference = reference + residual.astype("float64")
+    assert_close(result.astype("float64"), reference, dtypes[2])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 5, 64), (49, 80), (13, 17), (1, 1), (1, 768), (3, 112), (2, 2560), (3, 6144)],
+)
+def test_sizes(rng, assert_close, shape):
+    check(rng, assert_close, shape)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()) or "float32")
+@pytest.mark.parametrize("channels", [80, 13, 512])
+def test_types(rng, assert_close, types, channels):
+    check(rng, assert_close, (37, channels), activation="gelu", residual=True, **types)
+    check(rng, assert_close, (37, channels), **types)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 32), (1, 5, 32)])
+def test_symbolic_sizes(rng, assert_close, shape):
+    n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
+    check(rng, assert_close, shape, lead=(n, shape[1]))
+    check(rng, assert_close, shape, lead=(n, h), x_dtype="float16")
+
+
+def test_a_mean_far_from_zero_costs_no_accuracy(rng):
+    x = (rng.standard_normal((16, 64)) + 4096.0).astype("float32")
+    one, zero = np.ones(64, "float32"), np.zeros(64, "float32")
+    func = serialized(layer_norm(normalization.layer_norm((16,), 64, eps=1e-6), TARGET))
+    result = run_kernel(func, [x, one, zero], x.shape, scheduled=False)
+    # The mean itself is rounded to 2**-11 here; a variance from squares would be noise of order 1.
+    assert np.abs(result - layers.layer_norm(x, one, zero, 1e-6)).max() < 4096 * 2.0**-22
+
+
+def source(func):
+    """Return the CUDA code of a kernel, scheduled by its rule."""
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    module, rules = schedule_module(module, TARGET)
+    assert rules["main"] == "layer_norm"
+    code = tvm.compile(module, target=TARGET).mod.imports[0].inspect_source()
+    return code[code.rindex('extern "C" __global__') :]
+
+
+def test_a_row_is_read_and_written_once_in_vectors():
+    types = {"x_dtype": "float16", "out_dtype": "float16"}
+    code = source(normalization.layer_norm((64, 49), 320, eps=1e-6, activation="gelu", **types))
+    # 40 vectors of 8 for 8 threads.
+    assert code.count("(x_ptr +") == code.count("(out_ptr +") == 40 // 8
+    assert all("uint4" in line for line in code.splitlines() if "out_ptr +" in line)
+    assert "x_ptr[" not in code
+    assert "out_ptr[" not in code
+    assert "gamma_ptr[" not in code
+    assert "beta_ptr[" not in code
+
+
+@pytest.mark.parametrize(("channels", "warp"), [(64, True), (2560, True), (6144, False)])
+def test_sums_over_threads(channels, warp):
+    code = source(normalization.layer_norm((64, 49), channels, eps=1e-6, x_dtype="float16"))
+    assert "__shfl_down_sync" in code
+    assert ("__syncthreads" not in code) == warp
+    assert ("__shared__" not in code) == warp
+
+
+def test_what_does_not_fit_registers_and_other_kernels_are_refused():
+    assert layer_norm(normalization.layer_norm((3,), 16 * 12289, eps=1e-6), TARGET) is None
+    kernel = normalization.depthwise(1, 4, 4, 8, kernel_size=(3, 3), pad=(1, 1), bias=True)
+    assert layer_norm(kernel, TARGET) is None
+    kernel = normalization.layer_norm((3,), 16, eps=1e-6)
+    assert layer_norm(kernel, resolve_target("cpu-znver4")) is None
