@@ -25,6 +25,7 @@ from dcnv3_tvm.schedules.cpu.linear import linear
 from dcnv3_tvm.schedules.cpu.tiling import linear_tile
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3 as gpu_dcnv3
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise as gpu_depthwise
+from dcnv3_tvm.schedules.gpu.fallback import fallback as gpu_fallback
 from dcnv3_tvm.schedules.gpu.gemm import gemm
 from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm as gpu_layer_norm
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
@@ -53,7 +54,13 @@ CPU_RULES: Final[tuple[Rule, ...]] = (
 )
 """Rules for LLVM targets, in the order in which they are tried."""
 
-GPU_RULES: Final[tuple[Rule, ...]] = (gpu_dcnv3, gemm, gpu_depthwise, gpu_layer_norm)
+GPU_RULES: Final[tuple[Rule, ...]] = (
+    gpu_dcnv3,
+    gemm,
+    gpu_depthwise,
+    gpu_layer_norm,
+    gpu_fallback,
+)
 """Rules for CUDA targets, in the order in which they are tried."""
 
 SCHEDULED: Final = "tirx.is_scheduled"
@@ -68,7 +75,9 @@ def rules_for(target: Target) -> tuple[Rule, ...]:
     return GPU_RULES if is_gpu(target) else CPU_RULES
 
 
-def schedule_module(mod: IRModule, target: Target) -> tuple[IRModule, dict[str, str]]:
+def schedule_module(
+    mod: IRModule, target: Target, *, intrinsics: bool = True
+) -> tuple[IRModule, dict[str, str]]:
     """Schedule every TensorIR function of a module.
 
     Parameters
@@ -77,6 +86,9 @@ def schedule_module(mod: IRModule, target: Target) -> tuple[IRModule, dict[str, 
         Module; its Relax functions, and functions already scheduled, stay as they are.
     target : Target
         Target the module is compiled for.
+    intrinsics : bool
+        Whether the instructions of tensor cores take the place of the loops that stand for them;
+        without, a schedule for a GPU can be run on any processor.
 
     Returns
     -------
@@ -102,7 +114,7 @@ def schedule_module(mod: IRModule, target: Target) -> tuple[IRModule, dict[str, 
                 got=var.name_hint,
                 hint=f"Kernels for {target_slug(target)} must be scheduled; please report it.",
             )
-        if is_gpu(target):
+        if is_gpu(target) and intrinsics:
             result = tensorize(result)
         scheduled.update_func(var, result.with_attr(SCHEDULED, True))
         taken[var.name_hint] = name

@@ -105,7 +105,11 @@ def dcnv3(spec: DCNv3Spec, *, gather: bool = False) -> tirx.PrimFunc:
 
 @functools.lru_cache(maxsize=64)
 def dcnv3_packed(
-    spec: DCNv3Spec, out_dtype: str | None = None, *, gather: bool = False
+    spec: DCNv3Spec,
+    out_dtype: str | None = None,
+    *,
+    offset_dtype: str | None = None,
+    gather: bool = False,
 ) -> tirx.PrimFunc:
     """Build the kernel that takes offsets and mask logits in one tensor.
 
@@ -117,6 +121,8 @@ def dcnv3_packed(
         The problem; ``spec.softmax`` must be set.
     out_dtype : str, optional
         Another element type for ``out`` than the problem's.
+    offset_dtype : str, optional
+        Another element type for ``offset_mask``.
     gather : bool
         As in `dcnv3`.
 
@@ -147,12 +153,15 @@ def dcnv3_packed(
     stored = out_dtype or dtype
     # TVM would assume 64 bytes, and crash on an array of NumPy or a slice of one.
     align, out_align = DTYPE_BYTES[dtype], DTYPE_BYTES[stored]
+    learned = offset_dtype or dtype
     body = _body(spec, sizes, mask_start=int(offsets), stored=stored, gather=gather)
 
     @T.prim_func(s_tir=True)
     def dcnv3_packed(x: T.handle, offset_mask: T.handle, out: T.handle):
         X = T.match_buffer(x, (n, h, w, channels), dtype, align=align)
-        OffsetMask = T.match_buffer(offset_mask, (n, ho, wo, packed), dtype, align=align)
+        OffsetMask = T.match_buffer(
+            offset_mask, (n, ho, wo, packed), learned, align=DTYPE_BYTES[learned]
+        )
         Out = T.match_buffer(out, (n, ho, wo, channels), stored, align=out_align)
         body(X, OffsetMask, OffsetMask, Out)
 
@@ -170,7 +179,8 @@ def gathering(func: tirx.PrimFunc) -> tirx.PrimFunc:
     spec = spec_of(func)
     if str(func.attrs[KERNEL_ATTR]) == "dcnv3":
         return dcnv3(spec, gather=True)
-    return dcnv3_packed(spec, str(func.params[-1].dtype), gather=True)
+    _, offset_mask, out = func.params
+    return dcnv3_packed(spec, str(out.dtype), offset_dtype=str(offset_mask.dtype), gather=True)
 
 
 def spec_of(func: tirx.PrimFunc) -> DCNv3Spec:

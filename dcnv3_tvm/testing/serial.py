@@ -9,9 +9,18 @@ the kernel as plain loops until `dcnv3_tvm.schedules.gpu.tensor_core` replaces t
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from tvm import s_tir, tirx
+import tvm
+from tvm import relax, s_tir, tirx
+from tvm.target import Target
+
+from dcnv3_tvm.compiler import pipeline
+from dcnv3_tvm.imported import ImportedModel
+from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.targets import resolve_target
 
 
 def serialized(func: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -54,3 +63,42 @@ def _serial(node: Any) -> Any:
         other = None if node.else_case is None else _serial(node.else_case)
         return tirx.IfThenElse(node.condition, _serial(node.then_case), other)
     return node
+
+
+def run_serially(
+    imported: ImportedModel, target: Target, inputs: Sequence[Any], *, dtype: str, entry: str
+) -> list[Any]:
+    """Run a model compiled for a GPU on the processor, every kernel by its GPU schedule.
+
+    Parameters
+    ----------
+    imported : ImportedModel
+        The model.
+    target : tvm.target.Target
+        A GPU.
+    inputs : sequence of numpy.ndarray
+        Inputs of the entry.
+    dtype : str
+        Element type of products, as for `dcnv3_tvm.compile_model`.
+    entry : str
+        ``"main"`` or ``"features"``.
+
+    Returns
+    -------
+    list of numpy.ndarray
+        The entry's outputs.
+    """
+    program, _ = pipeline.run_pipeline(imported, target, dtype=dtype, until="fuse")
+    module, _ = schedule_module(program.module, target, intrinsics=False)
+    for var, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc):
+            module.update_func(var, serialized(function))
+    host = resolve_target("cpu")
+    planned, _ = pipeline.plan_memory(dataclasses.replace(program, module=module), host)
+    executable = relax.build(planned, host, relax_pipeline=pipeline.lower_passes())
+    machine = relax.VirtualMachine(executable, tvm.cpu())
+    weights = [program.weights[name] for name in program.entries[entry].weights]
+    arguments = [tvm.runtime.tensor(array) for array in (*inputs, *weights)]
+    result = machine[entry](*arguments)
+    outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
+    return [output.numpy() for output in outputs]

@@ -11,6 +11,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV, ScheduleError
 from tvm.target import Target
 
 from dcnv3_tvm.op.stages import static
+from dcnv3_tvm.schedules.blocks import plain_axes, reduces
 from dcnv3_tvm.schedules.cpu.tiling import VectorUnit, vector_unit, vector_width
 
 SERIAL_WORK: Final = 65536
@@ -39,17 +40,13 @@ def fallback(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
 def _inline(sch: s_tir.Schedule, block: SBlockRV) -> None:
     """Inline a block that no consumer then computes more often."""
     consumers = sch.get_consumers(block)
-    if len(consumers) == 1 and not _reduces(sch, block) and not _reduces(sch, consumers[0]):
+    if len(consumers) == 1 and not reduces(sch, block) and not reduces(sch, consumers[0]):
         sch.compute_inline(block)
-
-
-def _reduces(sch: s_tir.Schedule, block: SBlockRV) -> bool:
-    return any(axis.iter_type != tirx.IterVar.DataPar for axis in sch.get(block).iter_vars)
 
 
 def _spread(sch: s_tir.Schedule, block: SBlockRV, unit: VectorUnit) -> None:
     """Share out the loops of a block among threads and lanes, if they are plain loops."""
-    axes = _plain_axes(sch, block)
+    axes = plain_axes(sch, block)
     if axes is None:
         return
     spatial, reduction = axes
@@ -73,29 +70,6 @@ def _spread(sch: s_tir.Schedule, block: SBlockRV, unit: VectorUnit) -> None:
         sch.vectorize(lane[0])
     if reduction:
         sch.decompose_reduction(block, reduction[0])
-
-
-def _plain_axes(sch: s_tir.Schedule, block: SBlockRV) -> tuple[list[LoopRV], list[LoopRV]] | None:
-    """Return the (spatial, reduction) loops of a block each of whose axes is one loop."""
-    loops = sch.get_loops(block)
-    realize = sch.get(loops[-1]).body if loops else None
-    if not isinstance(realize, s_tir.SBlockRealize):
-        return None
-    kinds = {}
-    for axis, value in zip(realize.block.iter_vars, realize.iter_values, strict=True):
-        if not isinstance(value, tirx.Var):
-            return None
-        kinds[value] = axis.iter_type
-    spatial, reduction = [], []
-    for loop in loops:
-        kind = kinds.get(sch.get(loop).loop_var)
-        if kind == tirx.IterVar.DataPar:
-            spatial.append(loop)
-        elif kind == tirx.IterVar.CommReduce:
-            reduction.append(loop)
-        else:
-            return None
-    return (spatial, reduction) if spatial else None
 
 
 def _stores_along(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV) -> bool:

@@ -74,8 +74,9 @@ def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     names = {sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))}
     vector = math.gcd(spec.group_channels, VECTOR_BYTES // DTYPE_BYTES[spec.dtype])
     store, total = sch.get_sblock("store"), sch.get_sblock("sum")
-    thread = _tile(sch, store, spec, vector)
+    # Before the loops are tiled: bounds are lost where a cache is made of a part of an output.
     copy = sch.cache_write(store, 0, "local")
+    thread = _tile(sch, store, spec, vector)
     sch.reverse_compute_at(copy, thread, preserve_unit_loops=True)
     vectorize_copy(sch, copy, vector)
 

@@ -26,11 +26,11 @@ _THREADS: Final = 128
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 """Rows of a block among which a tuner may choose."""
 
-_ROW_BYTES: Final = 160
-"""Bytes of a row that a thread takes before a second warp helps."""
+_ROW_ELEMENTS: Final = 80
+"""Elements of a row that a thread takes before a second warp helps."""
 
-_MOST_BYTES: Final = 512
-"""Bytes of a row that a thread can take: more would not fit its registers."""
+_MOST_ELEMENTS: Final = 128
+"""Elements of a row that a thread can take: more would not fit its registers."""
 
 
 def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
@@ -47,9 +47,8 @@ def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
         return None
     vector = vector_elements(channels, [x, out])
     vectors = channels // vector
-    size = vector * DTYPE_BYTES[str(x.dtype)]
-    lanes = _lanes(vectors, size)
-    if -(-vectors // lanes) * size > _MOST_BYTES:
+    lanes = _lanes(vectors, vector)
+    if -(-vectors // lanes) * vector > _MOST_ELEMENTS:
         return None
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
@@ -172,8 +171,8 @@ class Channels:
             sch.annotate(place, "pragma_unroll_explicit", 0)
 
 
-def _lanes(vectors: int, size: int) -> int:
-    """Choose the threads of a row of `vectors` vectors of `size` bytes.
+def _lanes(vectors: int, vector: int) -> int:
+    """Choose the threads of a row of `vectors` vectors of `vector` elements.
 
     As few idle ones as possible, then as many as possible, which is as many rows in flight; a
     second warp only if one would have to keep too much.
@@ -182,6 +181,6 @@ def _lanes(vectors: int, size: int) -> int:
 
     def cost(lanes: int) -> tuple[bool, int, int]:
         steps = -(-vectors // lanes)
-        return steps * size > _ROW_BYTES, steps * lanes, abs(lanes - WARP)
+        return steps * vector > _ROW_ELEMENTS, steps * lanes, abs(lanes - WARP)
 
     return min(candidates, key=cost)

@@ -1,0 +1,50 @@
+"""How TVM lowers kernels for a GPU: its pipeline for S-TIR, with one pass repeated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Final
+
+import tvm
+from tvm import tirx
+from tvm.tirx import compilation_pipeline
+
+PIPELINE: Final = "dcnv3_tvm.cuda"
+"""Name of the pipeline, for ``tir_pipeline`` of ``tvm.compile`` and ``relax.build``."""
+
+_WARP_BUFFERS: Final = 8
+"""Buffers of a kernel that are spread over the threads of a warp: two factors and the sums."""
+
+_CONFIG: Final = {
+    # Copies from global to shared memory that bypass registers.
+    "tirx.use_async_copy": True,
+    # The pass hides from LowerWarpMemory which thread an index belongs to; nvcc does the same work.
+    "tirx.disable_cse_tir": True,
+}
+
+
+@contextlib.contextmanager
+def lowering() -> Iterator[None]:
+    """Set the options of TVM's passes that kernels for GPUs need, for the time of a build."""
+    with tvm.transform.PassContext(config=_CONFIG):
+        yield
+
+
+def _factory() -> tuple[Any, Any, Any]:
+    pipeline, host, _ = compilation_pipeline.get_tir_pipeline("s_tir")
+    return pipeline, host, _device_passes
+
+
+def _device_passes() -> tvm.transform.Pass:
+    return tvm.transform.Sequential(
+        [
+            # It lowers one buffer and leaves those declared after it.
+            *[tirx.transform.LowerWarpMemory() for _ in range(_WARP_BUFFERS)],
+            tirx.transform.StmtSimplify(),
+            tirx.transform.LowerIntrin(),
+        ]
+    )
+
+
+compilation_pipeline.register_tir_pipeline(PIPELINE, _factory)

@@ -1,0 +1,177 @@
+"""The layers of the model become calls of our kernels for GPUs.
+
+Every result of a kernel of ours is stored in the type of the products, except
+
+- results of the model, which are float32;
+- in bfloat16, the residual stream, whose many sums would lose digits, and what makes sampling
+  points, whose errors the image's gradients magnify.
+
+Operators that have no kernel of ours read float32: what they read is converted in their kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import tvm
+from tvm import relax
+
+from dcnv3_tvm.op import gemm, tensorir
+from dcnv3_tvm.transform.find_layers import Layer, find_layers
+from dcnv3_tvm.transform.layer_context import LayerContext, epilogue_of, pair_of
+from dcnv3_tvm.transform.lower_normalization import lower_depthwise, lower_layer_norm
+from dcnv3_tvm.transform.program import Program, Rebuilder, variables
+from dcnv3_tvm.transform.shapes import element_type
+from dcnv3_tvm.transform.storage import find_values, packed_sampling
+
+
+def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
+    """Lower every layer that has a kernel of ours; the rest is left to TVM's legalisation.
+
+    Parameters
+    ----------
+    program : Program
+        Channels last, with weights folded.
+    dtype : str
+        Element type of the operands of products: float32, float16 or bfloat16.
+    """
+    found: dict[relax.Var, Layer] = {}
+    inner: set[relax.Var] = set()
+    wide: set[relax.Var] = set()
+    for name, entry in program.entries.items():
+        function = program.module[name]
+        layers = find_layers(function, len(entry.inputs))
+        found |= layers
+        inner |= find_values(function, layers, program.module).inner
+        wide |= _results(function)
+        if dtype == "bfloat16":
+            wide |= _sensitive(function, layers, program.module)
+    converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
+
+    def stored(var: relax.Var) -> str:
+        return "float32" if var in wide else dtype
+
+    def float32(rebuilder: Rebuilder, expr: relax.Expr) -> relax.Expr:
+        """Return an argument in float32; one that is read several times is converted once."""
+        if isinstance(expr, relax.Tuple):
+            return relax.Tuple([float32(rebuilder, field) for field in expr.fields])
+        if dtype == "float32" or not _is(expr, dtype):
+            return expr
+        if (rebuilder, expr) not in converted:
+            converted[rebuilder, expr] = rebuilder.emit(relax.op.astype(expr, "float32"))
+        return converted[rebuilder, expr]
+
+    def visit(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
+        if var in inner:
+            return relax.Var(var.name, var.ty)  # a name that nothing refers to in the end
+        if packed_sampling(call, rebuilder.module) is not None:
+            return _lower_sampling(rebuilder, var, call, stored(var))
+        layer = found.get(var)
+        if layer is None:
+            arguments = [float32(rebuilder, argument) for argument in call.args]
+            return rebuilder.emit(
+                relax.Call(call.op, arguments, call.attrs, call.ty_args), like=var
+            )
+        source = rebuilder.current(layer.root.args[0])
+        context = LayerContext(rebuilder, var, layer, source, stored(var))
+        return _LOWER[layer.kind](context, dtype)
+
+    return program.rebuilt(visit)
+
+
+def _results(function: relax.Function) -> set[relax.Var]:
+    """Find the variables that are a function's results, under any name."""
+    found = set(variables(function.body.body))
+    for block in reversed(function.body.blocks):
+        for binding in reversed(block.bindings):
+            if binding.var in found and not isinstance(binding.value, relax.Call):
+                found.update(variables(binding.value))
+    return found
+
+
+def _is(expr: relax.Expr, dtype: str) -> bool:
+    return isinstance(expr.ty, relax.TensorType) and element_type(expr) == dtype
+
+
+def _sensitive(
+    function: relax.Function, layers: Mapping[relax.Var, Layer], module: tvm.IRModule
+) -> set[relax.Var]:
+    """Find the residual stream and the offsets, which bfloat16 has too few digits for."""
+    found: set[relax.Var] = set()
+    for block in function.body.blocks:
+        for binding in block.bindings:
+            layer = layers.get(binding.var)
+            if layer is not None and layer.residual is not None:
+                found.update((binding.var, layer.residual))
+            elif packed_sampling(binding.value, module) is not None:
+                found.add(binding.value.args[1].fields[1])
+    return found
+
+
+def _lower_sampling(
+    rebuilder: Rebuilder, var: relax.Var, call: relax.Call, out_dtype: str
+) -> relax.Var:
+    """Call the packed DCNv3 kernel for the element types that its arguments have."""
+    x, offset_mask = call.args[1].fields
+    spec = tensorir.spec_of(rebuilder.module[call.args[0]])
+    kernel = tensorir.dcnv3_packed(
+        dataclasses.replace(spec, dtype=element_type(x)),
+        out_dtype,
+        offset_dtype=element_type(offset_mask),
+    )
+    function = rebuilder.add_kernel(kernel, "dcnv3_packed")
+    ty = relax.TensorType(var.ty.shape, out_dtype)
+    return rebuilder.emit(relax.call_tir(function, [x, offset_mask], ty), like=var)
+
+
+def _lower_linear(context: LayerContext, dtype: str) -> relax.Var:
+    layer, matrix = context.layer, context.matrix
+    outputs, inputs = matrix.shape
+    kernel = gemm.linear(
+        context.sizes(layer.root.args[0])[:-1],
+        inputs,
+        outputs,
+        epilogue=epilogue_of(layer),
+        dtype=dtype,
+        x_dtype=context.dtype,
+        residual_dtype=context.residual_dtype,
+        out_dtype=context.out_dtype,
+    )
+    packed = context.packed(gemm.pack(matrix.astype(dtype)))
+    return context.call(
+        kernel, f"linear_{inputs}_{outputs}", [context.source, packed, layer.bias, layer.residual]
+    )
+
+
+def _lower_convolution(context: LayerContext, dtype: str) -> relax.Var:
+    layer, weight = context.layer, context.weight
+    outputs, height, width, inputs = weight.shape
+    batch, rows, columns, _ = context.sizes(layer.root.args[0])
+    kernel = gemm.convolution(
+        batch,
+        rows,
+        columns,
+        inputs,
+        outputs,
+        kernel_size=(height, width),
+        stride=pair_of(layer.root.attrs.strides),
+        pad=pair_of(layer.root.attrs.padding),
+        epilogue=epilogue_of(layer),
+        dtype=dtype,
+        x_dtype=context.dtype,
+        out_dtype=context.out_dtype,
+    )
+    packed = context.packed(gemm.pack(weight.astype(dtype)))
+    return context.call(
+        kernel, f"convolution_{inputs}_{outputs}", [context.source, packed, layer.bias]
+    )
+
+
+_LOWER: Final[dict[str, Callable[[LayerContext, str], relax.Var]]] = {
+    "linear": _lower_linear,
+    "convolution": _lower_convolution,
+    "depthwise": lambda context, _: lower_depthwise(context),
+    "layer_norm": lambda context, _: lower_layer_norm(context),
+}

@@ -1,0 +1,156 @@
+"""Kernels on GPUs that compute each element on its own, among them transposes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from tvm import s_tir
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.sym import Analyzer
+
+from dcnv3_tvm.op.stages import static
+from dcnv3_tvm.schedules.blocks import plain_axes
+from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, choose, vectorize_copy
+from dcnv3_tvm.spec import DTYPE_BYTES
+
+_THREADS: Final = 256
+"""Threads of a block."""
+
+_BLOCKS: Final = (64, 128, 256, 512)
+"""Numbers of threads among which a tuner may choose."""
+
+_ENOUGH_THREADS: Final = 2**15
+"""Threads that keep a GPU's memory busy; with fewer, each takes one element."""
+
+_TILE: Final = 32
+"""Most rows and columns of a tile that is turned over."""
+
+_NARROW: Final = 4
+"""Neighbouring elements that are too few to be worth a tile."""
+
+
+def bind_elements(sch: s_tir.Schedule, element: LoopRV) -> LoopRV:
+    """Give each thread one iteration of a loop, and return the loop of the threads."""
+    block, thread = sch.split(element, [None, choose(sch, _BLOCKS, _THREADS)])
+    sch.bind(block, "blockIdx.x")
+    sch.bind(thread, "threadIdx.x")
+    return thread
+
+
+def elementwise(sch: s_tir.Schedule, block: SBlockRV) -> None:
+    """Schedule a block of plain spatial loops.
+
+    A thread takes neighbouring elements, in vectors where neighbours are read or written. Where a
+    tensor is read along another axis than the result's last one, a tile of it is turned over in
+    shared memory, so that both are accessed along their last axes.
+    """
+    node = sch.get(block)
+    loops, _ = plain_axes(sch, block) or ([], [])
+    axes = [axis.var for axis in node.iter_vars]
+    along = _position(node.writes[0].region[-1].min, axes) if node.writes[0].region else None
+    if along is None or len(node.writes) > 1:
+        bind_elements(sch, sch.fuse(*loops))
+        return
+    for index, region in enumerate(node.reads):
+        across = _turned(sch, region, axes, loops, along)
+        if across is not None:
+            _turn(sch, block, index, loops, across, along)
+            return
+    _move_vectors(sch, block, loops, axes, along)
+
+
+def _position(index: Any, axes: list[Any]) -> int | None:
+    """Return which axis an index is, if it is one."""
+    return next((i for i, axis in enumerate(axes) if axis.same_as(index)), None)
+
+
+def _turned(
+    sch: s_tir.Schedule, region: Any, axes: list[Any], loops: list[LoopRV], along: int
+) -> int | None:
+    """Return the axis along which a tensor lies, if it is to be turned to lie along another."""
+    positions = [_position(dimension.min, axes) for dimension in region.region]
+    if None in positions or along not in positions or positions[-1] == along:
+        return None
+    across = positions[-1]
+    narrow = [static(sch.get(loops[axis]).extent) for axis in (across, along)]
+    return None if any(size is not None and size <= _NARROW for size in narrow) else across
+
+
+def _turn(
+    sch: s_tir.Schedule,
+    block: SBlockRV,
+    index: int,
+    loops: list[LoopRV],
+    across: int,
+    along: int,
+) -> None:
+    """Read a tensor in tiles of the axes `across`, its last one, and `along`, the result's."""
+    axes = [axis.var for axis in sch.get(block).iter_vars]
+    region = sch.get(block).reads[index].region
+    rows = next(i for i, part in enumerate(region) if _position(part.min, axes) == along)
+    others = [loop for axis, loop in enumerate(loops) if axis not in (across, along)]
+    outer, inner = [], []
+    for axis in (across, along):
+        size = static(sch.get(loops[axis]).extent) or _TILE
+        side = min(_TILE, 2 ** (size - 1).bit_length())
+        for part, parts in zip(sch.split(loops[axis], [None, side]), (outer, inner), strict=True):
+            parts.append(part)
+    sch.reorder(*others, *outer, *inner)
+    tile = sch.fuse(*others, *outer)
+    sch.bind(tile, "blockIdx.x")
+    threads = choose(sch, _BLOCKS, _THREADS)
+    copy = sch.cache_read(block, index, "shared")
+    sch.compute_at(copy, tile, preserve_unit_loops=True)
+    # An odd number of elements from row to row, so that a column lies in different banks.
+    sch.storage_align(copy, 0, rows, _TILE, 1)
+    for stage, parts in ((copy, sch.get_loops(copy)[1:]), (block, inner)):
+        _, thread = sch.split(sch.fuse(*parts), [None, threads])
+        sch.bind(thread, "threadIdx.x")
+
+
+def _move_vectors(
+    sch: s_tir.Schedule, block: SBlockRV, loops: list[LoopRV], axes: list[Any], along: int
+) -> None:
+    """Compute some neighbouring elements a thread, loaded and stored at once."""
+    extents = [sch.get(loop).extent for loop in loops]
+    node = sch.get(block)
+    moved = [i for i, region in enumerate(node.reads) if _lies_along(region, axes, extents, along)]
+    tensors = [node.writes[0].source, *(node.reads[i].source for i in moved)]
+    last = static(extents[along]) or 1
+    smallest = min(DTYPE_BYTES.get(str(tensor.dtype), VECTOR_BYTES) for tensor in tensors)
+    vector = math.gcd(last, VECTOR_BYTES // smallest)
+    known = [static(extent) for extent in extents]
+    elements = math.prod(size for size in known if size is not None)
+    others = [loop for axis, loop in enumerate(loops) if axis != along]
+    if vector == 1 or (None not in known and elements < vector * _ENOUGH_THREADS):
+        bind_elements(sch, sch.fuse(*others, loops[along]))
+        return
+    run, lane = sch.split(loops[along], [None, vector])
+    sch.reorder(*others, run, lane)
+    thread = bind_elements(sch, sch.fuse(*others, run))
+    sch.unroll(lane)
+    copies = [sch.cache_write(block, 0, "local")]
+    sch.reverse_compute_at(copies[0], thread, preserve_unit_loops=True)
+    for index in moved:
+        copies.append(sch.cache_read(block, index, "local"))
+        sch.compute_at(copies[-1], thread, preserve_unit_loops=True)
+    for copy in copies:
+        size = DTYPE_BYTES[str(sch.get(copy).writes[0].source.dtype)]
+        vectorize_copy(sch, copy, min(vector, VECTOR_BYTES // size))
+
+
+def _lies_along(region: Any, axes: list[Any], extents: list[Any], along: int) -> bool:
+    """Whether a tensor is read as a whole, and its last axis is the axis `along`."""
+    positions = [_position(dimension.min, axes) for dimension in region.region]
+    analyzer = Analyzer()
+    return (
+        bool(positions)
+        and positions[-1] == along
+        and positions.count(along) == 1
+        and str(region.source.dtype) in DTYPE_BYTES
+        and all(
+            position is not None and analyzer.can_prove_equal(size, extents[position])
+            for position, size in zip(positions, region.source.shape, strict=True)
+        )
+    )

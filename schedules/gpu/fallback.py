@@ -1,0 +1,79 @@
+"""GPU schedule of every kernel that no other rule knows: stock operators after legalisation."""
+
+from __future__ import annotations
+
+import contextlib
+
+from tvm import s_tir, tirx
+from tvm.s_tir.schedule import SBlockRV, ScheduleError
+from tvm.target import Target
+
+from dcnv3_tvm.schedules.blocks import plain_axes, reduces
+from dcnv3_tvm.schedules.gpu.elementwise import bind_elements, elementwise
+from dcnv3_tvm.schedules.gpu.reduction import reduction
+from dcnv3_tvm.targets import is_gpu
+
+
+def fallback(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+    """Bring all of a function into one kernel; where that fails, each block into its own.
+
+    What is elementwise is computed where it is read. No block stays without threads, which could
+    not run: one that resists is left to a single thread.
+    """
+    if not is_gpu(target):
+        return None
+    for schedule in (_together, _apart):
+        with contextlib.suppress(ScheduleError):
+            sch = s_tir.Schedule(func)
+            _inline(sch)
+            if schedule(sch):
+                return sch.mod["main"]
+    return None
+
+
+def _inline(sch: s_tir.Schedule) -> None:
+    for block in _blocks(sch):
+        if not reduces(sch, block):
+            with contextlib.suppress(ScheduleError):
+                sch.compute_inline(block)
+
+
+def _blocks(sch: s_tir.Schedule) -> list[SBlockRV]:
+    return list(sch.get_child_blocks(sch.get_sblock("root")))
+
+
+def _together(sch: s_tir.Schedule) -> bool:
+    """Schedule one elementwise block, or reductions with at most one elementwise block behind."""
+    blocks = _blocks(sch)
+    results = [block for block in blocks if not sch.get_consumers(block)]
+    if len(results) != 1 or any(plain_axes(sch, block) is None for block in blocks):
+        return False
+    result = results[0]
+    if len(blocks) == 1 and not reduces(sch, result):
+        elementwise(sch, result)
+        return True
+    if reduces(sch, result):
+        # The sum in a register, and not in memory.
+        result = sch.cache_write(result, 0, "local")
+    else:
+        blocks.remove(result)
+    if not all(reduces(sch, block) for block in blocks):
+        return False
+    reduction(sch, blocks, result)
+    return True
+
+
+def _apart(sch: s_tir.Schedule) -> bool:
+    """Give every block a kernel: an element a thread, or all of it in one thread."""
+    for block in _blocks(sch):
+        axes = plain_axes(sch, block)
+        if axes is not None:
+            with contextlib.suppress(ScheduleError):
+                spatial, steps = axes
+                sch.reorder(*spatial, *steps)
+                bind_elements(sch, sch.fuse(*spatial))
+                continue
+        loops = sch.get_loops(block)
+        if not loops or sch.get(loops[0]).thread_binding is None:
+            sch.bind(sch.add_unit_loop(loops[0] if loops else block), "threadIdx.x")
+    return True

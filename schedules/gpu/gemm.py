@@ -1,0 +1,356 @@
+"""Matrix products and convolutions on GPUs, in tiles: on tensor cores, or in float32 without."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Final
+
+from tvm import s_tir, tirx
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.target import Target
+
+from dcnv3_tvm.gpu import WARP
+from dcnv3_tvm.op.gemm import FRAGMENT, KERNEL
+from dcnv3_tvm.op.stages import KERNEL_ATTR, static
+from dcnv3_tvm.schedules.gpu import tensor_core
+from dcnv3_tvm.schedules.gpu.tensorize import annotate
+from dcnv3_tvm.schedules.gpu.threads import (
+    VECTOR_BYTES,
+    choose,
+    divisors,
+    unroll_all,
+    vectorize_copy,
+)
+from dcnv3_tvm.spec import DTYPE_BYTES
+from dcnv3_tvm.targets import gpu_architecture, is_gpu
+
+_TILE: Final = 128
+"""Most rows of a tile, and most of its columns but for those that divide badly."""
+
+_WIDE_TILE: Final = 160
+"""Most columns of a tile."""
+
+_FULL_GPU: Final = 132
+"""Tiles that give every multiprocessor of a large GPU one; with fewer, tiles are smaller."""
+
+_STAGES: Final = 3
+"""Tiles of factors in shared memory: one is multiplied while the others arrive."""
+
+_PAD_BYTES: Final = 16
+"""Added to every row in shared memory, so that eight rows lie in different banks."""
+
+_THREADS: Final = 16
+"""Rows and columns of threads of a block that multiplies without tensor cores."""
+
+_QUAD: Final = 4
+"""Elements of float32 in a vector."""
+
+
+def gemm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+    """Schedule the kernels of `dcnv3_tvm.op.gemm`.
+
+    A block of threads computes a tile of the result. Step by step along the depth it copies the
+    rows and weights it needs into shared memory, without a detour through registers where they
+    need no conversion, while earlier steps are multiplied: on tensor cores in float16 and
+    bfloat16, by threads in float32. The sums stay in registers to the end; those of tensor cores
+    then pass through shared memory, so that the epilogue reads and writes whole vectors.
+
+    Blocks that share rows follow each other, so that the rows come from the L2 cache.
+
+    Parameters
+    ----------
+    func : tvm.tirx.PrimFunc
+        Any unscheduled function.
+    target : tvm.target.Target
+        The target.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc or None
+        The scheduled function, or None if it is no such kernel or the target is no GPU.
+    """
+    if func.attrs is None or func.attrs.get(KERNEL_ATTR) != KERNEL or not is_gpu(target):
+        return None
+    sch = s_tir.Schedule(func)
+    if str(func.params[1].dtype) == "float32":
+        _by_threads(sch)
+    else:
+        _on_tensor_cores(sch, func, target)
+    return sch.mod["main"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How a result is cut into tiles, in fragments of 16.
+
+    Parameters
+    ----------
+    warp_rows, warp_columns : int
+        Warps of a block.
+    rows, columns : int
+        Fragments of a warp.
+    depth : int
+        Fragments of a step along the depth.
+    stages : int
+        Steps in shared memory at once.
+    """
+
+    warp_rows: int
+    warp_columns: int
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: the factors' steps, and after them the sums."""
+        high = self.warp_rows * self.rows * FRAGMENT
+        wide = self.warp_columns * self.columns * FRAGMENT
+        step = (high + wide) * (2 * self.depth * FRAGMENT + _PAD_BYTES)
+        return max(self.stages * step, high * (wide + 8) * 4)
+
+
+def default_tile(rows: int | None, columns: int, depth: int, shared_bytes: int) -> Tile:
+    """Choose a tile.
+
+    Parameters
+    ----------
+    rows, columns, depth : int
+        Extents, filled up; rows are None where they are known only at run time.
+    shared_bytes : int
+        What a block can have.
+    """
+    wide = _largest(columns // FRAGMENT, _TILE // FRAGMENT)
+    if wide * FRAGMENT < _TILE // 2:
+        wide = _largest(columns // FRAGMENT, _WIDE_TILE // FRAGMENT)
+    high = _largest((rows or _TILE) // FRAGMENT, _TILE // FRAGMENT, powers=True)
+    # Fewer tiles than multiprocessors: smaller ones, first in the direction that is larger.
+    while rows is not None and _tiles(rows, columns, high, wide) < _FULL_GPU:
+        if high >= wide and high % 2 == 0:
+            high //= 2
+        elif wide % 2 == 0 and wide > 1:
+            wide //= 2
+        elif high % 2 == 0:
+            high //= 2
+        else:
+            break
+    warp_rows, warp_columns = _warps(high, wide)
+    step = _largest(depth // FRAGMENT, 2) if depth % (2 * FRAGMENT) == 0 else depth // FRAGMENT
+    stages = _STAGES if depth // FRAGMENT > step else 1
+    while True:
+        tile = Tile(warp_rows, warp_columns, high // warp_rows, wide // warp_columns, step, stages)
+        if stages == 1 or tile.shared_bytes <= shared_bytes:
+            return tile
+        stages -= 1
+
+
+def _tiles(rows: int, columns: int, high: int, wide: int) -> int:
+    return (rows // (high * FRAGMENT)) * (columns // (wide * FRAGMENT))
+
+
+def _largest(number: int, limit: int, *, powers: bool = False) -> int:
+    found = [d for d in divisors(number, limit) if not powers or d & (d - 1) == 0]
+    return max(found)
+
+
+def _warps(high: int, wide: int) -> tuple[int, int]:
+    """Share a tile among up to four warps, so that each has a piece as square as can be."""
+    rows = columns = 1
+    while rows * columns < 4:
+        if high // rows >= wide // columns and high % (2 * rows) == 0:
+            rows *= 2
+        elif wide % (2 * columns) == 0:
+            columns *= 2
+        elif high % (2 * rows) == 0:
+            rows *= 2
+        else:
+            break
+    return rows, columns
+
+
+def _on_tensor_cores(sch: s_tir.Schedule, func: tirx.PrimFunc, target: Target) -> None:
+    dtype = str(func.params[1].dtype)
+    operand, product = sch.get_sblock("operand"), sch.get_sblock("product")
+    epilogue = sch.get_sblock("epilogue")
+    row, column, depth = sch.get_loops(product)
+    extents = [static(sch.get(loop).extent) for loop in (row, column, depth)]
+    tile = default_tile(
+        extents[0],
+        extents[1] or FRAGMENT,
+        extents[2] or FRAGMENT,
+        gpu_architecture(target).block_shared_bytes,
+    )
+    warps = tile.warp_rows * tile.warp_columns
+
+    def pick(candidates: list[int], default: int) -> Any:
+        return choose(sch, sorted({*candidates, default}), default)
+
+    row, warp_row, rows, i = sch.split(
+        row, [None, pick([1, 2, 4], tile.warp_rows), pick([1, 2, 4], tile.rows), FRAGMENT]
+    )
+    column, warp_column, columns, j = sch.split(
+        column, [None, pick([1, 2, 4], tile.warp_columns), pick([1, 2, 4], tile.columns), FRAGMENT]
+    )
+    step, depth, k = sch.split(depth, [None, pick([1, 2, 4], tile.depth), FRAGMENT])
+    sch.reorder(row, column, warp_row, warp_column, step, depth, rows, columns, i, j, k)
+    block, warp = sch.fuse(row, column), sch.fuse(warp_row, warp_column)
+    sch.bind(block, "blockIdx.x")
+    sch.bind(warp, "threadIdx.y")
+
+    # Before the epilogue is tiled: its bounds are lost where a cache is made of a part of it.
+    written = sch.cache_write(epilogue, 0, "local")
+    sums = sch.cache_write(product, 0, "warp")
+    sch.reverse_compute_at(sums, warp, preserve_unit_loops=True)
+    sch.reverse_compute_at(epilogue, block, preserve_unit_loops=True)
+    sch.set_scope(sums, 0, "shared.dyn")
+    weight = sch.cache_read(product, 1, "shared.dyn")
+    first, second = sch.cache_read(product, 0, "warp"), sch.cache_read(product, 1, "warp")
+    for fragment in (first, second):
+        sch.compute_at(fragment, depth, preserve_unit_loops=True)
+    for copy in (operand, weight):
+        sch.compute_at(copy, step, preserve_unit_loops=True)
+        _fetch(sch, copy, warps, _vector(sch, copy))
+        sch.set_scope(copy, 0, "shared.dyn")
+        sch.storage_align(copy, 0, axis=-2, factor=32, offset=_PAD_BYTES // DTYPE_BYTES[dtype])
+    _write_vectors(sch, epilogue, written, warps)
+
+    sch.transform_layout(first, ("write", 0), _in_tiles(tensor_core.fragment))
+    sch.transform_layout(second, ("write", 0), _in_tiles(tensor_core.transposed_fragment))
+    sch.transform_layout(sums, ("read", 0), _in_tiles(tensor_core.fragment))
+    _by_fragments(sch, first, tensor_core.load(dtype, second=False))
+    _by_fragments(sch, second, tensor_core.load(dtype, second=True))
+    stored = _by_fragments(sch, sums, tensor_core.store())
+    sch.storage_align(stored, 0, axis=-2, factor=32, offset=8)
+    unroll_all(sch, [depth, rows, columns])
+    multiply = sch.blockize(i)
+    clear = sch.decompose_reduction(multiply, step)
+    annotate(sch, multiply, tensor_core.multiply(dtype))
+    annotate(sch, clear, tensor_core.clear())
+    unroll_all(sch, sch.get_loops(clear)[-2:])
+    if tile.stages > 1:
+        # Copies of a later step, then the products of this one; the copies do not wait.
+        sch.annotate(step, "software_pipeline_stage", [0, 0, tile.stages - 1])
+        sch.annotate(step, "software_pipeline_order", [0, 1, 2])
+        sch.annotate(step, "software_pipeline_async_stages", [0])
+
+
+def _in_tiles(
+    place: Callable[[Any, Any], tuple[Any, Any]],
+) -> Callable[[Any, Any], tuple[Any, ...]]:
+    def index(i: Any, j: Any) -> tuple[Any, ...]:
+        return i // FRAGMENT, j // FRAGMENT, *place(i % FRAGMENT, j % FRAGMENT)
+
+    return index
+
+
+def _by_fragments(sch: s_tir.Schedule, block: SBlockRV, intrinsic: str) -> SBlockRV:
+    """Let a block move whole fragments, by an intrinsic, and return the block of a fragment."""
+    row, column = sch.get_loops(block)[-2:]
+    row, i = sch.split(row, [None, FRAGMENT])
+    column, j = sch.split(column, [None, FRAGMENT])
+    sch.reorder(row, column, i, j)
+    unroll_all(sch, [row, column])
+    fragment = sch.blockize(i)
+    annotate(sch, fragment, intrinsic)
+    return fragment
+
+
+def _fetch(sch: s_tir.Schedule, copy: SBlockRV, warps: int, vector: int) -> None:
+    """Let all threads of a block copy a tile, in vectors."""
+    turn, _, lane = _share(sch, copy, warps, vector)
+    sch.unroll(turn)
+    sch.vectorize(lane)
+
+
+def _share(
+    sch: s_tir.Schedule, block: SBlockRV, warps: int, vector: int
+) -> tuple[LoopRV, LoopRV, LoopRV]:
+    """Share out a tile among all threads of a block, and return the loops of turns, threads, lanes.
+
+    Lanes are split off first, so that TVM sees which elements a thread has.
+    """
+    row, column = sch.get_loops(block)[-2:]
+    column, lane = sch.split(column, [None, vector])
+    turn, warp, thread = sch.split(sch.fuse(row, column), [None, warps, WARP])
+    sch.bind(warp, "threadIdx.y")
+    sch.bind(thread, "threadIdx.x")
+    return turn, thread, lane
+
+
+def _vector(sch: s_tir.Schedule, copy: SBlockRV) -> int:
+    """Return how many neighbouring elements one copy can take: they must be so in the source."""
+    read = sch.get(copy).reads[0].source
+    source, stored = str(read.dtype), str(sch.get(copy).writes[0].source.dtype)
+    if source != stored:
+        return 1
+    return math.gcd(static(read.shape[-1]) or 1, VECTOR_BYTES // DTYPE_BYTES[source])
+
+
+def _write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, written: SBlockRV, warps: int) -> None:
+    """Let all threads of a block finish a tile that lies in shared memory, in vectors."""
+    columns = static(sch.get(written).writes[0].source.shape[-1]) or 1
+    vector = math.gcd(columns, 8)
+    reads = len(sch.get(epilogue).reads)
+    readers = [sch.cache_read(epilogue, index, "local") for index in range(reads)]
+    _, thread, lane = _share(sch, epilogue, warps, vector)
+    sch.unroll(lane)
+    sch.reverse_compute_at(written, thread, preserve_unit_loops=True)
+    for block in readers:
+        sch.compute_at(block, thread, preserve_unit_loops=True)
+    for block in (*readers, written):
+        width = VECTOR_BYTES // DTYPE_BYTES[str(sch.get(block).writes[0].source.dtype)]
+        vectorize_copy(sch, block, math.gcd(vector, width))
+
+
+def _by_threads(sch: s_tir.Schedule) -> None:
+    """Give each of 16x16 threads a piece of up to 8x8 neighbouring sums."""
+    operand, product = sch.get_sblock("operand"), sch.get_sblock("product")
+    epilogue = sch.get_sblock("epilogue")
+    row, column, depth = sch.get_loops(product)
+    extents = [static(sch.get(loop).extent) for loop in (row, column, depth)]
+    high = _largest((extents[0] or _TILE) // _THREADS, 8)
+    wide = _largest((extents[1] or _THREADS) // _THREADS, 8)
+    if extents[0] is not None:
+        while high % 2 == 0 and _tiles(extents[0], extents[1] or 1, high, wide) < _FULL_GPU:
+            high //= 2
+    steps = _largest((extents[2] or FRAGMENT) // _QUAD, 8)
+    row, i, rows = sch.split(row, [None, _THREADS, choose(sch, sorted({1, 2, 4, 8, high}), high)])
+    column, j, columns = sch.split(
+        column, [None, _THREADS, choose(sch, sorted({1, 2, 4, 8, wide}), wide)]
+    )
+    step, depth, k = sch.split(depth, [None, choose(sch, sorted({2, 4, 8, steps}), steps), _QUAD])
+    sch.reorder(row, column, i, j, step, depth, rows, columns, k)
+    block, thread = sch.fuse(row, column), sch.fuse(i, j)
+    sch.bind(block, "blockIdx.x")
+    sch.bind(thread, "threadIdx.x")
+    # Before the epilogue is tiled: its bounds are lost where a cache is made of a part of it.
+    stored = sch.cache_write(epilogue, 0, "local")
+    sch.set_scope(product, 0, "local")
+    sch.reverse_compute_at(epilogue, thread, preserve_unit_loops=True)
+    sch.reverse_compute_at(stored, sch.get_loops(epilogue)[-2], preserve_unit_loops=True)
+    unroll_all(sch, sch.get_loops(epilogue)[-2:])
+    out = sch.get(stored).writes[0].source
+    size = DTYPE_BYTES[str(out.dtype)]
+    vectorize_copy(sch, stored, math.gcd(wide, int(out.shape[-1]), VECTOR_BYTES // size))
+    weight = sch.cache_read(product, 1, "shared")
+    first, second = sch.cache_read(product, 0, "local"), sch.cache_read(product, 1, "local")
+    for vectors, width in ((first, _QUAD), (second, math.gcd(wide, _QUAD))):
+        sch.compute_at(vectors, depth, preserve_unit_loops=True)
+        sch.unroll(sch.get_loops(vectors)[-2])
+        vectorize_copy(sch, vectors, width)
+    for copy in (operand, weight):
+        sch.compute_at(copy, step, preserve_unit_loops=True)
+        high_loop, wide_loop = sch.get_loops(copy)[-2:]
+        wide_loop, lane = sch.split(wide_loop, [None, _vector(sch, copy)])
+        turn, worker = sch.split(sch.fuse(high_loop, wide_loop), [None, _THREADS * _THREADS])
+        sch.bind(worker, "threadIdx.x")
+        sch.unroll(turn)
+        sch.vectorize(lane)
+        sch.set_scope(copy, 0, "shared")
+    sch.storage_align(operand, 0, axis=-2, factor=32, offset=_PAD_BYTES // 4)
+    unroll_all(sch, [depth, rows, columns, k])
+    clear = sch.decompose_reduction(product, step)
+    unroll_all(sch, sch.get_loops(clear)[-2:])
