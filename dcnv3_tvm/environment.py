@@ -61,6 +61,11 @@ TVM_LIBRARY_PATH: Final = Variable(
     "TVM and this library",
     "A folder searched first for libtvm_runtime.",
 )
+CUDA_HOME: Final = Variable(
+    "CUDA_HOME",
+    "PyTorch and this library",
+    "The folder of the CUDA toolkit, whose bin/nvcc compiles kernels for GPUs.",
+)
 TVM_BACKTRACE: Final = Variable(
     "TVM_BACKTRACE", "TVM", "1 shows TVM's own backtrace when TVM fails."
 )
@@ -72,6 +77,7 @@ VARIABLES: Final = (
     GOMP_SPINCOUNT,
     OMP_WAIT_POLICY,
     TVM_LIBRARY_PATH,
+    CUDA_HOME,
     TVM_BACKTRACE,
 )
 """Every variable, in the order the command line shows them."""

@@ -68,6 +68,10 @@ class ArtifactError(DCNv3Error):
     """A compiled artifact cannot be read, does not fit this machine, or was changed."""
 
 
+class DeviceError(DCNv3Error, RuntimeError):
+    """The GPU has too little free memory, or failed while it computed."""
+
+
 class ImageError(DCNv3Error, ValueError):
     """A file is not an image that can be read."""
 

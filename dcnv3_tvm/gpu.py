@@ -15,6 +15,7 @@ from dcnv3_tvm.errors import TargetError
 
 _DRIVER: Final = "libcuda.so.1"
 _COMPUTE_MAJOR, _COMPUTE_MINOR, _PROCESSORS = 75, 76, 16
+_EMBEDDED: Final = frozenset({"sm_87"})
 _NAME_LENGTH: Final = 256
 
 
@@ -45,6 +46,9 @@ class Architecture:
 RESERVED_SHARED: Final = 1024
 """Shared memory that the system takes from every block."""
 
+ALIGNMENT: Final = 16
+"""Bytes. A thread loads as many at once, from addresses that are multiples of it."""
+
 REGISTERS: Final = 65536
 """32-bit registers of a multiprocessor, in all architectures listed."""
 
@@ -62,6 +66,35 @@ ARCHITECTURES: Final = {
 }
 """Architectures that kernels are scheduled for: those with tensor cores for bfloat16 and copies
 into shared memory that bypass registers."""
+
+
+def runs_on(compiled: str, present: str) -> bool:
+    """Tell whether machine code for one architecture runs on another.
+
+    It does on later versions of the same generation (the code for 8.6 on 8.9), as long as a block
+    can have as much shared memory there. Embedded GPUs stand alone.
+
+    Parameters
+    ----------
+    compiled : str
+        The architecture of the code, for example ``"sm_90"``.
+    present : str
+        The architecture of the GPU.
+
+    Examples
+    --------
+    >>> runs_on("sm_86", "sm_89"), runs_on("sm_80", "sm_86"), runs_on("sm_90", "sm_100")
+    (True, False, False)
+    """
+    if compiled == present:
+        return True
+    if not {compiled, present} <= ARCHITECTURES.keys() - _EMBEDDED:
+        return False
+    (generation, version), (their_generation, their_version) = (
+        divmod(int(arch.removeprefix("sm_")), 10) for arch in (compiled, present)
+    )
+    enough = ARCHITECTURES[present].shared_bytes >= ARCHITECTURES[compiled].shared_bytes
+    return generation == their_generation and version <= their_version and enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +155,21 @@ def device(index: int = 0) -> Device:
             allowed=", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in found),
         )
     return found[index]
+
+
+def kernel_ready(tensor: Any) -> Any:
+    """Return a PyTorch tensor on a GPU as kernels take it: contiguous and aligned."""
+    dense = tensor.detach().contiguous()
+    return dense.clone() if dense.data_ptr() % ALIGNMENT else dense
+
+
+def driver_version() -> tuple[int, int] | None:
+    """Return the newest CUDA that the driver supports, such as (13, 0); None without a driver."""
+    driver = _driver()
+    version = ctypes.c_int(0)
+    if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def _driver() -> Any | None:

@@ -27,9 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an artifact that is there")
     add_weights(parser)
     parser.add_argument(
-        "--target", default="auto", help="auto (this machine), or for example cpu-znver4"
+        "--target",
+        default="auto",
+        help="auto (this machine's processor), cuda (its GPU), cpu-znver4, cuda-sm90, ...",
     )
-    parser.add_argument("--dtype", default="float32", help="element type (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="float32, bfloat16, or on GPUs float16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-cuda-graph",
+        action="store_true",
+        help="let a GPU launch kernel after kernel instead of a graph of them",
+    )
     parser.add_argument("--batch", type=int, default=1, help="images in a call (default: 1)")
     parser.add_argument("--dynamic-batch", action="store_true", help="any number of images")
     parser.add_argument("--dynamic-size", action="store_true", help="any image size")
@@ -79,6 +90,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             arguments.output,
             target=arguments.target,
             dtype=arguments.dtype,
+            cuda_graph=not arguments.no_cuda_graph,
             debug_dump=arguments.debug_dump,
             on_phase=progress.step,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import platform
 from typing import Any, Final
 
 from dcnv3_tvm.cli.result import Result, table
 
-HELP: Final = "show versions, processor, threads and environment variables"
+HELP: Final = "show versions, processor, GPUs, threads and environment variables"
 
 _PACKAGES: Final = {
     "dcnv3_tvm": "dcnv3-tvm",
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> Result:
     """Describe the machine and the installation."""
     del arguments
-    from dcnv3_tvm import machine
+    from dcnv3_tvm import gpu, machine
     from dcnv3_tvm.environment import VARIABLES
     from dcnv3_tvm.runtime.library import default_threads
 
@@ -45,6 +46,8 @@ def execute(arguments: argparse.Namespace) -> Result:
         "physical_cores": machine.physical_cores(),
         "threads": default_threads(),
         "auto_target": _auto_target(),
+        "gpus": [dataclasses.asdict(device) for device in gpu.devices()],
+        "cuda": _cuda(),
         "variables": [
             {
                 "name": variable.name,
@@ -63,6 +66,11 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("cpu features", "unknown" if features is None else " ".join(sorted(features))),
         ("threads", data["threads"]),
         ("target auto", data["auto_target"] or "unknown: TVM cannot be imported"),
+        *[
+            (f"cuda:{found.index}", f"{found.name}, {found.arch}, {found.total_bytes / 1e9:.0f} GB")
+            for found in gpu.devices()
+        ],
+        *[(name, value or "not found") for name, value in data["cuda"].items()],
     ]
     variables = [
         (row["name"], "-" if row["value"] is None else row["value"], row["read_by"], row["meaning"])
@@ -74,6 +82,23 @@ def execute(arguments: argparse.Namespace) -> Result:
         *(f"warning: {warning}" for warning in data["warnings"]),
     ]
     return Result(data, "\n\n".join(sections))
+
+
+def _cuda() -> dict[str, str | None]:
+    """Tell what there is to run and to compile code for GPUs with."""
+    from dcnv3_tvm import gpu
+    from dcnv3_tvm.runtime import toolkit
+
+    version = gpu.driver_version()
+    tools = {
+        "CUDA runtime": toolkit.find_cudart(),
+        "nvcc": toolkit.find_nvcc(),
+        "NVRTC": toolkit.find_nvrtc(),
+    }
+    return {
+        "NVIDIA driver": None if version is None else "for CUDA {}.{}".format(*version),
+        **{name: None if path is None else str(path) for name, path in tools.items()},
+    }
 
 
 def version_warnings(versions: dict[str, str | None]) -> list[str]:

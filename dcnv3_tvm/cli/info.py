@@ -37,6 +37,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     facts = [
         ("name", metadata.name),
         ("target", f"{metadata.target.slug} ({metadata.target.text})"),
+        ("architecture", metadata.target.arch or metadata.target.architecture or "unknown"),
         ("runs here", runs_here),
         ("dtype", metadata.dtype),
         ("versions", ", ".join(f"{name} {value}" for name, value in metadata.versions.items())),

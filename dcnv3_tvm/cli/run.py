@@ -30,15 +30,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeat", type=int, default=0, metavar="N", help="time N more calls and print quartiles"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Declare where the artifact runs."""
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:1 (default: what the artifact was compiled for)"
+    )
 
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Run the artifact on the image."""
     from dcnv3_tvm import runtime
 
-    model = runtime.load(arguments.artifact, threads=arguments.threads)
+    model = runtime.load(arguments.artifact, threads=arguments.threads, device=arguments.device)
     batch = _batch(model, arguments.image)
-    data: dict[str, Any] = {"artifact": str(arguments.artifact), "image": str(arguments.image)}
+    data: dict[str, Any] = {
+        "artifact": str(arguments.artifact),
+        "image": str(arguments.image),
+        "device": model.device,
+    }
     lines = []
     call = model.features if arguments.features else model
     result: Any = call(batch)
@@ -63,9 +75,12 @@ def execute(arguments: argparse.Namespace) -> Result:
     if arguments.repeat > 0:
         times = _measure(call, batch, arguments.repeat)
         data["milliseconds"] = times | {"calls": arguments.repeat, "threads": model.threads}
+        where = f"{model.threads} threads"
+        if model.device != "cpu":
+            where = f"on {model.device}, with the copies there and back"
         lines.append(
             f"{times['median']:.2f} ms median, quartiles {times['lower_quartile']:.2f} to "
-            f"{times['upper_quartile']:.2f} ms ({arguments.repeat} calls, {model.threads} threads, "
+            f"{times['upper_quartile']:.2f} ms ({arguments.repeat} calls, {where}, "
             f"batch {batch.shape[0]})"
         )
     return Result(data, "\n".join(lines))

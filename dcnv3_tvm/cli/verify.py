@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm.cli.compile import add_weights
 from dcnv3_tvm.cli.result import Result, table
+from dcnv3_tvm.cli.run import add_device
 from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
 from dcnv3_tvm.progress import Progress
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, help="folder of the artifact")
     parser.add_argument("image", type=Path, nargs="*", help="image files to compare on as well")
     add_weights(parser)
+    add_device(parser)
     parser.add_argument(
         "--record", action="store_true", help="write the result into the artifact's metadata"
     )
@@ -43,7 +45,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         )
     from dcnv3_tvm.testing.tolerances import model_tolerance
 
-    compiled = runtime.load(arguments.artifact)
+    compiled = runtime.load(arguments.artifact, device=arguments.device)
     inputs = _inputs(compiled, arguments)
     dtype = compiled.metadata.dtype
     measure, tolerance = model_tolerance(dtype)

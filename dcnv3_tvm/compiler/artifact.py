@@ -23,7 +23,6 @@ from dcnv3_tvm.runtime.metadata import (
     CARD,
     LIBRARY,
     METADATA,
-    RUNTIME_LIBRARY,
     WEIGHTS,
     ArtifactMetadata,
 )
@@ -71,12 +70,14 @@ def write(
                 (folder / LIBRARY).write_bytes(library)
             else:
                 shutil.copyfile(library, folder / LIBRARY)
-            shutil.copyfile(runtime[0], folder / RUNTIME_LIBRARY)
+            for name in metadata.libraries:
+                shutil.copyfile(runtime[0].with_name(name), folder / name)
             weights_file.write(folder / WEIGHTS, weights)
             complete = dataclasses.replace(
                 metadata,
                 digests={
-                    name: digest_of(folder / name) for name in (LIBRARY, WEIGHTS, RUNTIME_LIBRARY)
+                    name: digest_of(folder / name)
+                    for name in (LIBRARY, WEIGHTS, *metadata.libraries)
                 },
                 versions=metadata.versions or installed_versions(),
                 created=metadata.created or _now(),

@@ -24,6 +24,7 @@ def render(metadata: ArtifactMetadata) -> str:
         "It runs with the packages `dcnv3-tvm`, `apache-tvm-ffi`, `numpy` and `pillow`; neither "
         "PyTorch nor TVM's compiler is needed. Processes that run it have its weights mapped: "
         "replace or remove this folder, but do not overwrite its files in place.",
+        *_gpu(metadata),
         "## Run it",
         _example(metadata),
     ]
@@ -40,6 +41,16 @@ def render(metadata: ArtifactMetadata) -> str:
         settings = "\n".join(f"- {name}: {value}" for name, value in metadata.preprocessing.items())
         sections += ["## Preprocessing", settings]
     return "\n\n".join(sections) + "\n"
+
+
+def _gpu(metadata: ArtifactMetadata) -> list[str]:
+    if metadata.target.kind != "cuda":
+        return []
+    return [
+        f"It is for NVIDIA GPUs of architecture {metadata.target.arch}, with a driver for CUDA 13, "
+        "and needs CUDA's runtime library: the package `nvidia-cuda-runtime` 13, which PyTorch for "
+        "CUDA 13 brings along, or the toolkit."
+    ]
 
 
 def _example(metadata: ArtifactMetadata) -> str:

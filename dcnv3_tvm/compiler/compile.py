@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,15 +13,16 @@ import tvm
 from tvm import relax
 
 from dcnv3_tvm import schedules, targets
-from dcnv3_tvm.compiler import artifact, pipeline
+from dcnv3_tvm.compiler import artifact, cuda, pipeline
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
 from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.runtime import CompiledModel, load
+from dcnv3_tvm.runtime.loading import check_target
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
 
-DTYPES: Final = ("float32", "bfloat16")
+DTYPES: Final = ("float32", "bfloat16", "float16")
 """Element types a model can be compiled for: those of the operands of its products. Sums, the
-residual stream, the model's inputs and its outputs are float32."""
+model's inputs and its outputs are float32."""
 
 
 def compile_model(
@@ -28,6 +30,7 @@ def compile_model(
     *,
     target: str | Any = "auto",
     dtype: str = "float32",
+    cuda_graph: bool = True,
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> CompiledModel:
@@ -38,10 +41,15 @@ def compile_model(
     imported : ImportedModel
         What `dcnv3_tvm.frontend.import_model` gave.
     target : str or tvm.target.Target
-        ``"auto"`` is this machine's processor; ``"cpu-znver4"`` or ``"llvm -mcpu=..."`` another.
+        ``"auto"`` is this machine's processor; ``"cpu-znver4"`` or ``"llvm -mcpu=..."`` another;
+        ``"cuda"`` is this machine's GPU.
     dtype : str
-        ``"float32"``, or ``"bfloat16"`` for products with operands of bfloat16 and sums of float32,
-        which takes a processor with ``avx512_bf16``. Inputs and outputs stay float32.
+        ``"float32"``; on GPUs ``"float16"`` and ``"bfloat16"`` as well; on processors with
+        ``avx512_bf16``, ``"bfloat16"`` for products with operands of bfloat16 and sums of float32.
+        Inputs and outputs stay float32.
+    cuda_graph : bool
+        On a GPU, launch the kernels of a model of fixed sizes together, as a CUDA graph that is
+        captured in the first call.
     debug_dump : path, optional
         Folder for the module after each phase of the pipeline, as TVMScript.
     on_phase : callable, optional
@@ -60,10 +68,18 @@ def compile_model(
         If the target is unknown, has no dot product of bfloat16 where `dtype` asks for it, or is
         not this machine (`compile_artifact` compiles for others).
     """
+    # Not only when it is compiled: that takes minutes.
+    check_target(target_info(targets.resolve_target(target)))
     folder = tempfile.TemporaryDirectory(prefix="dcnv3-tvm-")
     destination = Path(folder.name) / imported.name
     compile_artifact(
-        imported, destination, target=target, dtype=dtype, debug_dump=debug_dump, on_phase=on_phase
+        imported,
+        destination,
+        target=target,
+        dtype=dtype,
+        cuda_graph=cuda_graph,
+        debug_dump=debug_dump,
+        on_phase=on_phase,
     )
     return load(destination, owner=folder)
 
@@ -74,6 +90,7 @@ def compile_artifact(
     *,
     target: str | Any = "auto",
     dtype: str = "float32",
+    cuda_graph: bool = True,
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> ArtifactMetadata:
@@ -81,7 +98,7 @@ def compile_artifact(
 
     Parameters
     ----------
-    imported, target, dtype, debug_dump, on_phase
+    imported, target, dtype, cuda_graph, debug_dump, on_phase
         As in `compile_model`.
     destination : path
         The folder to write; an artifact that is there is replaced when the new one is whole.
@@ -103,13 +120,7 @@ def compile_artifact(
             "models are not compiled for this dtype", got=repr(dtype), allowed=", ".join(DTYPES)
         )
     resolved = targets.resolve_target(target)
-    if dtype == "bfloat16" and not schedules.has_bfloat16_dot(resolved):
-        raise TargetError(
-            "the target multiplies no bfloat16",
-            got=targets.target_slug(resolved),
-            allowed="a processor with avx512_bf16, such as cpu-znver4 or cpu-cooperlake",
-            hint='Compile with dtype="float32" (--dtype float32).',
-        )
+    _check_dtype(dtype, resolved)
     program, kernels = pipeline.run_pipeline(
         imported,
         resolved,
@@ -123,7 +134,7 @@ def compile_artifact(
     metadata = ArtifactMetadata(
         name=imported.name,
         entries=program.entries,
-        target=_target_info(resolved),
+        target=target_info(resolved),
         dtype=dtype,
         config=imported.config,
         preprocessing=imported.preprocessing,
@@ -132,16 +143,60 @@ def compile_artifact(
     )
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-build-") as folder:
         library = Path(folder) / "model.so"
-        _build(planned, resolved, library)
+        static = activation_bytes.keys() == program.entries.keys()
+        build(planned, resolved, library, graph=cuda_graph and static)
         if on_phase is not None:
             on_phase("write")
         artifact.write(destination, library=library, weights=program.weights, metadata=metadata)
     return metadata
 
 
-def _build(module: tvm.IRModule, target: tvm.target.Target, library: Path) -> None:
+def _check_dtype(dtype: str, target: tvm.target.Target) -> None:
+    if targets.is_gpu(target) or dtype == "float32":
+        return
+    if dtype == "float16":
+        raise TargetError(
+            "processors do not compute in float16 here",
+            got=targets.target_slug(target),
+            allowed="float32 and bfloat16 on processors; float16 on GPUs, such as cuda-sm90",
+        )
+    if not schedules.has_bfloat16_dot(target):
+        raise TargetError(
+            "the target multiplies no bfloat16",
+            got=targets.target_slug(target),
+            allowed="a GPU, or a processor with avx512_bf16: cpu-znver4, cpu-cooperlake",
+            hint='Compile with dtype="float32" (--dtype float32).',
+        )
+
+
+def build(module: tvm.IRModule, target: tvm.target.Target, library: Path, *, graph: bool) -> None:
+    """Build a module whose memory is planned into a shared library.
+
+    Parameters
+    ----------
+    module : tvm.IRModule
+        Relax functions and scheduled kernels.
+    target : tvm.target.Target
+        What they are scheduled for.
+    library : Path
+        The file to write.
+    graph : bool
+        Capture what is between inputs and outputs into CUDA graphs, on a GPU.
+
+    Raises
+    ------
+    CompileError
+        If TVM or a compiler behind it fails.
+    """
+    on_gpu = targets.is_gpu(target)
     try:
-        executable = relax.build(module, target, relax_pipeline=pipeline.lower_passes())
+        with cuda.lowering(graph=graph) if on_gpu else contextlib.nullcontext():
+            executable = relax.build(
+                module,
+                target,
+                relax_pipeline=pipeline.lower_passes(),
+                tir_pipeline=cuda.LOWERING if on_gpu else "default",
+            )
     except RuntimeError as error:
         raise CompileError(
             "TVM cannot build the model",
@@ -149,7 +204,10 @@ def _build(module: tvm.IRModule, target: tvm.target.Target, library: Path) -> No
             hint="Compile with debug_dump (--debug-dump DIR) to see the module after each phase.",
         ) from error
     try:
-        executable.export_library(str(library))
+        if on_gpu:
+            cuda.export(executable.mod, library, str(target.attrs["arch"]))
+        else:
+            executable.export_library(str(library))
     except (RuntimeError, OSError, ValueError) as error:
         raise CompileError(
             "the compiled code cannot be linked to a library",
@@ -158,13 +216,17 @@ def _build(module: tvm.IRModule, target: tvm.target.Target, library: Path) -> No
         ) from error
 
 
-def _target_info(target: tvm.target.Target) -> TargetInfo:
-    triple = target.attrs.get("mtriple") or tvm.target.codegen.llvm_get_system_triple()
+def target_info(target: tvm.target.Target) -> TargetInfo:
+    """Describe a target for an artifact."""
+    on_gpu = targets.is_gpu(target)
+    host = target.host if on_gpu else target
+    triple = host.attrs.get("mtriple") or tvm.target.codegen.llvm_get_system_triple()
     return TargetInfo(
         kind=target.kind.name,
         triple=str(triple),
-        mcpu=str(target.attrs.get("mcpu", "")),
-        features=tuple(sorted(targets.target_features(target))),
+        mcpu=str(host.attrs.get("mcpu", "")),
+        features=tuple(sorted(targets.target_features(host))),
         slug=targets.target_slug(target),
         text=str(target),
+        arch=str(target.attrs["arch"]) if on_gpu else "",
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from dcnv3_tvm import machine, targets
+from dcnv3_tvm import gpu, machine, targets
 from dcnv3_tvm.errors import (
     CompileError,
     InvalidArgumentError,
@@ -17,6 +19,7 @@ from dcnv3_tvm.errors import (
 )
 from dcnv3_tvm.op import functional, tensors
 from dcnv3_tvm.runtime import library
+from dcnv3_tvm.runtime.cuda import Gpu, load_runtime
 from dcnv3_tvm.spec import DCNv3Spec
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ class CompiledOperator:
         What it was compiled for.
     rule : str
         Name of the schedule rule that was used.
-    executable : tvm.runtime.Executable
+    executable : tvm.runtime.Executable or DeviceLibrary
         The compiled module, with one function, ``dcnv3(x, offset, mask, out)``.
     """
 
@@ -57,7 +60,7 @@ class CompiledOperator:
         Parameters
         ----------
         x, offset, mask : numpy.ndarray, torch.Tensor or tvm.runtime.Tensor
-            As for `dcnv3_tvm.dcnv3`, with the shapes of `spec`.
+            As for `dcnv3_tvm.dcnv3`, with the shapes of `spec`, where the target computes.
 
         Returns
         -------
@@ -70,8 +73,11 @@ class CompiledOperator:
             If a tensor does not fit `spec`.
         TargetError
             If the operator was compiled for another machine.
+        DeviceError
+            If the GPU has too little free memory, or fails.
         """
         tensors.kind_of({"x": x, "offset": offset, "mask": mask})
+        self._check_place(tensors.place_of(x))
         shape = tensors.shape_of(x)
         fits = len(shape) == 4 and all(
             size == wanted or (wanted is None and size > 0)
@@ -91,15 +97,41 @@ class CompiledOperator:
 
     def call_checked(self, spec: DCNv3Spec, x: TensorT, offset: TensorT, mask: TensorT) -> TensorT:
         """Run the operator on tensors already checked against the static problem `spec`."""
-        kind = tensors.kind_of({"x": x})
+        kind, place = tensors.kind_of({"x": x}), tensors.place_of(x)
+        out: TensorT = tensors.empty(
+            kind, [int(size or 0) for size in spec.output_shape], spec.dtype, place
+        )
+        if place != tensors.CPU:
+            self._run_on_gpu(kind, place, (x, offset, mask, out))
+            return out
         library.use_threads(_threads())
-        out: TensorT = tensors.empty(kind, [int(s or 0) for s in spec.output_shape], spec.dtype)
         self._function(*(tensors.to_kernel(kind, tensor) for tensor in (x, offset, mask, out)))
         return out
+
+    def _run_on_gpu(self, kind: str, place: str, arguments: Sequence[Any]) -> None:
+        index = _gpu_index(place, str(self.target.attrs["arch"]))
+        function = self._function
+        device = Gpu.of(index)
+        with device.on_stream(device.stream_of(arguments[0])), device.own_errors():
+            function(*(tensors.to_kernel(kind, tensor) for tensor in arguments))
+
+    def _check_place(self, place: str) -> None:
+        on_gpu = targets.is_gpu(self.target)
+        if (place != tensors.CPU) != on_gpu:
+            raise InvalidArgumentError(
+                "the tensors are not where the operator computes",
+                got=place,
+                allowed="an NVIDIA GPU" if on_gpu else "the memory of the processor",
+                hint='Use x.to("cuda"), for PyTorch\'s tensors, or compile_op(spec, "auto").'
+                if on_gpu
+                else 'Use x.cpu(), or compile_op(spec, "cuda").',
+            )
 
     @functools.cached_property
     def _function(self) -> Any:
         """The kernel, loaded; on another machine than it was compiled for, an error."""
+        if targets.is_gpu(self.target):
+            return self.executable["dcnv3"]
         architecture = str(self.target.attrs.get("mtriple", "")).partition("-")[0]
         if architecture not in ("", machine.architecture()):
             lacking = [architecture]
@@ -112,6 +144,41 @@ class CompiledOperator:
                 hint='Compile with target="auto".',
             )
         return self.executable["dcnv3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceLibrary:
+    """Code for a GPU, opened when it is first called: it may have been compiled elsewhere.
+
+    Parameters
+    ----------
+    code : bytes
+        A shared library.
+    """
+
+    code: bytes
+
+    def __getitem__(self, name: str) -> Any:
+        return self._module[name]
+
+    @functools.cached_property
+    def _module(self) -> Any:
+        load_runtime()
+        return library.open_library(self.code)
+
+
+@functools.cache
+def _gpu_index(place: str, arch: str) -> int:
+    """Return the number of the GPU of a place that runs code for an architecture."""
+    index = int(place.partition(":")[2])
+    present = gpu.device(index)
+    if not gpu.runs_on(arch, present.arch):
+        raise TargetError(
+            "the operator was compiled for another GPU architecture",
+            got=f"{arch}, where {place} ({present.name}) has {present.arch}",
+            hint=f'Compile with target="cuda-{present.arch.replace("_", "")}".',
+        )
+    return index
 
 
 @functools.cache
@@ -154,10 +221,10 @@ def compile_op(
     >>> operator(x, offset, np.ones((1, 6, 7, 18), "float32")).shape
     (1, 6, 7, 8)
     """
-    # Targets compare by identity: their text is the key.
-    name = "auto" if isinstance(target, str) and target == "auto" else None
     try:
-        return _compile(spec, name or str(targets.resolve_target(target)))
+        # Targets compare by identity: their text is the key.
+        text = _text_of(target) if isinstance(target, str) else str(targets.resolve_target(target))
+        return _compile(spec, text)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "tvm":
             raise
@@ -165,6 +232,11 @@ def compile_op(
             "TVM's compiler, which the operator needs, is not installed",
             hint="Run: pip install apache-tvm==0.27.0.post1",
         ) from error
+
+
+@functools.lru_cache(maxsize=64)
+def _text_of(target: str) -> str:
+    return target if target == "auto" else str(targets.resolve_target(target))
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
@@ -181,10 +253,26 @@ def _compile(spec: DCNv3Spec, target_text: str) -> CompiledOperator:
     with _COMPILING:
         module, rules = schedule_module(IRModule({"dcnv3": dcnv3(spec)}), target)
         try:
-            executable = tvm.compile(module, target=target)
+            if targets.is_gpu(target):
+                executable: Any = _compile_for_gpu(module, target)
+            else:
+                executable = tvm.compile(module, target=target)
         except (RuntimeError, ValueError, TypeError) as error:
             raise CompileError(
                 f"TVM cannot compile the operator ({error})",
                 got=f"{spec.slug} for {targets.target_slug(target)}",
             ) from error
         return CompiledOperator(spec, target, rules["dcnv3"], executable)
+
+
+def _compile_for_gpu(module: Any, target: Target) -> DeviceLibrary:
+    import tvm
+
+    from dcnv3_tvm.compiler import cuda
+
+    with cuda.lowering():
+        executable = tvm.compile(module, target=target, tir_pipeline=cuda.LOWERING)
+    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-op-") as folder:
+        path = Path(folder) / "op.so"
+        cuda.export(executable.mod, path, str(target.attrs["arch"]))
+        return DeviceLibrary(path.read_bytes())

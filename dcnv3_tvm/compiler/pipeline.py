@@ -13,10 +13,12 @@ from dcnv3_tvm import schedules
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.op.legalize import LEGALIZATIONS
+from dcnv3_tvm.targets import is_gpu
 from dcnv3_tvm.transform.convert_layout import convert_layout
 from dcnv3_tvm.transform.fold_weights import fold_weights
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
 from dcnv3_tvm.transform.lower_layers import lower_layers
+from dcnv3_tvm.transform.lower_layers_gpu import lower_layers_gpu
 from dcnv3_tvm.transform.program import Program
 
 PHASES: Final = (
@@ -40,6 +42,7 @@ def run_pipeline(
     target: tvm.target.Target,
     *,
     dtype: str = "float32",
+    until: str = PHASES[-1],
     debug_dump: Path | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> tuple[Program, dict[str, str]]:
@@ -52,7 +55,9 @@ def run_pipeline(
     target : tvm.target.Target
         What to schedule for.
     dtype : str
-        Element type of the operands of products, float32 or bfloat16.
+        Element type of the operands of products: float32, bfloat16, on GPUs float16 too.
+    until : str
+        Last phase to run, one of `PHASES`.
     debug_dump : Path, optional
         Folder for the module after each phase, as TVMScript.
     on_phase : callable, optional
@@ -78,8 +83,10 @@ def run_pipeline(
         "convert_layout": convert_layout,
         "fold_weights": fold_weights,
         "fuse_sampling": fuse_sampling,
-        "lower_layers": lambda before: lower_layers(
-            before, lambda outputs: schedules.linear_tile(outputs, target), dtype
+        "lower_layers": lambda before: (
+            lower_layers_gpu(before, dtype)
+            if is_gpu(target)
+            else lower_layers(before, lambda outputs: schedules.linear_tile(outputs, target), dtype)
         ),
         "legalize": lambda before: _legalized(before.transformed(_legalize())),
         "fuse": lambda before: before.transformed(_fuse()),
@@ -88,7 +95,7 @@ def run_pipeline(
     if debug_dump is not None:
         debug_dump.mkdir(parents=True, exist_ok=True)
     with target:
-        for number, name in enumerate(PHASES):
+        for number, name in enumerate(PHASES[: PHASES.index(until) + 1]):
             if on_phase is not None:
                 on_phase(name)
             program = steps[name](program)
@@ -184,6 +191,10 @@ def lower_passes() -> tvm.transform.Pass:
     """Return the passes from planned memory to a program for TVM's virtual machine."""
     return tvm.transform.Sequential(
         [
+            # Does something where `cuda.lowering` asks for it. A kernel that reads an input or
+            # writes an output stays outside of the graph, because they are elsewhere in each call;
+            # weights are known to stay by the attribute num_input of a function.
+            relax.transform.RewriteCUDAGraph(),
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),
             relax.transform.LowerRuntimeBuiltin(),

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
+from dcnv3_tvm import gpu
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensors
 from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
@@ -33,17 +34,17 @@ def dcnv3(
     """Sample a feature map with deformable points: DCNv3, forward only.
 
     A kernel is compiled for each new combination of shape, parameters and dtype (a tenth of a
-    second or so) and kept for the next call; see `dcnv3_tvm.compile_op` for one kernel that takes
-    many sizes. The result carries no gradient.
+    second or so, one for a GPU) and kept for the next call; see `dcnv3_tvm.compile_op` for one
+    kernel that takes many sizes. The result carries no gradient.
 
     Parameters
     ----------
     x : numpy.ndarray, torch.Tensor or tvm.runtime.Tensor
-        Shape (N, H, W, C), channels-last, on the CPU; float64, float32, float16 or bfloat16 (in
-        NumPy through ml_dtypes).
-    offset : same kind and dtype
+        Shape (N, H, W, C), channels-last; float64, float32, float16 or bfloat16 (in NumPy through
+        ml_dtypes). Tensors on an NVIDIA GPU are computed there, on the stream that is current.
+    offset : same kind, dtype and place
         Shape (N, Ho, Wo, group*P*2): for every point x before y, in pixels before `offset_scale`.
-    mask : same kind and dtype
+    mask : same kind, dtype and place
         Shape (N, Ho, Wo, group*P): one factor a point; logits with `softmax`.
     group : int
         Number of groups; divides C.
@@ -65,7 +66,7 @@ def dcnv3(
     Raises
     ------
     InvalidArgumentError
-        If a tensor has the wrong kind, rank, dtype or shape, or a parameter is out of range.
+        If a tensor has the wrong kind, rank, dtype, shape or place, or a parameter is out of range.
 
     Notes
     -----
@@ -105,11 +106,20 @@ def dcnv3(
         dtype=dtype,
     )
     check_arguments(spec, x, offset, mask)
-    return compile_op(spec).call_checked(spec, x, offset, mask)
+    return compile_op(spec, _target(tensors.place_of(x))).call_checked(spec, x, offset, mask)
 
 
 # Describing the problem anew would take longer than a small one takes to compute.
 _spec = functools.lru_cache(maxsize=256, typed=True)(DCNv3Spec.of)
+
+
+@functools.lru_cache(maxsize=64)
+def _target(place: str) -> str:
+    """Name the target for tensors in a place: the architecture of the very GPU they are on."""
+    if place == tensors.CPU:
+        return "auto"
+    arch = gpu.device(int(place.partition(":")[2])).arch
+    return f"cuda-{arch.replace('_', '')}"
 
 
 def _hashable(value: int | Sequence[int]) -> Hashable:

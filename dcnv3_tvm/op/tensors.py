@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.gpu import kernel_ready
 
-_KINDS = "numpy.ndarray, torch.Tensor (on the CPU) or tvm.runtime.Tensor"
+CPU: Final = "cpu"
+"""The place of arrays in the memory of the processor; that of a GPU is ``"cuda:0"``."""
+
+_DEVICES: Final = (CPU, "cuda")
+_KINDS: Final = "numpy.ndarray, torch.Tensor or tvm.runtime.Tensor"
 
 
 def kind_of(tensors: dict[str, Any]) -> str:
@@ -30,7 +35,8 @@ def kind_of(tensors: dict[str, Any]) -> str:
     Raises
     ------
     InvalidArgumentError
-        If one is no tensor, they are of different kinds, or one is not in CPU memory.
+        If one is no tensor, they are of different kinds or in different places, or one is neither
+        in CPU memory nor on an NVIDIA GPU.
     """
     kinds = {name: _kind(name, tensor) for name, tensor in tensors.items()}
     if len(set(kinds.values())) > 1:
@@ -39,7 +45,21 @@ def kind_of(tensors: dict[str, Any]) -> str:
             got=", ".join(f"{name}: {kind}" for name, kind in kinds.items()),
             allowed="all of one kind",
         )
+    places = {name: place_of(tensor) for name, tensor in tensors.items()}
+    if len(set(places.values())) > 1:
+        raise InvalidArgumentError(
+            "the tensors are in different places",
+            got=", ".join(f"{name}: {place}" for name, place in places.items()),
+            allowed="all in one",
+        )
     return next(iter(kinds.values()))
+
+
+def place_of(tensor: Any) -> str:
+    """Tell where a tensor of any kind is: `CPU`, or for example ``"cuda:0"``."""
+    if isinstance(tensor, np.ndarray) or tensor.device.type == CPU:
+        return CPU
+    return f"{tensor.device.type}:{tensor.device.index}"
 
 
 def shape_of(tensor: Any) -> tuple[int, ...]:
@@ -64,22 +84,23 @@ def to_kernel(kind: str, tensor: Any) -> Any:
     takes none such) or not in native byte order, which is copied.
     """
     if kind == "torch":
-        return _from_dlpack(tensor.detach().contiguous())
+        on_cpu = tensor.device.type == CPU
+        return _from_dlpack(tensor.detach().contiguous() if on_cpu else kernel_ready(tensor))
     if kind == "tvm":
         return tensor if tensor.is_contiguous() else _from_numpy(np.from_dlpack(tensor))
     return _from_numpy(tensor)
 
 
-def empty(kind: str, shape: Sequence[int], dtype: str) -> Any:
-    """Allocate an uninitialised tensor of a kind."""
+def empty(kind: str, shape: Sequence[int], dtype: str, place: str = CPU) -> Any:
+    """Allocate an uninitialised tensor of a kind in a place."""
     if kind == "torch":
         import torch
 
-        return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=place)
     if kind == "tvm":
         import tvm
 
-        return tvm.runtime.empty(tuple(shape), dtype)
+        return tvm.runtime.empty(tuple(shape), dtype, tvm.device(place))
     return np.empty(tuple(shape), numpy_dtype(dtype))
 
 
@@ -98,20 +119,20 @@ def _kind(name: str, tensor: Any) -> str:
         return "numpy"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        if tensor.device.type not in _DEVICES or tensor.layout != torch.strided:
             raise InvalidArgumentError(
-                f"{name} is not a dense tensor in CPU memory",
+                f"{name} is not a dense tensor in the memory of the processor or an NVIDIA GPU",
                 got=f"device {tensor.device}, layout {tensor.layout}",
-                hint=f"Only CPUs are supported now: use {name}.cpu().",
+                allowed=", ".join(_DEVICES),
             )
         return "torch"
     tvm_ffi = sys.modules.get("tvm_ffi")
     if tvm_ffi is not None and isinstance(tensor, tvm_ffi.Tensor):
-        if tensor.device.type != "cpu":
+        if tensor.device.type not in _DEVICES:
             raise InvalidArgumentError(
-                f"{name} is not in CPU memory",
+                f"{name} is not in the memory of the processor or an NVIDIA GPU",
                 got=f"device {tensor.device}",
-                hint="Only CPUs are supported now.",
+                allowed=", ".join(_DEVICES),
             )
         return "tvm"
     raise InvalidArgumentError(

@@ -1,9 +1,9 @@
 """DCNv3 as a PyTorch operator: ``torch.ops.dcnv3_tvm.dcnv3``.
 
-Importing the module defines the operator once. It runs this library's CPU kernel on the memory of
-the tensors (DLPack, no copy of contiguous tensors), has a fake implementation, and so works in
-``torch.compile(fullgraph=True)`` and ``torch.export``; the importer of this library finds it in an
-exported program under its name.
+Importing the module defines the operator once. It runs this library's kernel on the memory of the
+tensors (DLPack, no copy of contiguous tensors), on the processor or the GPU they are on, has a fake
+implementation, and so works in ``torch.compile(fullgraph=True)`` and ``torch.export``; the importer
+of this library finds it in an exported program under its name.
 
 The library is made for inference: the operator has no gradient. A call on tensors that require one
 is fine; going backward through it raises `InvalidArgumentError`. (``torch.compile`` traces the
@@ -181,7 +181,7 @@ def _register() -> None:
     if hasattr(torch.ops.dcnv3_tvm, "dcnv3"):
         return
     torch.library.define(OP_NAME, _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(OP_NAME, "CPU")(_run)
+    torch.library.impl(OP_NAME, ("CPU", "CUDA"))(_run)
     torch.library.register_fake(OP_NAME)(_fake)
     torch.library.register_autograd(OP_NAME, _refuse_gradient)
 

@@ -6,6 +6,7 @@ still holds a single runtime library.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import os
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -23,8 +25,10 @@ from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, MissingDepende
 from dcnv3_tvm.machine import physical_cores, usable_cores
 from dcnv3_tvm.runtime.metadata import LIBRARY, RUNTIME_LIBRARY
 
+CPU: Final = (1, 0)
+"""DLPack's type and number of the processor."""
+
 _POOLED_ALLOCATOR: Final = 2
-_CPU: Final = 1
 _SHARE_ALL_CORES: Final = -3
 
 _SET_MAX_CONCURRENCY: Final = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
@@ -106,7 +110,7 @@ def load_runtime(*, version: str, bundled: Path) -> None:
         if _loaded_version is None:
             path, found = installed_runtime() or (bundled, version)
             _check_version(found, version)
-            _load_global(path)
+            load_global(path)
             _loaded_version = found
     _check_version(_loaded_version, version)
     if ffi.get_global_func("runtime.NumThreads", allow_missing=True) is None:
@@ -135,22 +139,29 @@ def _check_version(found: str, needed: str) -> None:
         )
 
 
-def _load_global(path: Path) -> None:
+def load_global(path: Path) -> None:
+    """Load one of TVM's runtime libraries, its symbols seen by those loaded after it.
+
+    Raises
+    ------
+    ArtifactError
+        If it cannot be loaded.
+    """
     try:
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise ArtifactError(
-            "TVM's runtime library cannot be loaded",
+            f"TVM's runtime library {path.name} cannot be loaded",
             got=error,
             hint="It is made for Linux on the processor architecture of the artifact.",
         ) from error
 
 
-def open_executable(code: bytes) -> Any:
-    """Open compiled code and return its virtual machine, ready to be called on the CPU.
+def open_library(code: bytes) -> Any:
+    """Open compiled code.
 
-    The code is loaded from a private copy: a path that was loaded before gives the old code again
-    for as long as the process lives, and a mapped file that is overwritten kills it.
+    It is loaded from a private copy: a path that was loaded before gives the old code again for as
+    long as the process lives, and a mapped file that is overwritten kills it.
 
     Parameters
     ----------
@@ -166,16 +177,44 @@ def open_executable(code: bytes) -> Any:
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-") as folder:
         path = os.path.join(folder, LIBRARY)
         Path(path).write_bytes(code)
-        try:
-            machine = ffi.load_module(path)["vm_load_executable"]()
-            machine["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
-        except (AttributeError, OSError, RuntimeError, ValueError) as error:
-            raise ArtifactError(
-                f"{LIBRARY} cannot be loaded",
-                got=first_line(error),
-                hint="Compile the model again for this machine.",
-            ) from error
+        with _unloadable():
+            return ffi.load_module(path)
+
+
+def open_executable(code: bytes, device: tuple[int, int] = CPU) -> Any:
+    """Open compiled code and return its virtual machine, ready to be called on a device.
+
+    Parameters
+    ----------
+    code : bytes
+        Content of a ``model.so``.
+    device : (int, int)
+        DLPack's type and number.
+
+    Raises
+    ------
+    ArtifactError
+        If it cannot be loaded.
+    """
+    module = open_library(code)
+    # The machine keeps literals on the processor, where shapes are computed, too.
+    places = [(*place, _POOLED_ALLOCATOR) for place in dict.fromkeys((device, CPU))]
+    with _unloadable():
+        machine = module["vm_load_executable"]()
+        machine["vm_initialization"](*(number for place in places for number in place))
     return machine
+
+
+@contextlib.contextmanager
+def _unloadable() -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, OSError, RuntimeError, ValueError) as error:
+        raise ArtifactError(
+            f"{LIBRARY} cannot be loaded",
+            got=first_line(error),
+            hint="Compile the model again for this machine.",
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

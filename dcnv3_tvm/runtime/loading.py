@@ -7,10 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dcnv3_tvm import gpu
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
 from dcnv3_tvm.machine import architecture, missing_features
-from dcnv3_tvm.runtime import library, weights
+from dcnv3_tvm.runtime import cuda, library, weights
 from dcnv3_tvm.runtime.metadata import (
+    CUDA_LIBRARY,
     LIBRARY,
     METADATA,
     RUNTIME_LIBRARY,
@@ -25,7 +27,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     verify_digests: bool = True,
-    device: str = "cpu",
+    device: str | None = None,
     threads: int | None = None,
     owner: object | None = None,
 ) -> CompiledModel:
@@ -41,11 +43,12 @@ def load(
     verify_digests : bool
         Refuse an artifact any byte of which was changed, which takes reading all of it. Without,
         weights are read from the disk when they are first needed.
-    device : str
-        ``"cpu"``.
+    device : str, optional
+        ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:1"``; by default what the artifact was
+        compiled for. Weights are copied to a GPU at once.
     threads : int, optional
-        Threads to compute with; the default is the environment's ``TVM_NUM_THREADS`` or
-        ``OMP_NUM_THREADS``, or else the physical cores this process may use.
+        Threads of the processor to compute with; the default is the environment's
+        ``TVM_NUM_THREADS`` or ``OMP_NUM_THREADS``, or else the physical cores this process may use.
     owner : object, optional
         Kept alive as long as the model, for example the temporary folder of `path`.
 
@@ -58,15 +61,17 @@ def load(
     ArtifactError
         If the artifact is missing, changed, truncated, of another schema or TVM version.
     TargetError
-        If it was compiled for another machine or device.
+        If it was compiled for another machine or device, or this machine has no such GPU.
+    DeviceError
+        If the GPU has too little free memory for the weights.
+    MissingDependencyError
+        If CUDA's runtime library, which a GPU needs, is not installed.
 
     Examples
     --------
     >>> model = load("internimage_t")  # doctest: +SKIP
     >>> logits = model(model.preprocess("photo.jpg"))  # doctest: +SKIP
     """
-    if device != "cpu":
-        raise TargetError("the device is not supported", got=repr(device), allowed="'cpu'")
     if threads is not None and threads < 1:
         raise InvalidArgumentError(
             "threads is out of range", got=threads, allowed="an integer of at least 1"
@@ -74,25 +79,31 @@ def load(
     folder = Path(path)
     try:
         metadata = read_metadata(folder, verify_digest=verify_digests)
-        check_target(metadata.target)
+        index = check_target(metadata.target, device)
         code = (folder / LIBRARY).read_bytes()
-        bundled = folder / RUNTIME_LIBRARY
         if verify_digests:
             _check_digest(LIBRARY, hashlib.sha256(code).hexdigest(), metadata)
-            _check_digest(RUNTIME_LIBRARY, digest_of(bundled), metadata)
-        library.load_runtime(version=metadata.versions.get("tvm", ""), bundled=bundled.resolve())
+            for name in metadata.libraries:
+                _check_digest(name, digest_of(folder / name), metadata)
+        bundled = folder.resolve()
+        tvm = metadata.versions.get("tvm", "")
+        library.load_runtime(version=tvm, bundled=bundled / RUNTIME_LIBRARY)
+        if index is not None:
+            cuda.load_runtime(bundled / CUDA_LIBRARY)
         tensors, digest = weights.read(folder / WEIGHTS, digest=verify_digests)
         if verify_digests:
             _check_digest(WEIGHTS, digest, metadata)
     except OSError as error:
         raise _unreadable(folder, error) from error
     _check_weights(tensors, metadata)
+    place = None if index is None else cuda.Gpu.of(index)
     return CompiledModel(
-        library.open_executable(code),
-        tensors,
+        library.open_executable(code) if place is None else place.open_executable(code),
+        tensors if place is None else place.upload_all(tensors),
         metadata,
         folder=folder.absolute(),
         threads=library.default_threads() if threads is None else threads,
+        gpu=place,
         owner=owner,
     )
 
@@ -141,19 +152,28 @@ def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetada
     return ArtifactMetadata.loads(text, verify_digest=verify_digest)
 
 
-def check_target(target: TargetInfo) -> None:
-    """Refuse code that this machine cannot run.
+def check_target(target: TargetInfo, device: str | None = None) -> int | None:
+    """Refuse code that this machine, or a device of it, cannot run.
+
+    Parameters
+    ----------
+    target : TargetInfo
+        What the code is for.
+    device : str, optional
+        As in `load`.
+
+    Returns
+    -------
+    int or None
+        The number of the GPU it will run on; None for the processor.
 
     Raises
     ------
     TargetError
         If the code is for another device, architecture, or processor features not present.
     """
+    index = _device_index(target, device)
     hint = "Compile the model again on this machine, or with a --target this machine has."
-    if target.kind != "llvm":
-        raise TargetError(
-            "the artifact is not for a CPU", got=f"target {target.kind}", allowed="llvm", hint=hint
-        )
     if target.architecture and target.architecture != architecture():
         raise TargetError(
             "the artifact is for another processor architecture",
@@ -168,6 +188,48 @@ def check_target(target: TargetInfo) -> None:
             f"{', '.join(missing)}",
             hint=hint,
         )
+    if index is not None:
+        if not gpu.devices():
+            raise TargetError(
+                "the artifact is for NVIDIA GPUs, and this machine has none, or no driver for it",
+                got=target.slug or target.arch,
+                hint="Check that nvidia-smi shows the GPU, or compile the model again for the "
+                "processor (--target auto).",
+            )
+        present = gpu.device(index)
+        if not gpu.runs_on(target.arch, present.arch):
+            raise TargetError(
+                "the artifact is for another GPU architecture",
+                got=f"{target.arch}, where cuda:{index} ({present.name}) has {present.arch}",
+                allowed="the same, or a later one of its generation with as much shared memory",
+                hint=f"Compile the model again with --target cuda-{present.arch.replace('_', '')}.",
+            )
+    return index
+
+
+def _device_index(target: TargetInfo, device: str | None) -> int | None:
+    kinds = {"llvm": "cpu", "cuda": "cuda"}
+    if target.kind not in kinds:
+        raise TargetError(
+            "the artifact is neither for a CPU nor for an NVIDIA GPU",
+            got=f"target {target.kind}",
+            allowed=", ".join(kinds),
+        )
+    kind = kinds[target.kind]
+    asked, colon, number = (device or kind).partition(":")
+    if asked not in kinds.values() or (colon and not (asked == "cuda" and number.isdecimal())):
+        raise TargetError(
+            "the device is not understood", got=repr(device), allowed="'cpu', 'cuda', 'cuda:1'"
+        )
+    if asked != kind:
+        other = "auto" if asked == "cpu" else asked
+        raise TargetError(
+            f"the artifact runs on {kind}, not on {asked}",
+            got=f"device={device!r} and an artifact for {target.slug or target.kind}",
+            allowed=repr(kind),
+            hint=f"Compile the model again with --target {other}.",
+        )
+    return int(number or 0) if asked == "cuda" else None
 
 
 def digest_of(path: Path) -> str:

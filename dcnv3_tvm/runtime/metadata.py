@@ -18,6 +18,8 @@ WEIGHTS: Final = "weights.safetensors"
 METADATA: Final = "metadata.json"
 CARD: Final = "README.md"
 RUNTIME_LIBRARY: Final = "libtvm_runtime.so"
+CUDA_LIBRARY: Final = "libtvm_runtime_cuda.so"
+"""What artifacts for GPUs hold besides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +29,9 @@ class TargetInfo:
     Parameters
     ----------
     kind : str
-        TVM's target kind, for example ``"llvm"``.
+        TVM's target kind, ``"llvm"`` or ``"cuda"``.
     triple : str
-        LLVM's target triple; its first part is the architecture.
+        LLVM's target triple, of the host for a GPU; its first part is the architecture.
     mcpu : str
         LLVM's processor name.
     features : tuple of str
@@ -38,6 +40,8 @@ class TargetInfo:
         Short name, for example ``"cpu-znver4"``.
     text : str
         The target as TVM prints it.
+    arch : str
+        The GPU's architecture, for example ``"sm_90"``; empty for a CPU.
     """
 
     kind: str
@@ -46,6 +50,7 @@ class TargetInfo:
     features: tuple[str, ...] = ()
     slug: str = ""
     text: str = ""
+    arch: str = ""
 
     @property
     def architecture(self) -> str:
@@ -101,6 +106,12 @@ class ArtifactMetadata:
     verification: dict[str, Any] | None = None
     created: str = ""
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The names of TVM's runtime libraries in the folder."""
+        gpu = (CUDA_LIBRARY,) if self.target.kind == "cuda" else ()
+        return RUNTIME_LIBRARY, *gpu
 
     @property
     def feature_entry(self) -> str | None:

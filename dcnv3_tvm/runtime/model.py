@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -13,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from dcnv3_tvm import atomic
-from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError
-from dcnv3_tvm.runtime import image, library, tensors
+from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError
+from dcnv3_tvm.runtime import cuda, image, library, tensors
 from dcnv3_tvm.runtime.metadata import (
     CARD,
     LIBRARY,
     METADATA,
-    RUNTIME_LIBRARY,
     WEIGHTS,
     ArtifactMetadata,
 )
@@ -47,12 +47,18 @@ class CompiledModel:
         *,
         folder: Path,
         threads: int,
+        gpu: cuda.Gpu | None = None,
         owner: object | None = None,
     ) -> None:
         self.metadata = metadata
         """What the artifact says about itself."""
         self.threads = threads
-        """Threads a call computes with."""
+        """Threads of the processor a call computes with."""
+        self.device = "cpu" if gpu is None else gpu.name
+        """Where it runs: ``"cpu"``, ``"cuda:0"``."""
+        self._gpu = gpu
+        self._buffers: list[Any] = []
+        self._weight_bytes = tensors.total_bytes(weights.values())
         self._folder = folder
         self._owner = owner
         self._lock = threading.Lock()
@@ -74,7 +80,9 @@ class CompiledModel:
         *inputs : numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
             As ``metadata.entries["main"].inputs`` says, an NCHW image as a rule. Used in place
             where contiguous and aligned to 64 bytes (as `preprocess` and PyTorch give it), copied
-            otherwise.
+            otherwise. A model on a GPU takes tensors that are there, computes on the stream that is
+            current where it is called, and returns before it is done, as PyTorch does; arrays of
+            NumPy are copied there, and the result back.
 
         Returns
         -------
@@ -84,7 +92,10 @@ class CompiledModel:
         Raises
         ------
         InvalidArgumentError
-            If an input has another rank, shape, layout or element type.
+            If an input has another rank, shape, layout or element type, or is not where the model
+            is.
+        DeviceError
+            If the GPU has too little free memory, or fails.
         """
         outputs = self._run("main", inputs)
         if len(outputs) == 1:
@@ -101,8 +112,8 @@ class CompiledModel:
 
         Raises
         ------
-        InvalidArgumentError
-            If the model was compiled without feature maps, or an input does not fit.
+        InvalidArgumentError, DeviceError
+            As in a call, and if the model was compiled without feature maps.
         """
         name = self.metadata.feature_entry
         if name is None:
@@ -153,7 +164,7 @@ class CompiledModel:
         refuse_foreign(destination)
         try:
             with atomic.folder(destination) as temporary:
-                for name in (LIBRARY, WEIGHTS, RUNTIME_LIBRARY, CARD, METADATA):
+                for name in (LIBRARY, WEIGHTS, *self.metadata.libraries, CARD, METADATA):
                     shutil.copyfile(self._folder / name, temporary / name)
                     expected = self.metadata.digests.get(name)
                     if expected is not None and digest_of(temporary / name) != expected:
@@ -168,10 +179,16 @@ class CompiledModel:
             ) from error
 
     def close(self) -> None:
-        """Let go of code, weights and temporary files; later calls are refused."""
+        """Let go of code, weights and temporary files; later calls are refused.
+
+        On a GPU, the memory goes back as well, but for that of results that are still in use.
+        """
         with self._lock:
             self._functions.clear()
+            self._buffers.clear()
             self._owner = None
+            if self._gpu is not None:
+                self._gpu.release_unused()
 
     def __enter__(self) -> CompiledModel:
         return self
@@ -199,20 +216,35 @@ class CompiledModel:
             ) from None
 
     def _run(self, name: str, inputs: Sequence[Any]) -> list[Any]:
-        entry = self._entry(name)
-        arguments, give = tensors.take(inputs, entry.inputs)
-        with self._lock:
+        arguments = tensors.Arguments(inputs, self._entry(name).inputs, self._gpu)
+        with self._lock, self._place(arguments):
             if name not in self._functions:
                 raise InvalidArgumentError("the model is closed", hint="Load it again.")
             function, weights = self._functions[name]
             library.use_threads(self.threads)
+            taken = arguments.tensors(self._buffers)
             try:
-                result = function(*arguments, *weights)
+                result = function(*taken, *weights)
             except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-                raise InvalidArgumentError(
-                    "the compiled model refuses the input", got=library.first_line(error)
-                ) from error
-        return [give(tensor) for tensor in flatten(result)]
+                raise self._failure(error, name) from error
+        return [arguments.give(tensor) for tensor in flatten(result)]
+
+    def _place(self, arguments: tensors.Arguments) -> contextlib.AbstractContextManager[None]:
+        """Make the caller's stream the one that kernels of this thread run on."""
+        if self._gpu is None:
+            return contextlib.nullcontext()
+        return self._gpu.turn_on_stream(arguments.stream)
+
+    def _failure(self, error: Exception, name: str) -> DCNv3Error:
+        if self._gpu is not None:
+            activations = self.metadata.activation_bytes.get(name)
+            needed = cuda.needed_memory(self._weight_bytes, activations)
+            told = self._gpu.error(error, needed=needed)
+            if told is not None:
+                return told
+        return InvalidArgumentError(
+            "the compiled model refuses the input", got=library.first_line(error)
+        )
 
 
 def flatten(result: Any) -> list[Any]:

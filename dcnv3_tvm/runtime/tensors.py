@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.gpu import ALIGNMENT as ALIGNMENT_ON_GPU
+from dcnv3_tvm.gpu import kernel_ready
 from dcnv3_tvm.runtime.library import tvm_ffi
 from dcnv3_tvm.signature import TensorInfo
+
+if TYPE_CHECKING:
+    from dcnv3_tvm.runtime.cuda import Gpu
 
 ALIGNMENT: Final = 64
 """Bytes. Compiled code loads whole vectors from aligned addresses: anything less crashes it."""
@@ -37,10 +43,8 @@ def view(buffer: np.ndarray, shape: Sequence[int], dtype: str) -> Any:
     return create(ffi.from_dlpack(buffer), ffi.Shape(tuple(shape)), ffi.dtype(dtype), 0)
 
 
-def take(
-    values: Sequence[Any], infos: Sequence[TensorInfo]
-) -> tuple[list[Any], Callable[..., Any]]:
-    """Check arguments and turn them into TVM tensors.
+class Arguments:
+    """The tensors of a call, checked against its signature.
 
     Parameters
     ----------
@@ -48,51 +52,92 @@ def take(
         One for each of `infos`, contiguous or not.
     infos : sequence of TensorInfo
         What the compiled function takes.
-
-    Returns
-    -------
-    tensors : list of tvm_ffi.Tensor
-        Sharing the memory of `values` where that is contiguous and aligned.
-    give : callable
-        Turns a TVM tensor into the kind the first value has.
+    gpu : Gpu, optional
+        Where it runs; on the processor by default. There, all values are of one kind: arrays of
+        NumPy, which are copied there, or tensors that are there.
 
     Raises
     ------
     InvalidArgumentError
-        If the number, kind, type, rank, layout or size of the values does not fit.
+        If the number, kind, type, rank, layout, size or place of the values does not fit.
     """
-    if len(values) != len(infos):
-        raise InvalidArgumentError(
-            "wrong number of inputs",
-            got=len(values),
-            allowed=f"{len(infos)}: {', '.join(info.name for info in infos)}",
-        )
-    sizes: dict[str, int] = {}
-    tensors = []
-    for value, info in zip(values, infos, strict=True):
-        array = _Array(value, info.name)
-        _check(array, info, sizes)
-        tensors.append(array.tensor())
-    return tensors, _Array(values[0], infos[0].name).give
+
+    def __init__(
+        self, values: Sequence[Any], infos: Sequence[TensorInfo], gpu: Gpu | None = None
+    ) -> None:
+        if len(values) != len(infos):
+            raise InvalidArgumentError(
+                "wrong number of inputs",
+                got=len(values),
+                allowed=f"{len(infos)}: {', '.join(info.name for info in infos)}",
+            )
+        sizes: dict[str, int] = {}
+        self._gpu = gpu
+        self._arrays = [
+            _Array(value, info.name, gpu) for value, info in zip(values, infos, strict=True)
+        ]
+        for array, info in zip(self._arrays, infos, strict=True):
+            _check(array, info, sizes)
+        kinds = {array.kind for array in self._arrays}
+        if gpu is not None and len(kinds) > 1:
+            raise InvalidArgumentError(
+                "the inputs are of different kinds",
+                got=", ".join(array.kind for array in self._arrays),
+                allowed="all of one kind",
+            )
+
+    @functools.cached_property
+    def stream(self) -> int:
+        """CUDA's handle of the stream on which the caller works; its default one for NumPy's."""
+        first = self._arrays[0]
+        if self._gpu is None or first.kind == "numpy":
+            return 0
+        return self._gpu.stream_of(first.value)
+
+    def tensors(self, buffers: list[Any]) -> list[Any]:
+        """Return TVM tensors, over the memory of the values where that is possible.
+
+        Parameters
+        ----------
+        buffers : list of tvm_ffi.Tensor
+            What was copied to a GPU in the call before, used again where it fits; changed.
+        """
+        if self._gpu is None:
+            return [array.tensor() for array in self._arrays]
+        if self._arrays[0].kind != "numpy":
+            return [array.tensor_on_gpu() for array in self._arrays]
+        buffers.extend([None] * (len(self._arrays) - len(buffers)))
+        for index, array in enumerate(self._arrays):
+            buffers[index] = self._gpu.upload(array.tensor(), into=buffers[index])
+        return list(buffers)
+
+    def give(self, tensor: Any) -> Any:
+        """Return a TVM tensor as the kind the first value has, over the same memory if it can."""
+        kind = self._arrays[0].kind
+        if kind == "tvm":
+            return tensor
+        if kind == "torch":
+            return sys.modules["torch"].from_dlpack(tensor)
+        if self._gpu is None:
+            return to_numpy(tensor)
+        buffer = aligned_bytes(total_bytes([tensor]))
+        self._gpu.download(tensor, buffer, self.stream)
+        return to_numpy(view(buffer, tensor.shape, str(tensor.dtype)))
 
 
 class _Array:
     """One argument, of any of the three kinds."""
 
-    def __init__(self, value: Any, name: str) -> None:
+    def __init__(self, value: Any, name: str, gpu: Gpu | None) -> None:
         self.value = value
         if isinstance(value, np.ndarray):
             self.kind = "numpy"
         elif _is_torch(value):
             self.kind = "torch"
-            if value.device.type != "cpu":
-                raise InvalidArgumentError(
-                    f"{name} is not in the memory of the CPU",
-                    got=f"a tensor on {value.device}",
-                    hint="Use x.cpu().",
-                )
+            _check_place(value, name, gpu)
         elif isinstance(value, tvm_ffi().Tensor):
             self.kind = "tvm"
+            _check_place(value, name, gpu)
         else:
             raise InvalidArgumentError(
                 f"{name} is not a tensor",
@@ -104,7 +149,7 @@ class _Array:
         self.dtype = str(value.dtype).removeprefix("torch.")
 
     def tensor(self) -> Any:
-        """Return the TVM tensor, over the same memory where possible."""
+        """Return the TVM tensor in CPU memory, over the same memory where possible."""
         ffi = tvm_ffi()
         if self.kind == "torch":
             source = self.value.detach().contiguous()
@@ -116,9 +161,21 @@ class _Array:
             return ffi.from_dlpack(source)
         if self.kind == "numpy":
             return self._from_numpy(self.value)
-        if self.value.is_contiguous() and _address(self.value) % ALIGNMENT == 0:
+        if self.value.is_contiguous() and self.value.data_ptr() % ALIGNMENT == 0:
             return self.value
         return self._from_numpy(np.from_dlpack(self.value))
+
+    def tensor_on_gpu(self) -> Any:
+        """Return the TVM tensor of one that is on the GPU, over the same memory where possible."""
+        if self.kind == "torch":
+            return tvm_ffi().from_dlpack(kernel_ready(self.value))
+        if not self.value.is_contiguous() or self.value.data_ptr() % ALIGNMENT_ON_GPU:
+            raise InvalidArgumentError(
+                "a tensor is not contiguous, or not aligned",
+                got=f"address {self.value.data_ptr():#x}, strides {self.value.strides}",
+                allowed=f"contiguous, at a multiple of {ALIGNMENT_ON_GPU} bytes",
+            )
+        return self.value
 
     def _from_numpy(self, array: np.ndarray) -> Any:
         safe = (
@@ -130,13 +187,25 @@ class _Array:
             array = aligned_copy(array)
         return view(array.reshape(-1).view(np.uint8), self.shape, self.dtype)
 
-    def give(self, tensor: Any) -> Any:
-        """Return a TVM tensor as the kind this argument has, over the same memory."""
-        if self.kind == "tvm":
-            return tensor
-        if self.kind == "torch":
-            return sys.modules["torch"].from_dlpack(tensor)
-        return to_numpy(tensor)
+
+def _check_place(value: Any, name: str, gpu: Gpu | None) -> None:
+    """Refuse a tensor that is not where the model is."""
+    device = value.device
+    here = "cpu" if gpu is None else gpu.name
+    there = device.type if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+    if here == there:
+        return
+    hint = None
+    if _is_torch(value):
+        hint = "Use x.cpu()." if gpu is None else f'Use x.to("{here}").'
+    raise InvalidArgumentError(
+        f"{name} is not where the model is", got=f"a tensor on {there}", allowed=here, hint=hint
+    )
+
+
+def total_bytes(tensors: Iterable[Any]) -> int:
+    """Add up the sizes of TVM tensors."""
+    return sum(int(tensor.numel()) * int(tensor.dtype.itemsize) for tensor in tensors)
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
@@ -154,10 +223,6 @@ def to_numpy(tensor: Any) -> np.ndarray:
 def _is_torch(value: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _address(tensor: Any) -> int:
-    return int(np.from_dlpack(tensor).ctypes.data)
 
 
 def _check(array: _Array, info: TensorInfo, sizes: dict[str, int]) -> None:

@@ -42,8 +42,15 @@ class Toy:
     metadata: ArtifactMetadata
 
     @classmethod
-    def build(cls, batch: int | str = 1, *, features_only: bool = False) -> Toy:
-        """Compile it for any CPU of this architecture.
+    def build(
+        cls,
+        batch: int | str = 1,
+        *,
+        features_only: bool = False,
+        arch: str | None = None,
+        cuda_graph: bool = True,
+    ) -> Toy:
+        """Compile it for any CPU of this architecture, or for a GPU.
 
         Parameters
         ----------
@@ -51,16 +58,23 @@ class Toy:
             Images in a call; a string leaves that to the run time.
         features_only : bool
             Return the feature maps from the entry ``"main"``, and no logits.
+        arch : str, optional
+            The GPU's architecture, such as ``"sm_90"``; `batch` is a number then.
+        cuda_graph : bool
+            Whether a GPU runs what lies between inputs and outputs as a CUDA graph.
         """
         import tvm
 
-        module = _module(batch, features_only)
+        module, metadata = _module(batch, features_only), _metadata(batch, features_only)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.so"
-            tvm.compile(module, tvm.target.Target("llvm")).export_library(str(path))
+            if arch is None:
+                tvm.compile(module, tvm.target.Target("llvm")).export_library(str(path))
+            else:
+                metadata = _build_for_gpu(module, metadata, arch, path, cuda_graph)
             code = path.read_bytes()
         bias = np.random.default_rng(0).standard_normal((3, 8, 8)).astype(np.float32)
-        return cls(code, {"bias": bias}, _metadata(batch, features_only))
+        return cls(code, {"bias": bias}, metadata)
 
     def main(self, x: np.ndarray) -> np.ndarray:
         """Compute what the entry ``"main"`` should return, to the bit."""
@@ -78,6 +92,46 @@ class Toy:
             metadata=dataclasses.replace(self.metadata, **changes),
         )
         return destination
+
+
+def _build_for_gpu(
+    module: Any, metadata: ArtifactMetadata, arch: str, path: Path, cuda_graph: bool
+) -> ArtifactMetadata:
+    import tvm
+    from tvm import relax
+
+    from dcnv3_tvm import targets
+    from dcnv3_tvm.compiler import compile as compiler
+    from dcnv3_tvm.compiler import pipeline
+    from dcnv3_tvm.transform.program import Program
+
+    target = targets.resolve_target(f"cuda -arch={arch}")
+    legal = relax.transform.LegalizeOps()(module)
+    scheduled = tvm.IRModule(
+        {
+            var: func.with_attr("num_input", 1)
+            if isinstance(func, relax.Function)
+            else _a_thread_an_element(func)
+            for var, func in legal.functions_items()
+        }
+    )
+    planned, activations = pipeline.plan_memory(Program(scheduled, metadata.entries, {}), target)
+    compiler.build(planned, target, path, graph=cuda_graph)
+    return dataclasses.replace(
+        metadata, target=compiler.target_info(target), activation_bytes=activations
+    )
+
+
+def _a_thread_an_element(func: Any) -> Any:
+    from tvm import s_tir
+
+    schedule = s_tir.Schedule(func)
+    for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+        elements = schedule.fuse(*schedule.get_loops(block))
+        blocks, threads = schedule.split(elements, [None, 64])
+        schedule.bind(blocks, "blockIdx.x")
+        schedule.bind(threads, "threadIdx.x")
+    return schedule.mod["main"]
 
 
 def _module(batch: int | str, features_only: bool) -> Any:

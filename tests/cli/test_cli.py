@@ -1,5 +1,6 @@
 """Verbs that need no compilation of a model, usage, and exit codes."""
 
+import dataclasses
 import io
 import os
 import subprocess
@@ -9,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from dcnv3_tvm import runtime
+from dcnv3_tvm import gpu, runtime
 from dcnv3_tvm.cli import env
 from dcnv3_tvm.cli.result import table
 from dcnv3_tvm.progress import Progress
@@ -96,6 +97,13 @@ def test_info_of_an_artifact_for_another_machine(cli, toy, tmp_path):
     assert "another processor architecture" in refused.err
 
 
+def test_a_device_the_artifact_is_not_for(cli, artifact_path, photo):
+    for verb in (("run", artifact_path, photo), ("verify", artifact_path, "--random-weights", 0)):
+        found = cli(*verb, "--device", "cuda:1")
+        assert found.code == 2
+        assert "runs on cpu, not on cuda" in found.err
+
+
 def test_env(cli, monkeypatch):
     monkeypatch.setenv("TVM_NUM_THREADS", "7")
     found = cli("env", "--json")
@@ -104,6 +112,8 @@ def test_env(cli, monkeypatch):
     assert found.data["threads"] == 7
     assert found.data["warnings"] == []
     assert "mcpu" in found.data["auto_target"]
+    assert found.data["gpus"] == [dataclasses.asdict(device) for device in gpu.devices()]
+    assert set(found.data["cuda"]) == {"NVIDIA driver", "CUDA runtime", "nvcc", "NVRTC"}
     assert {"name", "value", "read_by", "meaning"} == set(found.data["variables"][0])
     assert "TVM_BIND_THREADS" in cli("env").out
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import tvm
 
+from dcnv3_tvm import gpu
 from dcnv3_tvm.compiler.operator import compile_op
 from dcnv3_tvm.errors import InvalidArgumentError, TargetError
 from dcnv3_tvm.op import tensors
@@ -175,6 +176,12 @@ def test_nchw_that_divides_gets_the_hint_too():
     inputs = random_inputs(spec)
     with pytest.raises(InvalidArgumentError, match=NHWC.format("x")):
         dcnv3(inputs.x.transpose(0, 3, 1, 2), inputs.offset, inputs.mask, group=4)
+
+
+@pytest.mark.skipif(bool(gpu.devices()), reason="needs a machine without a GPU")
+def test_the_gpu_of_another_machine_is_asked_for_by_its_architecture():
+    with pytest.raises(TargetError, match=r"has no NVIDIA GPU.*cuda-sm90"):
+        compile_op(problem()[0], "cuda")
 
 
 def test_compile_op_is_cached():

@@ -148,6 +148,11 @@ def test_refuses(device, change, message):
         dcnv3(*tensors, **arguments)
 
 
+@pytest.mark.parametrize("key", ["CPU", "CUDA"])
+def test_has_a_kernel_for_tensors_of(key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("dcnv3_tvm::dcnv3", key)
+
+
 def test_refuses_mixed_dtypes():
     x, offset, mask = inputs(SPEC)
     for device in ("cpu", "meta"):

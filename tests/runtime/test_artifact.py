@@ -300,7 +300,7 @@ def test_metadata_that_is_no_text(artifact_path):
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        (TargetInfo("cuda"), "not for a CPU"),
+        (TargetInfo("rocm"), "neither for a CPU nor for an NVIDIA GPU"),
         (TargetInfo("llvm", "riscv64-unknown-linux-gnu"), "another processor architecture"),
         (TargetInfo("llvm", features=("+avx512f", "amx-int8", "clwb")), "lacks amx-int8"),
     ],
@@ -324,8 +324,11 @@ def test_other_tvm(toy, tmp_path):
 
 
 def test_other_device(artifact_path):
-    with pytest.raises(TargetError, match="'cpu'"):
+    with pytest.raises(TargetError, match=r"runs on cpu, not on cuda.*--target cuda"):
         runtime.load(artifact_path, device="cuda")
+    with pytest.raises(TargetError, match="allowed: 'cpu', 'cuda', 'cuda:1'"):
+        runtime.load(artifact_path, device="tpu")
+    assert runtime.load(artifact_path, device="cpu").device == "cpu"
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, 200, -1])

@@ -1,0 +1,319 @@
+"""Artifacts for GPUs, run with TVM's own runtime for them on a CUDA that computes on the processor.
+
+Each test is a process of its own, which finds `fake_cuda.c` where it looks for CUDA. Their kernels
+are those of the toy; what was launched where, and in which order, is in the log.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+BEGIN = """
+    import ctypes, sys
+    import numpy as np
+    from dcnv3_tvm import errors, runtime
+    from dcnv3_tvm.runtime.cuda import Gpu
+
+    fake = ctypes.CDLL("libcuda.so.1")
+    fake.fake_log.restype = ctypes.c_char_p
+    fake.fake_used.restype = ctypes.c_size_t
+    path = sys.argv[1]
+    image = np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    bias = np.random.default_rng(0).standard_normal((3, 8, 8)).astype(np.float32)
+
+    def logits(x):
+        return (np.maximum(x, 0) + bias).reshape(1, -1)
+
+    def log():
+        lines = fake.fake_log().decode().splitlines()
+        fake.fake_clear()
+        return lines
+
+    def words(*starts):
+        return [line for line in log() if line.startswith(starts)]
+
+    def told(call):
+        try:
+            call()
+        except errors.DCNv3Error as error:
+            return f"{type(error).__name__}: {error}"
+"""
+
+
+@pytest.fixture
+def run(fake_cuda, gpu_artifact):
+    def call(code: str, before: str = "", path: Path = gpu_artifact, **environment: str) -> str:
+        script = "\n".join(map(textwrap.dedent, (before, BEGIN, code)))
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(path)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=os.environ | {"LD_LIBRARY_PATH": str(fake_cuda)} | environment,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.strip()
+
+    return call
+
+
+BLOCK = """
+    import importlib.abc, sys
+
+    class Block(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] in {"torch", "tvm"}:
+                raise ImportError(f"{name} is blocked")
+
+    sys.meta_path.insert(0, Block())
+"""
+CALLS = """
+    model = runtime.load(path)
+    assert model.device == "cuda:0"
+    results = [model(image + i) for i in range(3)]
+    assert all(np.array_equal(result, logits(image + i)) for i, result in enumerate(results))
+    first, second = model.features(image)
+    assert np.array_equal(first, image + bias) and np.array_equal(second, np.maximum(image, 0))
+    mapped = {line.split()[-1] for line in open("/proc/self/maps") if "libtvm_runtime" in line}
+    print(sum(name.startswith(path) for name in mapped), len(mapped))
+"""
+
+
+def test_neither_torch_nor_tvm_is_needed(run):
+    assert run(CALLS, before=BLOCK) == "2 2"
+
+
+@pytest.mark.parametrize("before", ["", "import tvm", "import torch"])
+def test_gets_along_with_both(run, before):
+    found = run(CALLS, before=before).split()
+    assert found[0] == "0"  # the installed TVM's libraries, once each, instead of the artifact's
+
+
+def test_weights_are_copied_once_and_code_is_machine_code(run):
+    run("""
+    model = runtime.load(path)
+    assert words("copy") == ["copy h2d 768 stream=0"]  # the bias
+    model(image), model(image)
+    assert words("copy h2d", "load") == ["copy h2d 768 stream=0", "load cubin"] + [
+        "copy h2d 768 stream=0"
+    ]
+    """)
+
+
+def test_what_lies_between_input_and_output_is_replayed_as_a_graph(run):
+    run("""
+    model = runtime.load(path)
+    model(image)
+    assert words("launch", "capture", "graph") == [
+        "launch relu_kernel gpu=0 stream=0",
+        "launch add_kernel gpu=0 stream=0",
+        "capture add_kernel",
+        "launch reshape_kernel gpu=0 stream=0",
+    ]
+    for shift in (1, 2):
+        assert np.array_equal(model(image + shift), logits(image + shift))
+        assert words("launch", "capture", "graph") == [
+            "launch relu_kernel gpu=0 stream=0",
+            "graph of 1 stream=0",
+            "launch reshape_kernel gpu=0 stream=0",
+        ]
+    """)
+
+
+def test_without_a_graph(run, make_toy, tmp_path):
+    path = make_toy(1, arch="sm_90", cuda_graph=False).write(tmp_path / "plain")
+    run(
+        """
+        model = runtime.load(path)
+        for _ in range(2):
+            log()
+            assert np.array_equal(model(image), logits(image))
+            kernels = [line.split()[1] for line in words("launch", "capture", "graph")]
+            assert kernels == ["relu_kernel", "add_kernel", "reshape_kernel"]
+        """,
+        path=path,
+    )
+
+
+def test_calls_run_on_the_callers_stream_behind_those_on_the_last_one(run):
+    run("""
+    import tvm_ffi
+
+    model, other = runtime.load(path), runtime.load(path)
+    gpu = Gpu.of(0)
+    x = gpu.upload(tvm_ffi.from_dlpack(image))
+
+    def call(model, stream):
+        log()
+        with tvm_ffi.use_raw_stream(gpu.device, stream):
+            result = model(x)
+        assert isinstance(result, tvm_ffi.Tensor) and str(result.device) == "cuda:0"
+        buffer = np.empty((1, 192), np.float32)
+        lines = log()
+        gpu.download(result, buffer, stream)
+        assert np.array_equal(buffer, logits(image))
+        assert all(line.endswith(f"stream={stream}") for line in lines if "launch" in line)
+        return [line for line in lines if "waits" in line], lines
+
+    assert call(model, 0)[0] == []
+    assert call(model, 7)[0] == ["stream 7 waits for 0"]
+    waits, lines = call(model, 7)
+    assert waits == [] and "graph of 1 stream=7" in lines
+    assert call(other, 9)[0] == ["stream 9 waits for 7"]
+    assert call(model, 9)[0] == []
+    assert tvm_ffi.get_raw_stream(gpu.device) == 0
+    model(image)
+    assert words("stream") == ["stream 0 waits for 9"]
+    """)
+
+
+def test_models_on_two_gpus(run):
+    run("""
+    models = [runtime.load(path, device=f"cuda:{index}") for index in (1, 0, 1)]
+    assert [model.device for model in models] == ["cuda:1", "cuda:0", "cuda:1"]
+    for _ in range(2):
+        for model in models:
+            log()
+            assert np.array_equal(model(image), logits(image))
+            gpus = {line.split()[2] for line in words("launch")}
+            assert gpus == {f"gpu={model.device[-1]}"}
+    """)
+
+
+def test_results_stay_what_they_were(run):
+    run("""
+    import tvm_ffi
+
+    model, gpu = runtime.load(path), Gpu.of(0)
+    inputs = [gpu.upload(tvm_ffi.from_dlpack(image + i)) for i in range(4)]
+    results = [model(x) for x in inputs]
+    maps = model.features(inputs[0])
+    model.close()
+    for i, result in enumerate(results):
+        buffer = np.empty((1, 192), np.float32)
+        gpu.download(result, buffer, 0)
+        assert np.array_equal(buffer, logits(image + i))
+    buffer = np.empty((1, 3, 8, 8), np.float32)
+    gpu.download(maps[0], buffer, 0)
+    assert np.array_equal(buffer, image + bias)
+    """)
+
+
+def test_close_gives_the_memory_back(run):
+    run("""
+    for _ in range(2):
+        with runtime.load(path) as model:
+            model(image), model.features(image)
+            assert fake.fake_used() > 0
+        assert fake.fake_used() == 0
+    assert "InvalidArgumentError: the model is closed" in told(lambda: model(image))
+    """)
+
+
+def test_tensors_that_are_elsewhere(run):
+    run("""
+    import tvm_ffi
+
+    model = runtime.load(path)
+    there = Gpu.of(1).upload(tvm_ffi.from_dlpack(image))
+    assert "a tensor on cuda:1; allowed: cuda:0" in told(lambda: model(there))
+    here = tvm_ffi.from_dlpack(image.copy())
+    assert "a tensor on cpu; allowed: cuda:0" in told(lambda: model(here))
+    import torch
+    words = told(lambda: model(torch.from_numpy(image)))
+    assert 'a tensor on cpu; allowed: cuda:0. Use x.to("cuda:0").' in words
+    """)
+
+
+def test_too_little_memory_for_the_weights(run):
+    out = run("print(told(lambda: runtime.load(path)))", FAKE_BYTES="700")
+    assert out.startswith("DeviceError: the GPU cuda:0 has too little free memory")
+    assert "needed: 0.0 MB for weights, free: 0.0 MB" in out
+    assert "smaller batch" in out
+
+
+def test_too_little_memory_for_a_call(run):
+    out = run(
+        """
+        model = runtime.load(path)
+        print(told(lambda: model(image)))
+        assert "forget error" in log()
+        """,
+        FAKE_BYTES="6000",
+    )
+    assert "needed: 0.0 MB for weights and 0.0 MB for a call, free: 0.0 MB" in out
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"FAKE_SM": "80"}, "sm_90, where cuda:0 (Fake) has sm_80"),
+        ({"FAKE_SM": "100"}, "Compile the model again with --target cuda-sm100"),
+        ({"FAKE_GPUS": "0"}, "this machine has none, or no driver"),
+        ({"FAKE_CUDA": "12080"}, "one for CUDA 12.8; allowed: CUDA 13.0 or newer"),
+    ],
+)
+def test_another_machine(run, environment, words):
+    out = run("print(told(lambda: runtime.load(path)))", **environment)
+    assert out.startswith("TargetError")
+    assert words in out
+
+
+def test_there_is_no_such_gpu(run):
+    out = run("print(told(lambda: runtime.load(path, device='cuda:2')))")
+    assert "got cuda:2; allowed: cuda:0 (Fake), cuda:1 (Fake)" in out
+
+
+def test_the_operator_runs_where_its_tensors_are(run):
+    run("""
+    import tvm
+    import dcnv3_tvm as dt
+
+    spec = dt.DCNv3Spec.of((1, 6, 5, 32), group=2, dtype="float16")
+    shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape)
+    arrays = [np.zeros(shape, np.float16) for shape in shapes]
+    x, offset, mask = (tvm.runtime.tensor(array, tvm.cuda(1)) for array in arrays)
+    operator = dt.compile_op(spec, "cuda")
+    import tvm_ffi
+
+    for stream in (0, 5):
+        log()
+        with tvm_ffi.use_raw_stream(tvm.cuda(1), stream):
+            result = dt.dcnv3(x, offset, mask, group=2)
+        assert result.shape == (1, 6, 5, 32) and str(result.device) == "cuda:1"
+        assert words("launch") == [f"launch dcnv3_kernel gpu=1 stream={stream}"]
+    assert dt.compile_op(spec, "cuda") is operator is dt.compile_op(spec, "cuda-sm90")
+    assert "not where the operator computes; got cpu" in told(lambda: operator(*arrays))
+    on_other = tvm.runtime.tensor(arrays[2], tvm.cuda(0))
+    assert "mask: cuda:0; allowed: all in one" in told(lambda: operator(x, offset, on_other))
+    processor = dt.compile_op(spec)
+    assert "got cuda:1; allowed: the memory of the proc" in told(lambda: processor(x, offset, mask))
+    hopper = dt.compile_op(spec, "cuda-sm80")
+    assert "sm_80, where cuda:1 (Fake) has sm_90" in told(lambda: hopper(x, offset, mask))
+    """)
+
+
+def test_command_line(run, tmp_path):
+    photo = tmp_path / "photo.png"
+    out = run(
+        f"""
+        import PIL.Image
+        from dcnv3_tvm.cli import main
+
+        PIL.Image.new("RGB", (20, 10), (200, 30, 90)).save({str(photo)!r})
+        assert main(["env"]) == 0
+        assert main(["info", path]) == 0
+        assert main(["run", path, {str(photo)!r}, "--device", "cuda:1", "--repeat", "2"]) == 0
+        assert main(["run", path, {str(photo)!r}, "--device", "cpu"]) == 2
+        """
+    )
+    assert "Fake, sm_90, 1 GB" in out
+    assert "for CUDA 13.0" in out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert {"runs here yes", "architecture sm_90"} <= set(lines)
+    assert "2 calls, on cuda:1, with the copies there and back" in out
