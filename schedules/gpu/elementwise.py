@@ -72,9 +72,9 @@ def _turned(
     positions = [_position(dimension.min, axes) for dimension in region.region]
     if None in positions or along not in positions or positions[-1] == along:
         return None
-    across = positions[-1]
-    narrow = [static(sch.get(loops[axis]).extent) for axis in (across, along)]
-    return None if any(size is not None and size <= _NARROW for size in narrow) else across
+    # TVM allocates no tile of axes whose sizes it does not know.
+    sizes = [static(sch.get(loops[axis]).extent) or 0 for axis in (positions[-1], along)]
+    return positions[-1] if min(sizes) > _NARROW else None
 
 
 def _turn(
@@ -90,22 +90,25 @@ def _turn(
     region = sch.get(block).reads[index].region
     rows = next(i for i, part in enumerate(region) if _position(part.min, axes) == along)
     others = [loop for axis, loop in enumerate(loops) if axis not in (across, along)]
-    outer, inner = [], []
-    for axis in (across, along):
-        size = static(sch.get(loops[axis]).extent) or _TILE
-        side = min(_TILE, 2 ** (size - 1).bit_length())
-        for part, parts in zip(sch.split(loops[axis], [None, side]), (outer, inner), strict=True):
-            parts.append(part)
+    sizes = [static(sch.get(loops[axis]).extent) or 0 for axis in (across, along)]
+    sides = [min(_TILE, 2 ** (size - 1).bit_length()) for size in sizes]
+    parts = [
+        sch.split(loops[axis], [None, side])
+        for axis, side in zip((across, along), sides, strict=True)
+    ]
+    outer, inner = zip(*parts, strict=True)
     sch.reorder(*others, *outer, *inner)
-    tile = sch.fuse(*others, *outer)
-    sch.bind(tile, "blockIdx.x")
-    threads = choose(sch, _BLOCKS, _THREADS)
+    # Not fused, which spares divisions.
+    rest = sch.fuse(*others) if others else sch.add_unit_loop(outer[0])
+    for loop, name in zip((rest, *outer), ("blockIdx.x", "blockIdx.z", "blockIdx.y"), strict=True):
+        sch.bind(loop, name)
+    threads = choose(sch, _BLOCKS, min(_THREADS, max(_BLOCKS[0], math.prod(sides))))
     copy = sch.cache_read(block, index, "shared")
-    sch.compute_at(copy, tile, preserve_unit_loops=True)
+    sch.compute_at(copy, outer[-1], preserve_unit_loops=True)
     # An odd number of elements from row to row, so that a column lies in different banks.
     sch.storage_align(copy, 0, rows, _TILE, 1)
-    for stage, parts in ((copy, sch.get_loops(copy)[1:]), (block, inner)):
-        _, thread = sch.split(sch.fuse(*parts), [None, threads])
+    for tile in (sch.get_loops(copy)[3:], inner):
+        _, thread = sch.split(sch.fuse(*tile), [None, threads])
         sch.bind(thread, "threadIdx.x")
 
 

@@ -57,10 +57,7 @@ def _together(sch: s_tir.Schedule) -> bool:
         result = sch.cache_write(result, 0, "local")
     else:
         blocks.remove(result)
-    if not all(reduces(sch, block) for block in blocks):
-        return False
-    reduction(sch, blocks, result)
-    return True
+    return all(reduces(sch, block) for block in blocks) and reduction(sch, blocks, result)
 
 
 def _apart(sch: s_tir.Schedule) -> bool:

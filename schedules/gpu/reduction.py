@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV, ScheduleError
+from tvm.sym import Analyzer
 
 from dcnv3_tvm.gpu import WARP
-from dcnv3_tvm.op.stages import static
+from dcnv3_tvm.op.stages import product, static
 from dcnv3_tvm.schedules.blocks import plain_axes
 from dcnv3_tvm.schedules.gpu.elementwise import bind_elements
 
@@ -34,7 +35,7 @@ _SHARES: Final = 8
 """Threads that share a result of which there are few, beside those of its neighbours."""
 
 
-def reduction(sch: s_tir.Schedule, blocks: list[SBlockRV], result: SBlockRV) -> None:
+def reduction(sch: s_tir.Schedule, blocks: list[SBlockRV], result: SBlockRV) -> bool:
     """Bring reductions into the kernel of the elementwise block that reads them last.
 
     Parameters
@@ -46,11 +47,19 @@ def reduction(sch: s_tir.Schedule, blocks: list[SBlockRV], result: SBlockRV) -> 
     result : SBlockRV
         The last block, of plain loops. Axes on which no reduction depends are those of a row, as
         in a softmax.
+
+    Returns
+    -------
+    bool
+        False if the result needs more than one value of a reduction at a place, or threads cannot
+        share one: nothing is changed then.
     """
     spatial, _ = plain_axes(sch, result) or ([], [])
     depends = _axes_read(sch, blocks, result)
     places = [loop for axis, loop in enumerate(spatial) if axis in depends]
     row = [loop for axis, loop in enumerate(spatial) if axis not in depends]
+    if not all(_is_sum(sch, block) and _has_one_a_place(sch, block, places) for block in blocks):
+        return False
     outputs = _product(sch, places, 1)
     steps = max(_product(sch, _steps(sch, block), _LONG) for block in blocks)
     sch.reorder(*places, *row)
@@ -67,6 +76,7 @@ def reduction(sch: s_tir.Schedule, blocks: list[SBlockRV], result: SBlockRV) -> 
         sharing.reduce(sch, block)
     if row:
         sharing.bind(sch, sch.fuse(*row))
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +141,22 @@ def _axes_read(sch: s_tir.Schedule, blocks: list[SBlockRV], result: SBlockRV) ->
         for index, axis in enumerate(node.iter_vars)
         if any(axis.var.same_as(var) for var in used)
     }
+
+
+def _is_sum(sch: s_tir.Schedule, block: SBlockRV) -> bool:
+    """Whether a reduction has one result and starts from a constant, so that it can be divided."""
+    init = sch.get(block).init
+    return isinstance(init, tirx.BufferStore) and isinstance(
+        init.value, (tirx.FloatImm, tirx.IntImm)
+    )
+
+
+def _has_one_a_place(sch: s_tir.Schedule, block: SBlockRV, places: list[LoopRV]) -> bool:
+    spatial, _ = plain_axes(sch, block) or ([], [])
+    values, wanted = (
+        product([sch.get(loop).extent for loop in loops]) for loops in (spatial, places)
+    )
+    return bool(Analyzer().can_prove_equal(values, wanted))
 
 
 def _steps(sch: s_tir.Schedule, block: SBlockRV) -> list[LoopRV]:

@@ -1,0 +1,34 @@
+"""What rules for any kernel ask about a block."""
+
+from __future__ import annotations
+
+from tvm import s_tir, tirx
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+
+def reduces(sch: s_tir.Schedule, block: SBlockRV) -> bool:
+    """Whether an axis of a block is anything but a spatial one."""
+    return any(axis.iter_type != tirx.IterVar.DataPar for axis in sch.get(block).iter_vars)
+
+
+def plain_axes(sch: s_tir.Schedule, block: SBlockRV) -> tuple[list[LoopRV], list[LoopRV]] | None:
+    """Return the (spatial, reduction) loops of a block each of whose axes is one loop."""
+    loops = sch.get_loops(block)
+    realize = sch.get(loops[-1]).body if loops else None
+    if not isinstance(realize, s_tir.SBlockRealize):
+        return None
+    kinds = {}
+    for axis, value in zip(realize.block.iter_vars, realize.iter_values, strict=True):
+        if not isinstance(value, tirx.Var):
+            return None
+        kinds[value] = axis.iter_type
+    spatial, reduction = [], []
+    for loop in loops:
+        kind = kinds.get(sch.get(loop).loop_var)
+        if kind == tirx.IterVar.DataPar:
+            spatial.append(loop)
+        elif kind == tirx.IterVar.CommReduce:
+            reduction.append(loop)
+        else:
+            return None
+    return (spatial, reduction) if spatial else None
