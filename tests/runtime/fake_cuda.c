@@ -26,7 +26,7 @@ typedef struct {
 } Launch;
 
 typedef struct {
-  Launch launches[32];
+  Launch launches[1024];
   int count;
 } Graph;
 

@@ -317,3 +317,27 @@ def test_command_line(run, tmp_path):
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert {"runs here yes", "architecture sm_90"} <= set(lines)
     assert "2 calls, on cuda:1, with the copies there and back" in out
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_one_graph(run, tmp_path):
+    """The kernels that read the image and write the results, which move, are outside of it."""
+    from dcnv3_tvm import compile_artifact, frontend
+
+    model = frontend.create_model(frontend.list_models("test_internimage_*")[0])
+    imported = frontend.import_model(model, example=(1, 3, 64, 64))
+    compile_artifact(imported, tmp_path / "model", target="cuda-sm90", dtype="float16")
+    run(
+        """
+        image = np.zeros((1, 3, 64, 64), np.float32)
+        with runtime.load(path) as model:
+            for entry, results in ((model, 1), (model.features, 4)):
+                entry(image)
+                log()
+                entry(image)
+                kinds = [line.split()[0] for line in words("launch", "graph")]
+                assert kinds == ["launch", "graph"] + results * ["launch"], kinds
+        assert fake.fake_used() == 0
+        """,
+        path=tmp_path / "model",
+    )
