@@ -12,8 +12,11 @@ from dcnv3_tvm.spec import DCNv3Spec
 DETECTION_SIZE: Final = (800, 1344)
 """Height and width of an image as detection models take it."""
 
-DTYPES: Final = {"float32": "f32", "bfloat16": "bf16"}
-"""Element types an encoder is measured in, with their short names."""
+DTYPES: Final = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""Element types an encoder is measured in, with their short names; float16 on GPUs only."""
+
+CPU_DTYPES: Final = ("float32", "bfloat16")
+"""Those of them that an encoder is measured in on a CPU."""
 
 SUITE: Final[tuple[tuple[str, tuple[int, int] | None], ...]] = (
     ("internimage_t", None),

@@ -49,12 +49,18 @@ class Contestant:
         Turns what `call` returned into arrays; not timed.
     tolerance : float
         Largest error accepted, in the measure of the problem.
+    reference : list of array or None
+        Its true outputs, where its inputs are not those of the others.
+    peak_bytes : int or None
+        Memory it takes on the device.
     """
 
     name: str
     call: Callable[[], Any]
-    outputs: Callable[[Any], list[Array]]
+    outputs: Callable[[Any], list[Any]]
     tolerance: float
+    reference: list[Any] | None = None
+    peak_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

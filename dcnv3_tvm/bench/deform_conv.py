@@ -6,16 +6,14 @@ operator here can be exported only; it computes nothing in PyTorch.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from dcnv3_tvm.bench.sampling import Geometry, sampling_by
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.twin import TwinDCNv3, TwinOperator
 
 _NAME: Final = "dcnv3_tvm_bench::deform_conv"
 _SCHEMA: Final = (
@@ -25,47 +23,15 @@ _SCHEMA: Final = (
 
 
 def deforming(module: nn.Module) -> nn.Module:
-    """Copy a module that holds twins, with DeformConv in place of ``grid_sample``.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        A `TwinOperator`, or an encoder of `twin_of`. Unchanged; its weights are shared.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
-    for part in copied.modules():
-        if type(part) is TwinDCNv3:
-            part.__class__ = _DeformDCNv3
-        elif type(part) is TwinOperator:
-            part.__class__ = _DeformOperator
-    return copied
+    """Copy a module that holds twins, with DeformConv in place of ``grid_sample``."""
+    return sampling_by(module, _sample)
 
 
-class _DeformOperator(TwinOperator):
-    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        return _sample(x, offset, mask, self.spec)
-
-
-class _DeformDCNv3(TwinDCNv3):
-    def sample(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        spec = DCNv3Spec.of(
-            x.shape,
-            group=self.group,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            pad=self.pad,
-            dilation=self.dilation,
-            offset_scale=self.offset_scale,
-            remove_center=self.remove_center,
-        )
-        return _sample(x, offset, mask, spec)
-
-
-def _sample(x: Tensor, offset: Tensor, mask: Tensor, spec: DCNv3Spec) -> Tensor:
+def _sample(x: Tensor, offset: Tensor, mask: Tensor, spec: Geometry) -> Tensor:
     if spec.remove_center:
-        raise InvalidArgumentError("DeformConv has no kernel without a centre", got=spec.slug)
+        raise InvalidArgumentError("DeformConv has no kernel without a centre", got=spec)
     (kernel_h, kernel_w), (dilation_h, dilation_w) = spec.kernel_size, spec.dilation
+    channels = x.shape[-1]
     batch, height, width, _ = offset.shape
     # Ours goes down the columns of the kernel and has x first; theirs along the rows, y first.
     moved = offset.reshape(batch, height, width, spec.group, kernel_w, kernel_h, 2)
@@ -80,9 +46,9 @@ def _sample(x: Tensor, offset: Tensor, mask: Tensor, spec: DCNv3Spec) -> Tensor:
     weights = weights.permute(0, 3, 5, 4, 1, 2).reshape(batch, -1, height, width)
     y = torch.ops.dcnv3_tvm_bench.deform_conv(
         x.permute(0, 3, 1, 2),
-        x.new_ones(spec.channels, 1, kernel_h, kernel_w),
+        x.new_ones(channels, 1, kernel_h, kernel_w),
         moved,
-        x.new_zeros(spec.channels),
+        x.new_zeros(channels),
         weights,
         spec.kernel_size,
         spec.stride,

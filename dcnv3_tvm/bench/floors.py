@@ -11,6 +11,7 @@ import numpy as np
 
 from dcnv3_tvm import targets
 from dcnv3_tvm.runtime import library
+from dcnv3_tvm.spec import DTYPE_BYTES
 
 _CHAINS: Final = 12
 """Independent sums a thread works on: more than the latency of a multiply-add needs."""
@@ -32,24 +33,29 @@ _PAUSE: Final = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Peaks:
-    """Rates of the machine with some number of threads, in float32.
+    """Rates of a machine: of a CPU with some number of threads, or of a GPU.
 
     Parameters
     ----------
     flops : float
-        Floating-point operations a second; a multiply-add counts as two.
+        Floating-point operations a second in float32; a multiply-add counts as two.
     bytes : float
         Bytes a second of a copy larger than the caches, reads and writes counted.
     how : str
         Where the rates are from.
+    half_flops : float or None
+        Operations a second of products of 16-bit numbers on a GPU's tensor cores; None on a CPU.
     """
 
     flops: float
     bytes: float
     how: str
+    half_flops: float | None = None
 
     def flops_in(self, dtype: str) -> float:
-        """Return the rate of products of a dtype: see `RATES`."""
+        """Return the rate of products of a dtype: on a CPU see `RATES`."""
+        if self.half_flops is not None and DTYPE_BYTES[dtype] == 2:
+            return self.half_flops
         return RATES[dtype] * self.flops
 
 

@@ -22,13 +22,15 @@ from dcnv3_tvm.bench.problems import Array
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.compile import compile_model
+from dcnv3_tvm.op import gemm
+from dcnv3_tvm.op.stages import KERNEL_ATTR
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.spec import DTYPE_BYTES
 from dcnv3_tvm.testing.weights import randomize_
 
-PRODUCTS: Final = ("linear", "convolution")
-"""Rules whose kernels are bound by arithmetic."""
+PRODUCTS: Final = ("linear", "convolution", gemm.KERNEL)
+"""Kinds of kernels that are bound by arithmetic."""
 
 _BURST: Final = 0.01
 _MODEL_BURST: Final = 0.2
@@ -50,6 +52,36 @@ class Kernel(NamedTuple):
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     calls: int
+
+    @property
+    def kind(self) -> str:
+        """What it was built to compute; for kernels that are not ours, the rule that took them."""
+        attributes = None if self.function is None else self.function.attrs
+        return str((attributes or {}).get(KERNEL_ATTR, self.rule))
+
+    @property
+    def shapes(self) -> str:
+        """Its arguments, the outputs behind an arrow."""
+        inputs = ", ".join(map(_shown, self.inputs))
+        return f"{inputs} -> {', '.join(map(_shown, self.outputs))}"
+
+
+class Work(NamedTuple):
+    """What a call of a kernel cannot do without.
+
+    Parameters
+    ----------
+    flops : int
+        Multiplications and additions; 0 where they are not what it takes time for.
+    bytes : int
+        Of inputs and weights, read once, and of outputs, written once.
+    dtype : str
+        Element type of what is multiplied.
+    """
+
+    flops: int
+    bytes: int
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,22 +314,49 @@ def _random(rng: np.random.Generator, tensor: Tensor) -> Array:
     return rng.standard_normal(tensor.shape, np.float32).astype(tensor.dtype)
 
 
+def work_of(kernel: Kernel) -> Work:
+    """Count the operations and the bytes of a call."""
+    tensors = (*kernel.inputs, *kernel.outputs)
+    return Work(
+        operations(kernel),
+        sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in tensors),
+        # What is no product computes in float32, whatever it reads and writes.
+        kernel.inputs[1].dtype if kernel.kind in PRODUCTS else "float32",
+    )
+
+
 def operations(kernel: Kernel) -> int:
     """Count the multiplications and additions of a call; 0 where others are what takes the time.
 
-    Products and convolutions by their extents; the sampling as `DCNv3Spec.flops` counts it.
+    Products and convolutions by their extents, without what fills them up; the sampling as
+    `DCNv3Spec.flops` counts it.
     """
     elements = math.prod(kernel.outputs[0].shape)
-    if kernel.rule == "linear":
+    if kernel.kind == "linear":
         return 2 * elements * kernel.inputs[0].shape[-1]
-    if kernel.rule == "convolution":
+    if kernel.kind == "convolution":
         # The weight is (tiles, kh, kw, ...).
         return 2 * elements * math.prod(kernel.inputs[1].shape[1:3]) * kernel.inputs[0].shape[-1]
-    if kernel.rule == "depthwise":
+    if kernel.kind == gemm.KERNEL:
+        return 2 * elements * _depth(kernel)
+    if kernel.kind == "depthwise":
         return 2 * elements * math.prod(kernel.inputs[1].shape[:2])
-    if kernel.rule == "dcnv3":
+    if kernel.kind.startswith("dcnv3"):
         return spec_of(kernel.function).flops
     return 0
+
+
+def _depth(kernel: Kernel) -> int:
+    """Count the products in a sum of a kernel of `dcnv3_tvm.op.gemm`, whose weight is filled up.
+
+    Its convolutions have square windows.
+    """
+    x, weight = kernel.inputs[:2]
+    # `gemm.pack` turns weights of float32 round.
+    channels, filled = x.shape[-1], weight.shape[0 if weight.dtype == gemm.SUMS else -1]
+    if gemm.filled_depth(channels) == filled:
+        return channels
+    return channels * math.isqrt(filled // channels) ** 2
 
 
 def tabulate(
@@ -350,24 +409,19 @@ def _total(name: str, rows: Iterable[KernelRow]) -> Total:
 
 
 def _row(kernel: Kernel, seconds: float, whole: float, peaks: Peaks) -> KernelRow:
-    flops = operations(kernel)
-    tensors = (*kernel.inputs, *kernel.outputs)
-    traffic = sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in tensors)
-    # What is no product computes in float32, whatever it reads and writes.
-    operands = kernel.inputs[1].dtype if kernel.rule in PRODUCTS else "float32"
-    floors = Floors.of(flops, traffic, peaks, operands)
-    inputs = ", ".join(map(_shown, kernel.inputs))
+    work = work_of(kernel)
+    floors = Floors.of(work.flops, work.bytes, peaks, work.dtype)
     return KernelRow(
         kernel=kernel.name,
         rule=kernel.rule,
         calls=kernel.calls,
         seconds=seconds,
         share=kernel.calls * seconds / whole,
-        flops=flops,
-        bytes=traffic,
+        flops=work.flops,
+        bytes=work.bytes,
         copy_floor=floors.copy,
         arithmetic_floor=floors.arithmetic,
-        shapes=f"{inputs} -> {', '.join(map(_shown, kernel.outputs))}",
+        shapes=kernel.shapes,
     )
 
 

@@ -101,6 +101,7 @@ def measure(
     sleep: Callable[[float], None] = time.sleep,
     on_round: Callable[[int], None] | None = None,
     before: Mapping[str, Callable[[], Any]] | None = None,
+    seconds_of: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Timing]:
     """Time contestants that are warm already.
 
@@ -116,13 +117,16 @@ def measure(
         Called with the number of each round as it begins.
     before : mapping of str to callable, optional
         What is called before each call of a contestant, and not timed.
+    seconds_of : callable, optional
+        Makes a call and returns how long it took, in place of looks at `clock`.
 
     Returns
     -------
     dict of str to Timing
     """
+    timed = seconds_of or functools.partial(_timed, clock)
     take = {
-        name: functools.partial(_burst, call, (before or {}).get(name), plan, clock, sleep)
+        name: functools.partial(_burst, call, (before or {}).get(name), plan, timed, sleep)
         for name, call in contestants.items()
     }
     bursts: dict[str, list[tuple[float, ...]]] = {name: [] for name in contestants}
@@ -181,11 +185,17 @@ def _without_outliers(
     return Timing(tuple(bursts), len(late))
 
 
+def _timed(clock: Callable[[], float], call: Callable[[], Any]) -> float:
+    start = clock()
+    call()
+    return clock() - start
+
+
 def _burst(
     call: Callable[[], Any],
     before: Callable[[], Any] | None,
     plan: Plan,
-    clock: Callable[[], float],
+    seconds_of: Callable[[Callable[[], Any]], float],
     sleep: Callable[[float], None],
 ) -> tuple[float, ...]:
     sleep(plan.pause)
@@ -193,7 +203,5 @@ def _burst(
     while len(times) < plan.calls and (len(times) < 2 or sum(times) < plan.burst_seconds):
         if before is not None:
             before()
-        start = clock()
-        call()
-        times.append(clock() - start)
+        times.append(seconds_of(call))
     return tuple(times[min(plan.dropped, len(times) - 1) :])

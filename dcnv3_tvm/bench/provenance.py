@@ -42,6 +42,8 @@ class Provenance:
         is installed.
     versions : dict of str to str
         Of what is installed.
+    gpu, driver : str or None
+        Name of the GPU that computed, and the version of its driver; None where none did.
     """
 
     cpu: str
@@ -51,9 +53,11 @@ class Provenance:
     date: str
     commit: str | None
     versions: dict[str, str]
+    gpu: str | None = None
+    driver: str | None = None
 
     @classmethod
-    def here(cls, threads: int) -> Provenance:
+    def here(cls, threads: int, *, gpu: str | None = None, driver: str | None = None) -> Provenance:
         """Describe this process."""
         versions = {"dcnv3_tvm": dcnv3_tvm.__version__, "python": platform.python_version()}
         found = {name: version(package) for name, package in _PACKAGES.items()}
@@ -65,6 +69,8 @@ class Provenance:
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             commit=_commit(),
             versions=versions | {name: text for name, text in found.items() if text is not None},
+            gpu=gpu,
+            driver=driver,
         )
 
     @property
@@ -73,10 +79,13 @@ class Provenance:
         versions = ", ".join(f"{name} {text}" for name, text in self.versions.items())
         commit = f", commit {self.commit}" if self.commit else ""
         machine_text = f"{self.cpu}, {self.cores} cores, {self.threads} threads, load {self.load}"
+        if self.gpu is not None:
+            machine_text = f"{self.gpu} (driver {self.driver or 'unknown'}); {machine_text}"
         return f"{machine_text}; {versions}; {self.date}{commit}"
 
     def columns(self) -> dict[str, Any]:
         """Return the columns that lines of CSV end with."""
+        device = {} if self.gpu is None else {"gpu": self.gpu, "driver": self.driver}
         return {
             "date": self.date,
             "commit": self.commit,
@@ -84,7 +93,7 @@ class Provenance:
             "cores": self.cores,
             "threads": self.threads,
             "versions": " ".join(f"{name}={text}" for name, text in self.versions.items()),
-        }
+        } | device
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

@@ -34,6 +34,8 @@ class Row:
         Bursts that were taken once more.
     failure : str or None
         Why it gave no output.
+    peak_bytes : int or None
+        Memory it takes on a GPU.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Row:
     ratio: Quartiles | None = None
     redone: int = 0
     failure: str | None = None
+    peak_bytes: int | None = None
 
     @property
     def wrong(self) -> bool:
@@ -145,6 +148,7 @@ class Report:
             "error": row.error,
             "wrong": row.wrong,
             "failure": row.failure,
+            "peak_bytes": row.peak_bytes,
             "copy_floor_ms": 1e3 * case.floors.copy,
             "arithmetic_floor_ms": 1e3 * case.floors.arithmetic,
         } | self.provenance.columns()
@@ -167,6 +171,7 @@ CSV_FIELDS: Final = (
     "error",
     "wrong",
     "failure",
+    "peak_bytes",
     "copy_floor_ms",
     "arithmetic_floor_ms",
     "date",
@@ -175,6 +180,8 @@ CSV_FIELDS: Final = (
     "cores",
     "threads",
     "versions",
+    "gpu",
+    "driver",
 )
 """Columns of the CSV."""
 

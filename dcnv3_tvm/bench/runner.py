@@ -86,7 +86,7 @@ def _run_case(
             contestants.append(peer.build(problem, threads))
         except Exception as error:
             # A peer that cannot be built is a result too, whatever its library raises.
-            failures.append(Row(peer.name, failure=_first_line(error)))
+            failures.append(Row(peer.name, failure=first_line(error)))
     floors = Floors.of(problem.flops, problem.traffic, peaks, problem.dtype)
     return compete(
         problem.slug,
@@ -110,6 +110,8 @@ def compete(
     on_step: Callable[[str], None] = lambda _: None,
     *,
     measure_error: str = MAX,
+    error: Callable[[Sequence[Any], Sequence[Any], str], float] = error_of,
+    forgiving: bool = False,
     **timing: Any,
 ) -> CaseResult:
     """Compare the contestants' outputs with the truth, and time them if all are right.
@@ -121,7 +123,7 @@ def compete(
     reference : sequence of numpy.ndarray
         The true outputs.
     contestants : sequence of Contestant
-        This library's own call among them.
+        This library's own call among them, to which the others are compared.
     failures : sequence of Row
         Peers that could not be built.
     floors : Floors
@@ -132,23 +134,36 @@ def compete(
         Called with what happens next.
     measure_error : str
         How errors are measured, see `error_of`.
+    error : callable
+        Computes them; `error_of` unless the outputs are no arrays of NumPy.
+    forgiving : bool
+        Time those that are right even where others, this library among them, are wrong or fail.
     **timing
-        ``clock`` and ``sleep``, as of `measure`.
+        ``clock``, ``sleep``, ``before`` and ``seconds_of``, as of `measure`.
     """
     rows: dict[str, Row] = {}
     for contestant in contestants:
         on_step(f"{slug}: compare {contestant.name}")
         try:
             outputs = contestant.outputs(contestant.call())
-        except Exception as error:
-            if contestant.name.startswith(OURS):
+        except Exception as failed:
+            if contestant.name.startswith(OURS) and not forgiving:
                 raise
-            rows[contestant.name] = Row(contestant.name, failure=_first_line(error))
+            rows[contestant.name] = Row(contestant.name, failure=first_line(failed))
         else:
-            error_found = error_of(outputs, reference, measure_error)
-            rows[contestant.name] = Row(contestant.name, error_found, contestant.tolerance)
-    running = [contestant for contestant in contestants if rows[contestant.name].failure is None]
-    if not any(row.wrong for row in rows.values()):
+            truth = reference if contestant.reference is None else contestant.reference
+            rows[contestant.name] = Row(
+                contestant.name,
+                error(outputs, truth, measure_error),
+                contestant.tolerance,
+                peak_bytes=contestant.peak_bytes,
+            )
+    running = [
+        contestant
+        for contestant in contestants
+        if rows[contestant.name].failure is None and not rows[contestant.name].wrong
+    ]
+    if forgiving or not any(row.wrong for row in rows.values()):
         timings = measure(
             {contestant.name: contestant.call for contestant in running},
             plan,
@@ -159,12 +174,13 @@ def compete(
             rows[name] = dataclasses.replace(
                 rows[name],
                 seconds=timing_found.seconds,
-                ratio=timing_found.ratio_to(timings[OURS]),
+                ratio=timing_found.ratio_to(timings[OURS]) if OURS in timings else None,
                 redone=timing_found.redone,
             )
     return CaseResult(slug, floors, (*rows.values(), *failures), measure_error)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Say in a line what went wrong in someone else's code."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{type(error).__name__}: {text[:160]}"

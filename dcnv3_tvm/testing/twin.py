@@ -7,6 +7,7 @@ benchmarks compare with it, and tests import it. It shares nothing with this lib
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,23 +56,27 @@ def dcnv3_core_pytorch(
     """
     batch, height, width, channels = x.shape
     out_height, out_width = offset.shape[1:3]
-    places = [(i, j) for i in range(kernel_w) for j in range(kernel_h)]
+    # Everything is made where x is: what a GPU would have to copy from the host would hold it up.
+    numbers = partial(torch.arange, dtype=x.dtype, device=x.device)
+    points = kernel_w * kernel_h - int(remove_center)
+    places = torch.arange(points, device=x.device)
     if remove_center:
-        places.remove((kernel_w // 2, kernel_h // 2))
-    points = len(places)
+        places = places + (places >= kernel_w // 2 * kernel_h + kernel_h // 2)
     pixels = out_height * out_width
 
-    half = x.new_tensor([dilation_w * (kernel_w - 1) // 2, dilation_h * (kernel_h - 1) // 2])
-    steps = x.new_tensor([dilation_w, dilation_h])
-    grid = (x.new_tensor(places) * steps - half) * offset_scale
-    columns = torch.arange(out_width, dtype=x.dtype) * stride_w - pad_w
-    rows = torch.arange(out_height, dtype=x.dtype) * stride_h - pad_h
-    centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1) + half
+    half_w, half_h = dilation_w * (kernel_w - 1) // 2, dilation_h * (kernel_h - 1) // 2
+    across = (places // kernel_h).to(x.dtype) * dilation_w - half_w
+    down = (places % kernel_h).to(x.dtype) * dilation_h - half_h
+    grid = torch.stack([across, down], dim=-1) * offset_scale
+    columns = numbers(out_width) * stride_w + (half_w - pad_w)
+    rows = numbers(out_height) * stride_h + (half_h - pad_h)
+    centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1)
     fixed = (centres[:, :, None, None] + grid).reshape(1, pixels, 1, points, 2)
 
     moved = fixed + offset.reshape(batch, pixels, group, points, 2) * offset_scale
     # grid_sample measures from -1 to 1, between the outer edges of the outer pixels.
-    normalised = (2 * moved + 1) / x.new_tensor([width, height]) - 1
+    extent = numbers(2) * (height - width) + width
+    normalised = (2 * moved + 1) / extent - 1
     normalised = normalised.transpose(1, 2).reshape(batch * group, pixels, points, 2)
     maps = x.reshape(batch, height * width, channels).transpose(1, 2)
     maps = maps.reshape(batch * group, group_channels, height, width)

@@ -1,0 +1,143 @@
+"""What is measured on a GPU, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
+
+from dcnv3_tvm.bench.cases import DTYPES, EncoderCase, encoder_case, stage_specs
+from dcnv3_tvm.frontend.variants import KERNEL_SIZE
+from dcnv3_tvm.spec import DCNv3Spec
+
+PARTS: Final = ("op", "encoder")
+"""What a run consists of, in this order."""
+
+SECONDS: Final = 450.0
+"""Time for a run, unless another is given: with its start and end less than eight minutes."""
+
+PAPER_BATCH: Final = 64
+
+PAPER: Final = ((56, 56, 128), (28, 28, 256), (14, 14, 512), (7, 7, 1024), (14, 14, 768))
+"""Height, width and channels of the DCNv4 paper's comparison, with batches of `PAPER_BATCH`."""
+
+PYRAMID: Final = ((200, 320, 64), (100, 160, 128), (50, 80, 256), (25, 40, 512))
+"""Those of a detection model's pyramid, for single images."""
+
+GROUP_CHANNELS: Final = 16
+"""Channels of a group in both."""
+
+STAGES: Final = (
+    ("internimage_t", 64),
+    ("internimage_s", 64),
+    ("internimage_b", 64),
+    ("internimage_l", 16),
+    ("internimage_xl", 16),
+    ("internimage_h", 8),
+)
+"""Variants whose stages are measured, with batches of some three million pixels."""
+
+ENCODERS: Final = (
+    "internimage_t",
+    "internimage_s",
+    "internimage_b",
+    "internimage_l",
+    "internimage_xl",
+)
+
+BATCHES: Final = (64, 1)
+"""Images in a call of an encoder."""
+
+ENCODER_DTYPE: Final = "float16"
+
+OURS_ONLY: Final = "bfloat16"
+"""Element type in which nobody but this library is measured."""
+
+
+class OperatorGroup(NamedTuple):
+    """Problems that are reported together.
+
+    Parameters
+    ----------
+    name : str
+        For the file.
+    dtype : str
+        Element type of all.
+    specs : tuple of DCNv3Spec
+        With ready masks.
+    """
+
+    name: str
+    dtype: str
+    specs: tuple[DCNv3Spec, ...]
+
+    @property
+    def slug(self) -> str:
+        """Name of the group and its element type."""
+        return f"{self.name}-{DTYPES[self.dtype]}"
+
+
+def operator_groups() -> list[OperatorGroup]:
+    """List the operator's problems, the most telling first."""
+    paper = [_spec(PAPER_BATCH, *shape) for shape in PAPER]
+    pyramid = [_spec(1, *shape) for shape in PYRAMID]
+    stages = [spec for variant, batch in STAGES for spec in stage_specs(variant, batch=batch)]
+    groups = {"paper": paper, "pyramid": pyramid, "stages": list(dict.fromkeys(stages))}
+    return [
+        OperatorGroup(name, dtype, tuple(dataclasses.replace(spec, dtype=dtype) for spec in group))
+        for dtype in ("float16", "float32", OURS_ONLY)
+        for name, group in groups.items()
+    ]
+
+
+def encoder_cases() -> list[EncoderCase]:
+    """List the encoders, in the order in which they are measured."""
+    return [
+        encoder_case(variant, batch=batch, dtype=ENCODER_DTYPE)
+        for variant in ENCODERS
+        for batch in BATCHES
+    ]
+
+
+def chosen(
+    parts: Sequence[str], pattern: str = "*"
+) -> tuple[list[OperatorGroup], list[EncoderCase]]:
+    """List the cases of some parts whose name matches a pattern."""
+    groups = [
+        group._replace(specs=tuple(spec for spec in group.specs if _matches(spec.slug, pattern)))
+        for group in (operator_groups() if "op" in parts else [])
+    ]
+    cases = encoder_cases() if "encoder" in parts else []
+    return (
+        [group for group in groups if group.specs],
+        [case for case in cases if _matches(case.slug, pattern)],
+    )
+
+
+def _matches(slug: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(slug, pattern)
+
+
+def jobs(
+    groups: Iterable[OperatorGroup], cases: Iterable[EncoderCase]
+) -> list[DCNv3Spec | EncoderCase]:
+    """List what has to be compiled: first what is measured first, but the long ones early."""
+    operators = [[*(with_logits(spec) for spec in group.specs), *group.specs] for group in groups]
+    first = operators[0] if operators else []
+    later = [spec for group in operators[1:] for spec in group]
+    return [*first, *cases, *later]
+
+
+def with_logits(spec: DCNv3Spec) -> DCNv3Spec:
+    """Return the problem that takes logits and computes the softmax of its mask itself."""
+    return dataclasses.replace(spec, softmax=True)
+
+
+def _spec(batch: int, height: int, width: int, channels: int) -> DCNv3Spec:
+    return DCNv3Spec.of(
+        (batch, height, width, channels),
+        group=channels // GROUP_CHANNELS,
+        kernel_size=KERNEL_SIZE,
+        pad=KERNEL_SIZE // 2,
+    )

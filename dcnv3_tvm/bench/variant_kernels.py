@@ -1,0 +1,176 @@
+"""The kernels of a released variant, built from its sizes alone: no weights are needed.
+
+So also the largest variants, whose weights take gigabytes, can be scheduled, compiled and looked
+at kernel by kernel. Kernels of stock operators (pooling, transposes) are not among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tvm import tirx
+from tvm.target import Target
+
+from dcnv3_tvm.bench.cases import DETECTION_SIZE, stage_specs
+from dcnv3_tvm.frontend.variants import InternImageConfig, model_config
+from dcnv3_tvm.op import gemm, normalization, products, tensorir
+from dcnv3_tvm.op.products import Epilogue
+from dcnv3_tvm.schedules import linear_tile
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.targets import is_gpu
+
+__all__ = ["DETECTION_SIZE", "VariantKernel", "variant_kernels"]
+
+_BIAS = Epilogue(bias=True)
+_GELU = Epilogue(bias=True, activation="gelu")
+_RESIDUAL = Epilogue(bias=True, residual=True)
+
+
+class VariantKernel(NamedTuple):
+    """A kernel, and the rule that is meant for it."""
+
+    name: str
+    rule: str
+    function: tirx.PrimFunc
+
+
+def variant_kernels(
+    variant: str,
+    target: Target,
+    dtype: str = "float32",
+    *,
+    batch: int = 1,
+    size: tuple[int, int] | None = None,
+) -> list[VariantKernel]:
+    """Build every kernel of a variant's stem, stages and downsamplings once.
+
+    Parameters
+    ----------
+    variant : str
+        A name of `dcnv3_tvm.frontend.list_models`.
+    target : tvm.target.Target
+        A CPU or a GPU: their kernels differ.
+    dtype : str
+        Element type of the products.
+    batch : int
+        Images.
+    size : (int, int), optional
+        Height and width of the image; by default the variant's own.
+    """
+    config = model_config(variant)
+    specs = stage_specs(variant, batch=batch, size=size)
+    found: dict[str, VariantKernel] = {}
+    for stage, spec in enumerate(specs):
+        for kernel in (
+            *_stem(spec, target, dtype, first=stage == 0),
+            *_block(config, spec, target, dtype),
+        ):
+            found.setdefault(kernel.name, kernel)
+    return list(found.values())
+
+
+def _places(spec: DCNv3Spec) -> tuple[int, int, int]:
+    return spec.batch or 1, spec.height or 1, spec.width or 1
+
+
+def _block(
+    config: InternImageConfig, spec: DCNv3Spec, target: Target, dtype: str
+) -> Iterator[VariantKernel]:
+    places, channels = _places(spec), spec.channels
+    packed = tensorir.packed_channels(spec)
+    hidden = int(channels * config.mlp_ratio)
+    yield _linear(places, channels, channels, _BIAS, target, dtype)
+    yield _linear(places, channels, channels, _RESIDUAL, target, dtype)
+    yield _linear(places, channels, packed, _BIAS, target, dtype)
+    yield _linear(places, channels, hidden, _GELU, target, dtype)
+    yield _linear(places, hidden, channels, _RESIDUAL, target, dtype)
+    window = config.dw_kernel_size
+    x_dtype = dtype if is_gpu(target) else None
+    yield VariantKernel(
+        f"depthwise_{channels}",
+        "depthwise",
+        normalization.depthwise(
+            *places,
+            channels,
+            kernel_size=(window, window),
+            pad=(window // 2, window // 2),
+            bias=True,
+            norm_eps=1e-6,
+            activation="gelu",
+            x_dtype=x_dtype,
+            out_dtype=dtype,
+        ),
+    )
+    yield VariantKernel(
+        f"layer_norm_{channels}",
+        "layer_norm",
+        normalization.layer_norm(places, channels, eps=1e-6, x_dtype=x_dtype, out_dtype=dtype),
+    )
+    sampled = dataclasses.replace(spec, softmax=True, dtype=x_dtype or spec.dtype)
+    wide = "float32" if dtype == "bfloat16" else None
+    yield VariantKernel(
+        f"dcnv3_{channels}",
+        "dcnv3",
+        tensorir.dcnv3_packed(sampled, dtype, offset_dtype=wide),
+    )
+
+
+def _stem(
+    spec: DCNv3Spec, target: Target, dtype: str, *, first: bool
+) -> Iterator[VariantKernel]:
+    """Build the convolutions that lead to a stage: two for the first, one for the others."""
+    batch, height, width = _places(spec)
+    channels = spec.channels
+    if first:
+        yield _convolution((batch, 4 * height, 4 * width), 3, channels // 2, target, dtype)
+    yield _convolution((batch, 2 * height, 2 * width), channels // 2, channels, target, dtype)
+
+
+def _linear(
+    places: tuple[int, int, int],
+    inputs: int,
+    outputs: int,
+    epilogue: Epilogue,
+    target: Target,
+    dtype: str,
+) -> VariantKernel:
+    words = [epilogue.activation, "residual" if epilogue.residual else None]
+    name = "_".join(["linear", str(inputs), str(outputs), *(word for word in words if word)])
+    if is_gpu(target):
+        function = gemm.linear(places, inputs, outputs, epilogue=epilogue, dtype=dtype)
+        return VariantKernel(name, "gemm", function)
+    tile = linear_tile(outputs, target)
+    function = products.linear(places, inputs, outputs, tile=tile, epilogue=epilogue, dtype=dtype)
+    return VariantKernel(name, "linear", function)
+
+
+def _convolution(
+    places: tuple[int, int, int], inputs: int, outputs: int, target: Target, dtype: str
+) -> VariantKernel:
+    name = f"convolution_{inputs}_{outputs}"
+    if is_gpu(target):
+        function = gemm.convolution(
+            *places,
+            inputs,
+            outputs,
+            kernel_size=(3, 3),
+            stride=(2, 2),
+            pad=(1, 1),
+            epilogue=_BIAS,
+            dtype=dtype,
+            x_dtype="float32" if inputs == 3 else None,
+        )
+        return VariantKernel(name, "gemm", function)
+    function = products.convolution(
+        *places,
+        inputs,
+        outputs,
+        kernel_size=(3, 3),
+        stride=(2, 2),
+        pad=(1, 1),
+        tile=linear_tile(outputs, target),
+        epilogue=_BIAS,
+    )
+    return VariantKernel(name, "convolution", function)

@@ -1,0 +1,460 @@
+"""A whole run on a GPU that is not there: its clock and memory are made up, its tensors are not."""
+
+import concurrent.futures
+import csv
+import dataclasses
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from dcnv3_tvm import gpu
+from dcnv3_tvm.bench import gpu_build, gpu_encoder, gpu_operator
+from dcnv3_tvm.bench.budget import Budget, NoTimeError
+from dcnv3_tvm.bench.cases import encoder_case
+from dcnv3_tvm.bench.contestants import OURS
+from dcnv3_tvm.bench.floors import Peaks
+from dcnv3_tvm.bench.gpu import GpuBenchmark, compile_ahead, result_name
+from dcnv3_tvm.bench.gpu_build import Builds, build, built_path
+from dcnv3_tvm.bench.gpu_cases import (
+    OperatorGroup,
+    chosen,
+    encoder_cases,
+    jobs,
+    operator_groups,
+    with_logits,
+)
+from dcnv3_tvm.bench.gpu_operator import READY, operator_inputs, tolerance
+from dcnv3_tvm.bench.gpu_report import GpuRun
+from dcnv3_tvm.bench.measure import Plan
+from dcnv3_tvm.bench.report import Report
+from dcnv3_tvm.cli import main
+from dcnv3_tvm.cli.bench import report_text
+from dcnv3_tvm.errors import TargetError
+from dcnv3_tvm.op.reference import dcnv3_reference
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.testing.twin import TwinOperator
+
+TINY = "test_internimage_pre_norm"
+ENCODER = encoder_case(TINY, batch=2)
+SPEC = DCNv3Spec.of((2, 9, 7, 8), group=2)
+PEAKS = Peaks(flops=67e12, bytes=4.3e12, how="made up", half_flops=790e12)
+PLAN = Plan(rounds=2, calls=3, dropped=1, pause=0.0)
+
+
+class FakeDevice:
+    """An H200 whose tensors are on the CPU, and whose calls take a millisecond."""
+
+    torch_device = torch.device("cpu")
+    name, slug, target, driver = "NVIDIA H200", "h200", "cuda-sm90", "570.124.06"
+
+    def __init__(self):
+        self.flushes = 0
+        self.broken = False
+
+    def seconds_of(self, call):
+        call()
+        return 1e-3
+
+    def flush(self, repeats):
+        def write():
+            self.flushes += repeats
+
+        return write
+
+    def peak_bytes(self, call):
+        call()
+        return 1000
+
+    def release(self):
+        if self.broken:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    def peaks(self):
+        return PEAKS
+
+
+class FakeBuilds:
+    """Compiles encoders for the CPU, and operators not at all."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.submitted = []
+        self.late = set()
+
+    def submit(self, submitted):
+        self.submitted += submitted
+
+    def result(self, job, _seconds):
+        if job in self.late:
+            raise NoTimeError("not compiled in time")
+        if isinstance(job, DCNv3Spec):
+            return built_path(job, self.folder)
+        return build(job, self.folder, "auto")
+
+
+class Operator:
+    """What `load_operator` gives, from the twin."""
+
+    wrong = False
+
+    def __init__(self, spec, path, target):
+        assert path.name == f"{spec.slug}.so"
+        assert target == "cuda-sm90"
+        self.spec = spec
+
+    def __call__(self, x, offset, mask):
+        mask = mask.double()
+        if self.spec.softmax:
+            mask = mask.unflatten(-1, (self.spec.group, -1)).softmax(-1).flatten(-2)
+        y = TwinOperator(self.spec)(x.double(), offset.double(), mask).to(x.dtype)
+        return 1.01 * y if self.wrong else y
+
+
+class DCNv4Function:
+    """A launch that goes wrong."""
+
+    @staticmethod
+    def apply(x, *_):
+        return torch.zeros_like(x)
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, artifacts):
+    monkeypatch.setattr(gpu_operator, "load_operator", Operator)
+    for module in (gpu_operator, gpu_encoder):
+        monkeypatch.setattr(module, "PLAN", PLAN)
+    for name in ("DCNv3", "DCNv4"):
+        monkeypatch.setitem(sys.modules, name, None)
+    # torch.compile would take half a minute here.
+    monkeypatch.setattr("dcnv3_tvm.bench.gpu._COMPILE_SECONDS", {"op": 1e9, "encoder": 1e9})
+    device, builds = FakeDevice(), FakeBuilds(artifacts)
+
+    def start(groups=(), cases=(), seconds=100.0):
+        found = GpuBenchmark(device, builds, tmp_path / "results", Budget(seconds)).run(
+            groups, cases
+        )
+        return found, {path.name for path in (tmp_path / "results").iterdir()}
+
+    start.device, start.builds, start.folder = device, builds, tmp_path / "results"
+    return start
+
+
+def group(*specs, dtype="float32"):
+    given = tuple(dataclasses.replace(spec, dtype=dtype) for spec in specs)
+    return OperatorGroup("tiny", dtype, given)
+
+
+def rows_of(found, report=0, case=0):
+    rows = list(found.reports.values())[report].cases[case].rows
+    return {row.name: row for row in rows}
+
+
+TORCH = ".".join(torch.__version__.split(".")[:2])
+
+
+def test_operator(run):
+    found, files = run([group(SPEC)])
+    name = f"cuda-h200-op-tiny-f32-torch{TORCH}"
+    assert files == {f"{name}.json", f"{name}.csv", f"cuda-h200-run-torch{TORCH}.json"}
+    rows = rows_of(found)
+    assert list(rows) == [OURS, READY, "torch", "compile"]
+    for label in (OURS, READY, "torch"):
+        assert rows[label].seconds.median == 1e-3
+        assert rows[label].ratio.median == 1.0
+        assert rows[label].error <= rows[label].tolerance
+        inputs = 9 * 7 * 2 * 4 * (8 + 36 + 18)
+        assert rows[label].peak_bytes == inputs + 1000
+    assert "no time: 1000000000 s expected" in rows["compile"].failure
+    assert run.device.flushes == 3 * 2 * 3 * gpu_operator.FLUSHES
+    assert found.ok
+    assert run.builds.submitted == [with_logits(SPEC), SPEC]
+    written = json.loads((run.folder / f"{name}.json").read_text())
+    assert Report.from_json(written) == found.reports[name]
+    assert written["provenance"]["gpu"] == "NVIDIA H200"
+    assert written["provenance"]["driver"] == "570.124.06"
+    assert written["provenance"]["versions"]["torch"] == torch.__version__
+    assert written["cases"][0]["floors"]["copy"] == pytest.approx(SPEC.bytes / 4.3e12)
+    with (run.folder / f"{name}.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["contestant"] for line in lines] == list(rows)
+    assert (lines[0]["gpu"], lines[0]["driver"]) == ("NVIDIA H200", "570.124.06")
+    assert lines[0]["median_ms"] == "1.0"
+
+
+def test_absent_extensions_are_listed(run):
+    found, _ = run([group(SPEC, dtype="bfloat16")])
+    for name in ("DCNv3 extension", "DCNv4 extension"):
+        assert "not importable" in found.skipped[name]
+    text = report_text(found)
+    assert "skipped DCNv3 extension: not importable" in text
+    assert "NVIDIA H200 (driver 570.124.06)" in text
+    assert "790000 for 16-bit products" in text
+    summary = json.loads((run.folder / f"cuda-h200-run-torch{TORCH}.json").read_text())
+    assert summary["skipped"] == found.skipped
+    assert summary["reports"] == [f"cuda-h200-op-tiny-bf16-torch{TORCH}"]
+    # Nobody else is measured in bfloat16.
+    assert list(rows_of(found)) == [OURS, READY]
+
+
+@pytest.fixture
+def dcnv4(monkeypatch):
+    package, functions, module = (types.ModuleType(name) for name in ("DCNv4", "f", "m"))
+    package.__path__ = functions.__path__ = []
+    module.DCNv4Function = DCNv4Function
+    names = ("DCNv4", "DCNv4.functions", "DCNv4.functions.dcnv4_func")
+    for name, stand_in in zip(names, (package, functions, module), strict=True):
+        monkeypatch.setitem(sys.modules, name, stand_in)
+
+
+@pytest.mark.usefixtures("dcnv4")
+def test_outputs_that_disagree_get_no_time(run):
+    found, _ = run([group(SPEC, dtype="float16")], seconds=60.0)
+    assert "DCNv4 extension" not in found.skipped
+    rows = rows_of(found)
+    wrong = rows["DCNv4 extension"]
+    assert wrong.wrong
+    assert wrong.seconds is None
+    assert wrong.ratio is None
+    assert rows[OURS].seconds is not None
+    # It is theirs that is wrong.
+    assert found.ok
+    assert "the outputs of DCNv4 extension are not" in report_text(found)
+
+
+def test_our_own_wrong_outputs_get_no_time_either(run, monkeypatch):
+    monkeypatch.setattr(Operator, "wrong", True)
+    found, _ = run([group(SPEC, dtype="bfloat16"), group(SPEC)], seconds=60.0)
+    assert not found.ok
+    assert all(
+        row.wrong and row.seconds is None
+        for row in rows_of(found, report=1).values()
+        if row.name.startswith(OURS)
+    )
+    rows = rows_of(found, report=1)
+    assert rows["torch"].seconds is not None
+    assert rows["torch"].ratio is None
+
+
+def test_what_does_not_compile_or_fit_is_named(run):
+    late = dataclasses.replace(SPEC, batch=1)
+    run.builds.late = {with_logits(late)}
+    found, _ = run([group(late)])
+    rows = rows_of(found)
+    assert rows[OURS].failure == "not compiled in time"
+    assert rows[READY].seconds is not None
+    assert not found.ok
+    found, _ = run([group(SPEC)], [ENCODER], seconds=0.5)
+    assert found.reports == {}
+    for slug in (SPEC.slug, ENCODER.slug):
+        assert found.skipped[slug] == "no time left"
+
+
+def test_after_a_failure_of_the_gpu_nothing_is_measured(run):
+    run.device.broken = True
+    found, files = run([group(SPEC), group(dataclasses.replace(SPEC, batch=3))])
+    reason = found.skipped[dataclasses.replace(SPEC, batch=3).slug]
+    assert "the GPU had failed" in reason
+    assert "illegal memory access" in reason
+    # What was measured before is kept.
+    assert f"cuda-h200-op-tiny-f32-torch{TORCH}.json" in files
+
+
+def test_encoder(run):
+    found, files = run(cases=[ENCODER])
+    name = f"cuda-h200-encoder-{ENCODER.slug}-torch{TORCH}"
+    assert {f"{name}.json", f"{name}.csv"} < files
+    rows = rows_of(found)
+    assert list(rows) == [OURS, "torch", "compile"]
+    assert rows[OURS].error < 1e-4
+    assert rows["torch"].error < 1e-4
+    assert rows[OURS].seconds.median == 1e-3
+    assert rows["compile"].failure.startswith("no time")
+    assert run.device.flushes == 2 * 2 * 3
+    image, weights = 2 * 3 * 32 * 32 * 4, rows["torch"].peak_bytes - 1000
+    assert rows[OURS].peak_bytes > weights > image
+    assert found.ok
+
+
+def test_encoder_with_the_extension(run, monkeypatch):
+    module = types.ModuleType("DCNv3")
+    module.dcnv3_forward = lambda *_: 1 / 0
+    monkeypatch.setitem(sys.modules, "DCNv3", module)
+    found, _ = run(cases=[ENCODER])
+    rows = rows_of(found)
+    assert list(rows) == [OURS, "torch + extension", "compile + extension"]
+    assert "ZeroDivisionError" in rows["torch + extension"].failure
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_inputs_and_references(dtype):
+    spec = DCNv3Spec.of((11, 5, 6, 12), group=3, dtype=dtype)
+    inputs = operator_inputs(spec, torch.device("cpu"))
+    tensors = {name: getattr(inputs, name) for name in ("x", "offset", "mask", "logits")}
+    assert all(str(tensor.dtype) == f"torch.{dtype}" for tensor in tensors.values())
+    assert 1.9 < tensors["offset"].abs().max() <= 2.0
+    x, offset, mask, logits = (tensor.double().numpy() for tensor in tensors.values())
+    np.testing.assert_allclose(
+        inputs.reference, dcnv3_reference(x, offset, mask, spec), rtol=0, atol=1e-12
+    )
+    exact = with_logits(spec)
+    truth = dcnv3_reference(x, offset, logits, exact)
+    np.testing.assert_allclose(inputs.softmax_reference, truth, rtol=0, atol=1e-12)
+    least = {"float32": 1e-7, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    for problem in (spec, exact):
+        assert least < tolerance(problem, inputs) < least + 5e-5
+
+
+def test_torch_compile_is_a_contestant(run, monkeypatch):
+    monkeypatch.setattr("dcnv3_tvm.bench.gpu._COMPILE_SECONDS", {"op": 0.0, "encoder": 0.0})
+    asked = []
+
+    def compiled(module, **options):
+        asked.append(options)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    found, _ = run([group(SPEC)], [ENCODER])
+    assert asked == [{}, {"mode": "reduce-overhead"}]
+    for report in (0, 1):
+        row = rows_of(found, report)["compile"]
+        assert row.seconds.median == 1e-3
+        assert row.error <= row.tolerance
+
+
+def test_cases_are_those_of_the_issue():
+    groups = {found.slug: found.specs for found in operator_groups()}
+    assert [spec.slug for spec in groups["paper-f16"]] == [
+        "dcnv3-n64-h56-w56-c128-g8-k3-s1-p1-d1-f16",
+        "dcnv3-n64-h28-w28-c256-g16-k3-s1-p1-d1-f16",
+        "dcnv3-n64-h14-w14-c512-g32-k3-s1-p1-d1-f16",
+        "dcnv3-n64-h7-w7-c1024-g64-k3-s1-p1-d1-f16",
+        "dcnv3-n64-h14-w14-c768-g48-k3-s1-p1-d1-f16",
+    ]
+    assert [spec.input_shape for spec in groups["pyramid-f32"]] == [
+        (1, 200, 320, 64),
+        (1, 100, 160, 128),
+        (1, 50, 80, 256),
+        (1, 25, 40, 512),
+    ]
+    assert len(groups["stages-bf16"]) == 24
+    assert all(spec.group_channels in (16, 32) for specs in groups.values() for spec in specs)
+    encoders = [case.slug for case in encoder_cases()]
+    assert len(encoders) == 10
+    assert encoders[:2] == ["internimage_t-n64-h224-w224-f16", "internimage_t-n1-h224-w224-f16"]
+
+
+def test_chosen():
+    groups, cases = chosen(["op"], "*c128*-f16")
+    assert cases == []
+    assert [found.slug for found in groups] == ["paper-f16", "pyramid-f16", "stages-f16"]
+    groups, cases = chosen(["op", "encoder"], "internimage_l-*")
+    assert groups == []
+    assert [case.batch for case in cases] == [64, 1]
+
+
+def test_what_is_measured_first_is_compiled_first():
+    groups, cases = chosen(["op", "encoder"])
+    todo = jobs(groups, cases)
+    assert todo[:5] == [with_logits(spec) for spec in groups[0].specs]
+    assert todo[10:20] == cases
+    assert len(todo) == len(set(todo)) == 2 * sum(len(found.specs) for found in groups) + 10
+
+
+def test_result_names():
+    assert result_name(FakeDevice(), "op", "paper-f16") == f"cuda-h200-op-paper-f16-torch{TORCH}"
+
+
+def test_what_is_there_is_not_compiled(tmp_path):
+    path = built_path(SPEC, tmp_path)
+    path.write_bytes(b"compiled elsewhere")
+    with Builds(tmp_path, "cuda-sm90", 1) as builds:
+        builds.submit([SPEC])
+        assert builds.result(SPEC, 60.0).read_bytes() == b"compiled elsewhere"
+        assert builds.result(SPEC) == path
+
+
+def test_a_slow_compilation_is_not_waited_for(tmp_path):
+    with Builds(tmp_path, "cuda-sm90", 1) as builds:
+        builds._futures[SPEC] = concurrent.futures.Future()
+        with pytest.raises(NoTimeError, match="not compiled in time"):
+            builds.result(SPEC, 0.01)
+
+
+def test_ahead_only_for_gpus(tmp_path):
+    with pytest.raises(TargetError, match="the target is no GPU"):
+        compile_ahead([], [], artifacts=tmp_path, target="cpu")
+
+
+def test_a_failed_compilation_is_named(monkeypatch, tmp_path):
+    class Failing(FakeBuilds):
+        def __init__(self, folder, *_):
+            super().__init__(folder)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def result(self, job):
+            if job.softmax:
+                raise RuntimeError("no nvcc\nmore")
+            return built_path(job, self.folder)
+
+    monkeypatch.setattr("dcnv3_tvm.bench.gpu.Builds", Failing)
+    found = compile_ahead([group(SPEC)], [], artifacts=tmp_path, target="cuda-sm90")
+    assert found.compiled == (SPEC.slug,)
+    assert found.failed == {with_logits(SPEC).slug: "RuntimeError: no nvcc"}
+    assert not found.ok
+    assert "1 compiled for cuda-sm90" in report_text(found)
+
+
+def test_command_without_a_gpu(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "devices", lambda: ())
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "gpu"]) == 2
+    assert "this machine has no NVIDIA GPU" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command(capsys, monkeypatch, tmp_path, run):
+    asked = {}
+
+    def pretend(groups, cases, **options):
+        asked.update(options, groups=groups, cases=cases)
+        return GpuRun(
+            GpuBenchmark(run.device, run.builds, tmp_path, Budget(1.0))._provenance,
+            {},
+            {"internimage_xl": "no time left"},
+            12.0,
+        )
+
+    monkeypatch.setattr(gpu, "device", lambda _: None)
+    monkeypatch.setattr("dcnv3_tvm.bench.gpu.run_gpu", pretend)
+    arguments = ["--part", "op", "--case", "*c128*-f16", "--seconds", "60", "--device", "1"]
+    assert main(["bench", "gpu", *arguments, "--results", str(tmp_path / "r")]) == 0
+    assert "skipped internimage_xl: no time left" in capsys.readouterr().out
+    assert (asked["seconds"], asked["index"], asked["cases"]) == (60.0, 1, [])
+    assert asked["results"] == tmp_path / "r"
+    assert asked["groups"][0].slug == "paper-f16"
+    assert main(["bench", "gpu", "--case", "nothing"]) == 2
+    assert "no case matches the pattern" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_operator_is_compiled_in_another_process(tmp_path):
+    job = with_logits(dataclasses.replace(SPEC, dtype="float16"))
+    with Builds(tmp_path, "cuda-sm90", 1) as builds:
+        builds.submit([job])
+        path = builds.result(job, 300.0)
+    assert path.read_bytes()[:4] == b"\x7fELF"
+    assert gpu_build.build(job, tmp_path, "cuda-sm90") == path
