@@ -12,6 +12,7 @@ from dcnv3_tvm.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from dcnv3_tvm.compiler.compile import compile_artifact, compile_model
+    from dcnv3_tvm.compiler.explain import explain
     from dcnv3_tvm.compiler.operator import compile_op
     from dcnv3_tvm.errors import DCNv3Error
     from dcnv3_tvm.op.functional import dcnv3
@@ -28,6 +29,7 @@ _HOMES = {
     "compile_model": "dcnv3_tvm.compiler.compile",
     "compile_op": "dcnv3_tvm.compiler.operator",
     "dcnv3": "dcnv3_tvm.op.functional",
+    "explain": "dcnv3_tvm.compiler.explain",
     "load": "dcnv3_tvm.runtime",
 }
 
@@ -39,6 +41,7 @@ __all__ = [
     "compile_model",
     "compile_op",
     "dcnv3",
+    "explain",
     "load",
 ]
 

@@ -117,9 +117,7 @@ def _block(
     )
 
 
-def _stem(
-    spec: DCNv3Spec, target: Target, dtype: str, *, first: bool
-) -> Iterator[VariantKernel]:
+def _stem(spec: DCNv3Spec, target: Target, dtype: str, *, first: bool) -> Iterator[VariantKernel]:
     """Build the convolutions that lead to a stage: two for the first, one for the others."""
     batch, height, width = _places(spec)
     channels = spec.channels

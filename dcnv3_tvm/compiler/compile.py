@@ -120,7 +120,7 @@ def compile_artifact(
             "models are not compiled for this dtype", got=repr(dtype), allowed=", ".join(DTYPES)
         )
     resolved = targets.resolve_target(target)
-    _check_dtype(dtype, resolved)
+    check_dtype(dtype, resolved)
     program, kernels = pipeline.run_pipeline(
         imported,
         resolved,
@@ -151,7 +151,14 @@ def compile_artifact(
     return metadata
 
 
-def _check_dtype(dtype: str, target: tvm.target.Target) -> None:
+def check_dtype(dtype: str, target: tvm.target.Target) -> None:
+    """Refuse a dtype that products are not made for on a target.
+
+    Raises
+    ------
+    TargetError
+        With what the target takes instead.
+    """
     if targets.is_gpu(target) or dtype == "float32":
         return
     if dtype == "float16":

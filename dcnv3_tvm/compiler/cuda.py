@@ -31,10 +31,14 @@ LOWERING: Final = device_passes.PIPELINE
 
 _FORCE_SOURCE: Final = "TVM_COMPILE_FORCE_FALLBACK"
 
+REGISTERS_FIRST: Final = "--register-usage-level=10"
+"""For ptxas: rather more registers for a thread than values in memory, as TVM has it."""
+
 # Division and exponentials by the units for special functions, as TVM has it; operators of half
 # types, which the generated code uses.
 _OPTIONS: Final = (
     "--use_fast_math",
+    f"--ptxas-options={REGISTERS_FIRST}",
     *(
         f"-U__CUDA_NO_{kind}__"
         for kind in (

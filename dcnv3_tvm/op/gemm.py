@@ -10,6 +10,7 @@ block     what it computes
 operand   the rows, in the type of the product, zero where there is nothing
 product   sums over the depth of row times weight, in float32
 epilogue  bias, activation and residual, and the one rounding to the output type
+store     the copy to the output
 ========= ==========================================================================================
 """
 
@@ -245,20 +246,23 @@ def _gemm(
             dtype=SUMS,
         )
 
-        def finished(m: Any, n: Any) -> Any:
-            value = sums[m, n] if bias is None else sums[m, n] + bias[n]
-            value = activate(epilogue.activation, value)
-            if residual is not None:
-                value = value + cast(SUMS, residual[(*unflatten(m, lead), n)])
-            return cast(out_dtype, value)
+        def position(m: Any, n: Any) -> list[Any]:
+            return [*unflatten(m, lead), n]
 
+        # Rows and columns until the very end: TVM would lose sight of which elements of a tensor
+        # of more dimensions a thread has.
+        places = [rows, columns]
+
+        def value(m: Any, n: Any) -> Any:
+            total = sums[m, n] if bias is None else sums[m, n] + bias[n]
+            total = activate(epilogue.activation, total)
+            if residual is not None:
+                total = total + cast(SUMS, residual[tuple(position(m, n))])
+            return cast(out_dtype, total)
+
+        finished = compute("epilogue", places, value, dtype=out_dtype)
         compute(
-            "epilogue",
-            [rows, columns],
-            finished,
-            dtype=out_dtype,
-            into=out,
-            at=lambda m, n: [*unflatten(m, lead), n],
+            "store", places, lambda m, n: finished[m, n], dtype=out_dtype, into=out, at=position
         )
     return builder.get()
 

@@ -107,22 +107,33 @@ def _tile(sch: s_tir.Schedule, store: SBlockRV, spec: DCNv3Spec, vector: int) ->
     batch, row, column, group, channel = sch.get_loops(store)
     vectors = spec.group_channels // vector
     amounts = [amount for amount in (1, 2) if vectors % amount == 0]
-    outputs = math.prod(static(sch.get(loop).extent) or 1 for loop in (batch, row, column))
+    images, rows, columns = (static(sch.get(loop).extent) for loop in (batch, row, column))
+    outputs = (images or 1) * (rows or 1) * (columns or 1)
     enough = outputs * spec.channels >= amounts[-1] * vector * _FULL_GPU
     amount = amounts[-1] if enough else 1
     lanes = vectors // amount
     groups = max(divisors(spec.group, max(1, _LANES // lanes)))
-    pixels = 2 ** int(math.log2(max(1, _THREADS // (groups * lanes))))
+    pixels = _run(rows, columns, max(1, _THREADS // (groups * lanes)))
 
     lane, *inner = sch.split(channel, [None, choose(sch, amounts, amount), vector])
     slab, group = sch.split(group, [None, choose(sch, divisors(spec.group), groups)])
-    block, pixel = sch.split(sch.fuse(row, column), [None, choose(sch, _PIXELS, pixels)])
+    block, pixel = sch.split(
+        sch.fuse(row, column), [None, choose(sch, sorted({*_PIXELS, pixels}), pixels)]
+    )
     sch.reorder(batch, slab, block, pixel, group, lane, *inner)
     unroll_all(sch, inner)
     sch.bind(sch.fuse(batch, slab, block), "blockIdx.x")
     thread = sch.fuse(pixel, group, lane)
     sch.bind(thread, "threadIdx.x")
     return thread
+
+
+def _run(rows: int | None, columns: int | None, wanted: int) -> int:
+    """Choose how many pixels a block takes: some that divide an image, so that none is cut off."""
+    if rows is None or columns is None:
+        return 2 ** int(math.log2(wanted))
+    fitting = [d for d in divisors(rows * columns, 2 * wanted) if 2 * d >= wanted]
+    return min(fitting, key=lambda d: abs(d - wanted)) if fitting else 2 ** int(math.log2(wanted))
 
 
 def _compute_at(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV, loops: int) -> None:

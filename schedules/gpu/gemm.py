@@ -44,6 +44,9 @@ _PAD_BYTES: Final = 16
 _THREADS: Final = 16
 """Rows and columns of threads of a block that multiplies without tensor cores."""
 
+_MOST: Final = 8
+"""Most rows, and most columns, of a thread."""
+
 _QUAD: Final = 4
 """Elements of float32 in a vector."""
 
@@ -200,8 +203,6 @@ def _on_tensor_cores(sch: s_tir.Schedule, func: tirx.PrimFunc, target: Target) -
     sch.bind(block, "blockIdx.x")
     sch.bind(warp, "threadIdx.y")
 
-    # Before the epilogue is tiled: its bounds are lost where a cache is made of a part of it.
-    written = sch.cache_write(epilogue, 0, "local")
     sums = sch.cache_write(product, 0, "warp")
     sch.reverse_compute_at(sums, warp, preserve_unit_loops=True)
     sch.reverse_compute_at(epilogue, block, preserve_unit_loops=True)
@@ -215,7 +216,7 @@ def _on_tensor_cores(sch: s_tir.Schedule, func: tirx.PrimFunc, target: Target) -
         _fetch(sch, copy, warps, _vector(sch, copy))
         sch.set_scope(copy, 0, "shared.dyn")
         sch.storage_align(copy, 0, axis=-2, factor=32, offset=_PAD_BYTES // DTYPE_BYTES[dtype])
-    _write_vectors(sch, epilogue, written, warps)
+    _write_vectors(sch, epilogue, warps)
 
     sch.transform_layout(first, ("write", 0), _in_tiles(tensor_core.fragment))
     sch.transform_layout(second, ("write", 0), _in_tiles(tensor_core.transposed_fragment))
@@ -289,20 +290,43 @@ def _vector(sch: s_tir.Schedule, copy: SBlockRV) -> int:
     return math.gcd(static(read.shape[-1]) or 1, VECTOR_BYTES // DTYPE_BYTES[source])
 
 
-def _write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, written: SBlockRV, warps: int) -> None:
+def _write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, warps: int) -> None:
     """Let all threads of a block finish a tile that lies in shared memory, in vectors."""
-    columns = static(sch.get(written).writes[0].source.shape[-1]) or 1
+    store = sch.get_sblock("store")
+    columns = static(sch.get(store).writes[0].source.shape[-1]) or 1
     vector = math.gcd(columns, 8)
-    reads = len(sch.get(epilogue).reads)
-    readers = [sch.cache_read(epilogue, index, "local") for index in range(reads)]
     _, thread, lane = _share(sch, epilogue, warps, vector)
     sch.unroll(lane)
-    sch.reverse_compute_at(written, thread, preserve_unit_loops=True)
-    for block in readers:
-        sch.compute_at(block, thread, preserve_unit_loops=True)
-    for block in (*readers, written):
-        width = VECTOR_BYTES // DTYPE_BYTES[str(sch.get(block).writes[0].source.dtype)]
-        vectorize_copy(sch, block, math.gcd(vector, width))
+    sch.set_scope(epilogue, 0, "local")
+    sch.reverse_compute_at(store, thread, preserve_unit_loops=True)
+    copies = [store]
+    for index in range(len(sch.get(epilogue).reads)):
+        copy = _read_early(sch, epilogue, index)
+        sch.compute_at(copy, thread, preserve_unit_loops=True)
+        copies.append(copy)
+    for copy in copies:
+        width = VECTOR_BYTES // DTYPE_BYTES[str(sch.get(copy).writes[0].source.dtype)]
+        vectorize_copy(sch, copy, math.gcd(vector, width))
+
+
+def _read_early(sch: s_tir.Schedule, epilogue: SBlockRV, index: int) -> SBlockRV:
+    """Let a tensor that the epilogue reads be copied to registers first, by row and column."""
+    if sch.get(epilogue).reads[index].source.name == "residual":
+        return sch.reindex_cache_read(epilogue, index, "local", lambda m, n: (m, n))
+    return sch.cache_read(epilogue, index, "local")
+
+
+def _piece(rows: int | None, columns: int) -> tuple[int, int]:
+    """Choose rows and columns of a thread: many, so that a factor is read for many products.
+
+    But not so many that there are fewer blocks than multiprocessors.
+    """
+    heights = divisors((rows or _TILE) // _THREADS, _MOST)
+    pieces = [(high, wide) for high in heights for wide in divisors(columns // _THREADS, _MOST)]
+    enough = [
+        piece for piece in pieces if rows is None or _tiles(rows, columns, *piece) >= _FULL_GPU
+    ]
+    return max(enough or [(1, 1)], key=lambda piece: (math.prod(piece), min(piece)))
 
 
 def _by_threads(sch: s_tir.Schedule) -> None:
@@ -311,11 +335,7 @@ def _by_threads(sch: s_tir.Schedule) -> None:
     epilogue = sch.get_sblock("epilogue")
     row, column, depth = sch.get_loops(product)
     extents = [static(sch.get(loop).extent) for loop in (row, column, depth)]
-    high = _largest((extents[0] or _TILE) // _THREADS, 8)
-    wide = _largest((extents[1] or _THREADS) // _THREADS, 8)
-    if extents[0] is not None:
-        while high % 2 == 0 and _tiles(extents[0], extents[1] or 1, high, wide) < _FULL_GPU:
-            high //= 2
+    high, wide = _piece(extents[0], extents[1] or _THREADS)
     steps = _largest((extents[2] or FRAGMENT) // _QUAD, 8)
     row, i, rows = sch.split(row, [None, _THREADS, choose(sch, sorted({1, 2, 4, 8, high}), high)])
     column, j, columns = sch.split(
@@ -326,15 +346,23 @@ def _by_threads(sch: s_tir.Schedule) -> None:
     block, thread = sch.fuse(row, column), sch.fuse(i, j)
     sch.bind(block, "blockIdx.x")
     sch.bind(thread, "threadIdx.x")
-    # Before the epilogue is tiled: its bounds are lost where a cache is made of a part of it.
-    stored = sch.cache_write(epilogue, 0, "local")
     sch.set_scope(product, 0, "local")
+    sch.set_scope(epilogue, 0, "local")
     sch.reverse_compute_at(epilogue, thread, preserve_unit_loops=True)
-    sch.reverse_compute_at(stored, sch.get_loops(epilogue)[-2], preserve_unit_loops=True)
+    store = sch.get_sblock("store")
+    one_row = sch.get_loops(epilogue)[-2]
+    sch.reverse_compute_at(store, one_row, preserve_unit_loops=True)
     unroll_all(sch, sch.get_loops(epilogue)[-2:])
-    out = sch.get(stored).writes[0].source
-    size = DTYPE_BYTES[str(out.dtype)]
-    vectorize_copy(sch, stored, math.gcd(wide, int(out.shape[-1]), VECTOR_BYTES // size))
+    copies = [store]
+    names = [read.source.name for read in sch.get(epilogue).reads]
+    if "residual" in names:
+        residual = _read_early(sch, epilogue, names.index("residual"))
+        sch.compute_at(residual, one_row, preserve_unit_loops=True)
+        copies.append(residual)
+    for copy in copies:
+        out = sch.get(copy).writes[0].source
+        whole = math.gcd(wide, int(sch.get(store).writes[0].source.shape[-1]))
+        vectorize_copy(sch, copy, math.gcd(whole, VECTOR_BYTES // DTYPE_BYTES[str(out.dtype)]))
     weight = sch.cache_read(product, 1, "shared")
     first, second = sch.cache_read(product, 0, "local"), sch.cache_read(product, 1, "local")
     for vectors, width in ((first, _QUAD), (second, math.gcd(wide, _QUAD))):

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from tvm.ir import IRModule
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op import tensorir, tensors
-from dcnv3_tvm.op.reference import dcnv3_loops, dcnv3_reference
+from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.op.reference import dcnv3_loops
 from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.testing.operator import check, run
 from dcnv3_tvm.testing.specs import Inputs, random_inputs, specs
 from dcnv3_tvm.testing.tolerances import operator_bound
 
@@ -27,35 +28,6 @@ def compile_kernels(kernels):
     assert set(rules.values()) == {"dcnv3"}
     executable = tvm.compile(module, target=target)
     return [executable[name] for name in named]
-
-
-def run(kernel, spec, inputs, packed=False):
-    """Run a kernel into an output full of NaN."""
-    arguments = [inputs.x, inputs.offset, inputs.mask]
-    if packed:
-        both = np.concatenate([inputs.offset, inputs.mask], axis=-1)
-        filling = np.full(
-            (*both.shape[:3], tensorir.packed_channels(spec) - both.shape[3]), np.nan, both.dtype
-        )
-        arguments = [inputs.x, np.concatenate([both, filling], axis=-1)]
-    batch, out_height, out_width = inputs.offset.shape[:3]
-    out = np.full(
-        (batch, out_height, out_width, spec.channels), np.nan, tensors.numpy_dtype(spec.dtype)
-    )
-    kernel(*(tensors.to_kernel("numpy", array) for array in (*arguments, out)))
-    return out
-
-
-def check(out, spec, inputs):
-    reference = dcnv3_reference(inputs.x, inputs.offset, inputs.mask, spec)
-    finite = np.nan_to_num(inputs.offset.astype(np.float64), posinf=1e9, neginf=-1e9)
-    bound = operator_bound(spec, inputs.x, finite, inputs.mask, reference)
-    error = np.abs(out.astype(np.float64) - reference)
-    worst = np.unravel_index(np.argmax(error / bound), error.shape)
-    assert np.all(error <= bound), (
-        f"{spec.slug}: {out[worst]} is not {reference[worst]} at {worst} "
-        f"(error {error[worst]:.3g}, bound {bound[worst]:.3g})"
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)

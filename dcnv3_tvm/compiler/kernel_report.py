@@ -22,7 +22,7 @@ from tvm.target import Target
 from tvm.tirx import compilation_pipeline
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.compiler import device_passes
+from dcnv3_tvm.compiler import cuda, device_passes
 from dcnv3_tvm.targets import gpu_architecture
 
 TOOLS: Final = ("nvcc", "ptxas")
@@ -98,7 +98,8 @@ def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
     reports = []
     for name, text in _functions(ptx).items():
         said = log[name]
-        threads = int(re.search(r"\.maxntid (\d+)", text)[1])
+        found = re.search(r"\.maxntid (\d+)", text)
+        threads = int(found[1]) if found else gpu.WARP
         reports.append(_report(text, said, threads, sizes[name], shared.get(name, 0), target))
     return reports
 
@@ -170,7 +171,15 @@ def _assemble(folder: Path, source: str, arch: str) -> tuple[str, dict[str, str]
     options = ["-O3", "--use_fast_math", "-w", f"-arch={arch}"]
     _run(["nvcc", "-ptx", *options, "-o", str(folder / "k.ptx"), str(folder / "k.cu")])
     log = _run(
-        ["ptxas", "-v", f"-arch={arch}", "-o", str(folder / "k.cubin"), str(folder / "k.ptx")]
+        [
+            "ptxas",
+            "-v",
+            cuda.REGISTERS_FIRST,
+            f"-arch={arch}",
+            "-o",
+            str(folder / "k.cubin"),
+            str(folder / "k.ptx"),
+        ]
     )
     said = re.split(r"Compiling entry function '(\w+)'", log)
     texts = dict(zip(said[1::2], said[2::2], strict=True))

@@ -1,0 +1,88 @@
+"""The GPU's schedule of DCNv3, its threads one after the other, against float64."""
+
+import dataclasses
+
+import pytest
+import tvm
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from dcnv3_tvm.op import gemm, tensorir
+from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.testing.operator import check, run
+from dcnv3_tvm.testing.serial import serialized
+from dcnv3_tvm.testing.specs import random_inputs, specs
+
+TARGET = resolve_target("cuda-sm90")
+
+
+def compile_serially(kernels):
+    named = {
+        f"f{i}": serialized(dcnv3(kernel, TARGET)).with_attr("global_symbol", f"f{i}")
+        for i, kernel in enumerate(kernels)
+    }
+    executable = tvm.compile(tvm.IRModule(named), target=resolve_target("auto"))
+    return [executable[name] for name in named]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@settings(
+    max_examples=2,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+@given(data=st.data())
+def test_random_problems(dtype, data):
+    """Odd sizes, borders, strides, any channels of a group; with logits every second one packed."""
+    problems = data.draw(
+        st.lists(specs(dtype), min_size=12, max_size=12, unique_by=lambda spec: spec.slug)
+    )
+    packed = [spec.softmax and i % 2 == 0 for i, spec in enumerate(problems)]
+    kernels = compile_serially(
+        tensorir.dcnv3_packed(spec) if pack else tensorir.dcnv3(spec)
+        for spec, pack in zip(problems, packed, strict=True)
+    )
+    for seed, (spec, pack, kernel) in enumerate(zip(problems, packed, kernels, strict=True)):
+        inputs = random_inputs(spec, seed=seed)
+        check(run(kernel, spec, inputs, pack), spec, inputs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("shape", "group"),
+    [((2, 9, 11, 64), 4), ((1, 14, 14, 256), 16), ((1, 7, 7, 512), 32), ((1, 10, 6, 320), 10)],
+    ids=str,
+)
+def test_shapes_of_released_models(shape, group, dtype):
+    """Pixels that fill no whole block, 16 and 32 channels a group, more groups than a block has."""
+    spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
+    (kernel,) = compile_serially([tensorir.dcnv3_packed(spec)])
+    inputs = random_inputs(spec, seed=5)
+    check(run(kernel, spec, inputs, packed=True), spec, inputs)
+
+
+def test_any_batch():
+    spec = DCNv3Spec.of((None, 7, 9, 32), group=2)
+    (kernel,) = compile_serially([tensorir.dcnv3(spec)])
+    for batch in (1, 3):
+        static = dataclasses.replace(spec, batch=batch)
+        inputs = random_inputs(static, seed=batch)
+        check(run(kernel, static, inputs), static, inputs)
+
+
+def test_one_launch_and_vectors():
+    spec = DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16")
+    text = dcnv3(tensorir.dcnv3(spec), TARGET).script()
+    assert text.count('"blockIdx.x"') == 1
+    assert "T.vectorized(T.int64(8))" in text
+
+
+def test_others_are_refused():
+    kernel = tensorir.dcnv3(DCNv3Spec.of((1, 4, 4, 8), group=2))
+    assert dcnv3(kernel, resolve_target("cpu")) is None
+    assert dcnv3(gemm.linear((8,), 16, 16, dtype="float16"), TARGET) is None

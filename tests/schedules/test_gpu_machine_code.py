@@ -1,0 +1,76 @@
+"""What NVIDIA's assembler makes of the GPU schedules, at the sizes of released models.
+
+No GPU is needed; these are the numbers that must not get worse.
+"""
+
+import dataclasses
+
+import pytest
+import tvm
+
+from dcnv3_tvm.bench.variant_kernels import variant_kernels
+from dcnv3_tvm.compiler.kernel_report import report, tools_missing
+from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.targets import gpu_architecture, resolve_target
+
+pytestmark = pytest.mark.skipif(
+    bool(tools_missing()), reason=f"no {' and no '.join(tools_missing())} on the path"
+)
+
+
+def compiled(func, target):
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    scheduled, _ = schedule_module(module, target)
+    (kernel,) = report(scheduled["main"], target)
+    assert kernel.spill_bytes == kernel.stack_bytes == 0
+    assert kernel.shared_bytes <= gpu_architecture(target).block_shared_bytes
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "channels"),
+    [("float16", 125, 16), ("float32", 165, 8), ("bfloat16", 140, 16)],
+)
+@pytest.mark.parametrize("shape", [(64, 56, 56, 128), (64, 7, 7, 1024)], ids=str)
+def test_instructions_per_channel(shape, dtype, most, channels):
+    """The kernel is bound by them: softmax included, as a thread executes them for a channel."""
+    spec = DCNv3Spec.of(shape, group=shape[-1] // 16, dtype=dtype)
+    spec = dataclasses.replace(spec, softmax=True)
+    kernel = compiled(tensorir.dcnv3_packed(spec), resolve_target("cuda-sm90"))
+    assert kernel.instructions / channels <= most
+    assert kernel.load_bytes[-1] == 16
+    assert kernel.occupancy >= 0.4
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm86", "sm89", "sm90", "sm100", "sm120"])
+def test_every_architecture(arch):
+    target = resolve_target(f"cuda-{arch}")
+    kernels = {
+        kernel.name: kernel.function
+        for kernel in variant_kernels("internimage_t", target, "float16", batch=64)
+    }
+    for name in ("linear_64_256_gelu", "convolution_64_128"):
+        kernel = compiled(kernels[name], target)
+        assert kernel.tensor_cores
+        assert kernel.asynchronous
+        assert kernel.load_bytes == (16,)
+    sampling = compiled(kernels["dcnv3_64"], target)
+    assert sampling.load_bytes[-1] == 16
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "batch", "size"),
+    [
+        ("internimage_s", "bfloat16", 1, None),
+        ("internimage_h", "float16", 1, None),
+        ("internimage_t", "float32", 3, (225, 333)),
+    ],
+)
+@pytest.mark.slow
+def test_every_kernel_of_a_variant(variant, dtype, batch, size):
+    target = resolve_target("cuda-sm90")
+    for kernel in variant_kernels(variant, target, dtype, batch=batch, size=size):
+        result = compiled(kernel.function, target)
+        assert result.tensor_cores == (kernel.rule == "gemm" and dtype != "float32"), kernel.name
