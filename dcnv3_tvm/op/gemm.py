@@ -69,9 +69,7 @@ def row_unit(rows: Any) -> int:
 
 def filled_depth(depth: int) -> int:
     """Return the depth, filled up so that it has a divisor a block can take at a time."""
-    if depth <= _SHORT_DEPTH:
-        return _filled(depth, FRAGMENT)
-    return _filled(depth, DEPTH_UNIT)
+    return int(_filled(depth, FRAGMENT if depth <= _SHORT_DEPTH else DEPTH_UNIT))
 
 
 @functools.lru_cache(maxsize=256)

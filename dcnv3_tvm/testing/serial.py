@@ -10,12 +10,13 @@ the kernel as plain loops until `dcnv3_tvm.schedules.gpu.tensor_core` replaces t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tvm
 from tvm import relax, s_tir, tirx
 from tvm.target import Target
+from tvm.tirx.analysis import undefined_vars
 
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.imported import ImportedModel
@@ -35,33 +36,46 @@ def serialized(func: tirx.PrimFunc) -> tirx.PrimFunc:
     -------
     tvm.tirx.PrimFunc
         For LLVM targets. Annotations, which only guide the lowering for GPUs, are gone.
+
+    Raises
+    ------
+    ValueError
+        If what is done by all threads of an axis depends on a loop around it that is bound to the
+        same axis. On a GPU the two are one: each thread does its share of its own part alone.
     """
-    return func.with_body(_serial(func.body))
+    return func.with_body(_serial(func.body, {}))
 
 
-def _serial(node: Any) -> Any:
+def _serial(node: Any, axes: Mapping[str, tirx.Var]) -> Any:
     if isinstance(node, tirx.SeqStmt):
-        return tirx.SeqStmt([_serial(statement) for statement in node.seq])
+        return tirx.SeqStmt([_serial(statement, axes) for statement in node.seq])
     if isinstance(node, s_tir.SBlockRealize):
-        return s_tir.SBlockRealize(node.iter_values, node.predicate, _serial(node.block))
+        return s_tir.SBlockRealize(node.iter_values, node.predicate, _serial(node.block, axes))
     if isinstance(node, s_tir.SBlock):
         return s_tir.SBlock(
             node.iter_vars,
             node.reads,
             node.writes,
             node.name_hint,
-            _serial(node.body),
-            None if node.init is None else _serial(node.init),
+            _serial(node.body, axes),
+            None if node.init is None else _serial(node.init, axes),
             node.alloc_buffers,
             node.match_buffers,
         )
     if isinstance(node, tirx.For):
         bound = node.kind == tirx.ForKind.THREAD_BINDING
         kind = tirx.ForKind.SERIAL if bound else node.kind
-        return tirx.For(node.loop_var, node.min, node.extent, kind, _serial(node.body))
+        if bound:
+            axis = str(node.thread_binding.thread_tag)
+            outer = axes.get(axis)
+            free = undefined_vars(node.body, [node.loop_var])
+            if outer is not None and any(var.same_as(outer) for var in free):
+                raise ValueError(f"loops inside each other are bound to {axis}: {outer} is used")
+            axes = {**axes, axis: node.loop_var}
+        return tirx.For(node.loop_var, node.min, node.extent, kind, _serial(node.body, axes))
     if isinstance(node, tirx.IfThenElse):
-        other = None if node.else_case is None else _serial(node.else_case)
-        return tirx.IfThenElse(node.condition, _serial(node.then_case), other)
+        other = None if node.else_case is None else _serial(node.else_case, axes)
+        return tirx.IfThenElse(node.condition, _serial(node.then_case, axes), other)
     return node
 
 

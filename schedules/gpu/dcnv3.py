@@ -130,10 +130,11 @@ def _tile(sch: s_tir.Schedule, store: SBlockRV, spec: DCNv3Spec, vector: int) ->
 
 def _run(rows: int | None, columns: int | None, wanted: int) -> int:
     """Choose how many pixels a block takes: some that divide an image, so that none is cut off."""
+    power = 1 << (wanted.bit_length() - 1)
     if rows is None or columns is None:
-        return 2 ** int(math.log2(wanted))
+        return power
     fitting = [d for d in divisors(rows * columns, 2 * wanted) if 2 * d >= wanted]
-    return min(fitting, key=lambda d: abs(d - wanted)) if fitting else 2 ** int(math.log2(wanted))
+    return min(fitting, key=lambda d: abs(d - wanted), default=power)
 
 
 def _compute_at(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV, loops: int) -> None:

@@ -211,10 +211,11 @@ def _on_tensor_cores(sch: s_tir.Schedule, func: tirx.PrimFunc, target: Target) -
     first, second = sch.cache_read(product, 0, "warp"), sch.cache_read(product, 1, "warp")
     for fragment in (first, second):
         sch.compute_at(fragment, depth, preserve_unit_loops=True)
+    # In shared memory before it is moved: so it is a tile of the block, not of a warp.
+    sch.set_scope(operand, 0, "shared.dyn")
     for copy in (operand, weight):
         sch.compute_at(copy, step, preserve_unit_loops=True)
         _fetch(sch, copy, warps, _vector(sch, copy))
-        sch.set_scope(copy, 0, "shared.dyn")
         sch.storage_align(copy, 0, axis=-2, factor=32, offset=_PAD_BYTES // DTYPE_BYTES[dtype])
     _write_vectors(sch, epilogue, warps)
 
@@ -369,6 +370,8 @@ def _by_threads(sch: s_tir.Schedule) -> None:
         sch.compute_at(vectors, depth, preserve_unit_loops=True)
         sch.unroll(sch.get_loops(vectors)[-2])
         vectorize_copy(sch, vectors, width)
+    # In shared memory before it is moved: so it is a tile of the block, not of a thread.
+    sch.set_scope(operand, 0, "shared")
     for copy in (operand, weight):
         sch.compute_at(copy, step, preserve_unit_loops=True)
         high_loop, wide_loop = sch.get_loops(copy)[-2:]
@@ -377,7 +380,6 @@ def _by_threads(sch: s_tir.Schedule) -> None:
         sch.bind(worker, "threadIdx.x")
         sch.unroll(turn)
         sch.vectorize(lane)
-        sch.set_scope(copy, 0, "shared")
     sch.storage_align(operand, 0, axis=-2, factor=32, offset=_PAD_BYTES // 4)
     unroll_all(sch, [depth, rows, columns, k])
     clear = sch.decompose_reduction(product, step)
