@@ -18,20 +18,23 @@ from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels, vector_elements
 from dcnv3_tvm.schedules.gpu.threads import choose, unroll_all
 from dcnv3_tvm.targets import is_gpu
 
-_THREADS: Final = 128
+_THREADS: Final = range(64, 513)
 """Threads of a block."""
 
-_SIDES: Final = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Rows, and runs in a row, of a block among which a tuner may choose."""
+_SIDES: Final = (1, 2, 4, 5, 7, 8, 14, 16, 32)
+"""Rows, and runs in a row, of a block."""
 
-_RUNS: Final = (1, 2, 4, 8)
+_RUNS: Final = (1, 2, 4, 5, 7, 8)
 """Neighbouring pixels of a thread."""
 
 _MOST_SUMS: Final = 64
 """Sums that a thread keeps, where fewer are possible."""
 
-_TOO_MANY_SUMS: Final = 160
-"""Sums that do not fit the registers of a thread."""
+_MOST_VALUES: Final = 96
+"""The same with a row of what the sums see."""
+
+_TOO_MANY_VALUES: Final = 192
+"""Values that do not fit the registers of a thread."""
 
 _FULL_GPU: Final = 2**17
 """Threads that fill a large GPU once."""
@@ -62,20 +65,20 @@ def depthwise(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     part, pixel, run = sch.split(pixel, [None, runs, run])
     sch.reorder(batch, slab, part, line, pixel, run)
     sch.bind(sch.fuse(batch, slab, part), "blockIdx.x")
-    place = sch.fuse(line, pixel)
-    sch.bind(place, "threadIdx.y")
+    sch.bind(line, "threadIdx.z")
+    sch.bind(pixel, "threadIdx.y")
     shared = Channels.of(sch, tile.lanes, tile.vector)
     shared.store(sch, epilogue, channel, [run])
     if normalized:
-        shared.normalize(sch, place)
-    _sum_window(sch, shared, place)
+        shared.normalize(sch, pixel)
+    _sum_window(sch, shared, pixel)
     return sch.mod["main"]
 
 
-def _sum_window(sch: s_tir.Schedule, shared: Channels, place: LoopRV) -> None:
+def _sum_window(sch: s_tir.Schedule, shared: Channels, pixel: LoopRV) -> None:
     """Sum the window of each pixel of a run, in registers."""
     window, image = sch.get_sblock("window"), sch.get_sblock("padded")
-    sch.compute_at(window, place, preserve_unit_loops=True)
+    sch.compute_at(window, pixel, preserve_unit_loops=True)
     sch.set_scope(window, 0, "local")
     *_, run, channel, high, wide = sch.get_loops(window)
     step = shared.split(sch, channel, [])
@@ -115,39 +118,52 @@ class _Tile:
 
 
 def _tile(func: tirx.PrimFunc) -> _Tile | None:
-    """Choose what seems to take the least time; None if no choice fits the registers."""
+    """Choose what seems to take the least time; None if no choice fits the registers.
+
+    The numbers come from machine code for several tiles: about 150 instructions a thread, 25 for
+    LayerNorm and GELU of a channel, 8 for the address of a vector and whether it is in the image,
+    and half as many again of all where the last tile of an axis is not whole.
+    """
     x, weight, out = func.params[0], func.params[1], func.params[-1]
-    kernel = [int(size) for size in weight.shape[:2]]
+    high, wide = (int(size) for size in weight.shape[:2])
     channels = int(weight.shape[-1])
     vector = vector_elements(channels, [x, out])
     vectors = channels // vector
     batch, height, width = (static(size) or 64 for size in out.shape[:3])
 
+    def sums(tile: _Tile) -> int:
+        return tile.run * -(-vectors // tile.lanes) * vector
+
+    def values(tile: _Tile) -> int:
+        return sums(tile) + (tile.run + wide - 1) * vector
+
     def cost(tile: _Tile) -> tuple[bool, float]:
         """Estimate the instructions of a thread times the turns in which the GPU has all."""
-        steps = -(-vectors // tile.lanes)
-        sums = tile.run * steps * vector
-        loads = kernel[0] * (tile.run + kernel[1] - 1) / tile.run
+        pixels = tile.runs * tile.run
+        halo = (1 + (high - 1) / tile.lines) * (1 + (wide - 1) / pixels)
+        exchange = 4 * (math.log2(tile.lanes) + 1) * (1 if tile.lanes <= WARP else 3)
         instructions = (
-            loads * (1 + 4 / vector)
-            + math.prod(kernel) * (1 + 1 / (4 * tile.run))
-            + 4 * (math.log2(tile.lanes) + 1) * (1 if tile.lanes <= WARP else 3) / (steps * vector)
-            + 3 * (1 + (kernel[0] - 1) / tile.lines)
+            high * (1 + (wide - 1) / tile.run) * (1 + 8 / vector)
+            + high * wide * (1 + 1 / (4 * tile.run))
+            + (exchange * tile.run + 150) / sums(tile)
+            + 2 * halo
             + 25
         )
-        rows = _round_up(height, tile.lines)
-        columns = _round_up(width, tile.runs * tile.run)
-        threads = batch * rows * columns // tile.run * tile.lanes
-        return sums > _MOST_SUMS, instructions * sums * max(threads, _FULL_GPU)
+        rows, columns = _round_up(height, tile.lines), _round_up(width, pixels)
+        block = tile.lines * tile.runs * tile.lanes
+        threads = batch * rows * columns // tile.run * tile.lanes * _round_up(block, WARP) // block
+        whole = (rows, columns, vectors % tile.lanes) == (height, width, 0)
+        time = instructions * sums(tile) * max(threads, _FULL_GPU) * (1.0 if whole else 1.4)
+        too_many = sums(tile) > _MOST_SUMS or values(tile) > _MOST_VALUES
+        return too_many, time
 
     tiles = [
-        _Tile(lines, max(1, _THREADS // lanes) // lines, run, lanes, vector)
-        for lanes, lines, run in itertools.product(LANES, _SIDES, _RUNS)
-        if lanes < 2 * vectors and max(1, _THREADS // lanes) % lines == 0
+        _Tile(lines, runs, run, lanes, vector)
+        for lines, runs, run, lanes in itertools.product(_SIDES, _SIDES, _RUNS, LANES)
+        if lanes < 2 * vectors and lines * runs * lanes in _THREADS
     ]
     best = min(tiles, key=cost)
-    sums = best.run * -(-vectors // best.lanes) * vector
-    return best if sums <= _TOO_MANY_SUMS else None
+    return best if values(best) <= _TOO_MANY_VALUES else None
 
 
 def _round_up(size: int, step: int) -> int:

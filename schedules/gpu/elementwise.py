@@ -70,11 +70,12 @@ def _turned(
 ) -> int | None:
     """Return the axis along which a tensor lies, if it is to be turned to lie along another."""
     positions = [_position(dimension.min, axes) for dimension in region.region]
-    if None in positions or along not in positions or positions[-1] == along:
+    across = positions[-1] if positions else None
+    if across is None or None in positions or along not in positions or across == along:
         return None
     # TVM allocates no tile of axes whose sizes it does not know.
-    sizes = [static(sch.get(loops[axis]).extent) or 0 for axis in (positions[-1], along)]
-    return positions[-1] if min(sizes) > _NARROW else None
+    sizes = [static(sch.get(loops[axis]).extent) or 0 for axis in (across, along)]
+    return across if min(sizes) > _NARROW else None
 
 
 def _turn(

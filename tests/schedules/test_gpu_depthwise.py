@@ -113,9 +113,9 @@ def source(func):
 def test_everything_stays_in_registers_and_moves_in_vectors():
     func = normalization.depthwise(
         64,
-        56,
-        56,
-        64,
+        28,
+        28,
+        128,
         kernel_size=(3, 3),
         pad=(1, 1),
         bias=True,
