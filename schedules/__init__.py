@@ -66,6 +66,8 @@ GPU_RULES: Final[tuple[Rule, ...]] = (
 SCHEDULED: Final = "tirx.is_scheduled"
 """Function attribute of a kernel that is not to be scheduled again."""
 
+_SYMBOL: Final = "global_symbol"
+
 UNSCHEDULED: Final = "unscheduled"
 """Name recorded for a CPU kernel that no rule could schedule; it runs as it was written."""
 
@@ -128,5 +130,12 @@ def _schedule(func: tirx.PrimFunc, target: Target) -> tuple[tirx.PrimFunc, str]:
         except ScheduleError:
             continue
         if result is not None:
-            return result, rule.__name__
+            return _named_like(func, result), rule.__name__
     return func, UNSCHEDULED
+
+
+def _named_like(func: tirx.PrimFunc, scheduled: tirx.PrimFunc) -> tirx.PrimFunc:
+    """Give a function its own name again, where a rule has built the kernel anew."""
+    symbol = func.attrs.get(_SYMBOL) if func.attrs else None
+    plain = scheduled.without_attr(_SYMBOL)
+    return plain if symbol is None else plain.with_attr(_SYMBOL, symbol)

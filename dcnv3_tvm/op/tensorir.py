@@ -180,7 +180,8 @@ def gathering(func: tirx.PrimFunc) -> tirx.PrimFunc:
     if str(func.attrs[KERNEL_ATTR]) == "dcnv3":
         return dcnv3(spec, gather=True)
     _, offset_mask, out = func.params
-    return dcnv3_packed(spec, str(out.dtype), offset_dtype=str(offset_mask.dtype), gather=True)
+    offsets = str(offset_mask.dtype)
+    return dcnv3_packed(spec, str(out.dtype), offset_dtype=offsets, gather=True)
 
 
 def spec_of(func: tirx.PrimFunc) -> DCNv3Spec:

@@ -1,0 +1,70 @@
+"""Every kernel of released variants by its GPU schedule, on small images, against no schedule.
+
+Channels and groups are the variants' own, and so are the remainders that tiles leave of them; the
+images are small, because threads run one after the other here.
+"""
+
+import numpy as np
+import pytest
+import tvm
+
+from dcnv3_tvm import frontend
+from dcnv3_tvm.bench.variant_kernels import variant_kernels
+from dcnv3_tvm.schedules import rules_for, schedule_module
+from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.testing.serial import serialized
+from dcnv3_tvm.testing.tolerances import LAYER
+
+TARGET = resolve_target("cuda-sm90")
+HOST = resolve_target("auto")
+SIZE = (36, 68)
+
+
+def inputs_of(function, rng):
+    """Random inputs, scaled by the depth of a product, which is a weight's last dimension."""
+    arrays = []
+    for param in function.params[:-1]:
+        shape = [int(size) for size in param.shape]
+        array = rng.standard_normal(shape)
+        if len(shape) == 2:
+            array /= np.sqrt(min(shape))
+        arrays.append(array.astype(str(param.dtype)))
+    return arrays
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("internimage_t", "float16"), ("internimage_b", "float32"), ("internimage_h", "bfloat16")],
+)
+def test_every_kernel(variant, dtype, rng):
+    kernels = variant_kernels(variant, TARGET, dtype, size=SIZE)
+    named = {k.name: k.function.with_attr("global_symbol", k.name) for k in kernels}
+    scheduled, rules = schedule_module(tvm.IRModule(named), TARGET, intrinsics=False)
+    assert rules == {kernel.name: kernel.rule for kernel in kernels}
+    serial = tvm.IRModule({name: serialized(scheduled[name]) for name in named})
+    compiled = tvm.compile(serial, target=HOST)
+    expected = tvm.compile(tvm.IRModule(named), target=HOST)
+    for kernel in kernels:
+        out = kernel.function.params[-1]
+        arrays = inputs_of(kernel.function, rng)
+        results = []
+        for executable in (compiled, expected):
+            poisoned = np.full([int(s) for s in out.shape], np.nan, str(out.dtype))
+            tensors = [tvm.runtime.tensor(array) for array in (*arrays, poisoned)]
+            executable[kernel.name](*tensors)
+            results.append(tensors[-1].numpy().astype(np.float64))
+        result, truth = results
+        error = np.abs(result - truth).max()
+        # Both are rounded to the output's type.
+        assert error <= 2 * LAYER[str(out.dtype)] * max(1.0, np.abs(truth).max()), kernel.name
+
+
+@pytest.mark.parametrize("variant", frontend.list_models("internimage_*"))
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_kernel_has_its_rule(variant, dtype):
+    for kernel in variant_kernels(variant, TARGET, dtype, batch=64):
+        taken = next(
+            rule.__name__ for rule in rules_for(TARGET) if rule(kernel.function, TARGET) is not None
+        )
+        assert taken == kernel.rule, kernel.name
