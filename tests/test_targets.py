@@ -73,7 +73,7 @@ def test_gpu(name):
 
 def test_the_gpu_of_a_machine_without_one(monkeypatch):
     monkeypatch.setattr(gpu, "devices", lambda: ())
-    with pytest.raises(TargetError, match='no NVIDIA GPU.*target="cuda-sm90"'):
+    with pytest.raises(TargetError, match=r'no NVIDIA GPU.*target="cuda-sm90"'):
         resolve_target("cuda")
 
 
