@@ -60,9 +60,12 @@ def depthwise(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
     normalized = len(sch.get_consumers(window)) > 1
     batch, line, pixel, channel = sch.get_loops(epilogue)
-    slab, line = sch.split(line, [None, choose(sch, _SIDES, tile.lines)])
-    runs, run = choose(sch, _SIDES, tile.runs), choose(sch, _RUNS, tile.run)
-    part, pixel, run = sch.split(pixel, [None, runs, run])
+    lines, runs = (
+        choose(sch, _SIDES, side) if tile.lanes <= WARP else side
+        for side in (tile.lines, tile.runs)
+    )
+    slab, line = sch.split(line, [None, lines])
+    part, pixel, run = sch.split(pixel, [None, runs, choose(sch, _RUNS, tile.run)])
     sch.reorder(batch, slab, part, line, pixel, run)
     sch.bind(sch.fuse(batch, slab, part), "blockIdx.x")
     sch.bind(line, "threadIdx.z")
@@ -160,7 +163,9 @@ def _tile(func: tirx.PrimFunc) -> _Tile | None:
     tiles = [
         _Tile(lines, runs, run, lanes, vector)
         for lines, runs, run, lanes in itertools.product(_SIDES, _SIDES, _RUNS, LANES)
-        if lanes < 2 * vectors and lines * runs * lanes in _THREADS
+        if lanes < 2 * vectors
+        and lines * runs * lanes in _THREADS
+        and (lanes <= WARP or lines == runs == 1)
     ]
     best = min(tiles, key=cost)
     return best if values(best) <= _TOO_MANY_VALUES else None

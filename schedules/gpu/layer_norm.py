@@ -53,7 +53,8 @@ def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, channel = sch.get_loops(epilogue)
-    block, row = sch.split(row, [None, choose(sch, _ROWS, max(1, _THREADS // lanes))])
+    rows = choose(sch, _ROWS, max(1, _THREADS // lanes)) if lanes <= WARP else 1
+    block, row = sch.split(row, [None, rows])
     sch.bind(block, "blockIdx.x")
     sch.bind(row, "threadIdx.y")
     shared = Channels.of(sch, lanes, vector)
@@ -96,7 +97,8 @@ class Channels:
         Neighbouring channels that a thread takes together.
     scope : str
         Where the sums of a row go: each thread of a warp gets them by shuffles; more warps need
-        shared memory.
+        shared memory. Then a block must have one row at a time: TVM takes an element of shared
+        memory that depends on another thread index for a thread's own, and leaves out the barrier.
     """
 
     lanes: ExprRV

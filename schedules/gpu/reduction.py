@@ -66,7 +66,7 @@ def reduction(sch: s_tir.Schedule, blocks: list[SBlockRV], result: SBlockRV) -> 
     place = sch.fuse(*places) if places else sch.add_unit_loop(row[0])
     if not row and (outputs >= _ENOUGH_OUTPUTS or steps <= _SHORT):
         sharing = _Sharing(bind_elements(sch, place))
-    elif not row and _neighbours(sch, blocks[0]):
+    elif not row and len(blocks) == 1 and _neighbours(sch, blocks[0]):
         sharing = _Sharing(_bind(sch, place, WARP, "threadIdx.x"), "threadIdx.y", _SHARES)
     elif max(steps, _product(sch, row, _LONG)) <= _LONG:
         sharing = _Sharing(_bind(sch, place, _ROWS, "threadIdx.y"), "threadIdx.x", WARP)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import tvm
 from tvm import tirx
@@ -132,6 +134,20 @@ def test_everything_stays_in_registers_and_moves_in_vectors():
     assert code.count("*(uint4*)(out_ptr + ") == 4
     assert code.count("= *(float4*)(weight_ptr + ") == 9 * 2
     assert not any(f"{name}_ptr[" in code for name in ("x", "out", "weight", "gamma", "beta"))
+
+
+@pytest.mark.parametrize("pixels", [7, 16])
+def test_sums_over_several_warps_are_not_read_before_they_are_there(pixels):
+    func = normalization.depthwise(
+        1, pixels, pixels, 4096, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6
+    )
+    code = source(func)
+    for name in ("total", "square"):
+        stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
+        assert "__syncthreads();" in stored
+        assert read
+    # TVM leaves out the barrier where the element depends on another thread index.
+    assert not re.search(r"(total|square)_shared_ptr\[[^]]*threadIdx", code)
 
 
 def test_what_does_not_fit_registers_and_other_kernels_are_refused():

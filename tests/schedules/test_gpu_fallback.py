@@ -71,6 +71,11 @@ CASES = {
     "mean_of_channels": (lambda x: relax.op.mean(x, [-1]), lambda x: x.mean(-1), [(40, 50, 60)]),
     "mean_of_long_rows": (lambda x: relax.op.mean(x, [-1]), lambda x: x.mean(-1), [(5, 3001)]),
     "variance": (lambda x: relax.op.variance(x, [-1]), lambda x: x.var(-1), [(5, 301)]),
+    "variance_of_pixels": (
+        lambda x: relax.op.variance(x, [1, 2]),
+        lambda x: x.var((1, 2)),
+        [(2, 7, 7, 300)],
+    ),
     "sum_to_a_scalar": (relax.op.sum, np.sum, [(3, 5)]),
     "share_of_the_sum": (
         lambda x: relax.op.divide(x, relax.op.sum(x)),
@@ -219,6 +224,17 @@ def test_few_results_are_shared_by_threads_that_read_neighbours(rng, host):
     (load,) = re.findall(r"x0_ptr\[(.*)\]\)", codes[0])
     assert load.rstrip(")").endswith("+ ((int)threadIdx.x")
     assert "threadIdx.y) * 1024" in load
+    # The thread that stored the sum reads it: TVM sets no barrier between.
+    assert "if (((int)threadIdx.y) == 0) {\n    T_divide_ptr[" in codes[0]
+
+
+@pytest.mark.parametrize("name", ["variance", "variance_of_pixels"])
+def test_reductions_of_reductions_wait_for_each_other(rng, host, name):
+    build, _, shapes = CASES[name]
+    arrays = [rng.standard_normal(shape).astype("float32") for shape in shapes]
+    codes, _ = run(legalized(build, shapes), host, arrays)
+    for code in codes:
+        assert not re.search(r"_shared_ptr\[[^]]*threadIdx", code)
 
 
 def test_transposes_go_through_shared_memory(rng, host):

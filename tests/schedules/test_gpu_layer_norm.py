@@ -102,6 +102,17 @@ def test_sums_over_threads(channels, warp):
     assert ("__shared__" not in code) == warp
 
 
+@pytest.mark.parametrize("channels", [4096, 6144])
+def test_sums_over_several_warps_are_not_read_before_they_are_there(channels):
+    code = source(normalization.layer_norm((64, 49), channels, eps=1e-6, x_dtype="float16"))
+    for name in ("total", "square"):
+        stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
+        assert "__syncthreads();" in stored
+        assert read
+    # TVM leaves out the barrier where the element depends on another thread index.
+    assert "_shared_ptr[((int)threadIdx.y)]" not in code
+
+
 def test_what_does_not_fit_registers_and_other_kernels_are_refused():
     assert layer_norm(normalization.layer_norm((3,), 16 * 12289, eps=1e-6), TARGET) is None
     kernel = normalization.depthwise(1, 4, 4, 8, kernel_size=(3, 3), pad=(1, 1), bias=True)
