@@ -286,6 +286,10 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str, gather: 
         high = low + tirx.max(sizes[1 + axis] - _int64(2), _int64(0))
         # By way of int32, because GPUs are slow at converting int64.
         low, high = (tirx.Cast(acc_type, tirx.Cast("int32", end)) for end in (low, high))
+        if gather:
+            # Of NaN and a number, GPUs take the number as the smaller one. A Select would be a
+            # branch there.
+            return tirx.floor(tirx.max(tirx.min(coordinate, high), low))
         # A comparison with NaN is false, so that NaN gives the low end.
         inside = tirx.Select(coordinate > low, tirx.min(coordinate, high), low)
         return tirx.floor(inside)

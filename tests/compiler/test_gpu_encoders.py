@@ -36,7 +36,7 @@ def test_pre_norm(dtype, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_attention_pooling_and_center_feature_scale(dtype, rng):
     assert_agrees("test_internimage_res_post_norm", (1, 3, 64, 96), dtype, "main", rng)
 

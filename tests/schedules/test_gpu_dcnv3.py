@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import tvm
 from hypothesis import HealthCheck, Phase, given, settings
@@ -13,7 +14,7 @@ from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing.operator import check, run
 from dcnv3_tvm.testing.serial import serialized
-from dcnv3_tvm.testing.specs import random_inputs, specs
+from dcnv3_tvm.testing.specs import Inputs, random_inputs, specs
 
 TARGET = resolve_target("cuda-sm90")
 
@@ -86,3 +87,17 @@ def test_others_are_refused():
     kernel = tensorir.dcnv3(DCNv3Spec.of((1, 4, 4, 8), group=2))
     assert dcnv3(kernel, resolve_target("cpu")) is None
     assert dcnv3(gemm.linear((8,), 16, 16, dtype="float16"), TARGET) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_nothing_outside_is_read(dtype):
+    """NaN and infinite offsets drop their points; what they read lies in the image."""
+    spec = DCNv3Spec.of((2, 5, 6, 32), group=2, pad=2, dtype=dtype)
+    (kernel,) = compile_serially([tensorir.dcnv3(spec)])
+    plain = random_inputs(spec, seed=3)
+    rng = np.random.default_rng(4)
+    special = np.array([np.nan, np.inf, -np.inf, 6e4, -6e4]).astype(plain.offset.dtype)
+    drawn = special[rng.integers(0, len(special), plain.offset.shape)]
+    offset = np.where(rng.random(plain.offset.shape) < 0.3, drawn, plain.offset)
+    inputs = Inputs(plain.x, offset, plain.mask)
+    check(run(kernel, spec, inputs), spec, inputs)

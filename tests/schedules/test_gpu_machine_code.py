@@ -64,7 +64,7 @@ def test_every_architecture(arch):
     ("variant", "dtype", "batch", "size"),
     [
         ("internimage_s", "bfloat16", 1, None),
-        ("internimage_h", "float16", 1, None),
+        ("internimage_xl", "bfloat16", 64, None),
         ("internimage_t", "float32", 3, (225, 333)),
     ],
 )
