@@ -13,15 +13,13 @@ from typing import NamedTuple
 from tvm import tirx
 from tvm.target import Target
 
-from dcnv3_tvm.bench.cases import DETECTION_SIZE, stage_specs
+from dcnv3_tvm.bench.cases import stage_specs
 from dcnv3_tvm.frontend.variants import InternImageConfig, model_config
 from dcnv3_tvm.op import gemm, normalization, products, tensorir
 from dcnv3_tvm.op.products import Epilogue
 from dcnv3_tvm.schedules import linear_tile
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
-
-__all__ = ["DETECTION_SIZE", "VariantKernel", "variant_kernels"]
 
 _BIAS = Epilogue(bias=True)
 _GELU = Epilogue(bias=True, activation="gelu")

@@ -195,7 +195,7 @@ def _with_machine_code(root: Any, arch: str) -> bytes:
     and for each module its kind and, unless it is the library itself, its bytes. Those of a module
     of CUDA are the format of its code, a table of its functions, and the code.
     """
-    sources = [source.encode() for source in _sources(root)]
+    sources = [source.encode() for source in cuda_sources(root)]
     pack = tvm_ffi.get_global_func("runtime.ModulePackImportsToTensor")
     reader = io.BytesIO(pack(root).numpy().tobytes())
 
@@ -228,9 +228,10 @@ def _compiled(module: bytes, sources: list[bytes], arch: str) -> bytes:
     )
 
 
-def _sources(module: Any) -> list[str]:
+def cuda_sources(module: Any) -> list[str]:
+    """Return the CUDA source in a compiled module and in those it imports."""
     own = [str(module.inspect_source("cuda"))] if module.kind == "cuda" else []
-    return own + [source for part in module.imports for source in _sources(part)]
+    return own + [source for part in module.imports for source in cuda_sources(part)]
 
 
 def _field(content: bytes) -> bytes:

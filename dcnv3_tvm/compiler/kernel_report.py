@@ -14,7 +14,7 @@ import struct
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import tvm
 from tvm import tirx
@@ -91,7 +91,7 @@ def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
     with device_passes.lowering():
         shared = _shared_bytes(module, target)
         executable = tvm.compile(module, target=target, tir_pipeline=device_passes.PIPELINE)
-    source = "\n".join(_sources(executable.mod))
+    source = "\n".join(cuda.cuda_sources(executable.mod))
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-") as folder:
         ptx, log, cubin = _assemble(Path(folder), source, arch)
     sizes = _instructions(cubin)
@@ -159,11 +159,6 @@ def _shared_bytes(module: tvm.IRModule, target: Target) -> dict[str, int]:
         )
         for var, function in lowered.functions_items()
     }
-
-
-def _sources(module: Any) -> list[str]:
-    own = [module.inspect_source()] if module.kind == "cuda" else []
-    return [*own, *(source for child in module.imports for source in _sources(child))]
 
 
 def _assemble(folder: Path, source: str, arch: str) -> tuple[str, dict[str, str], bytes]:

@@ -134,7 +134,7 @@ def default_tile(rows: int | None, columns: int, depth: int, shared_bytes: int) 
     while rows is not None and _tiles(rows, columns, high, wide) < _FULL_GPU:
         if high >= wide and high % 2 == 0:
             high //= 2
-        elif wide % 2 == 0 and wide > 1:
+        elif wide % 2 == 0:
             wide //= 2
         elif high % 2 == 0:
             high //= 2
