@@ -55,6 +55,9 @@ REGISTERS: Final = 65536
 WARP: Final = 32
 """Threads of a warp."""
 
+BLOCK_THREADS: Final = 1024
+"""Most threads of a block, in all architectures listed."""
+
 ARCHITECTURES: Final = {
     "sm_80": Architecture(threads=2048, blocks=32, shared_bytes=164 * 1024),
     "sm_86": Architecture(threads=1536, blocks=16, shared_bytes=100 * 1024),

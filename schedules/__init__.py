@@ -1,12 +1,14 @@
 """Schedules: TensorIR functions in, TensorIR functions that run fast on the target out.
 
-A rule is a function ``rule(func, target)`` that returns the scheduled function, or ``None`` when
-it does not know the kernel. One rule a file, in one folder a kind of target.
+A rule is a function ``rule(func, target, choices)`` that returns the scheduled function, or
+``None`` when it does not know the kernel. One rule a file, in one folder a kind of target. What a
+tuner may decide otherwise, a rule asks of `dcnv3_tvm.schedules.choices.Choices`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from tvm import tirx
@@ -15,6 +17,7 @@ from tvm.s_tir.schedule import ScheduleError
 from tvm.target import Target
 
 from dcnv3_tvm.errors import CompileError
+from dcnv3_tvm.schedules.choices import Choice, ChoiceError, Choices
 from dcnv3_tvm.schedules.cpu.convolution import convolution
 from dcnv3_tvm.schedules.cpu.dcnv3 import dcnv3
 from dcnv3_tvm.schedules.cpu.depthwise import depthwise
@@ -23,26 +26,33 @@ from dcnv3_tvm.schedules.cpu.fallback import fallback
 from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
 from dcnv3_tvm.schedules.cpu.linear import linear
 from dcnv3_tvm.schedules.cpu.tiling import linear_tile
+from dcnv3_tvm.schedules.database import Records
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3 as gpu_dcnv3
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise as gpu_depthwise
 from dcnv3_tvm.schedules.gpu.fallback import fallback as gpu_fallback
 from dcnv3_tvm.schedules.gpu.gemm import gemm
 from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm as gpu_layer_norm
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
+from dcnv3_tvm.schedules.gpu.threads import check_launch
 from dcnv3_tvm.targets import is_gpu, target_slug
 
 __all__ = [
     "CPU_RULES",
     "GPU_RULES",
+    "HIT",
+    "MISS",
     "SCHEDULED",
     "UNSCHEDULED",
+    "Scheduled",
     "has_bfloat16_dot",
     "linear_tile",
     "rules_for",
+    "schedule",
+    "schedule_by_record",
     "schedule_module",
 ]
 
-Rule = Callable[[tirx.PrimFunc, Target], tirx.PrimFunc | None]
+Rule = Callable[[tirx.PrimFunc, Target, Choices], tirx.PrimFunc | None]
 
 CPU_RULES: Final[tuple[Rule, ...]] = (
     dcnv3,
@@ -77,9 +87,102 @@ def rules_for(target: Target) -> tuple[Rule, ...]:
     return GPU_RULES if is_gpu(target) else CPU_RULES
 
 
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """A kernel and its schedule.
+
+    Parameters
+    ----------
+    function : tvm.tirx.PrimFunc
+        The scheduled function.
+    rule : str
+        Name of the rule that took it, or `UNSCHEDULED`.
+    space : dict of str to tuple of Choice
+        The decisions of the rule, and what each may be, its default first.
+    record : str
+        ``"hit"`` where a tuning record decided; else why none did: ``"miss"``, or what is wrong
+        with the one that is there; empty where none was looked for, or nothing is to be decided.
+    """
+
+    function: tirx.PrimFunc
+    rule: str
+    space: Mapping[str, tuple[Choice, ...]]
+    record: str = ""
+
+
+HIT: Final = "hit"
+"""What is recorded for a kernel on which a tuning record decided."""
+
+MISS: Final = "miss"
+"""What is recorded for a kernel that has no tuning record."""
+
+
+def schedule(
+    func: tirx.PrimFunc, target: Target, given: Mapping[str, Choice] | None = None
+) -> Scheduled:
+    """Schedule a kernel.
+
+    Parameters
+    ----------
+    func : tvm.tirx.PrimFunc
+        Unscheduled.
+    target : tvm.target.Target
+        What it is compiled for.
+    given : mapping of str to Choice, optional
+        Decisions to take instead of the rule's own, by name.
+
+    Raises
+    ------
+    ChoiceError
+        If the rule cannot take these decisions.
+    CompileError
+        If no rule takes a kernel for a GPU, where code without a schedule cannot run.
+    """
+    for rule in rules_for(target):
+        choices = Choices(given or {})
+        try:
+            result = rule(func, target, choices)
+            if result is not None and is_gpu(target):
+                check_launch(result)
+        except ScheduleError as error:
+            if given:
+                raise ChoiceError(
+                    f"the rule {rule.__name__} cannot schedule the kernel so",
+                    got=", ".join(f"{name}={value}" for name, value in given.items()),
+                ) from error
+            continue
+        if result is not None:
+            choices.check_all_asked()
+            return Scheduled(_named_like(func, result), rule.__name__, choices.space)
+    if is_gpu(target):
+        raise CompileError(
+            "no schedule rule takes this kernel",
+            got=str(func.attrs.get(_SYMBOL) if func.attrs else func),
+            hint=f"Kernels for {target_slug(target)} must be scheduled; please report it.",
+        )
+    return Scheduled(func, UNSCHEDULED, {})
+
+
+def schedule_by_record(func: tirx.PrimFunc, target: Target, records: Records) -> Scheduled:
+    """Schedule a kernel as its tuning record says, or by the rule's own decisions without one."""
+    record = records.find(func)
+    if record is None:
+        found = schedule(func, target)
+        return dataclasses.replace(found, record=MISS) if found.space else found
+    try:
+        found = schedule(func, target, record.decisions)
+    except ChoiceError as error:
+        return dataclasses.replace(schedule(func, target), record=str(error))
+    return dataclasses.replace(found, record=HIT)
+
+
 def schedule_module(
-    mod: IRModule, target: Target, *, intrinsics: bool = True
-) -> tuple[IRModule, dict[str, str]]:
+    mod: IRModule,
+    target: Target,
+    *,
+    intrinsics: bool = True,
+    records: Records | None = None,
+) -> tuple[IRModule, dict[str, Scheduled]]:
     """Schedule every TensorIR function of a module.
 
     Parameters
@@ -91,13 +194,15 @@ def schedule_module(
     intrinsics : bool
         Whether the instructions of tensor cores take the place of the loops that stand for them;
         without, a schedule for a GPU can be run on any processor.
+    records : Records, optional
+        Tuning records, which decide where they have a kernel.
 
     Returns
     -------
     IRModule
         A new module.
-    dict of str to str
-        Name of the rule that took each function, by the function's name.
+    dict of str to Scheduled
+        How each function was scheduled, by its name.
 
     Raises
     ------
@@ -105,33 +210,17 @@ def schedule_module(
         If no rule takes a kernel for a GPU, where code without a schedule cannot run.
     """
     scheduled = IRModule(dict(mod.functions_items()), attrs=mod.attrs)
-    taken: dict[str, str] = {}
+    taken: dict[str, Scheduled] = {}
     for var, func in mod.functions_items():
         if not isinstance(func, tirx.PrimFunc) or (func.attrs and func.attrs.get(SCHEDULED)):
             continue
-        result, name = _schedule(func, target)
-        if name == UNSCHEDULED and is_gpu(target):
-            raise CompileError(
-                "no schedule rule takes this kernel",
-                got=var.name_hint,
-                hint=f"Kernels for {target_slug(target)} must be scheduled; please report it.",
-            )
-        if is_gpu(target) and intrinsics:
-            result = tensorize(result)
+        found = (
+            schedule(func, target) if records is None else schedule_by_record(func, target, records)
+        )
+        result = tensorize(found.function) if is_gpu(target) and intrinsics else found.function
         scheduled.update_func(var, result.with_attr(SCHEDULED, True))
-        taken[var.name_hint] = name
+        taken[var.name_hint] = found
     return scheduled, taken
-
-
-def _schedule(func: tirx.PrimFunc, target: Target) -> tuple[tirx.PrimFunc, str]:
-    for rule in rules_for(target):
-        try:
-            result = rule(func, target)
-        except ScheduleError:
-            continue
-        if result is not None:
-            return _named_like(func, result), rule.__name__
-    return func, UNSCHEDULED
 
 
 def _named_like(func: tirx.PrimFunc, scheduled: tirx.PrimFunc) -> tirx.PrimFunc:

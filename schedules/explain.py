@@ -11,6 +11,7 @@ from tvm.s_tir.schedule import ScheduleError
 from tvm.target import Target
 
 from dcnv3_tvm.schedules import rules_for
+from dcnv3_tvm.schedules.choices import Choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def explain(func: tirx.PrimFunc, target: Target) -> tuple[list[Verdict], tirx.Pr
             verdicts.append(Verdict(name, False, "not asked: a rule before it takes the kernel"))
             continue
         try:
-            scheduled = rule(func, target)
+            scheduled = rule(func, target, Choices())
         except ScheduleError as error:
             text = str(error).strip().splitlines()[-1]
             verdicts.append(Verdict(name, False, f"a step of the schedule fails: {text}"))

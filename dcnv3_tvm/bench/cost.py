@@ -14,10 +14,11 @@ from dcnv3_tvm import frontend, targets
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.device_models import DeviceModel
 from dcnv3_tvm.bench.floors import Floors, Peaks
-from dcnv3_tvm.bench.kernels import Kernel, called_kernels, work_of
+from dcnv3_tvm.bench.kernels import work_of
 from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler import pipeline
+from dcnv3_tvm.compiler.kernels import Kernel, called_kernels
 from dcnv3_tvm.frontend.internimage import InternImage
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 import tvm
-from tvm import relax, tirx
 
 from dcnv3_tvm import frontend, targets
 from dcnv3_tvm.bench.cases import EncoderCase
@@ -22,8 +20,8 @@ from dcnv3_tvm.bench.problems import Array
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.compile import compile_model
+from dcnv3_tvm.compiler.kernels import Kernel, Tensor, called_kernels
 from dcnv3_tvm.op import gemm
-from dcnv3_tvm.op.stages import KERNEL_ATTR
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.spec import DTYPE_BYTES
@@ -34,36 +32,6 @@ PRODUCTS: Final = ("linear", "convolution", gemm.KERNEL)
 
 _BURST: Final = 0.01
 _MODEL_BURST: Final = 0.2
-
-
-class Tensor(NamedTuple):
-    """Shape and element type of an argument."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class Kernel(NamedTuple):
-    """A kernel of a model: its scheduled function, and how it is called."""
-
-    name: str
-    rule: str
-    function: tirx.PrimFunc
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    calls: int
-
-    @property
-    def kind(self) -> str:
-        """What it was built to compute; for kernels that are not ours, the rule that took them."""
-        attributes = None if self.function is None else self.function.attrs
-        return str((attributes or {}).get(KERNEL_ATTR, self.rule))
-
-    @property
-    def shapes(self) -> str:
-        """Its arguments, the outputs behind an arrow."""
-        inputs = ", ".join(map(_shown, self.inputs))
-        return f"{inputs} -> {', '.join(map(_shown, self.outputs))}"
 
 
 class Work(NamedTuple):
@@ -262,42 +230,6 @@ def list_kernels(
     )
 
 
-def called_kernels(module: tvm.IRModule, rules: Mapping[str, str]) -> list[Kernel]:
-    """List the kernels that the entry ``"main"`` of a scheduled module calls.
-
-    Parameters
-    ----------
-    module : tvm.IRModule
-        With fixed shapes.
-    rules : dict of str to str
-        The schedule rule that took each kernel.
-    """
-    calls: collections.Counter[str] = collections.Counter()
-    found: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
-    for block in module["main"].body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if isinstance(call, relax.Call) and getattr(call.op, "name", "") == "relax.call_tir":
-                name = call.args[0].name_hint
-                calls[name] += 1
-                result = call.ty_args[0]
-                outputs = result.fields if isinstance(result, relax.TupleType) else [result]
-                found[name] = (
-                    _tensors(field.ty for field in call.args[1].fields),
-                    _tensors(outputs),
-                )
-    return [
-        Kernel(name, rules[name], module[name], *found[name], count)
-        for name, count in calls.items()
-    ]
-
-
-def _tensors(types: Iterable[Any]) -> tuple[Tensor, ...]:
-    return tuple(
-        Tensor(tuple(int(size) for size in found.shape), str(found.dtype.dtype)) for found in types
-    )
-
-
 def _timed(kernels: list[Kernel], target: tvm.target.Target) -> Iterable[tuple[Kernel, float]]:
     module = {
         kernel.name: kernel.function.with_attr("global_symbol", kernel.name) for kernel in kernels
@@ -423,8 +355,3 @@ def _row(kernel: Kernel, seconds: float, whole: float, peaks: Peaks) -> KernelRo
         arithmetic_floor=floors.arithmetic,
         shapes=kernel.shapes,
     )
-
-
-def _shown(tensor: Tensor) -> str:
-    kind = "" if tensor.dtype == "float32" else f" {tensor.dtype}"
-    return "x".join(map(str, tensor.shape)) + kind

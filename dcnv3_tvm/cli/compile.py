@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dcnv3_tvm.cli.info import tuned
 from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="float32",
         help="float32, bfloat16, or on GPUs float16 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--database",
+        default="default",
+        metavar="DIR",
+        help="tuning records: default (this package's), none, or a folder that `tune` wrote",
     )
     parser.add_argument(
         "--no-cuda-graph",
@@ -90,6 +97,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             arguments.output,
             target=arguments.target,
             dtype=arguments.dtype,
+            database=arguments.database,
             cuda_graph=not arguments.no_cuda_graph,
             debug_dump=arguments.debug_dump,
             on_phase=progress.step,
@@ -103,11 +111,12 @@ def execute(arguments: argparse.Namespace) -> Result:
         "dtype": metadata.dtype,
         "bytes": size,
         "seconds": round(seconds, 2),
+        "records": metadata.records,
         "entries": {entry: value.to_json() for entry, value in metadata.entries.items()},
     }
     text = (
         f"{arguments.output}: {metadata.name} for {metadata.target.slug}, {metadata.dtype}, "
-        f"{size / 1e6:.1f} MB, {seconds:.1f} s"
+        f"{size / 1e6:.1f} MB, {seconds:.1f} s; tuned: {tuned(metadata)}"
     )
     return Result(data, text)
 

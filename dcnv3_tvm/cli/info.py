@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import collections
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm.cli.result import Result, table
+
+if TYPE_CHECKING:
+    from dcnv3_tvm.runtime.metadata import ArtifactMetadata
 
 HELP: Final = "show what an artifact is, without running it"
 
@@ -45,6 +49,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
         ("memory", _memory(sizes[WEIGHTS], metadata.activation_bytes)),
         ("kernels", _kernels(metadata.kernels)),
+        ("tuned", tuned(metadata)),
         ("verified", _verification(metadata.verification)),
     ]
     for name, entry in metadata.entries.items():
@@ -69,6 +74,22 @@ def _kernels(kernels: dict[str, str]) -> str:
         counts[rule] = counts.get(rule, 0) + 1
     rules = ", ".join(f"{count} by {rule}" for rule, count in sorted(counts.items()))
     return f"{len(kernels)} ({rules})" if rules else "0"
+
+
+def tuned(metadata: ArtifactMetadata) -> str:
+    """Say how many kernels tuning records decided on, and what became of the others."""
+    outcomes = collections.Counter(metadata.records.values())
+    if not outcomes:
+        return "no kernel; no records were used"
+    origin = metadata.records_from
+    text = (
+        f"{outcomes.pop('hit', 0)} of {len(metadata.records)} kernels by records for "
+        f"{origin['target']} of {origin['date'][:10]} ({origin['hardware']})"
+    )
+    missed = outcomes.pop("miss", 0)
+    parts = [text, *([f"{missed} have none"] if missed else [])]
+    parts += [f"{count} refused: {reason}" for reason, count in outcomes.items()]
+    return "; ".join(parts)
 
 
 def _verification(verification: dict[str, Any] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.runtime import CompiledModel, load
 from dcnv3_tvm.runtime.loading import check_target
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
+from dcnv3_tvm.schedules.database import Records, RecordsError, shipped_records
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 """Element types a model can be compiled for: those of the operands of its products. Sums, the
@@ -30,6 +32,7 @@ def compile_model(
     *,
     target: str | Any = "auto",
     dtype: str = "float32",
+    database: str | os.PathLike[str] = "default",
     cuda_graph: bool = True,
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] | None = None,
@@ -47,6 +50,9 @@ def compile_model(
         ``"float32"``; on GPUs ``"float16"`` and ``"bfloat16"`` as well; on processors with
         ``avx512_bf16``, ``"bfloat16"`` for products with operands of bfloat16 and sums of float32.
         Inputs and outputs stay float32.
+    database : str or path
+        Tuning records, which decide on schedules where they have a kernel: ``"default"``, this
+        package's own for the target; ``"none"``; or a folder that `dcnv3-tvm tune` wrote.
     cuda_graph : bool
         On a GPU, launch the kernels of a model of fixed sizes together, as a CUDA graph that is
         captured in the first call.
@@ -67,6 +73,8 @@ def compile_model(
     TargetError
         If the target is unknown, has no dot product of bfloat16 where `dtype` asks for it, or is
         not this machine (`compile_artifact` compiles for others).
+    RecordsError
+        If the folder `database` holds no records, or records for another target or version of TVM.
     """
     # Not only when it is compiled: that takes minutes.
     check_target(target_info(targets.resolve_target(target)))
@@ -77,6 +85,7 @@ def compile_model(
         destination,
         target=target,
         dtype=dtype,
+        database=database,
         cuda_graph=cuda_graph,
         debug_dump=debug_dump,
         on_phase=on_phase,
@@ -90,6 +99,7 @@ def compile_artifact(
     *,
     target: str | Any = "auto",
     dtype: str = "float32",
+    database: str | os.PathLike[str] = "default",
     cuda_graph: bool = True,
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] | None = None,
@@ -98,7 +108,7 @@ def compile_artifact(
 
     Parameters
     ----------
-    imported, target, dtype, cuda_graph, debug_dump, on_phase
+    imported, target, dtype, database, cuda_graph, debug_dump, on_phase
         As in `compile_model`.
     destination : path
         The folder to write; an artifact that is there is replaced when the new one is whole.
@@ -110,7 +120,7 @@ def compile_artifact(
 
     Raises
     ------
-    CompileError, TargetError
+    CompileError, TargetError, RecordsError
         As in `compile_model`.
     ArtifactError
         If the folder cannot be written.
@@ -121,10 +131,12 @@ def compile_artifact(
         )
     resolved = targets.resolve_target(target)
     check_dtype(dtype, resolved)
+    records = records_for(resolved, database)
     program, kernels = pipeline.run_pipeline(
         imported,
         resolved,
         dtype=dtype,
+        records=records,
         debug_dump=None if debug_dump is None else Path(debug_dump),
         on_phase=on_phase,
     )
@@ -138,7 +150,9 @@ def compile_artifact(
         dtype=dtype,
         config=imported.config,
         preprocessing=imported.preprocessing,
-        kernels=kernels,
+        kernels={name: found.rule for name, found in kernels.items()},
+        records={name: found.record for name, found in kernels.items() if found.record},
+        records_from={} if records is None else dataclasses.asdict(records.about),
         activation_bytes=activation_bytes,
     )
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-build-") as folder:
@@ -149,6 +163,42 @@ def compile_artifact(
             on_phase("write")
         artifact.write(destination, library=library, weights=program.weights, metadata=metadata)
     return metadata
+
+
+def records_for(target: tvm.target.Target, database: str | os.PathLike[str]) -> Records | None:
+    """Find tuning records for a target.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        What is compiled for.
+    database : str or path
+        As for `compile_model`.
+
+    Returns
+    -------
+    Records or None
+        None where the package has none for the target, or none are wanted.
+
+    Raises
+    ------
+    RecordsError
+        As in `compile_model`.
+    """
+    if database == "none":
+        return None
+    if database == "default":
+        return shipped_records(target)
+    records = Records.read(Path(database))
+    slug = targets.target_slug(target)
+    if records.about.target != slug:
+        raise RecordsError(
+            "the tuning records are for another target",
+            got=f"{records.about.target} in {database}",
+            allowed=slug,
+            hint=f"Compile with --target {records.about.target}, or tune for {slug}.",
+        )
+    return records
 
 
 def check_dtype(dtype: str, target: tvm.target.Target) -> None:

@@ -251,7 +251,7 @@ def _compile(spec: DCNv3Spec, target_text: str) -> CompiledOperator:
     auto = target_text == "auto"
     target = targets.resolve_target("auto") if auto else Target(target_text)
     with _COMPILING:
-        module, rules = schedule_module(IRModule({"dcnv3": dcnv3(spec)}), target)
+        module, taken = schedule_module(IRModule({"dcnv3": dcnv3(spec)}), target)
         try:
             if targets.is_gpu(target):
                 executable: Any = _compile_for_gpu(module, target)
@@ -262,7 +262,7 @@ def _compile(spec: DCNv3Spec, target_text: str) -> CompiledOperator:
                 f"TVM cannot compile the operator ({error})",
                 got=f"{spec.slug} for {targets.target_slug(target)}",
             ) from error
-        return CompiledOperator(spec, target, rules["dcnv3"], executable)
+        return CompiledOperator(spec, target, taken["dcnv3"].rule, executable)
 
 
 def _compile_for_gpu(module: Any, target: Target) -> DeviceLibrary:

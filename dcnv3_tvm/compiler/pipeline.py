@@ -13,6 +13,8 @@ from dcnv3_tvm import schedules
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.op.legalize import LEGALIZATIONS
+from dcnv3_tvm.schedules import Scheduled
+from dcnv3_tvm.schedules.database import Records
 from dcnv3_tvm.targets import is_gpu
 from dcnv3_tvm.transform.convert_layout import convert_layout
 from dcnv3_tvm.transform.fold_weights import fold_weights
@@ -43,9 +45,10 @@ def run_pipeline(
     *,
     dtype: str = "float32",
     until: str = PHASES[-1],
+    records: Records | None = None,
     debug_dump: Path | None = None,
     on_phase: Callable[[str], None] | None = None,
-) -> tuple[Program, dict[str, str]]:
+) -> tuple[Program, dict[str, Scheduled]]:
     """Lower an imported model to kernels scheduled for a target.
 
     Parameters
@@ -58,6 +61,8 @@ def run_pipeline(
         Element type of the operands of products: float32, bfloat16, on GPUs float16 too.
     until : str
         Last phase to run, one of `PHASES`.
+    records : Records, optional
+        Tuning records, which decide on schedules.
     debug_dump : Path, optional
         Folder for the module after each phase, as TVMScript.
     on_phase : callable, optional
@@ -67,15 +72,15 @@ def run_pipeline(
     -------
     program : Program
         Relax functions that call scheduled kernels, and the weights as these want them.
-    kernels : dict of str to str
-        The schedule rule that took each kernel.
+    kernels : dict of str to Scheduled
+        How each kernel was scheduled.
     """
     program = Program.of(imported)
-    kernels: dict[str, str] = {}
+    kernels: dict[str, Scheduled] = {}
 
     def schedule(before: Program) -> Program:
-        module, rules = schedules.schedule_module(before.module, target)
-        kernels.update(rules)
+        module, taken = schedules.schedule_module(before.module, target, records=records)
+        kernels.update(taken)
         return Program(module, before.entries, before.weights)
 
     steps: dict[str, Callable[[Program], Program]] = {

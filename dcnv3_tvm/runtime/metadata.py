@@ -10,7 +10,7 @@ from typing import Any, Final
 from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.signature import Entry, TensorInfo
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """Changes when an older reader could not understand the folder."""
 
 LIBRARY: Final = "model.so"
@@ -83,8 +83,11 @@ class ArtifactMetadata:
     activation_bytes : dict of str to int
         Memory a call takes for intermediate results, by entry; an entry whose sizes are known only
         at run time is not there.
-    records : tuple of str
-        Tuning records used.
+    records : dict of str to str
+        For each kernel ``"hit"`` where a tuning record decided on its schedule, ``"miss"``, or why
+        its record was refused; empty where no records were asked.
+    records_from : dict
+        Where these records come from, plain values.
     verification : dict or None
         The comparison with PyTorch it passed.
     created : str
@@ -102,7 +105,8 @@ class ArtifactMetadata:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
     activation_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
-    records: tuple[str, ...] = ()
+    records: dict[str, str] = dataclasses.field(default_factory=dict)
+    records_from: dict[str, Any] = dataclasses.field(default_factory=dict)
     verification: dict[str, Any] | None = None
     created: str = ""
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -148,7 +152,8 @@ class ArtifactMetadata:
             "feature_info": self.feature_info,
             "kernels": self.kernels,
             "activation_bytes": self.activation_bytes,
-            "records": list(self.records),
+            "records": self.records,
+            "records_from": self.records_from,
             "verification": self.verification,
             "created": self.created,
             "digests": self.digests,
@@ -219,7 +224,8 @@ class ArtifactMetadata:
             entries={name: Entry.from_json(entry) for name, entry in data["entries"].items()},
             kernels=data["kernels"],
             activation_bytes=data["activation_bytes"],
-            records=tuple(data["records"]),
+            records=data["records"],
+            records_from=data["records_from"],
             verification=data["verification"],
             created=data["created"],
             digests=data["digests"],

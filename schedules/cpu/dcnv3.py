@@ -9,6 +9,7 @@ from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
 from dcnv3_tvm.op.tensorir import KERNEL_ATTR
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.targets import num_cores, vector_lanes
 
 _KERNELS: Final = ("dcnv3", "dcnv3_packed")
@@ -31,7 +32,7 @@ _MAX_VECTORS: Final = 4
 """Accumulators of one pass over the points, in vector registers."""
 
 
-def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
     """Schedule the DCNv3 kernels of `dcnv3_tvm.op.tensorir`.
 
     One thread takes whole output rows (pixels, where rows are few). At each pixel the coordinates,
@@ -46,6 +47,8 @@ def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
         Any unscheduled function.
     target : tvm.target.Target
         The target.
+    choices : Choices
+        What to decide otherwise than by default.
 
     Returns
     -------
@@ -65,16 +68,20 @@ def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
 
     batch, row, col, group, channel = sch.get_loops(store)
     images, rows = _extent(sch, batch), _extent(sch, row)
-    if images is not None and rows is not None and images * rows < 2 * num_cores(target):
-        # Costlier tasks (each allocates its buffers), but enough of them for every core.
+    few = images is not None and rows is not None and images * rows < 2 * num_cores(target)
+    # Pixels are costlier tasks (each allocates its buffers), but enough of them for every core.
+    if choices.pick("task", ["pixel"] if few else ["row", "pixel"], "pixel" if few else "row") == (
+        "pixel"
+    ):
         task = pixel = sch.fuse(batch, row, col)
     else:
         task, pixel = sch.fuse(batch, row), col
-    tile = channel_tile(_extent(sch, channel) or 1, lanes)
+    channels = _extent(sch, channel) or 1
+    tile = choices.pick("channels", channel_tiles(channels, lanes), channel_tile(channels, lanes))
 
     sch.compute_at(total, group, preserve_unit_loops=True)
     point, channel = sch.get_loops(total)[-2:]
-    if tile is not None:
+    if tile > 1:
         outer, channel = sch.split(channel, [None, tile])
         sch.reorder(outer, point, channel)
         sch.vectorize(channel)
@@ -82,9 +89,11 @@ def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     if (_extent(sch, point) or 0) <= _MAX_UNROLLED_POINTS:
         sch.unroll(point)
 
+    # Of all groups at once, or of each group before it is summed, in a smaller buffer.
+    stages = {"pixel": pixel, "group": group}[choices.pick("stages", ["pixel", "group"], "pixel")]
     for name in _STAGES:
         if name in names:
-            _schedule_stage(sch, name, pixel)
+            _schedule_stage(sch, name, stages)
     sch.parallel(task)
 
     for reduction in ("sum", "softmax_sum", "softmax_max"):
@@ -93,12 +102,19 @@ def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
         block = sch.get_sblock(reduction)
         loops = sch.get_loops(block)
         init = sch.decompose_reduction(block, point if reduction == "sum" else loops[-1])
-        if reduction == "sum" and tile is not None:
+        if reduction == "sum" and tile > 1:
             sch.vectorize(sch.get_loops(init)[-1])
     return sch.mod["main"]
 
 
-def channel_tile(channels: int, lanes: int) -> int | None:
+def channel_tiles(channels: int, lanes: int) -> list[int]:
+    """List the channels in registers at once among which a tuner may choose: whole vectors."""
+    return [
+        size for size in range(lanes, 2 * _MAX_VECTORS * lanes + 1, lanes) if channels % size == 0
+    ]
+
+
+def channel_tile(channels: int, lanes: int) -> int:
     """Choose how many channels of a group are summed in registers at once.
 
     Parameters
@@ -110,12 +126,12 @@ def channel_tile(channels: int, lanes: int) -> int | None:
 
     Returns
     -------
-    int or None
-        The largest divisor that fits the registers; None where that would leave vectors half
+    int
+        The largest divisor that fits the registers; 1 where that would leave vectors half
         empty, and a plain loop is better left to LLVM's vectoriser.
     """
     largest = max(d for d in range(1, _MAX_VECTORS * lanes + 1) if channels % d == 0)
-    return largest if largest == channels or 2 * largest >= lanes else None
+    return largest if largest == channels or 2 * largest >= lanes else 1
 
 
 def _schedule_stage(sch: s_tir.Schedule, name: str, pixel: LoopRV) -> None:

@@ -6,6 +6,7 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.cpu.layer_norm import normalize, rows_at_once
 from dcnv3_tvm.schedules.cpu.tiling import (
     copy_in_task,
@@ -16,7 +17,7 @@ from dcnv3_tvm.schedules.cpu.tiling import (
 )
 
 
-def depthwise(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
     """Sum a run of neighbouring pixels at a time, and normalise them while they are in cache.
 
     A task is an output row; it copies the input rows it needs into their frame of zeros. The
@@ -30,7 +31,7 @@ def depthwise(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
     normalized = len(sch.get_consumers(window)) > 1
     batch, line, pixel, _ = sch.get_loops(epilogue)
-    run, _ = sch.split(pixel, [None, rows_at_once(sch.get(pixel).extent)])
+    run, _ = sch.split(pixel, [None, rows_at_once(sch.get(pixel).extent, choices)])
     task = sch.fuse(batch, line)
     sch.parallel(task)
     if normalized:
@@ -41,7 +42,9 @@ def depthwise(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     sch.compute_at(window, run, preserve_unit_loops=True)
     sch.set_scope(window, 0, "local")
     *_, tile_pixel, channel, high, wide = sch.get_loops(window)
-    width = vector_width(static(sch.get(channel).extent), lanes)
+    channels = static(sch.get(channel).extent)
+    widths = [vector_width(channels, vectors * lanes) for vectors in (1, 2, 4)]
+    width = choices.pick("channels", widths, widths[0])
     channel, vector = sch.split(channel, [None, width])
     sch.reorder(channel, high, wide, tile_pixel, vector)
     sch.unroll(high)

@@ -10,6 +10,7 @@ from tvm.target import Target
 
 from dcnv3_tvm.op.products import constant_factor
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.cpu.lane_sum import sum_lanes
 from dcnv3_tvm.schedules.cpu.tiling import (
     unroll_tile,
@@ -23,7 +24,7 @@ ROWS: Final = 8
 """Most rows normalised side by side: their sums are independent and hide each other's latency."""
 
 
-def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+def layer_norm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
     """Normalise a few rows at a time, in parallel."""
     if func.attrs.get(KERNEL_ATTR) != "layer_norm":
         return None
@@ -32,16 +33,18 @@ def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, _ = sch.get_loops(epilogue)
-    task, _ = sch.split(row, [None, rows_at_once(sch.get(row).extent)])
+    task, _ = sch.split(row, [None, rows_at_once(sch.get(row).extent, choices)])
     sch.parallel(task)
     normalize(sch, task, lanes, dtype)
     return sch.mod["main"]
 
 
-def rows_at_once(rows: Any) -> int:
-    """Return how many of `rows` to normalise side by side: a divisor, or one."""
+def rows_at_once(rows: Any, choices: Choices) -> int:
+    """Choose how many of `rows` to normalise side by side: a divisor, or one."""
     known = static(rows)
-    return whole_tile(known if known is not None else constant_factor(rows), ROWS) or 1
+    default = whole_tile(known if known is not None else constant_factor(rows), ROWS) or 1
+    divisors = [size for size in range(1, 2 * ROWS + 1) if (known or 0) % size == 0]
+    return choices.pick("rows", divisors if known is not None else [], default)
 
 
 def normalize(sch: s_tir.Schedule, task: LoopRV, lanes: int, dtype: str) -> None:

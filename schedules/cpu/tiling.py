@@ -11,8 +11,9 @@ from tvm import s_tir
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
-from dcnv3_tvm.op.products import ROW_SLACK, constant_factor
+from dcnv3_tvm.op.products import ROW_SLACK, constant_factor, needs_slack
 from dcnv3_tvm.op.stages import static
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.spec import DTYPE_BYTES
 from dcnv3_tvm.targets import vector_bits
 
@@ -107,6 +108,36 @@ def row_tile(
     larger = (size for size in range(most + 1, ROW_SLACK + 2) if factor % size == 0)
     # A few spilled sums are better than tiles of two sizes.
     return whole_tile(factor, most) or next(larger, most)
+
+
+def row_tiles(rows: Any) -> list[int]:
+    """List the rows of register tiles, all whole, among which a tuner may choose."""
+    known = static(rows)
+    if known is None:
+        return []
+    sizes = range(1, min(known, ROW_SLACK + 1) + 1)
+    return [size for size in sizes if needs_slack(known) or known % size == 0]
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number that is at most `most`."""
+    return max(size for size in range(1, most + 1) if number % size == 0)
+
+
+def numbered(name: str, index: int) -> str:
+    """Name a decision of the part `index` of a kernel, of which the first bears the plain name."""
+    return f"{name}_{index}" if index else name
+
+
+def unrolled_depth(
+    sch: s_tir.Schedule, depth: LoopRV, choices: Choices, index: int = 0
+) -> list[LoopRV]:
+    """Split off the steps of a reduction loop that are unrolled: one, if a tuner wants no more."""
+    extent = static(sch.get(depth).extent) or 1
+    fitting = [steps for steps in (1, 2, 4, 8) if extent % steps == 0]
+    steps = choices.pick(numbered("unroll", index), fitting, 1)
+    split: list[LoopRV] = sch.split(depth, [None, steps])
+    return split
 
 
 def whole_tile(extent: int, most: int) -> int | None:

@@ -11,9 +11,9 @@ from tvm.target import Target
 
 from dcnv3_tvm.op.stages import static
 from dcnv3_tvm.op.tensorir import KERNEL_ATTR, gathering, spec_of
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.threads import (
     VECTOR_BYTES,
-    choose,
     divisors,
     unroll_all,
     vectorize_copy,
@@ -44,7 +44,7 @@ _PER_POINT: Final = {"patch": 3, "pixels": 1, "weights": 3, "corners": 1, "coord
 _PER_GROUP: Final = {"softmax_sum": 1, "softmax_exp": 1, "softmax_max": 1}
 
 
-def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
     """Schedule the DCNv3 kernels of `dcnv3_tvm.op.tensorir`.
 
     A block takes a run of pixels and some of the groups; a thread takes one or two vectors of the
@@ -61,6 +61,8 @@ def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
         Any unscheduled function.
     target : tvm.target.Target
         The target.
+    choices : Choices
+        What to decide otherwise than by default.
 
     Returns
     -------
@@ -76,7 +78,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     store, total = sch.get_sblock("store"), sch.get_sblock("sum")
     # Before the loops are tiled: bounds are lost where a cache is made of a part of an output.
     copy = sch.cache_write(store, 0, "local")
-    thread = _tile(sch, store, spec, vector)
+    thread = _tile(sch, store, spec, vector, choices)
     sch.reverse_compute_at(copy, thread, preserve_unit_loops=True)
     vectorize_copy(sch, copy, vector)
 
@@ -102,7 +104,9 @@ def dcnv3(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     return sch.mod["main"]
 
 
-def _tile(sch: s_tir.Schedule, store: SBlockRV, spec: DCNv3Spec, vector: int) -> LoopRV:
+def _tile(
+    sch: s_tir.Schedule, store: SBlockRV, spec: DCNv3Spec, vector: int, choices: Choices
+) -> LoopRV:
     """Share out the loops of the last block among blocks and threads; return the latter's loop."""
     batch, row, column, group, channel = sch.get_loops(store)
     vectors = spec.group_channels // vector
@@ -115,11 +119,12 @@ def _tile(sch: s_tir.Schedule, store: SBlockRV, spec: DCNv3Spec, vector: int) ->
     groups = max(divisors(spec.group, max(1, _LANES // lanes)))
     pixels = _run(rows, columns, max(1, _THREADS // (groups * lanes)))
 
-    lane, *inner = sch.split(channel, [None, choose(sch, amounts, amount), vector])
-    slab, group = sch.split(group, [None, choose(sch, divisors(spec.group), groups)])
-    block, pixel = sch.split(
-        sch.fuse(row, column), [None, choose(sch, sorted({*_PIXELS, pixels}), pixels)]
-    )
+    amount = choices.pick("vectors", amounts, amount)
+    groups = choices.pick("groups", divisors(spec.group), groups)
+    pixels = choices.pick("pixels", _PIXELS, pixels)
+    lane, *inner = sch.split(channel, [None, amount, vector])
+    slab, group = sch.split(group, [None, groups])
+    block, pixel = sch.split(sch.fuse(row, column), [None, pixels])
     sch.reorder(batch, slab, block, pixel, group, lane, *inner)
     unroll_all(sch, inner)
     sch.bind(sch.fuse(batch, slab, block), "blockIdx.x")

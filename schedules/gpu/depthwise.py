@@ -14,8 +14,9 @@ from tvm.target import Target
 from dcnv3_tvm.gpu import WARP
 from dcnv3_tvm.op.normalization import gathering
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels, vector_elements
-from dcnv3_tvm.schedules.gpu.threads import choose, unroll_all
+from dcnv3_tvm.schedules.gpu.threads import unroll_all
 from dcnv3_tvm.targets import is_gpu
 
 _THREADS: Final = range(64, 513)
@@ -43,7 +44,7 @@ _UNROLLED_WINDOW: Final = 49
 """Beyond, the loops over the window stay loops."""
 
 
-def depthwise(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
     """Schedule depthwise convolutions of channels-last tensors.
 
     A block takes a tile of pixels and all channels, a thread a run of pixels of some vectors of
@@ -60,17 +61,17 @@ def depthwise(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
     normalized = len(sch.get_consumers(window)) > 1
     batch, line, pixel, channel = sch.get_loops(epilogue)
-    lines, runs = (
-        choose(sch, _SIDES, side) if tile.lanes <= WARP else side
-        for side in (tile.lines, tile.runs)
-    )
+    lines, runs = tile.lines, tile.runs
+    if tile.lanes <= WARP:
+        lines = choices.pick("lines", _SIDES, lines)
+        runs = choices.pick("runs", _SIDES, runs)
     slab, line = sch.split(line, [None, lines])
-    part, pixel, run = sch.split(pixel, [None, runs, choose(sch, _RUNS, tile.run)])
+    part, pixel, run = sch.split(pixel, [None, runs, choices.pick("run", _RUNS, tile.run)])
     sch.reorder(batch, slab, part, line, pixel, run)
     sch.bind(sch.fuse(batch, slab, part), "blockIdx.x")
     sch.bind(line, "threadIdx.z")
     sch.bind(pixel, "threadIdx.y")
-    shared = Channels.of(sch, tile.lanes, tile.vector)
+    shared = Channels.of(choices, tile.lanes, tile.vector)
     shared.store(sch, epilogue, channel, [run])
     if normalized:
         shared.normalize(sch, pixel)

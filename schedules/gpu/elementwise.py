@@ -11,14 +11,14 @@ from tvm.sym import Analyzer
 
 from dcnv3_tvm.op.stages import static
 from dcnv3_tvm.schedules.blocks import plain_axes
-from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, choose, vectorize_copy
+from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, vectorize_copy
 from dcnv3_tvm.spec import DTYPE_BYTES
 
 _THREADS: Final = 256
 """Threads of a block."""
 
-_BLOCKS: Final = (64, 128, 256, 512)
-"""Numbers of threads among which a tuner may choose."""
+_FEWEST_THREADS: Final = 64
+"""Threads of a block, where there is less to do."""
 
 _ENOUGH_THREADS: Final = 2**15
 """Threads that keep a GPU's memory busy; with fewer, each takes one element."""
@@ -32,7 +32,7 @@ _NARROW: Final = 4
 
 def bind_elements(sch: s_tir.Schedule, element: LoopRV) -> LoopRV:
     """Give each thread one iteration of a loop, and return the loop of the threads."""
-    block, thread = sch.split(element, [None, choose(sch, _BLOCKS, _THREADS)])
+    block, thread = sch.split(element, [None, _THREADS])
     sch.bind(block, "blockIdx.x")
     sch.bind(thread, "threadIdx.x")
     return thread
@@ -103,7 +103,7 @@ def _turn(
     rest = sch.fuse(*others) if others else sch.add_unit_loop(outer[0])
     for loop, name in zip((rest, *outer), ("blockIdx.x", "blockIdx.z", "blockIdx.y"), strict=True):
         sch.bind(loop, name)
-    threads = choose(sch, _BLOCKS, min(_THREADS, max(_BLOCKS[0], math.prod(sides))))
+    threads = min(_THREADS, max(_FEWEST_THREADS, math.prod(sides)))
     copy = sch.cache_read(block, index, "shared")
     sch.compute_at(copy, outer[-1], preserve_unit_loops=True)
     # An odd number of elements from row to row, so that a column lies in different banks.

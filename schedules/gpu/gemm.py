@@ -14,11 +14,11 @@ from tvm.target import Target
 from dcnv3_tvm.gpu import WARP
 from dcnv3_tvm.op.gemm import FRAGMENT, KERNEL
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu import tensor_core
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
 from dcnv3_tvm.schedules.gpu.threads import (
     VECTOR_BYTES,
-    choose,
     divisors,
     unroll_all,
     vectorize_copy,
@@ -47,11 +47,14 @@ _THREADS: Final = 16
 _MOST: Final = 8
 """Most rows, and most columns, of a thread."""
 
+_PIECES: Final = (1, 2, 4, 8)
+"""Rows, columns and vectors along the depth of a thread among which a tuner may choose."""
+
 _QUAD: Final = 4
 """Elements of float32 in a vector."""
 
 
-def gemm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+def gemm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
     """Schedule the kernels of `dcnv3_tvm.op.gemm`.
 
     A block of threads computes a tile of the result. Step by step along the depth it copies the
@@ -68,6 +71,8 @@ def gemm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
         Any unscheduled function.
     target : tvm.target.Target
         The target.
+    choices : Choices
+        What to decide otherwise than by default.
 
     Returns
     -------
@@ -78,9 +83,9 @@ def gemm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
         return None
     sch = s_tir.Schedule(func)
     if str(func.params[1].dtype) == "float32":
-        _by_threads(sch)
+        _by_threads(sch, choices)
     else:
-        _on_tensor_cores(sch, func, target)
+        _on_tensor_cores(sch, func, target, choices)
     return sch.mod["main"]
 
 
@@ -150,6 +155,27 @@ def default_tile(rows: int | None, columns: int, depth: int, shared_bytes: int) 
         stages -= 1
 
 
+def _picked(choices: Choices, tile: Tile, columns: int, depth: int) -> Tile:
+    """Return what was chosen instead of a default tile, of `columns` and `depth` fragments."""
+
+    def pick(name: str, most: int, total: int | None = None) -> int:
+        default: int = getattr(tile, name)
+        powers = [1 << power for power in range(most.bit_length())]
+        fitting = [number for number in powers if total is None or total % number == 0]
+        return choices.pick(name, fitting, default)
+
+    step = pick("depth", 4, depth)
+    return Tile(
+        warp_rows=pick("warp_rows", 4),
+        warp_columns=pick("warp_columns", 4, columns),
+        rows=pick("rows", 4),
+        columns=pick("columns", 8, columns),
+        depth=step,
+        # One step needs no second place.
+        stages=min(choices.pick("stages", (2, 3, 4), tile.stages), depth // step),
+    )
+
+
 def _tiles(rows: int, columns: int, high: int, wide: int) -> int:
     return (rows // (high * FRAGMENT)) * (columns // (wide * FRAGMENT))
 
@@ -174,30 +200,31 @@ def _warps(high: int, wide: int) -> tuple[int, int]:
     return rows, columns
 
 
-def _on_tensor_cores(sch: s_tir.Schedule, func: tirx.PrimFunc, target: Target) -> None:
+def _on_tensor_cores(
+    sch: s_tir.Schedule, func: tirx.PrimFunc, target: Target, choices: Choices
+) -> None:
     dtype = str(func.params[1].dtype)
     operand, product = sch.get_sblock("operand"), sch.get_sblock("product")
     epilogue = sch.get_sblock("epilogue")
     row, column, depth = sch.get_loops(product)
     extents = [static(sch.get(loop).extent) for loop in (row, column, depth)]
-    tile = default_tile(
-        extents[0],
-        extents[1] or FRAGMENT,
-        extents[2] or FRAGMENT,
-        gpu_architecture(target).block_shared_bytes,
+    tile = _picked(
+        choices,
+        default_tile(
+            extents[0],
+            extents[1] or FRAGMENT,
+            extents[2] or FRAGMENT,
+            gpu_architecture(target).block_shared_bytes,
+        ),
+        (extents[1] or FRAGMENT) // FRAGMENT,
+        (extents[2] or FRAGMENT) // FRAGMENT,
     )
     warps = tile.warp_rows * tile.warp_columns
-
-    def pick(candidates: list[int], default: int) -> Any:
-        return choose(sch, sorted({*candidates, default}), default)
-
-    row, warp_row, rows, i = sch.split(
-        row, [None, pick([1, 2, 4], tile.warp_rows), pick([1, 2, 4], tile.rows), FRAGMENT]
-    )
+    row, warp_row, rows, i = sch.split(row, [None, tile.warp_rows, tile.rows, FRAGMENT])
     column, warp_column, columns, j = sch.split(
-        column, [None, pick([1, 2, 4], tile.warp_columns), pick([1, 2, 4], tile.columns), FRAGMENT]
+        column, [None, tile.warp_columns, tile.columns, FRAGMENT]
     )
-    step, depth, k = sch.split(depth, [None, pick([1, 2, 4], tile.depth), FRAGMENT])
+    step, depth, k = sch.split(depth, [None, tile.depth, FRAGMENT])
     sch.reorder(row, column, warp_row, warp_column, step, depth, rows, columns, i, j, k)
     block, warp = sch.fuse(row, column), sch.fuse(warp_row, warp_column)
     sch.bind(block, "blockIdx.x")
@@ -330,7 +357,7 @@ def _piece(rows: int | None, columns: int) -> tuple[int, int]:
     return max(enough or [(1, 1)], key=lambda piece: (math.prod(piece), min(piece)))
 
 
-def _by_threads(sch: s_tir.Schedule) -> None:
+def _by_threads(sch: s_tir.Schedule, choices: Choices) -> None:
     """Give each of 16x16 threads a piece of up to 8x8 neighbouring sums."""
     operand, product = sch.get_sblock("operand"), sch.get_sblock("product")
     epilogue = sch.get_sblock("epilogue")
@@ -338,11 +365,12 @@ def _by_threads(sch: s_tir.Schedule) -> None:
     extents = [static(sch.get(loop).extent) for loop in (row, column, depth)]
     high, wide = _piece(extents[0], extents[1] or _THREADS)
     steps = _largest((extents[2] or FRAGMENT) // _QUAD, 8)
-    row, i, rows = sch.split(row, [None, _THREADS, choose(sch, sorted({1, 2, 4, 8, high}), high)])
-    column, j, columns = sch.split(
-        column, [None, _THREADS, choose(sch, sorted({1, 2, 4, 8, wide}), wide)]
-    )
-    step, depth, k = sch.split(depth, [None, choose(sch, sorted({2, 4, 8, steps}), steps), _QUAD])
+    high = choices.pick("rows", _PIECES, high)
+    wide = choices.pick("columns", _PIECES, wide)
+    steps = choices.pick("depth", _PIECES, steps)
+    row, i, rows = sch.split(row, [None, _THREADS, high])
+    column, j, columns = sch.split(column, [None, _THREADS, wide])
+    step, depth, k = sch.split(depth, [None, steps, _QUAD])
     sch.reorder(row, column, i, j, step, depth, rows, columns, k)
     block, thread = sch.fuse(row, column), sch.fuse(i, j)
     sch.bind(block, "blockIdx.x")

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from tvm import s_tir, tirx
-from tvm.s_tir.schedule import ExprRV, LoopRV, SBlockRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
 from dcnv3_tvm.gpu import WARP
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
-from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, choose, unroll_all, vectorize_copy
+from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, unroll_all, vectorize_copy
 from dcnv3_tvm.spec import DTYPE_BYTES
 from dcnv3_tvm.targets import is_gpu
 
@@ -33,7 +34,7 @@ _MOST_ELEMENTS: Final = 128
 """Elements of a row that a thread can take: more would not fit its registers."""
 
 
-def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
+def layer_norm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
     """Schedule LayerNorm over contiguous channels.
 
     A row is read once, in vectors. The threads that share it are neighbours in a warp, or some
@@ -53,11 +54,11 @@ def layer_norm(func: tirx.PrimFunc, target: Target) -> tirx.PrimFunc | None:
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, channel = sch.get_loops(epilogue)
-    rows = choose(sch, _ROWS, max(1, _THREADS // lanes)) if lanes <= WARP else 1
+    rows = choices.pick("rows", _ROWS, max(1, _THREADS // lanes)) if lanes <= WARP else 1
     block, row = sch.split(row, [None, rows])
     sch.bind(block, "blockIdx.x")
     sch.bind(row, "threadIdx.y")
-    shared = Channels.of(sch, lanes, vector)
+    shared = Channels.of(choices, lanes, vector)
     shared.store(sch, epilogue, channel)
     shared.normalize(sch, row)
     _read(sch, shared, row)
@@ -91,7 +92,7 @@ class Channels:
 
     Parameters
     ----------
-    lanes : ExprRV
+    lanes : int
         Threads that share a row.
     vector : int
         Neighbouring channels that a thread takes together.
@@ -101,16 +102,16 @@ class Channels:
         memory that depends on another thread index for a thread's own, and leaves out the barrier.
     """
 
-    lanes: ExprRV
+    lanes: int
     vector: int
     scope: str
 
     @classmethod
-    def of(cls, sch: s_tir.Schedule, lanes: int, vector: int) -> Channels:
+    def of(cls, choices: Choices, lanes: int, vector: int) -> Channels:
         """Choose the threads of a row, by default `lanes`."""
         warp = lanes <= WARP
         candidates = [count for count in LANES if (count <= WARP) == warp]
-        return cls(choose(sch, candidates, lanes), vector, "local" if warp else "shared")
+        return cls(choices.pick("lanes", candidates, lanes), vector, "local" if warp else "shared")
 
     def split(self, sch: s_tir.Schedule, channel: LoopRV, inside: Sequence[LoopRV] = ()) -> LoopRV:
         """Give a loop over the channels to threads, and return the loop of a thread's vectors.

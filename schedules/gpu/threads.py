@@ -1,34 +1,44 @@
-"""What the GPU rules share: choices that a tuner can change, and short scheduling steps."""
+"""What the GPU rules share: short scheduling steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
-from tvm import s_tir
-from tvm.s_tir.schedule import ExprRV, LoopRV, SBlockRV
+from tvm import s_tir, tirx
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from dcnv3_tvm import gpu
+from dcnv3_tvm.op.stages import static
+from dcnv3_tvm.schedules.choices import ChoiceError
 
 VECTOR_BYTES: Final = 16
 """The widest access of a thread to memory."""
 
 
-def choose(sch: s_tir.Schedule, candidates: Sequence[int], default: int) -> ExprRV:
-    """Make a decision that is recorded in the schedule's trace, so that a tuner can change it.
+def check_launch(func: tirx.PrimFunc) -> None:
+    """Refuse a scheduled function whose blocks ask for more threads than a GPU gives them.
 
-    Parameters
-    ----------
-    sch : Schedule
-        The schedule.
-    candidates : sequence of int
-        What it may be, without repetition.
-    default : int
-        One of them, which is taken.
+    Raises
+    ------
+    ChoiceError
+        If it does.
     """
-    ordered = sorted(candidates)
-    probability = 1.0 / len(ordered)
-    return sch.sample_categorical(
-        ordered, [probability] * len(ordered), decision=ordered.index(default)
-    )
+    extents: dict[str, int] = {}
+
+    def visit(node: object) -> None:
+        if isinstance(node, tirx.For) and node.thread_binding is not None:
+            axis = str(node.thread_binding.thread_tag)
+            if axis.startswith("threadIdx"):
+                extents[axis] = max(extents.get(axis, 1), static(node.extent) or 1)
+
+    tirx.stmt_functor.post_order_visit(func.body, visit)
+    threads = math.prod(extents.values())
+    if threads > gpu.BLOCK_THREADS:
+        raise ChoiceError(
+            "a block has too many threads", got=threads, allowed=f"up to {gpu.BLOCK_THREADS}"
+        )
 
 
 def divisors(number: int, largest: int | None = None) -> list[int]:

@@ -11,9 +11,10 @@ from dcnv3_tvm.bench.cases import encoder_case
 from dcnv3_tvm.bench.cost import list_floors, tabulate
 from dcnv3_tvm.bench.device_models import DEVICE_MODELS, device_model
 from dcnv3_tvm.bench.floors import Peaks
-from dcnv3_tvm.bench.kernels import Kernel, Tensor, operations, work_of
+from dcnv3_tvm.bench.kernels import operations, work_of
 from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.cli import main
+from dcnv3_tvm.compiler.kernels import Kernel, Tensor
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import gemm, tensorir
 from dcnv3_tvm.op.products import Epilogue

@@ -31,7 +31,7 @@ def scheduled():
     def schedule(func, target: Target):
         module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
         module, rules = schedule_module(module, target)
-        return module["main"].script(), rules["main"]
+        return module["main"].script(), rules["main"].rule
 
     return schedule
 

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dcnv3_tvm.op import gemm, tensorir
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
@@ -21,7 +22,7 @@ TARGET = resolve_target("cuda-sm90")
 
 def compile_serially(kernels):
     named = {
-        f"f{i}": serialized(dcnv3(kernel, TARGET)).with_attr("global_symbol", f"f{i}")
+        f"f{i}": serialized(dcnv3(kernel, TARGET, Choices())).with_attr("global_symbol", f"f{i}")
         for i, kernel in enumerate(kernels)
     }
     executable = tvm.compile(tvm.IRModule(named), target=resolve_target("auto"))
@@ -78,15 +79,15 @@ def test_any_batch():
 
 def test_one_launch_and_vectors():
     spec = DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16")
-    text = dcnv3(tensorir.dcnv3(spec), TARGET).script()
+    text = dcnv3(tensorir.dcnv3(spec), TARGET, Choices()).script()
     assert text.count('"blockIdx.x"') == 1
     assert "T.vectorized(T.int64(8))" in text
 
 
 def test_others_are_refused():
     kernel = tensorir.dcnv3(DCNv3Spec.of((1, 4, 4, 8), group=2))
-    assert dcnv3(kernel, resolve_target("cpu")) is None
-    assert dcnv3(gemm.linear((8,), 16, 16, dtype="float16"), TARGET) is None
+    assert dcnv3(kernel, resolve_target("cpu"), Choices()) is None
+    assert dcnv3(gemm.linear((8,), 16, 16, dtype="float16"), TARGET, Choices()) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -6,6 +6,7 @@ from tvm import tirx
 
 from dcnv3_tvm.op import normalization
 from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
@@ -57,7 +58,7 @@ def check(
     normal = layers.layer_norm(sums, gamma, beta, 1e-6) if normalized else sums
     arrays = [x, weight, bias, *([gamma, beta] if normalized else [])]
     dtype = types.get("out_dtype", "float32")
-    scheduled = serialized(depthwise(func, TARGET))
+    scheduled = serialized(depthwise(func, TARGET, Choices()))
     result = run_kernel(scheduled, arrays, sums.shape, scheduled=False, dtype=dtype)
     assert_close(result.astype("float64"), layers.activation(activation, normal), dtype)
 
@@ -107,7 +108,7 @@ def source(func):
     """Return the CUDA code of a kernel, scheduled by its rule."""
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     module, rules = schedule_module(module, TARGET)
-    assert rules["main"] == "depthwise"
+    assert rules["main"].rule == "depthwise"
     code = tvm.compile(module, target=TARGET).mod.imports[0].inspect_source()
     return code[code.rindex('extern "C" __global__') :]
 
@@ -152,7 +153,7 @@ def test_sums_over_several_warps_are_not_read_before_they_are_there(pixels):
 
 def test_what_does_not_fit_registers_and_other_kernels_are_refused():
     options = {"kernel_size": (3, 3), "pad": (1, 1), "bias": True}
-    assert depthwise(normalization.depthwise(1, 4, 4, 65536, **options), TARGET) is None
-    assert depthwise(normalization.layer_norm((3,), 16, eps=1e-6), TARGET) is None
+    assert depthwise(normalization.depthwise(1, 4, 4, 65536, **options), TARGET, Choices()) is None
+    assert depthwise(normalization.layer_norm((3,), 16, eps=1e-6), TARGET, Choices()) is None
     kernel = normalization.depthwise(1, 4, 4, 8, **options)
-    assert depthwise(kernel, resolve_target("cpu-znver4")) is None
+    assert depthwise(kernel, resolve_target("cpu-znver4"), Choices()) is None

@@ -8,6 +8,7 @@ from tvm.script import tirx as T
 
 from dcnv3_tvm.op import normalization
 from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.fallback import fallback
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
@@ -152,7 +153,7 @@ def kernels(code):
 def run(module, host, arrays):
     """Schedule for GPUs, run the threads one after the other, and return CUDA code and result."""
     scheduled, rules = schedule_module(module, TARGET)
-    assert set(rules.values()) == {"fallback"}
+    assert {found.rule for found in rules.values()} == {"fallback"}
     serial, codes = {}, []
     for name, func in scheduled.functions_items():
         if isinstance(func, tirx.PrimFunc):
@@ -250,7 +251,7 @@ def test_transposes_go_through_shared_memory(rng, host):
 def test_layer_norm(rng, assert_close, channels):
     x = rng.standard_normal((3, channels)).astype("float32")
     gamma, beta = (rng.standard_normal(channels).astype("float32") for _ in range(2))
-    func = fallback(normalization.layer_norm((3,), channels, eps=1e-6), TARGET)
+    func = fallback(normalization.layer_norm((3,), channels, eps=1e-6), TARGET, Choices())
     result = run_kernel(serialized(func), [x, gamma, beta], x.shape, scheduled=False)
     assert_close(result, layers.layer_norm(x, gamma, beta, 1e-6))
     code = source(func)
@@ -266,7 +267,7 @@ def test_depthwise(rng, assert_close, normalized):
     options = {"kernel_size": (3, 3), "pad": (1, 1), "norm_eps": 1e-6 if normalized else None}
     func = normalization.depthwise(1, 4, 5, 24, bias=True, **options)
     given = [x, weight, zero, *([one, zero] if normalized else [])]
-    func = fallback(func, TARGET)
+    func = fallback(func, TARGET, Choices())
     result = run_kernel(serialized(func), given, x.shape, scheduled=False)
     sums = layers.depthwise(x, weight, stride=(1, 1), pad=(1, 1))
     assert_close(result, layers.layer_norm(sums, one, zero, 1e-6) if normalized else sums)
@@ -283,7 +284,7 @@ def test_blocks_of_any_kind_get_threads():
             for i in range(7):
                 out[i + 1] = out[i] + x[i + 1]
 
-    func = fallback(scan, TARGET)
+    func = fallback(scan, TARGET, Choices())
     result = run_kernel(serialized(func), [np.ones(8, "float32")], (8,), scheduled=False)
     np.testing.assert_array_equal(result, np.arange(1, 9))
     assert kernels(source(func)) == 1
@@ -303,7 +304,7 @@ def test_several_results_are_several_kernels():
                     b[vi] = T.float32(0)
                 b[vi] = b[vi] + a[vi, vj]
 
-    func = fallback(both, TARGET)
+    func = fallback(both, TARGET, Choices())
     doubled = np.full((8, 9), np.nan, "float32")
     module = tvm.IRModule({"main": serialized(func).with_attr("global_symbol", "main")})
     tensors = [tvm.runtime.tensor(array) for array in (np.ones((8, 9), "float32"), doubled)]
@@ -317,4 +318,4 @@ def test_several_results_are_several_kernels():
 def test_cpus_are_left_to_their_own():
     module = legalized(*CASES["add"][::2])
     func = next(f for f in module.functions.values() if isinstance(f, tirx.PrimFunc))
-    assert fallback(func, resolve_target("cpu-znver4")) is None
+    assert fallback(func, resolve_target("cpu-znver4"), Choices()) is None

@@ -77,7 +77,7 @@ def source(func):
     """Return the CUDA code of a kernel, scheduled by its rule."""
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     module, rules = schedule_module(module, TARGET)
-    assert rules["main"] == "layer_norm"
+    assert rules["main"].rule == "layer_norm"
     code = tvm.compile(module, target=TARGET).mod.imports[0].inspect_source()
     return code[code.rindex('extern "C" __global__') :]
 

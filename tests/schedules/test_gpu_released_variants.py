@@ -41,7 +41,9 @@ def test_every_kernel(variant, dtype, rng):
     kernels = variant_kernels(variant, TARGET, dtype, size=SIZE)
     named = {k.name: k.function.with_attr("global_symbol", k.name) for k in kernels}
     scheduled, rules = schedule_module(tvm.IRModule(named), TARGET, intrinsics=False)
-    assert rules == {kernel.name: kernel.rule for kernel in kernels}
+    assert {name: found.rule for name, found in rules.items()} == {
+        kernel.name: kernel.rule for kernel in kernels
+    }
     serial = tvm.IRModule({name: serialized(scheduled[name]) for name in named})
     compiled = tvm.compile(serial, target=HOST)
     expected = tvm.compile(tvm.IRModule(named), target=HOST)
