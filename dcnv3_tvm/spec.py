@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -37,6 +38,13 @@ def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
 
 def _is_int(value: Any) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+_SLUG: Final = re.compile(
+    r"dcnv3-n(?P<n>\d+|any)-h(?P<h>\d+|any)-w(?P<w>\d+|any)-c(?P<c>\d+)-g(?P<g>\d+)"
+    r"-k(?P<k>\d+(?:x\d+)?)-s(?P<s>\d+(?:x\d+)?)-p(?P<p>\d+(?:x\d+)?)-d(?P<d>\d+(?:x\d+)?)"
+    r"(?:-o(?P<o>[-+.\de]+?))?(?P<rc>-rc)?(?P<softmax>-softmax)?-(?P<dtype>f64|f32|f16|bf16)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +334,61 @@ class DCNv3Spec:
             parts.append("softmax")
         parts.append(_DTYPE_SLUGS[self.dtype])
         return "-".join(parts)
+
+    @classmethod
+    def from_slug(cls, slug: str) -> DCNv3Spec:
+        """Read a `slug` back.
+
+        Parameters
+        ----------
+        slug : str
+            As `slug` gives it; offset_scale has as many digits as there are in it.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If it is no slug, or a value in it is out of range.
+
+        Examples
+        --------
+        >>> DCNv3Spec.from_slug("dcnv3-n1-h56-w56-c64-g4-k3-s1-p1-d1-f16").group_channels
+        16
+        """
+        match = _SLUG.fullmatch(slug)
+        if match is None:
+            raise InvalidArgumentError(
+                "this names no operator",
+                got=repr(slug),
+                allowed="a slug such as dcnv3-n1-h56-w56-c64-g4-k3-s1-p1-d1-f32",
+            )
+
+        def size(name: str) -> int | None:
+            return None if match[name] == "any" else int(match[name])
+
+        def extent(name: str) -> tuple[int, int]:
+            first, _, second = match[name].partition("x")
+            return int(first), int(second or first)
+
+        channels, group = int(match["c"]), int(match["g"])
+        if group == 0 or channels % group:
+            raise InvalidArgumentError(
+                "the channels do not divide into the groups", got=f"c{channels}-g{group} in {slug}"
+            )
+        return cls(
+            batch=size("n"),
+            height=size("h"),
+            width=size("w"),
+            group=group,
+            group_channels=channels // group,
+            kernel_size=extent("k"),
+            stride=extent("s"),
+            pad=extent("p"),
+            dilation=extent("d"),
+            offset_scale=float(match["o"] or 1.0),
+            remove_center=bool(match["rc"]),
+            softmax=bool(match["softmax"]),
+            dtype={short: name for name, short in _DTYPE_SLUGS.items()}[match["dtype"]],
+        )
 
     def _elements(self, shape: tuple[int | None, ...]) -> int:
         if not self.is_static:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -213,6 +214,42 @@ def _unreadable(folder: Path, error: Exception) -> RecordsError:
 def holds_records(folder: Path) -> bool:
     """Whether a folder looks like one that `Records.write` wrote."""
     return (folder / _ABOUT).is_file()
+
+
+def find_records(target: Target, database: str | os.PathLike[str]) -> Records | None:
+    """Find tuning records for a target.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        What is compiled for.
+    database : str or path
+        ``"default"``: this package's own; ``"none"``; or a folder.
+
+    Returns
+    -------
+    Records or None
+        None where the package has none for the target, or none are wanted.
+
+    Raises
+    ------
+    RecordsError
+        If the folder holds no records, or records for another target or version of TVM.
+    """
+    if database == "none":
+        return None
+    if database == "default":
+        return shipped_records(target)
+    records = Records.read(Path(database))
+    slug = target_slug(target)
+    if records.about.target != slug:
+        raise RecordsError(
+            "the tuning records are for another target",
+            got=f"{records.about.target} in {database}",
+            allowed=slug,
+            hint=f"Compile with --target {records.about.target}, or tune for {slug}.",
+        )
+    return records
 
 
 def shipped_records(target: Target) -> Records | None:

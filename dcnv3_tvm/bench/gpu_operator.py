@@ -124,7 +124,9 @@ def tolerance(spec: DCNv3Spec, inputs: OperatorInputs) -> float:
 
 def load_operator(spec: DCNv3Spec, path: Path, target: str) -> Callable[..., Tensor]:
     """Open an operator that `dcnv3_tvm.bench.gpu_build.build` has compiled."""
-    return CompiledOperator(spec, resolve_target(target), "dcnv3", DeviceLibrary(path.read_bytes()))
+    return CompiledOperator(
+        spec, resolve_target(target), "dcnv3", "", DeviceLibrary(path.read_bytes())
+    )
 
 
 def measure_operator(

@@ -20,7 +20,7 @@ from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.runtime import CompiledModel, load
 from dcnv3_tvm.runtime.loading import check_target
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
-from dcnv3_tvm.schedules.database import Records, RecordsError, shipped_records
+from dcnv3_tvm.schedules.database import find_records
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 """Element types a model can be compiled for: those of the operands of its products. Sums, the
@@ -131,7 +131,7 @@ def compile_artifact(
         )
     resolved = targets.resolve_target(target)
     check_dtype(dtype, resolved)
-    records = records_for(resolved, database)
+    records = find_records(resolved, database)
     program, kernels = pipeline.run_pipeline(
         imported,
         resolved,
@@ -163,42 +163,6 @@ def compile_artifact(
             on_phase("write")
         artifact.write(destination, library=library, weights=program.weights, metadata=metadata)
     return metadata
-
-
-def records_for(target: tvm.target.Target, database: str | os.PathLike[str]) -> Records | None:
-    """Find tuning records for a target.
-
-    Parameters
-    ----------
-    target : tvm.target.Target
-        What is compiled for.
-    database : str or path
-        As for `compile_model`.
-
-    Returns
-    -------
-    Records or None
-        None where the package has none for the target, or none are wanted.
-
-    Raises
-    ------
-    RecordsError
-        As in `compile_model`.
-    """
-    if database == "none":
-        return None
-    if database == "default":
-        return shipped_records(target)
-    records = Records.read(Path(database))
-    slug = targets.target_slug(target)
-    if records.about.target != slug:
-        raise RecordsError(
-            "the tuning records are for another target",
-            got=f"{records.about.target} in {database}",
-            allowed=slug,
-            hint=f"Compile with --target {records.about.target}, or tune for {slug}.",
-        )
-    return records
 
 
 def check_dtype(dtype: str, target: tvm.target.Target) -> None:

@@ -1,17 +1,24 @@
-"""The kernels that a model calls."""
+"""Single kernels: those that a model calls, and how one becomes a library."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import tvm
 from tvm import relax, tirx
+from tvm.target import Target
 
+from dcnv3_tvm.compiler import cuda
 from dcnv3_tvm.op.stages import KERNEL_ATTR
 from dcnv3_tvm.schedules import Scheduled
+from dcnv3_tvm.targets import is_gpu
+
+ENTRY: Final = "main"
+"""Name of a kernel in a library of its own, unless another is given."""
 
 
 class Tensor(NamedTuple):
@@ -88,6 +95,36 @@ def called_kernels(
         Kernel(name, taken[name].rule if name in taken else "", module[name], *found[name], count)
         for name, count in calls.items()
     ]
+
+
+def export_kernel(
+    function: tirx.PrimFunc, target: Target, path: Path, *, name: str = ENTRY
+) -> None:
+    """Compile a kernel to a shared library.
+
+    Parameters
+    ----------
+    function : tvm.tirx.PrimFunc
+        Scheduled, for a GPU.
+    target : tvm.target.Target
+        What it is for.
+    path : Path
+        The library.
+    name : str
+        What the kernel is called in it.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be compiled.
+    """
+    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
+    if not is_gpu(target):
+        tvm.compile(module, target=target).export_library(str(path))
+        return
+    with cuda.lowering():
+        executable = tvm.compile(module, target=target, tir_pipeline=cuda.LOWERING)
+    cuda.export(executable.mod, path, str(target.attrs["arch"]))
 
 
 def _tensors(types: Iterable[Any]) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ CACHE_SIZE: Final = 256
 
 _COMPILING = threading.Lock()
 
+_NAME: Final = "dcnv3"
+
 
 @dataclasses.dataclass(frozen=True)
 class CompiledOperator:
@@ -45,6 +48,9 @@ class CompiledOperator:
         What it was compiled for.
     rule : str
         Name of the schedule rule that was used.
+    record : str
+        ``"hit"`` where a tuning record decided on the schedule; ``"miss"``, or why the record that
+        is there was refused; empty where no records were asked.
     executable : tvm.runtime.Executable or DeviceLibrary
         The compiled module, with one function, ``dcnv3(x, offset, mask, out)``.
     """
@@ -52,6 +58,7 @@ class CompiledOperator:
     spec: DCNv3Spec
     target: Target
     rule: str
+    record: str
     executable: Any
 
     def __call__(self, x: TensorT, offset: TensorT, mask: TensorT) -> TensorT:
@@ -131,7 +138,7 @@ class CompiledOperator:
     def _function(self) -> Any:
         """The kernel, loaded; on another machine than it was compiled for, an error."""
         if targets.is_gpu(self.target):
-            return self.executable["dcnv3"]
+            return self.executable[_NAME]
         architecture = str(self.target.attrs.get("mtriple", "")).partition("-")[0]
         if architecture not in ("", machine.architecture()):
             lacking = [architecture]
@@ -143,7 +150,7 @@ class CompiledOperator:
                 got=f"{targets.target_slug(self.target)}, which needs {', '.join(lacking)}",
                 hint='Compile with target="auto".',
             )
-        return self.executable["dcnv3"]
+        return self.executable[_NAME]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +194,10 @@ def _threads() -> int:
 
 
 def compile_op(
-    spec: DCNv3Spec, target: str | Mapping[str, Any] | Target = "auto"
+    spec: DCNv3Spec,
+    target: str | Mapping[str, Any] | Target = "auto",
+    *,
+    database: str | os.PathLike[str] = "default",
 ) -> CompiledOperator:
     """Compile the operator for one problem.
 
@@ -197,6 +207,9 @@ def compile_op(
         The problem. Sizes that are ``None`` stay open: one operator for all of them.
     target : str, mapping or tvm.target.Target
         As for `dcnv3_tvm.targets.resolve_target`.
+    database : str or path
+        Tuning records: ``"default"``, this package's own; ``"none"``; or a folder that
+        `dcnv3-tvm tune` wrote.
 
     Returns
     -------
@@ -207,6 +220,8 @@ def compile_op(
     ------
     TargetError
         If the target is unknown.
+    RecordsError
+        If the folder `database` holds no records, or records for another target or version of TVM.
     CompileError
         If TVM fails to compile it.
     MissingDependencyError
@@ -224,7 +239,7 @@ def compile_op(
     try:
         # Targets compare by identity: their text is the key.
         text = _text_of(target) if isinstance(target, str) else str(targets.resolve_target(target))
-        return _compile(spec, text)
+        return _compile(spec, text, os.fspath(database))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "tvm":
             raise
@@ -240,21 +255,24 @@ def _text_of(target: str) -> str:
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
-def _compile(spec: DCNv3Spec, target_text: str) -> CompiledOperator:
+def _compile(spec: DCNv3Spec, target_text: str, database: str) -> CompiledOperator:
     import tvm
-    from tvm.ir import IRModule
     from tvm.target import Target
 
+    from dcnv3_tvm import schedules
     from dcnv3_tvm.op.tensorir import dcnv3
-    from dcnv3_tvm.schedules import schedule_module
+    from dcnv3_tvm.schedules.database import find_records
 
     auto = target_text == "auto"
     target = targets.resolve_target("auto") if auto else Target(target_text)
+    records = find_records(target, database)
     with _COMPILING:
-        module, taken = schedule_module(IRModule({"dcnv3": dcnv3(spec)}), target)
+        module, taken = schedules.schedule_module(
+            tvm.IRModule({_NAME: dcnv3(spec)}), target, records=records
+        )
         try:
             if targets.is_gpu(target):
-                executable: Any = _compile_for_gpu(module, target)
+                executable: Any = _compile_for_gpu(module[_NAME], target)
             else:
                 executable = tvm.compile(module, target=target)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -262,17 +280,14 @@ def _compile(spec: DCNv3Spec, target_text: str) -> CompiledOperator:
                 f"TVM cannot compile the operator ({error})",
                 got=f"{spec.slug} for {targets.target_slug(target)}",
             ) from error
-        return CompiledOperator(spec, target, taken["dcnv3"].rule, executable)
+        found = taken[_NAME]
+        return CompiledOperator(spec, target, found.rule, found.record, executable)
 
 
-def _compile_for_gpu(module: Any, target: Target) -> DeviceLibrary:
-    import tvm
+def _compile_for_gpu(function: Any, target: Target) -> DeviceLibrary:
+    from dcnv3_tvm.compiler.kernels import export_kernel
 
-    from dcnv3_tvm.compiler import cuda
-
-    with cuda.lowering():
-        executable = tvm.compile(module, target=target, tir_pipeline=cuda.LOWERING)
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-op-") as folder:
         path = Path(folder) / "op.so"
-        cuda.export(executable.mod, path, str(target.attrs["arch"]))
+        export_kernel(function, target, path, name=_NAME)
         return DeviceLibrary(path.read_bytes())

@@ -79,11 +79,16 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
     channels = _extent(sch, channel) or 1
     tile = choices.pick("channels", channel_tiles(channels, lanes), channel_tile(channels, lanes))
 
+    groups = _extent(sch, group) or 1
+    together = choices.pick("groups", [n for n in (1, 2, 4) if groups % n == 0], 1)
+    group, _ = sch.split(group, [None, together])
     sch.compute_at(total, group, preserve_unit_loops=True)
-    point, channel = sch.get_loops(total)[-2:]
+    *_, inner, point, channel = sch.get_loops(total)
+    sch.reorder(point, inner)
+    sch.unroll(inner)
     if tile > 1:
         outer, channel = sch.split(channel, [None, tile])
-        sch.reorder(outer, point, channel)
+        sch.reorder(outer, point, inner, channel)
         sch.vectorize(channel)
         sch.vectorize(sch.split(sch.get_loops(store)[-1], [None, tile])[1])
     if (_extent(sch, point) or 0) <= _MAX_UNROLLED_POINTS:

@@ -1,0 +1,200 @@
+"""Compile and measure candidates: the schedules of kernels that a session tries."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, NamedTuple
+
+from tvm.target import Target
+
+from dcnv3_tvm.schedules.choices import Choice
+from dcnv3_tvm.tuning import jobs
+from dcnv3_tvm.tuning.devices import Devices
+from dcnv3_tvm.tuning.pool import Job, Outcome, Pool
+from dcnv3_tvm.tuning.tasks import Task
+
+_BUILD_TIMEOUT: Final = 120.0
+_CHECK_TIMEOUT: Final = 300.0
+
+
+class Candidate(NamedTuple):
+    """A schedule of a kernel.
+
+    Parameters
+    ----------
+    task : Task
+        The kernel.
+    decisions : dict of str to Choice
+        Of its rule.
+    """
+
+    task: Task
+    decisions: dict[str, Choice]
+
+
+class Laboratory:
+    """Processes that compile, processes that measure, and a folder between them.
+
+    Parameters
+    ----------
+    target : tvm.target.Target
+        What candidates are compiled for.
+    devices : Devices
+        Where they are measured.
+    builders : int
+        Processes that compile.
+    seconds : float
+        To spend on the calls of a measurement.
+    timeout : float
+        Seconds that a measurement may take.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        devices: Devices,
+        *,
+        builders: int,
+        seconds: float = 0.04,
+        timeout: float = 20.0,
+    ) -> None:
+        self._target, self.devices = target, devices
+        self._seconds, self._timeout = seconds, timeout
+        self._batches = 0
+        self._builders = Pool(builders, fresh=False)
+        self._runners = Pool(devices.count, fresh=devices.fresh)
+        self._folder = tempfile.TemporaryDirectory(prefix="dcnv3-tvm-tune-")
+
+    def __enter__(self) -> Laboratory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._builders.close()
+        self._runners.close()
+        self._folder.cleanup()
+
+    def measure(self, batch: Sequence[Candidate]) -> Iterator[tuple[int, Outcome]]:
+        """Compile and measure candidates.
+
+        Returns
+        -------
+        iterator of (int, Outcome)
+            The number of each candidate, and the median seconds of a call, as they are known.
+        """
+        failed: list[tuple[int, Outcome]] = []
+        built: list[int] = []
+
+        def measurements() -> Iterator[Job]:
+            outcomes = self._build(batch)
+            # Compiling takes all cores, on which nothing is to be measured meanwhile.
+            for number, outcome in outcomes if self.devices.overlap else list(outcomes):
+                if outcome.error:
+                    failed.append((number, outcome))
+                else:
+                    built.append(number)
+                    yield self._measurement(number, batch[number].task)
+
+        again: list[int] = []
+        for position, outcome in self._runners.run(measurements(), timeout=self._timeout):
+            if outcome.error and self.devices.retries:
+                again.append(built[position])
+            else:
+                yield built[position], _median(outcome)
+        yield from failed
+        yield from self._retried(batch, again)
+
+    def measure_in_turns(self, batch: Sequence[Candidate], rounds: int) -> list[float]:
+        """Measure candidates against each other.
+
+        Returns
+        -------
+        list of float
+            Seconds of each in its best turn: what disturbs a measurement only adds to it.
+            Infinite for one that fails. What was compiled stays for `check` until the next call of
+            a method that compiles.
+        """
+        usable = [number for number, outcome in self._build(batch) if not outcome.error]
+        turns = [number for _ in range(rounds) for number in sorted(usable)]
+        times = [math.inf] * len(batch)
+        for position, outcome in self._runners.run(
+            [self._measurement(number, batch[number].task) for number in turns],
+            timeout=self._timeout,
+        ):
+            if not outcome.error:
+                number = turns[position]
+                times[number] = min(times[number], _median(outcome).value)
+        return times
+
+    def check(self, number: int, candidate: Candidate) -> str:
+        """Hold a candidate of the last batch against the reference; return what is wrong."""
+        job = functools.partial(
+            self.devices.place.compare,
+            self._library(number),
+            candidate.task.arguments,
+            candidate.task.function,
+            _CHECK_TIMEOUT,
+        )
+        ((_, outcome),) = self._runners.run([job], timeout=_CHECK_TIMEOUT)
+        return outcome.error or str(outcome.value)
+
+    def _retried(
+        self, batch: Sequence[Candidate], numbers: list[int]
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Measure again what failed, perhaps because a device was lost."""
+        for attempt in range(self.devices.retries):
+            remaining = []
+            for position, outcome in self._runners.run(
+                [self._measurement(number, batch[number].task) for number in numbers],
+                timeout=self._timeout,
+            ):
+                if outcome.error and attempt < self.devices.retries - 1:
+                    remaining.append(numbers[position])
+                else:
+                    yield numbers[position], _median(outcome)
+            numbers = remaining
+
+    def _build(self, batch: Sequence[Candidate]) -> Iterator[tuple[int, Outcome]]:
+        for path in Path(self._folder.name).iterdir():
+            path.unlink()
+        # Not the names of before: a process that has such a library open would take that one.
+        self._batches += 1
+        return self._builders.run(
+            [
+                functools.partial(
+                    jobs.build,
+                    candidate.task.function,
+                    self._target,
+                    candidate.decisions,
+                    self._library(number),
+                )
+                for number, candidate in enumerate(batch)
+            ],
+            timeout=_BUILD_TIMEOUT,
+        )
+
+    def _measurement(self, number: int, task: Task) -> Job:
+        return functools.partial(
+            self.devices.place.measure,
+            self._library(number),
+            task.arguments,
+            self._seconds,
+            self._timeout,
+        )
+
+    def _library(self, number: int) -> Path:
+        return Path(self._folder.name) / f"{self._batches}-{number}.so"
+
+
+def _median(outcome: Outcome) -> Outcome:
+    return outcome if outcome.error else Outcome(statistics.median(outcome.value))
