@@ -142,7 +142,7 @@ def schedule(
         choices = Choices(given or {})
         try:
             result = rule(func, target, choices)
-            if result is not None and is_gpu(target):
+            if result is not None and given and is_gpu(target):
                 check_launch(result)
         except ScheduleError as error:
             if given:

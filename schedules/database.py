@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any, Final
 
 import tvm_ffi
 from tvm import tirx
-from tvm.target import Target
+from tvm.target import Target, codegen
 
 from dcnv3_tvm import atomic
 from dcnv3_tvm.errors import InvalidArgumentError
@@ -25,6 +26,9 @@ SCHEMA: Final = 1
 
 SHIPPED: Final = Path(__file__).with_name("records")
 """Records of this package, one folder a target."""
+
+INSIDE: Final = "records"
+"""Name of the folder with the records of a session, in its work directory."""
 
 _RECORDS: Final = "records.jsonl"
 _ABOUT: Final = "about.json"
@@ -224,7 +228,8 @@ def find_records(target: Target, database: str | os.PathLike[str]) -> Records | 
     target : tvm.target.Target
         What is compiled for.
     database : str or path
-        ``"default"``: this package's own; ``"none"``; or a folder.
+        ``"default"``: this package's own; ``"none"``; or a folder of records, or the work directory
+        of a session.
 
     Returns
     -------
@@ -240,7 +245,9 @@ def find_records(target: Target, database: str | os.PathLike[str]) -> Records | 
         return None
     if database == "default":
         return shipped_records(target)
-    records = Records.read(Path(database))
+    folder = Path(database)
+    # A session's work directory holds its records in a folder.
+    records = Records.read(folder / INSIDE if holds_records(folder / INSIDE) else folder)
     slug = target_slug(target)
     if records.about.target != slug:
         raise RecordsError(
@@ -258,12 +265,21 @@ def shipped_records(target: Target) -> Records | None:
     A processor without records of its own gets those for its width of vectors.
     """
     slugs = [target_slug(target)]
-    if not is_gpu(target):
+    if not is_gpu(target) and "x86_64" in _triple(target):
         slugs.append(_GENERIC.get(vector_bits(target), ""))
     for slug in filter(None, slugs):
         if holds_records(SHIPPED / slug):
-            return Records.read(SHIPPED / slug)
+            return _shipped(slug)
     return None
+
+
+def _triple(target: Target) -> str:
+    return str(target.attrs.get("mtriple") or codegen.llvm_get_system_triple())
+
+
+@functools.cache
+def _shipped(slug: str) -> Records:
+    return Records.read(SHIPPED / slug)
 
 
 def workload_key(func: tirx.PrimFunc) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 
 from tvm import tirx
 from tvm.s_tir.schedule import ScheduleError
@@ -12,6 +11,7 @@ from tvm.target import Target
 
 from dcnv3_tvm.schedules import rules_for
 from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.schedules.gpu.threads import launches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +72,7 @@ def explain(func: tirx.PrimFunc, target: Target) -> tuple[list[Verdict], tirx.Pr
 
 def launch(scheduled: tirx.PrimFunc) -> str:
     """Describe how a function scheduled for a GPU is started: blocks and threads of each kernel."""
-    text = scheduled.script()
-    found = re.findall(r"T\.thread_binding\((?:T\.int64\()?(.+?)\)?, thread=\"(\w+\.[xyz])\"", text)
-    parts: list[str] = []
-    block: dict[str, str] = {}
-    for extent, axis in found:
-        if axis == "blockIdx.x" and block:
-            parts.append(_shape(block))
-            block = {}
-        block.setdefault(axis, extent)
-    return ", then ".join([*parts, _shape(block)]) if block else "no kernel"
+    return ", then ".join(map(_shape, launches(scheduled))) or "no kernel"
 
 
 def _shape(block: dict[str, str]) -> str:

@@ -18,7 +18,19 @@ from typing import Final, Protocol, cast
 from dcnv3_tvm import errors
 from dcnv3_tvm.cli.result import Result
 
-_VERBS: Final = ("models", "compile", "run", "verify", "explain", "bench", "info", "env")
+_VERBS: Final = (
+    "models",
+    "compile",
+    "run",
+    "verify",
+    "explain",
+    "tune",
+    "records",
+    "worker",
+    "bench",
+    "info",
+    "env",
+)
 _STDOUT: Final = "-"
 _BAD_INPUT: Final = (
     errors.InvalidArgumentError,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from tvm.target import Target
 
 from dcnv3_tvm import gpu, targets
 from dcnv3_tvm.compiler.compile import target_info
-from dcnv3_tvm.errors import MissingDependencyError
 from dcnv3_tvm.runtime.loading import check_target
 from dcnv3_tvm.tuning.jobs import Place
 from dcnv3_tvm.tuning.journal import SessionError
+from dcnv3_tvm.tuning.tracker import Address, count_servers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ def local_device(target: Target, *, threads: int, index: int = 0) -> Devices:
 
 
 def remote_devices(
-    target: Target, tracker: tuple[str, int], key: str, *, workers: int, threads: int
+    target: Target, tracker: Address, key: str, *, workers: int, threads: int
 ) -> Devices:
     """Measure on servers that have registered with TVM's RPC tracker.
 
@@ -94,7 +93,7 @@ def remote_devices(
         If the packages that TVM needs for RPC are not installed.
     """
     address = f"{tracker[0]}:{tracker[1]}"
-    if _servers(tracker, address, key) == 0:
+    if count_servers(tracker, key) == 0:
         raise SessionError(
             "the tracker has no server of this key",
             got=f"{key} at {address}",
@@ -103,24 +102,3 @@ def remote_devices(
     kind = "cuda" if targets.is_gpu(target) else "cpu"
     place = Place(kind, threads=threads, tracker=tracker, key=key)
     return Devices(place, workers, False, True, 2, f"{workers} x {key} at {address}")
-
-
-def _servers(tracker: tuple[str, int], address: str, key: str) -> int:
-    """Count the servers that have registered under a key."""
-    try:
-        from tvm import rpc
-    except ImportError as error:
-        raise MissingDependencyError(
-            "a package that TVM needs for RPC is not installed",
-            got=str(error),
-            hint="Run: pip install 'dcnv3-tvm[tune]'",
-        ) from error
-    try:
-        summary: dict[str, Any] = rpc.connect_tracker(*tracker).summary()
-    except (OSError, RuntimeError) as error:
-        raise SessionError(
-            "the RPC tracker cannot be reached",
-            got=f"{address} ({str(error).strip().splitlines()[-1]})",
-            hint=f"Start it: python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port {tracker[1]}",
-        ) from error
-    return sum(server["key"] == f"server:{key}" for server in summary["server_info"])

@@ -23,6 +23,7 @@ from dcnv3_tvm.runtime.cuda import load_runtime
 from dcnv3_tvm.schedules.choices import Choice
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.testing.tolerances import LAYER
+from dcnv3_tvm.tuning.tracker import Address, tvm_rpc
 
 _FIRST_CALLS: Final = 3
 _LEAST_CALLS: Final = 7
@@ -47,8 +48,8 @@ class Place:
         Of the GPU.
     threads : int
         Of the processor.
-    tracker : (str, int), optional
-        Address of TVM's RPC tracker, where the device is another machine's; else this one's.
+    tracker : Address, optional
+        Of TVM's RPC tracker, where the device is another machine's; else this one's.
     key : str
         Under which servers have registered with the tracker.
     """
@@ -56,7 +57,7 @@ class Place:
     kind: str
     index: int = 0
     threads: int = 1
-    tracker: tuple[str, int] | None = None
+    tracker: Address | None = None
     key: str = ""
 
     def measure(
@@ -145,13 +146,11 @@ class Place:
         library.use_threads(self.threads)
         return tvm.runtime.load_module(str(path)), tvm.cpu(0)
 
-    def _load_remotely(
-        self, tracker: tuple[str, int], path: Path, timeout: float
-    ) -> tuple[Any, Any]:
-        from tvm import rpc
-
-        session = rpc.connect_tracker(*tracker).request(
-            self.key, session_timeout=math.ceil(timeout)
+    def _load_remotely(self, tracker: Address, path: Path, timeout: float) -> tuple[Any, Any]:
+        session = (
+            tvm_rpc()
+            .connect_tracker(*tracker)
+            .request(self.key, session_timeout=math.ceil(timeout))
         )
         session.upload(str(path))
         session.get_function("runtime.config_threadpool")(_ALL_CORES, self.threads)

@@ -13,7 +13,7 @@ from typing import Final
 from tvm.target import Target
 
 from dcnv3_tvm import atomic
-from dcnv3_tvm.schedules.database import About, Record, Records, tvm_version
+from dcnv3_tvm.schedules.database import INSIDE, About, Record, Records, tvm_version
 from dcnv3_tvm.targets import target_slug
 from dcnv3_tvm.tuning.journal import Journal, SessionError
 from dcnv3_tvm.tuning.laboratory import Candidate, Laboratory
@@ -24,7 +24,6 @@ TRIALS: Final = "trials.jsonl"
 """File of a work directory with every trial."""
 
 _SETTING: Final = "session.json"
-_RECORDS: Final = "records"
 
 _PORTION: Final = 8
 """Candidates of one kernel that are tried before it is asked again which kernel is most urgent."""
@@ -176,11 +175,11 @@ class Session:
             self._on_news(self)
             records = Records.of(self._about(), self._chosen(laboratory, journal))
             try:
-                records.write(self.directory / _RECORDS)
+                records.write(self.directory / INSIDE)
             except OSError as error:
                 raise SessionError(
                     "the records cannot be written",
-                    got=f"{error.strerror} ({self.directory / _RECORDS})",
+                    got=f"{error.strerror} ({self.directory / INSIDE})",
                     hint="All trials are kept: make room, and start the same command again.",
                 ) from error
         self.stage = "done"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -10,11 +11,23 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.op.stages import static
 from dcnv3_tvm.schedules.choices import ChoiceError
 
 VECTOR_BYTES: Final = 16
 """The widest access of a thread to memory."""
+
+
+def launches(func: tirx.PrimFunc) -> list[dict[str, str]]:
+    """Return how the kernels of a scheduled function are started: extents by thread axis."""
+    found = re.findall(
+        r"T\.thread_binding\((?:T\.int64\()?(.+?)\)?, thread=\"(\w+\.[xyz])\"", func.script()
+    )
+    kernels: list[dict[str, str]] = []
+    for extent, axis in found:
+        if not kernels or axis == "blockIdx.x":
+            kernels.append({})
+        kernels[-1].setdefault(axis, extent)
+    return kernels
 
 
 def check_launch(func: tirx.PrimFunc) -> None:
@@ -25,20 +38,16 @@ def check_launch(func: tirx.PrimFunc) -> None:
     ChoiceError
         If it does.
     """
-    extents: dict[str, int] = {}
-
-    def visit(node: object) -> None:
-        if isinstance(node, tirx.For) and node.thread_binding is not None:
-            axis = str(node.thread_binding.thread_tag)
-            if axis.startswith("threadIdx"):
-                extents[axis] = max(extents.get(axis, 1), static(node.extent) or 1)
-
-    tirx.stmt_functor.post_order_visit(func.body, visit)
-    threads = math.prod(extents.values())
-    if threads > gpu.BLOCK_THREADS:
-        raise ChoiceError(
-            "a block has too many threads", got=threads, allowed=f"up to {gpu.BLOCK_THREADS}"
+    for extents in launches(func):
+        threads = math.prod(
+            int(extent)
+            for axis, extent in extents.items()
+            if axis.startswith("threadIdx") and extent.isdecimal()
         )
+        if threads > gpu.BLOCK_THREADS:
+            raise ChoiceError(
+                "a block has too many threads", got=threads, allowed=f"up to {gpu.BLOCK_THREADS}"
+            )
 
 
 def divisors(number: int, largest: int | None = None) -> list[int]:
