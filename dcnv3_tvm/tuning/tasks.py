@@ -53,6 +53,22 @@ class Task:
     calls: int
     space: Mapping[str, tuple[Choice, ...]]
 
+    @classmethod
+    def of(
+        cls, function: tirx.PrimFunc, arguments: tuple[Tensor, ...], calls: int, target: Target
+    ) -> Task:
+        """Ask the schedule rules what they decide for a kernel."""
+        scheduled = schedules.schedule(function, target)
+        return cls(
+            workload=workload_key(function),
+            kernel=describe(function),
+            rule=scheduled.rule,
+            function=function,
+            arguments=arguments,
+            calls=calls,
+            space=scheduled.space,
+        )
+
     @property
     def size(self) -> int:
         """Number of schedules among which to choose."""
@@ -104,7 +120,7 @@ def model_tasks(imported: ImportedModel, target: Target, dtype: str = "float32")
         )
     program, _ = pipeline.run_pipeline(imported, target, dtype=dtype, until="fuse")
     found = [
-        _task(kernel.function, (*kernel.inputs, *kernel.outputs), kernel.calls, target)
+        Task.of(kernel.function, (*kernel.inputs, *kernel.outputs), kernel.calls, target)
         for kernel in called_kernels(program.module)
     ]
     return merged(found)
@@ -122,7 +138,7 @@ def operator_task(spec: DCNv3Spec, target: Target) -> Task:
         raise InvalidArgumentError("kernels are tuned for fixed sizes", got=spec.slug)
     shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)
     arguments = tuple(Tensor(tuple(size or 0 for size in shape), spec.dtype) for shape in shapes)
-    return _task(tensorir.dcnv3(spec), arguments, 1, target)
+    return Task.of(tensorir.dcnv3(spec), arguments, 1, target)
 
 
 def merged(tasks: Iterable[Task]) -> list[Task]:
@@ -134,18 +150,3 @@ def merged(tasks: Iterable[Task]) -> list[Task]:
             calls = task.calls + (known.calls if known is not None else 0)
             found[task.workload] = dataclasses.replace(task, calls=calls)
     return list(found.values())
-
-
-def _task(
-    function: tirx.PrimFunc, arguments: tuple[Tensor, ...], calls: int, target: Target
-) -> Task:
-    scheduled = schedules.schedule(function, target)
-    return Task(
-        workload=workload_key(function),
-        kernel=describe(function),
-        rule=scheduled.rule,
-        function=function,
-        arguments=arguments,
-        calls=calls,
-        space=scheduled.space,
-    )
