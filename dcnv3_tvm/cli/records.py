@@ -59,6 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     export.add_argument("records", help=_FOLDER)
     export.add_argument("output", type=Path, help="the CSV file")
+    for action in (show, check, merge, prune, export):
+        # The command has an option of this name, too, whose value must stand.
+        action.add_argument(
+            "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
+        )
 
 
 def execute(arguments: argparse.Namespace) -> Result:
