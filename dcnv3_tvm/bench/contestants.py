@@ -65,7 +65,7 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A way to run the model that is not this library's.
+    """A way to run the model beside this library as it is.
 
     Parameters
     ----------
@@ -81,6 +81,8 @@ class Peer:
         Largest error accepted, in the measure of the problem.
     dtypes : tuple of str
         Of the cases it takes part in.
+    by_default : bool
+        Whether it takes part when no peers are named.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Peer:
     builder: str
     tolerance: float = PEER_TOLERANCE
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    by_default: bool = True
 
     @property
     def missing(self) -> list[str]:
@@ -144,12 +147,19 @@ PEERS: Final = (
         tolerance=BF16_PEER_TOLERANCE,
         dtypes=("bfloat16",),
     ),
+    Peer(
+        "untuned",
+        "this library, without tuning records",
+        (),
+        "dcnv3_tvm.bench.ours:untuned",
+        by_default=False,
+    ),
 )
 """Every peer, in the order of their turns."""
 
 
 def select_peers(names: Iterable[str] | None = None, dtype: str = "float32") -> list[Peer]:
-    """Find peers by name, or all of them, that take part in cases of a dtype.
+    """Find peers by name, or those by default, that take part in cases of a dtype.
 
     Raises
     ------
@@ -157,7 +167,9 @@ def select_peers(names: Iterable[str] | None = None, dtype: str = "float32") -> 
         If a name is unknown, or its peer takes no part.
     """
     known = {peer.name: peer for peer in PEERS if dtype in peer.dtypes}
-    wanted = list(known if names is None else names)
+    if names is None:
+        return [peer for peer in known.values() if peer.by_default]
+    wanted = list(names)
     for name in wanted:
         if name not in known:
             raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""The contestant that is this library."""
+"""The contestants that are this library: as it is, and without its tuning records."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.contestants import OURS, Contestant
 from dcnv3_tvm.bench.problems import Problem
-from dcnv3_tvm.bench.sessions import of_ours
+from dcnv3_tvm.bench.sessions import Session, of_ours
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.operator import compile_op
 from dcnv3_tvm.frontend.internimage import InternImage
-from dcnv3_tvm.runtime import library
+from dcnv3_tvm.runtime import CompiledModel, library
 from dcnv3_tvm.spec import DCNv3Spec
 
 
@@ -59,6 +59,20 @@ def _operator(problem: Problem, spec: DCNv3Spec, threads: int) -> list[Contestan
 
 
 def _encoder(problem: Problem, source: InternImage, threads: int) -> Contestant:
-    example = tuple(problem.inputs["image"].shape)
-    model = compile_model(frontend.import_model(source, example=example), dtype=problem.dtype)
+    model = _compiled(problem, source, "default")
     return Contestant(OURS, *of_ours(model, problem.inputs, threads), problem.tolerance)
+
+
+def untuned(problem: Problem, threads: int) -> Session:
+    """Compile the problem for this machine with the schedule rules' own decisions alone."""
+    if isinstance(problem.source, DCNv3Spec):
+        operator = compile_op(problem.source, database="none")
+        inputs = list(problem.inputs.values())
+        return Session(lambda: operator(*inputs), lambda y: [y])
+    return of_ours(_compiled(problem, problem.source, "none"), problem.inputs, threads)
+
+
+def _compiled(problem: Problem, source: InternImage, database: str) -> CompiledModel:
+    example = tuple(problem.inputs["image"].shape)
+    imported = frontend.import_model(source, example=example)
+    return compile_model(imported, dtype=problem.dtype, database=database)

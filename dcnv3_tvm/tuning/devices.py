@@ -8,6 +8,7 @@ from tvm.target import Target
 
 from dcnv3_tvm import gpu, targets
 from dcnv3_tvm.compiler.compile import target_info
+from dcnv3_tvm.errors import TargetError
 from dcnv3_tvm.runtime.loading import check_target
 from dcnv3_tvm.tuning.jobs import Place
 from dcnv3_tvm.tuning.journal import SessionError
@@ -59,7 +60,14 @@ def local_device(target: Target, *, threads: int, index: int = 0) -> Devices:
     TargetError
         If this machine cannot run code for `target`.
     """
-    check_target(target_info(target))
+    try:
+        check_target(target_info(target))
+    except TargetError as error:
+        raise TargetError(
+            "schedules for the target cannot be measured on this machine",
+            got=targets.target_slug(target),
+            hint="Measure on one that can: --rpc HOST:PORT --rpc-key KEY. Why: " + error.problem,
+        ) from error
     if targets.is_gpu(target):
         # A process of its own for each would spend more time on starting CUDA than on measuring.
         place = Place("cuda", index=index)

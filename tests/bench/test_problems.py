@@ -85,7 +85,9 @@ def test_work_of_internimage_t():
     assert encoder_flops(encoder_case("internimage_t")) == pytest.approx(9.8e9, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["torch", "onnxruntime", "onnxruntime-deform", "openvino"])
+@pytest.mark.parametrize(
+    "name", ["torch", "onnxruntime", "onnxruntime-deform", "openvino", "untuned"]
+)
 @pytest.mark.parametrize("kind", ["op", "encoder"])
 def test_peers_compute_the_truth(name, kind):
     if kind == "op":

@@ -1,0 +1,33 @@
+"""Tuning for GPUs: compiled anywhere, measured where there is one."""
+
+import pytest
+
+from dcnv3_tvm import gpu
+from dcnv3_tvm.runtime import toolkit
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.tuning import jobs
+from dcnv3_tvm.tuning.tasks import operator_task
+from dcnv3_tvm.tuning.tune import TuneConfig, estimate, tune
+
+SPEC = DCNv3Spec.of((2, 14, 14, 64), group=4, dtype="float16")
+
+
+@pytest.mark.skipif(toolkit.find_nvcc() is None, reason="needs nvcc")
+def test_a_candidate_is_compiled_without_a_gpu(tmp_path):
+    target = resolve_target("cuda-sm90")
+    task = operator_task(SPEC, target)
+    path = tmp_path / "kernel.so"
+    jobs.build(task.function, target, {"vectors": 1, "groups": 2, "pixels": 8}, path)
+    assert b"\x7fELF" in path.read_bytes()[4:]  # the cubin in the library
+
+
+@pytest.mark.skipif(not gpu.devices(), reason="needs a GPU")
+def test_a_session_on_a_gpu(tmp_path):
+    config = TuneConfig(target="cuda", trials=16)
+    assert estimate([SPEC], config)["kernels"][0]["seconds"] > 0
+    summary = tune([SPEC], tmp_path, config)
+    (kernel,) = summary["kernels"]
+    assert summary["trials"] == 16
+    assert kernel["failed"] == 0
+    assert kernel["seconds"] <= kernel["default_seconds"]
