@@ -55,7 +55,9 @@ class Choices:
         ChoiceError
             If another value was given.
         """
-        others = [value for value in dict.fromkeys(candidates) if value != default]
+        others: tuple[Choice, ...] = tuple(
+            value for value in dict.fromkeys(candidates) if value != default
+        )
         self.space[name] = (default, *others)
         value = self.given.get(name, default)
         if value not in self.space[name]:

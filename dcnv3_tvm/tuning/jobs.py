@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from tvm.target import Target
 
 from dcnv3_tvm import schedules, targets
 from dcnv3_tvm.compiler.kernels import ENTRY, Tensor, export_kernel
+from dcnv3_tvm.machine import usable_cores
 from dcnv3_tvm.op.reference import Float64Array
 from dcnv3_tvm.op.tensors import numpy_dtype
 from dcnv3_tvm.runtime import library
@@ -28,6 +30,9 @@ from dcnv3_tvm.tuning.tracker import Address, tvm_rpc
 _FIRST_CALLS: Final = 3
 _LEAST_CALLS: Final = 7
 _MOST_CALLS: Final = 100
+
+_DRAWN: Final = 262139
+"""Random numbers that are drawn: a prime number, so that no two rows of a tensor are the same."""
 
 _ALL_CORES: Final = 0
 """TVM's mode of a thread pool that may use any core."""
@@ -143,6 +148,8 @@ class Place:
         if self.kind == "cuda":
             load_runtime()
             return tvm.runtime.load_module(str(path)), tvm.cuda(self.index)
+        # On as many cores as there are threads, so that none of these moves about.
+        os.sched_setaffinity(0, sorted(usable_cores())[: self.threads])
         library.use_threads(self.threads)
         return tvm.runtime.load_module(str(path)), tvm.cpu(0)
 
@@ -194,4 +201,6 @@ def _call(module: Any, device: Any, inputs: list[Any], poison: Any) -> Float64Ar
 
 
 def _random(rng: np.random.Generator, tensor: Tensor) -> Any:
-    return rng.standard_normal(tensor.shape, np.float32).astype(numpy_dtype(tensor.dtype))
+    """Fill a tensor with random numbers, which repeat: drawing all would take most of the time."""
+    drawn = rng.standard_normal(min(math.prod(tensor.shape), _DRAWN), np.float32)
+    return np.resize(drawn.astype(numpy_dtype(tensor.dtype)), tensor.shape)

@@ -32,7 +32,8 @@ def tvm_rpc() -> ModuleType:
             got=error,
             hint="Run: pip install 'dcnv3-tvm[tune]'",
         ) from error
-    return rpc
+    module: ModuleType = rpc
+    return module
 
 
 def check_tracker(address: Address) -> None:

@@ -121,15 +121,15 @@ def test_bfloat16_encoder():
 def test_ours_is_compiled_for_the_dtype_of_the_case(monkeypatch):
     asked = []
 
-    def refuse(_, *, dtype):
-        asked.append(dtype)
+    def refuse(_, *, dtype, database):
+        asked.append((dtype, database))
         raise RuntimeError("not today")
 
     monkeypatch.setattr(ours, "compile_model", refuse)
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(RuntimeError, match="not today"):
             ours.build(encoder_problem(encoder_case(TINY, dtype=dtype)), 1)
-    assert asked == ["float32", "bfloat16"]
+    assert asked == [("float32", "default"), ("bfloat16", "default")]
 
 
 def test_ours_computes_the_truth_and_a_wrong_reference_is_seen():

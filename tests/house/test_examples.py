@@ -28,11 +28,19 @@ ARGUMENTS = {
     "compile_and_run.py": ["--variant", TINY, "--calls", "2"],
     "graph_operator.py": ["--size", "5"],
     "run_operator.py": ["--size", "7"],
+    "tune_operator.py": [],
 }
 
 
 def test_every_example_is_listed():
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(ARGUMENTS)
+
+
+def test_tuning_example(tmp_path: Path):
+    done = run("tune_operator.py", str(tmp_path / "work"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "record: hit" in done.stdout
+    assert (tmp_path / "work" / "records" / "records.jsonl").is_file()
 
 
 @pytest.mark.parametrize("name", ["graph_operator.py", "run_operator.py"])
