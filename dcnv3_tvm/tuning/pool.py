@@ -19,6 +19,9 @@ _PRELOAD: Final = ["dcnv3_tvm.tuning.jobs"]
 _GRACE: Final = 5
 """Seconds beyond its time in which a job is ended from outside."""
 
+_LINES, _LENGTH = 3, 300
+"""What is kept of an error's text: compilers say much, and the reason last."""
+
 Job = Callable[[], Any]
 """What a process is to do: something that can be pickled, such as a `functools.partial`."""
 
@@ -187,7 +190,7 @@ def _work(connection: Connection) -> None:
         try:
             outcome = Outcome(job())
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            outcome = Outcome(error=f"{type(error).__name__}: {lines[-1][:200]}")
+            text = " / ".join(str(error).strip().splitlines()[-_LINES:])
+            outcome = Outcome(error=f"{type(error).__name__}: {text[-_LENGTH:]}")
         signal.alarm(0)
         connection.send(outcome)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +33,8 @@ _PORTION: Final = 8
 
 _BATCH: Final = 16
 """Candidates compiled and measured together; more where there are many devices."""
+
+_FULL: Final = os.strerror(errno.ENOSPC)
 
 _CONTENDERS: Final = 3
 """Best schedules of a kernel that are measured again, against the default, before one is kept."""
@@ -208,11 +213,12 @@ class Session:
     def _resume(self, journal: Journal) -> None:
         """Take in the trials of earlier sessions."""
         for entry in journal.entries:
-            state = self._by_workload.get(entry["workload"])
-            if state is None or not state.task.allows(entry["decisions"]):
+            state = self._by_workload.get(entry.get("workload", ""))
+            decisions = entry.get("decisions", {})
+            if state is None or not state.task.allows(decisions):
                 self.ignored += 1
             else:
-                state.note(entry["decisions"], entry["seconds"])
+                state.note(decisions, entry.get("seconds"))
         self._resumed = self.trials
 
     def _search(self, laboratory: Laboratory, journal: Journal) -> None:
@@ -261,6 +267,13 @@ class Session:
         """Measure candidates, and keep what comes out."""
         for number, outcome in laboratory.measure(batch):
             task, decisions = batch[number]
+            if _FULL in outcome.error:
+                raise SessionError(
+                    "there is no room for compiled schedules",
+                    got=outcome.error,
+                    hint="All trials are kept: make room, or let TMPDIR name another folder than "
+                    f"{tempfile.gettempdir()}, and start the same command again.",
+                )
             seconds = None if outcome.error else outcome.value
             _keep(journal, batch[number], seconds, outcome.error)
             self._by_workload[task.workload].note(decisions, seconds)

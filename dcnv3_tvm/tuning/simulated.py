@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from dcnv3_tvm.tuning.jobs import Place
 CRASH: Final = "crash"
 HANG: Final = "hang"
 FAIL: Final = "fail"
+FULL: Final = "full"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class SimulatedPlace(Place):
     sleep : float
         Seconds of a measurement.
     faults : mapping of int to str
-        What happens in the measurement of a number: `CRASH`, `HANG` or `FAIL`.
+        What happens in the measurement of a number: `CRASH`, `HANG`, `FAIL` or `FULL`.
     wrong : str
         What is wrong with every result; empty if nothing is.
     """
@@ -54,6 +56,8 @@ class SimulatedPlace(Place):
             time.sleep(3600)
         elif fault == FAIL:
             raise RuntimeError("the device says no")
+        elif fault == FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         time.sleep(self.sleep)
         return [1.0 / (1 + number)] * 3
 

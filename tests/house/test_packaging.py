@@ -97,8 +97,13 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile):
     data = {name for name in names if not name.endswith(".py")}
     assert names - data == package_files()
     assert "dcnv3_tvm/py.typed" in data
-    unexpected = {name for name in data if not name.endswith((".json", "py.typed"))}
+    unexpected = {name for name in data if not name.endswith((".json", ".jsonl", "py.typed"))}
     assert not unexpected
+    records = {path.name for path in (ROOT / "schedules" / "records").iterdir()}
+    assert records
+    for target in records:
+        for file in ("about.json", "records.jsonl"):
+            assert f"dcnv3_tvm/schedules/records/{target}/{file}" in data
 
 
 def test_wheel_has_no_tests(wheel: zipfile.ZipFile):

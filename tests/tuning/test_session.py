@@ -94,6 +94,21 @@ def test_a_wrong_schedule_does_not_enter_the_records(session, simulated, tasks, 
     assert any("off by 1e-1" in json.loads(line)["error"] for line in lines())
 
 
+def test_a_full_disk_ends_the_session_and_blames_no_schedule(session, simulated, lines):
+    with (
+        simulated(faults={5: faults.FULL}) as laboratory,
+        pytest.raises(SessionError, match=r"no room for compiled schedules; .*No space left"),
+    ):
+        session(100).run(laboratory)
+    kept = lines()
+    assert len(kept) >= 5
+    assert not any(json.loads(line)["error"] for line in kept)
+    with simulated() as laboratory:
+        session(100).run(laboratory)
+    assert lines()[: len(kept)] == kept
+    assert len(lines()) == 24
+
+
 def test_no_kernel_works(session, simulated):
     with (
         simulated(faults=dict.fromkeys(range(99), faults.FAIL)) as laboratory,
@@ -140,10 +155,11 @@ def test_trials_for_what_is_not_there_are_passed_over(session, simulated, lines)
         entry = json.loads(lines()[-1])
         with path.open("a") as stream:
             stream.write(json.dumps({**entry, "workload": "gone"}) + "\n")
+            stream.write("{}\n")
             stream.write(json.dumps({**entry, "decisions": {"hue": 1}}) + "\n")
         again = session(4)
         again.run(laboratory)
-    assert again.ignored == 2
+    assert again.ignored == 3
     assert again.trials == 4
 
 
