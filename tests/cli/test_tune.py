@@ -1,5 +1,6 @@
 """Tuning by the command line: a session, its records, and what the compiler makes of them."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,6 +9,9 @@ import sys
 import time
 
 import pytest
+
+from dcnv3_tvm.cli.info import tuned as tuned_text
+from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
 
 OPERATOR = "dcnv3-n1-h9-w9-c64-g4-k3-s1-p1-d1-f32"
 MODEL = "test_internimage_pre_norm"
@@ -41,11 +45,12 @@ def test_a_session_says_what_it_found(tuned):
         assert (folder / name).stat().st_size > 1000
 
 
-def test_a_fresh_process_compiles_with_the_records(tuned, tmp_path):
+def test_a_fresh_process_compiles_with_the_records(tuned, cli, tmp_path):
     folder, _ = tuned
+    artifact = tmp_path / "artifact"
     command = [sys.executable, "-m", "dcnv3_tvm", "compile", MODEL, "--random-weights", "1"]
     done = subprocess.run(
-        [*command, "--database", str(folder), "-o", str(tmp_path / "a"), "--json"],
+        [*command, "--database", str(folder), "-o", str(artifact), "--json"],
         capture_output=True,
         text=True,
         check=True,
@@ -53,19 +58,25 @@ def test_a_fresh_process_compiles_with_the_records(tuned, tmp_path):
     outcomes = set(json.loads(done.stdout)["records"].values())
     assert "hit" in outcomes
     assert outcomes <= {"hit", "miss"}
+    assert "kernels by records for cpu-" in cli("info", artifact).out
+    assert cli("verify", artifact, "--random-weights", "1").code == 0
 
 
-def test_records_are_used_and_shown(tuned, cli, tmp_path):
-    folder, _ = tuned
-    path = tmp_path / "artifact"
-    options = ["--random-weights", "1", "--database", folder, "-o", path]
-    compiled = cli("compile", MODEL, *options)
-    assert "kernels by records for cpu-" in compiled.out
-    assert "kernels by records for cpu-" in cli("info", path).out
-    assert cli("verify", path, "--random-weights", "1").code == 0
-    plain = tmp_path / "plain"
-    without = cli("compile", MODEL, "--random-weights", "1", "--database", "none", "-o", plain)
-    assert "no records were used" in without.out
+def test_what_became_of_records_is_told():
+    origin = {"target": "cpu-znver4", "date": "2026-01-02T03:04:05+00:00", "hardware": "a machine"}
+    metadata = ArtifactMetadata(
+        name="toy",
+        entries={},
+        target=TargetInfo(kind="llvm", triple="", mcpu="", features=(), slug="cpu-znver4", text=""),
+        records={"a": "hit", "b": "miss", "c": "hit", "d": "it is gone.", "e": "it is gone."},
+        records_from=origin,
+    )
+    assert tuned_text(metadata) == (
+        "2 of 5 kernels by records for cpu-znver4 of 2026-01-02 (a machine); 1 have none; "
+        "2 refused: it is gone."
+    )
+    plain = dataclasses.replace(metadata, records={}, records_from={})
+    assert tuned_text(plain) == "no kernel; no records were used"
 
 
 def test_records_of_a_model_are_checked(tuned, cli):

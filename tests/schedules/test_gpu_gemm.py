@@ -5,6 +5,7 @@ import tvm
 from dcnv3_tvm.op import gemm as kernels
 from dcnv3_tvm.op.normalization import layer_norm
 from dcnv3_tvm.op.products import Epilogue
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.gemm import default_tile, gemm
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
@@ -18,7 +19,7 @@ RESIDUAL = Epilogue(bias=True, residual=True)
 
 
 def run(kernel, inputs, shape, dtype):
-    scheduled = serialized(gemm(kernel, TARGET))
+    scheduled = serialized(gemm(kernel, TARGET, Choices()))
     return layers.run_kernel(scheduled, inputs, shape, scheduled=False, dtype=dtype)
 
 
@@ -111,7 +112,7 @@ def test_convolution(image, outputs, kernel_size, stride, pad, dtype, rng):
 def test_any_number_of_rows(dtype, rng):
     n = tvm.tirx.Var("n", "int64")
     kernel = kernels.linear((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
-    scheduled = serialized(gemm(kernel, TARGET))
+    scheduled = serialized(gemm(kernel, TARGET, Choices()))
     weight, bias = random(rng, (48, 64), dtype), random(rng, 48, "float32")
     for rows in (1, 26, 77):
         x = random(rng, (rows, 5, 64), dtype)
@@ -148,5 +149,5 @@ def test_a_small_problem_is_cut_into_more_tiles():
 
 def test_others_are_refused():
     product = kernels.linear((8,), 16, 16, dtype="float16")
-    assert gemm(product, resolve_target("cpu")) is None
-    assert gemm(layer_norm((8,), 16, eps=1e-6), TARGET) is None
+    assert gemm(product, resolve_target("cpu"), Choices()) is None
+    assert gemm(layer_norm((8,), 16, eps=1e-6), TARGET, Choices()) is None

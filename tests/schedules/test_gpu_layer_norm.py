@@ -5,6 +5,7 @@ from tvm import tirx
 
 from dcnv3_tvm.op import normalization
 from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
@@ -32,7 +33,7 @@ def check(rng, assert_close, shape, lead=None, **options):
     gamma, beta = random(rng, shape[-1]), random(rng, shape[-1])
     func = normalization.layer_norm(lead or shape[:-1], shape[-1], eps=1e-6, **options)
     given = [x, gamma, beta, *([residual] if options.get("residual") else [])]
-    scheduled = serialized(layer_norm(func, TARGET))
+    scheduled = serialized(layer_norm(func, TARGET, Choices()))
     result = run_kernel(scheduled, given, shape, scheduled=False, dtype=dtypes[2])
     reference = layers.activation(
         options.get("activation"), layers.layer_norm(x, gamma, beta, 1e-6)
@@ -67,7 +68,7 @@ def test_symbolic_sizes(rng, assert_close, shape):
 def test_a_mean_far_from_zero_costs_no_accuracy(rng):
     x = (rng.standard_normal((16, 64)) + 4096.0).astype("float32")
     one, zero = np.ones(64, "float32"), np.zeros(64, "float32")
-    func = serialized(layer_norm(normalization.layer_norm((16,), 64, eps=1e-6), TARGET))
+    func = serialized(layer_norm(normalization.layer_norm((16,), 64, eps=1e-6), TARGET, Choices()))
     result = run_kernel(func, [x, one, zero], x.shape, scheduled=False)
     # The mean itself is rounded to 2**-11 here; a variance from squares would be noise of order 1.
     assert np.abs(result - layers.layer_norm(x, one, zero, 1e-6)).max() < 4096 * 2.0**-22
@@ -114,8 +115,10 @@ def test_sums_over_several_warps_are_not_read_before_they_are_there(channels):
 
 
 def test_what_does_not_fit_registers_and_other_kernels_are_refused():
-    assert layer_norm(normalization.layer_norm((3,), 16 * 12289, eps=1e-6), TARGET) is None
+    assert (
+        layer_norm(normalization.layer_norm((3,), 16 * 12289, eps=1e-6), TARGET, Choices()) is None
+    )
     kernel = normalization.depthwise(1, 4, 4, 8, kernel_size=(3, 3), pad=(1, 1), bias=True)
-    assert layer_norm(kernel, TARGET) is None
+    assert layer_norm(kernel, TARGET, Choices()) is None
     kernel = normalization.layer_norm((3,), 16, eps=1e-6)
-    assert layer_norm(kernel, resolve_target("cpu-znver4")) is None
+    assert layer_norm(kernel, resolve_target("cpu-znver4"), Choices()) is None
