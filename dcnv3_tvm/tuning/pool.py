@@ -54,7 +54,7 @@ class Pool:
         Jobs at a time.
     fresh : bool
         Whether each job gets a process of its own, so that none meets the memory of another.
-        Otherwise only what crashes or takes too long is replaced.
+        Otherwise only one in which a job has failed is replaced.
     """
 
     def __init__(self, size: int, *, fresh: bool) -> None:
@@ -102,7 +102,8 @@ class Pool:
             if outcome is None:
                 continue
             del self._busy[worker.connection]
-            if self._fresh or not worker.alive:
+            # What failed may have left its process unfit, such as a GPU that refuses all that follows.
+            if self._fresh or outcome.error:
                 worker.stop()
             else:
                 self._idle.append(worker)
@@ -135,7 +136,6 @@ class _Worker:
         self._process = context.Process(target=_work, args=(theirs,), daemon=True)
         self._process.start()
         theirs.close()
-        self.alive = True
         self.number = -1
         self.deadline = 0.0
         self._timeout = 0.0
@@ -152,12 +152,10 @@ class _Worker:
                 outcome: Outcome = self.connection.recv()
                 return outcome
         except (EOFError, ConnectionResetError):
-            self.alive = False
             self._process.join()
             return Outcome(error=_death(self._process.exitcode))
         if time.monotonic() < self.deadline:
             return None
-        self.alive = False
         return Outcome(error=f"took more than {self._timeout:g} s")
 
     def stop(self) -> None:

@@ -38,6 +38,12 @@ def test_processes_are_kept_or_not(fresh):
     assert (first == second) != fresh
 
 
+def test_a_process_in_which_a_job_failed_is_replaced():
+    with Pool(1, fresh=False) as pool:
+        first, _, second = outcomes(pool, [os.getpid, functools.partial(int, "x"), os.getpid])
+    assert first.value != second.value
+
+
 def test_what_fails_costs_itself_alone():
     jobs = [
         double(1),
