@@ -102,7 +102,7 @@ class Pool:
             if outcome is None:
                 continue
             del self._busy[worker.connection]
-            # What failed may have left its process unfit, such as a GPU that refuses all that follows.
+            # What failed may have left its process unfit: a GPU refuses all that follows a fault.
             if self._fresh or outcome.error:
                 worker.stop()
             else:

@@ -195,3 +195,13 @@ def test_ctrl_c_ends_a_session_tidily(tmp_path):
     assert "Traceback" not in err
     assert json.loads(out)["interrupted"] in (True, False)
     assert (folder / "records" / "records.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [("here", "--tracker is no address"), ("127.0.0.1:1", "the RPC tracker cannot be reached")],
+)
+def test_a_worker_without_a_tracker(cli, tracker, message):
+    outcome = cli("worker", "--tracker", tracker, "--key", "k")
+    assert outcome.code in (1, 2)
+    assert message in outcome.err
