@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from typing import Final
 
@@ -31,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def execute(arguments: argparse.Namespace) -> Result:
     """Serve until interrupted."""
     tracker = parse_address(arguments.tracker, "--tracker")
@@ -42,6 +47,8 @@ def execute(arguments: argparse.Namespace) -> Result:
         file=sys.stderr,
         flush=True,
     )
+    # As services are stopped: the server has processes of its own, which must end with it.
+    signal.signal(signal.SIGTERM, _interrupt)
     serve(
         tracker,
         arguments.key,

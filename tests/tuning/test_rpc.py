@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +103,20 @@ def test_a_server_killed_in_the_middle_loses_no_trial(tracker, servers, target, 
     assert len(entries) == task.size
     assert not any(entry["error"] for entry in entries)
     assert list(records.by_workload) == [task.workload]
+
+
+def test_a_server_that_is_stopped_is_gone(tracker, servers):
+    children = [
+        int(child)
+        for server in servers
+        for child in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    ]
+    assert len(children) >= 2
+    for server in servers:
+        server.terminate()
+        assert server.wait(timeout=30) == 0
+    wait_for(lambda: count_servers(tracker, KEY) == 0)
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
 
 def test_a_tracker_without_servers(tracker, target):
