@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dcnv3_tvm.op.products import Epilogue
+from dcnv3_tvm.testing.guarded import GuardedOutput
 
 Array = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
@@ -102,7 +103,8 @@ def run_kernel(
     inputs : sequence of ndarray
         The other parameters.
     output_shape : sequence of int
-        Shape of the output, which is NaN everywhere before the kernel runs.
+        Shape of the output, which is NaN everywhere before the kernel runs; what lies around it
+        must stay as it is.
     target : tvm.target.Target, optional
         Target to compile for; this machine's processor by default.
     scheduled : bool
@@ -125,7 +127,6 @@ def run_kernel(
     if scheduled:
         module, _ = schedule_module(module, target)
     compiled = tvm.compile(module, target=target)
-    poisoned = np.full(output_shape, np.nan, inputs[0].dtype if dtype is None else dtype)
-    tensors = [tvm.runtime.tensor(array) for array in (*inputs, poisoned)]
-    compiled["main"](*tensors)
-    return np.asarray(tensors[-1].numpy())
+    out = GuardedOutput(output_shape, str(inputs[0].dtype) if dtype is None else dtype)
+    compiled["main"](*(tvm.runtime.tensor(array) for array in inputs), out.argument)
+    return out.checked()

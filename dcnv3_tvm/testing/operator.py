@@ -9,12 +9,13 @@ import numpy as np
 from dcnv3_tvm.op import tensorir, tensors
 from dcnv3_tvm.op.reference import Array, dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.testing.guarded import GuardedOutput
 from dcnv3_tvm.testing.specs import Inputs
 from dcnv3_tvm.testing.tolerances import operator_bound
 
 
 def run(kernel: Any, spec: DCNv3Spec, inputs: Inputs, packed: bool = False) -> Array:
-    """Run a kernel into an output full of NaN.
+    """Run a kernel into an output full of NaN; fails if it writes outside.
 
     Parameters
     ----------
@@ -35,11 +36,9 @@ def run(kernel: Any, spec: DCNv3Spec, inputs: Inputs, packed: bool = False) -> A
         )
         arguments = [inputs.x, np.concatenate([both, filling], axis=-1)]
     batch, out_height, out_width = inputs.offset.shape[:3]
-    out = np.full(
-        (batch, out_height, out_width, spec.channels), np.nan, tensors.numpy_dtype(spec.dtype)
-    )
-    kernel(*(tensors.to_kernel("numpy", array) for array in (*arguments, out)))
-    return out
+    out = GuardedOutput((batch, out_height, out_width, spec.channels), spec.dtype)
+    kernel(*(tensors.to_kernel("numpy", array) for array in arguments), out.argument)
+    return out.checked()
 
 
 def check(out: Array, spec: DCNv3Spec, inputs: Inputs) -> None:

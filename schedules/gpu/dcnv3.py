@@ -118,10 +118,14 @@ def _tile(
     lanes = vectors // amount
     groups = max(divisors(spec.group, max(1, _LANES // lanes)))
     pixels = _run(rows, columns, max(1, _THREADS // (groups * lanes)))
+    # Not more pixels than an image has: where it knows that there is one row and one column, TVM
+    # checks nothing, and the threads of pixels that are not there would store, too.
+    image = math.prod(size or _PIXELS[-1] for size in (rows, columns))
+    runs = [number for number in _PIXELS if number <= image]
 
     amount = choices.pick("vectors", amounts, amount)
     groups = choices.pick("groups", divisors(spec.group), groups)
-    pixels = choices.pick("pixels", _PIXELS, pixels)
+    pixels = choices.pick("pixels", runs, pixels)
     lane, *inner = sch.split(channel, [None, amount, vector])
     slab, group = sch.split(group, [None, groups])
     block, pixel = sch.split(sch.fuse(row, column), [None, pixels])
@@ -139,7 +143,7 @@ def _run(rows: int | None, columns: int | None, wanted: int) -> int:
     if rows is None or columns is None:
         return power
     fitting = [d for d in divisors(rows * columns, 2 * wanted) if 2 * d >= wanted]
-    return min(fitting, key=lambda d: abs(d - wanted), default=power)
+    return min(fitting, key=lambda d: abs(d - wanted), default=min(power, rows * columns))
 
 
 def _compute_at(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV, loops: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
+from tvm.tirx import IndexMap
 
 from dcnv3_tvm.gpu import WARP
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
@@ -137,7 +138,11 @@ class Channels:
         """
         step = self.split(sch, channel, inside)
         sch.unroll(sch.get_loops(block)[-1])
-        copy = sch.cache_write(block, 0, "local")
+        # By the indices of the block: by those of an output of more dimensions, TVM loses sight of
+        # its bounds where the only block of threads is not full.
+        rank = len(sch.get(block).iter_vars)
+        place = IndexMap.from_func(lambda *index: index, ndim=rank, index_dtype="int64")
+        copy = sch.reindex_cache_write(block, 0, "local", place)
         sch.reverse_compute_at(copy, step, preserve_unit_loops=True)
         self.vectorize(sch, copy)
         self.load(sch, block, step, ("gamma", "beta", "residual"))

@@ -57,11 +57,21 @@ def test_random_problems(dtype, data):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(
     ("shape", "group"),
-    [((2, 9, 11, 64), 4), ((1, 14, 14, 256), 16), ((1, 7, 7, 512), 32), ((1, 10, 6, 320), 10)],
+    [
+        ((2, 9, 11, 64), 4),
+        ((1, 14, 14, 256), 16),
+        ((1, 7, 7, 512), 32),
+        ((1, 10, 6, 320), 10),
+        ((3, 1, 1, 64), 4),
+        ((1, 5, 3, 4), 1),
+    ],
     ids=str,
 )
 def test_shapes_of_released_models(shape, group, dtype):
-    """Pixels that fill no whole block, 16 and 32 channels a group, more groups than a block has."""
+    """Pixels that fill no block, 16 and 32 channels a group, more groups than a block; one pixel.
+
+    A small image comes down to one pixel in the last stage.
+    """
     spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
     (kernel,) = compile_serially([tensorir.dcnv3_packed(spec)])
     inputs = random_inputs(spec, seed=5)

@@ -45,7 +45,20 @@ def check(rng, assert_close, shape, lead=None, **options):
 
 @pytest.mark.parametrize(
     "shape",
-    [(2, 3, 5, 64), (49, 80), (13, 17), (1, 1), (1, 768), (3, 112), (2, 2560), (3, 6144)],
+    [
+        (2, 3, 5, 64),
+        (49, 80),
+        (13, 17),
+        (1, 1),
+        (1, 768),
+        (3, 112),
+        (2, 2560),
+        (3, 6144),
+        # Not a whole block.
+        (1, 4, 4, 16),
+        (3, 1, 2, 64),
+        (1, 1, 1, 64),
+    ],
 )
 def test_sizes(rng, assert_close, shape):
     check(rng, assert_close, shape)

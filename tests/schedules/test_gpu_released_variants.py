@@ -11,7 +11,9 @@ import tvm
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.variant_kernels import variant_kernels
 from dcnv3_tvm.schedules import rules_for, schedule_module
+from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.testing.guarded import GuardedOutput
 from dcnv3_tvm.testing.serial import serialized
 from dcnv3_tvm.testing.tolerances import LAYER
 
@@ -52,10 +54,10 @@ def test_every_kernel(variant, dtype, rng):
         arrays = inputs_of(kernel.function, rng)
         results = []
         for executable in (compiled, expected):
-            poisoned = np.full([int(s) for s in out.shape], np.nan, str(out.dtype))
-            tensors = [tvm.runtime.tensor(array) for array in (*arrays, poisoned)]
-            executable[kernel.name](*tensors)
-            results.append(tensors[-1].numpy().astype(np.float64))
+            poisoned = GuardedOutput([int(size) for size in out.shape], str(out.dtype))
+            tensors = [tvm.runtime.tensor(array) for array in arrays]
+            executable[kernel.name](*tensors, poisoned.argument)
+            results.append(poisoned.checked().astype(np.float64))
         result, truth = results
         error = np.abs(result - truth).max()
         # Both are rounded to the output's type.
@@ -67,6 +69,8 @@ def test_every_kernel(variant, dtype, rng):
 def test_every_kernel_has_its_rule(variant, dtype):
     for kernel in variant_kernels(variant, TARGET, dtype, batch=64):
         taken = next(
-            rule.__name__ for rule in rules_for(TARGET) if rule(kernel.function, TARGET) is not None
+            rule.__name__
+            for rule in rules_for(TARGET)
+            if rule(kernel.function, TARGET, Choices()) is not None
         )
         assert taken == kernel.rule, kernel.name
