@@ -80,6 +80,29 @@ def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
         ) from error
 
 
+def resolve_gpu(target: str | Mapping[str, Any] | Target) -> Target:
+    """Turn what a user types into a target, where only a GPU makes sense.
+
+    Parameters
+    ----------
+    target : str, mapping or tvm.target.Target
+        As for `resolve_target`.
+
+    Raises
+    ------
+    TargetError
+        As from `resolve_target`, and if it is no GPU.
+    """
+    resolved = resolve_target(target)
+    if not is_gpu(resolved):
+        raise TargetError(
+            "the target is no GPU",
+            got=target_slug(resolved),
+            allowed=", ".join(f"cuda-{arch.replace('_', '')}" for arch in gpu.ARCHITECTURES),
+        )
+    return resolved
+
+
 def host_cpu() -> str:
     """Name LLVM's name of the processor this runs on, for example ``"znver4"``."""
     from tvm.target import codegen

@@ -29,7 +29,6 @@ from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.bench.report import CaseResult, Report, Row
 from dcnv3_tvm.bench.runner import first_line
-from dcnv3_tvm.errors import TargetError
 
 _OPERATOR_SHARE: Final = 0.45
 _COMPILE_SHARES: Final = {"op": 0.12, "encoder": 0.35}
@@ -253,8 +252,7 @@ def compile_ahead(
     TargetError
         If it is no GPU that kernels are compiled for.
     """
-    if not targets.is_gpu(targets.resolve_target(target)):
-        raise TargetError("the target is no GPU", got=target, allowed="for example cuda-sm90")
+    targets.resolve_gpu(target)
     compiled, failed = [], {}
     todo = jobs(groups, cases)
     with Builds(artifacts, target, machine.physical_cores()) as builds:

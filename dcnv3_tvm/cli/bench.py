@@ -137,6 +137,23 @@ def _add_device_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_accuracy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(cases.DTYPES),
+        default="float16",
+        help="of the products (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--target",
+        default="cuda-sm90",
+        help="the GPU, which need not be there (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of weights and image (default: 0)"
+    )
+
+
 def _add_gpu_cases(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--part", choices=PARTS, help="only the operator, or only encoders (default: both)"
@@ -289,6 +306,15 @@ def _floor(
     return list_floors(case, device_model(arguments.device_model), on_step=on_step)
 
 
+def _gpu_accuracy(
+    arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]
+) -> Listing[Any]:
+    case = _case(arguments)
+    with _requirements():
+        from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
+    return list_accuracy(case, arguments.target, seed=arguments.seed, on_step=on_step)
+
+
 def _gpu(arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]) -> GpuRun:
     # Before anything is imported that takes time.
     gpu.device(arguments.device)
@@ -399,6 +425,11 @@ _KINDS: Final = {
         "what every kernel of an encoder takes on a GPU at least, computed without one",
         (_add_model, _add_features, _add_device_model, _add_csv),
         _floor,
+    ),
+    "gpu-accuracy": _Kind(
+        "the outputs of an encoder's GPU schedules, run on the processor, against float64",
+        (_add_model, _add_features, _add_accuracy, _add_csv),
+        _gpu_accuracy,
     ),
     "gpu": _Kind(
         "operator and encoders on this machine's GPU, beside PyTorch and the published extensions",

@@ -80,8 +80,8 @@ def _serial(node: Any, axes: Mapping[str, tirx.Var]) -> Any:
 
 
 def run_serially(
-    imported: ImportedModel, target: Target, inputs: Sequence[Any], *, dtype: str, entry: str
-) -> list[Any]:
+    imported: ImportedModel, target: Target, inputs: Sequence[Any], *, dtype: str
+) -> dict[str, list[Any]]:
     """Run a model compiled for a GPU on the processor, every kernel by its GPU schedule.
 
     Parameters
@@ -91,16 +91,14 @@ def run_serially(
     target : tvm.target.Target
         A GPU.
     inputs : sequence of numpy.ndarray
-        Inputs of the entry.
+        Of every entry.
     dtype : str
         Element type of products, as for `dcnv3_tvm.compile_model`.
-    entry : str
-        ``"main"`` or ``"features"``.
 
     Returns
     -------
-    list of numpy.ndarray
-        The entry's outputs.
+    dict of str to list of numpy.ndarray
+        The outputs of each entry.
     """
     program, _ = pipeline.run_pipeline(imported, target, dtype=dtype, until="fuse")
     module, _ = schedule_module(program.module, target, intrinsics=False)
@@ -111,8 +109,10 @@ def run_serially(
     planned, _ = pipeline.plan_memory(dataclasses.replace(program, module=module), host)
     executable = relax.build(planned, host, relax_pipeline=pipeline.lower_passes())
     machine = relax.VirtualMachine(executable, tvm.cpu())
-    weights = [program.weights[name] for name in program.entries[entry].weights]
-    arguments = [tvm.runtime.tensor(array) for array in (*inputs, *weights)]
-    result = machine[entry](*arguments)
-    outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
-    return [output.numpy() for output in outputs]
+    found = {}
+    for name, entry in program.entries.items():
+        weights = [program.weights[weight] for weight in entry.weights]
+        result = machine[name](*(tvm.runtime.tensor(array) for array in (*inputs, *weights)))
+        outputs = [result] if isinstance(result, tvm.runtime.Tensor) else list(result)
+        found[name] = [output.numpy() for output in outputs]
+    return found

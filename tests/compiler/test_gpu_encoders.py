@@ -1,46 +1,86 @@
 """Whole encoders by their GPU schedules, the threads one after the other, against float64."""
 
+import csv
+import json
+
 import numpy as np
 import pytest
 
-from dcnv3_tvm import frontend
-from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.compare import reference_outputs
-from dcnv3_tvm.testing.serial import run_serially
-from dcnv3_tvm.testing.tolerances import model_tolerance
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.bench import gpu_accuracy
+from dcnv3_tvm.bench.cases import encoder_case
+from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
+from dcnv3_tvm.cli import main
 
-TARGET = resolve_target("cuda-sm90")
+PRE_NORM = "test_internimage_pre_norm"
 
 
-def assert_agrees(name, shape, dtype, entry, rng):
-    model = randomize_(frontend.create_model(name), seed=1)
-    imported = frontend.import_model(model, example=shape)
-    image = rng.standard_normal(shape).astype("float32")
-    outputs = run_serially(imported, TARGET, [image], dtype=dtype, entry=entry)
-    measure, bound = model_tolerance(dtype)
-    expected = reference_outputs(model, image)[entry]
-    assert len(outputs) == len(expected)
-    for output, truth in zip(outputs, expected, strict=True):
-        assert output.dtype == np.float32
-        error = output.astype(np.float64) - truth
-        if measure == "max":
-            assert np.abs(error).max() <= bound * np.abs(truth).max()
-        else:
-            assert np.linalg.norm(error) <= bound * np.linalg.norm(truth)
+def assert_agrees(variant, batch, size, dtype):
+    case = encoder_case(variant, batch=batch, size=size, dtype=dtype)
+    found = list_accuracy(case, "cuda-sm90", seed=1)
+    assert [row.output.partition("/")[0] for row in found.rows] == ["main"] + 4 * ["features"]
+    assert found.ok, found.cells()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_pre_norm(dtype, rng):
-    assert_agrees("test_internimage_pre_norm", (2, 3, 32, 64), dtype, "features", rng)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_pre_norm(dtype):
+    assert_agrees(PRE_NORM, 2, (32, 64), dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_attention_pooling_and_center_feature_scale(dtype, rng):
-    assert_agrees("test_internimage_res_post_norm", (1, 3, 64, 96), dtype, "main", rng)
+def test_attention_pooling_and_center_feature_scale(dtype):
+    assert_agrees("test_internimage_res_post_norm", 1, (64, 96), dtype)
 
 
 @pytest.mark.slow
-def test_t(rng):
-    assert_agrees("internimage_t", (1, 3, 96, 160), "float16", "main", rng)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_t(dtype):
+    assert_agrees("internimage_t", 1, (96, 160), dtype)
+
+
+ARGUMENTS = ("bench", "gpu-accuracy", "--variant", PRE_NORM, "--size", "32")
+
+
+def test_command(capsys, tmp_path):
+    files = ["--json", str(tmp_path / "a.json"), "--csv", str(tmp_path / "a.csv")]
+    assert main([*ARGUMENTS, "--target", "cuda-sm80", "--dtype", "bfloat16", *files]) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "cuda-sm80",
+        "main/logits",
+        "features/",
+        "agrees with float64",
+        "norm error 0.01",
+    ):
+        assert words in shown
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert (data["kind"], data["target"], data["dtype"]) == (
+        "gpu-accuracy",
+        "cuda-sm80",
+        "bfloat16",
+    )
+    assert (data["measure"], data["tolerance"], data["ok"]) == ("norm", 1e-2, True)
+    # Short products are seen.
+    assert all(1e-4 < row["norm"] < 1e-2 for row in data["rows"])
+    with (tmp_path / "a.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 5
+
+
+def test_what_is_too_far_is_a_failure(capsys, monkeypatch):
+    right = gpu_accuracy.run_serially
+
+    def wrong(*arguments, **options):
+        outputs = right(*arguments, **options)
+        outputs["features"][2][0, 0, 0, 0] = np.nan
+        return outputs
+
+    monkeypatch.setattr(gpu_accuracy, "run_serially", wrong)
+    assert main([*ARGUMENTS, "--features"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("TOO FAR") == 1
+    assert "DIFFERS from float64" in shown
+
+
+def test_only_for_gpus(capsys):
+    assert main([*ARGUMENTS, "--target", "cpu"]) == 2
+    assert "the target is no GPU" in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""How far an encoder's GPU schedules are from float64, with no GPU at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dcnv3_tvm import frontend, targets
+from dcnv3_tvm.bench.cases import EncoderCase
+from dcnv3_tvm.bench.listing import Listing
+from dcnv3_tvm.bench.provenance import Provenance
+from dcnv3_tvm.testing.compare import Difference, difference, reference_outputs
+from dcnv3_tvm.testing.serial import run_serially
+from dcnv3_tvm.testing.tolerances import model_tolerance
+from dcnv3_tvm.testing.weights import randomize_
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyListing(Listing[Difference]):
+    """Every output of an encoder against the truth.
+
+    Parameters
+    ----------
+    target : str
+        What the kernels are scheduled for.
+    dtype : str
+        Element type of the products.
+    """
+
+    KIND: ClassVar[str] = "gpu-accuracy"
+    HEADER: ClassVar[tuple[str, ...]] = (
+        "output",
+        "max error",
+        "mean error",
+        "norm error",
+        "max |reference|",
+        "",
+    )
+
+    target: str
+    dtype: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output is close enough."""
+        return all(row.within(self.dtype) for row in self.rows)
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the rows of a table for people, under `HEADER`."""
+        return [
+            (
+                row.output,
+                f"{row.maximum:.2e}",
+                f"{row.mean:.2e}",
+                f"{row.norm:.2e}",
+                f"{row.scale:.4g}",
+                "ok" if row.within(self.dtype) else "TOO FAR",
+            )
+            for row in self.rows
+        ]
+
+    def summary(self) -> list[str]:
+        """Return the verdict."""
+        measure, bound = model_tolerance(self.dtype)
+        verdict = "agrees with" if self.ok else "DIFFERS from"
+        return [f"{verdict} float64 (tolerance of the {measure} error {bound:g})"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for ``json.dumps``."""
+        measure, bound = model_tolerance(self.dtype)
+        return super().to_json() | {"measure": measure, "tolerance": bound, "ok": self.ok}
+
+
+def list_accuracy(
+    case: EncoderCase,
+    target: str,
+    *,
+    seed: int = 0,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> AccuracyListing:
+    """Run an encoder by its GPU schedules on the processor, and compare it with float64.
+
+    Parameters
+    ----------
+    case : EncoderCase
+        The encoder.
+    target : str
+        The GPU, for example ``"cuda-sm90"``.
+    seed : int
+        Of the random weights and the random image.
+    on_step : callable
+        Called with what happens next.
+
+    Raises
+    ------
+    TargetError
+        If the target is no GPU that kernels are scheduled for.
+    """
+    resolved = targets.resolve_gpu(target)
+    on_step(f"{case.slug}: import")
+    model = randomize_(frontend.create_model(case.variant, features_only=case.features), seed)
+    shape = (case.batch, 3, *case.size)
+    imported = frontend.import_model(model, example=shape)
+    image = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    on_step(f"{case.slug}: compute in float64")
+    truth = reference_outputs(model, image)
+    on_step(f"{case.slug}: compile and run")
+    rows = [
+        difference(f"{entry}/{tensor.name}", output, expected)
+        for entry, outputs in run_serially(imported, resolved, [image], dtype=case.dtype).items()
+        for tensor, output, expected in zip(
+            imported.entries[entry].outputs, outputs, truth[entry], strict=True
+        )
+    ]
+    return AccuracyListing(
+        slug=case.slug,
+        provenance=Provenance.here(threads=1),
+        how=f"The kernels for {targets.target_slug(resolved)}, the threads of each one after the "
+        "other on the processor, against PyTorch in float64. Errors are relative to "
+        f"max |reference|, the norm error to its norm. Random weights and image, seed {seed}. "
+        "The order of threads and the instructions of tensor cores are not part of it.",
+        rows=tuple(rows),
+        target=targets.target_slug(resolved),
+        dtype=case.dtype,
+    )
