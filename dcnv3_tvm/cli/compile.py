@@ -87,6 +87,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             got=arguments.output,
             hint="Use --force to replace it.",
         )
+    _check_compilation(arguments)
     with Progress(f"compile {name}") as progress:
         progress.step("build the PyTorch model")
         imported = _import(name, checkpoint, arguments, progress)
@@ -119,6 +120,17 @@ def execute(arguments: argparse.Namespace) -> Result:
         f"{size / 1e6:.1f} MB, {seconds:.1f} s; tuned: {tuned(metadata)}"
     )
     return Result(data, text)
+
+
+def _check_compilation(arguments: argparse.Namespace) -> None:
+    """Refuse what the compiler would refuse, before the model is built and imported."""
+    from dcnv3_tvm.compiler.compile import check_dtype
+    from dcnv3_tvm.schedules.database import find_records
+    from dcnv3_tvm.targets import resolve_target
+
+    target = resolve_target(arguments.target)
+    check_dtype(arguments.dtype, target)
+    find_records(target, arguments.database)
 
 
 def _import(

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         action="store_true",
         help="compile each kernel for the GPU and show registers, memory and instructions "
-        "(needs nvcc and ptxas, no GPU)",
+        "(needs nvcc, no GPU)",
     )
 
 

@@ -125,10 +125,6 @@ def compile_artifact(
     ArtifactError
         If the folder cannot be written.
     """
-    if dtype not in DTYPES:
-        raise InvalidArgumentError(
-            "models are not compiled for this dtype", got=repr(dtype), allowed=", ".join(DTYPES)
-        )
     resolved = targets.resolve_target(target)
     check_dtype(dtype, resolved)
     records = find_records(resolved, database)
@@ -170,9 +166,15 @@ def check_dtype(dtype: str, target: tvm.target.Target) -> None:
 
     Raises
     ------
+    InvalidArgumentError
+        If they are made for it on no target.
     TargetError
         With what the target takes instead.
     """
+    if dtype not in DTYPES:
+        raise InvalidArgumentError(
+            "models are not compiled for this dtype", got=repr(dtype), allowed=", ".join(DTYPES)
+        )
     if targets.is_gpu(target) or dtype == "float32":
         return
     if dtype == "float16":

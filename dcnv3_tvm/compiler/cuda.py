@@ -15,7 +15,7 @@ import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,14 +31,12 @@ LOWERING: Final = device_passes.PIPELINE
 
 _FORCE_SOURCE: Final = "TVM_COMPILE_FORCE_FALLBACK"
 
-REGISTERS_FIRST: Final = "--register-usage-level=10"
-"""For ptxas: rather more registers for a thread than values in memory, as TVM has it."""
-
-# Division and exponentials by the units for special functions, as TVM has it; operators of half
-# types, which the generated code uses.
+# Division and exponentials by the units for special functions, and rather more registers for a
+# thread than values in memory, as TVM has both; operators of half types, which the generated code
+# uses.
 _OPTIONS: Final = (
     "--use_fast_math",
-    f"--ptxas-options={REGISTERS_FIRST}",
+    "--ptxas-options=--register-usage-level=10",
     *(
         f"-U__CUDA_NO_{kind}__"
         for kind in (
@@ -125,7 +123,9 @@ def machine_code(source: str, arch: str) -> bytes:
     """
     nvcc = toolkit.find_nvcc()
     if nvcc is not None:
-        return _by_nvcc(nvcc, source, arch)
+        with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-cuda-") as folder:
+            run_nvcc(nvcc, source, arch, Path(folder))
+            return (Path(folder) / "kernels.cubin").read_bytes()
     nvrtc, headers = toolkit.find_nvrtc(), toolkit.find_headers()
     if nvrtc is not None and headers is not None:
         return _by_nvrtc(nvrtc, headers, source, arch)
@@ -138,18 +138,40 @@ def machine_code(source: str, arch: str) -> bytes:
     )
 
 
-def _by_nvcc(nvcc: Path, source: str, arch: str) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-cuda-") as folder:
-        code, cubin = Path(folder) / "kernels.cu", Path(folder) / "kernels.cubin"
-        code.write_text(source, encoding="utf-8")
-        more = ("--expt-relaxed-constexpr", "-std=c++17", "-O3")
-        command = [str(nvcc), "--cubin", f"-arch={arch}", *more, *_OPTIONS, str(code)]
-        done = subprocess.run(
-            [*command, "-o", str(cubin)], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise _refused("nvcc", done.stderr or done.stdout, arch)
-        return cubin.read_bytes()
+def run_nvcc(nvcc: Path, source: str, arch: str, folder: Path, more: Sequence[str] = ()) -> str:
+    """Compile CUDA source to the file ``kernels.cubin`` in a folder.
+
+    Parameters
+    ----------
+    nvcc : Path
+        The compiler.
+    source : str
+        What TVM generated.
+    arch : str
+        For example ``"sm_90"``.
+    folder : Path
+        For all files.
+    more : sequence of str
+        Options that change nothing in the code.
+
+    Returns
+    -------
+    str
+        What the compiler said.
+
+    Raises
+    ------
+    CompileError
+        If it refuses the source.
+    """
+    code, cubin = folder / "kernels.cu", folder / "kernels.cubin"
+    code.write_text(source, encoding="utf-8")
+    options = (*_OPTIONS, "--expt-relaxed-constexpr", "-std=c++17", "-O3")
+    command = [str(nvcc), "--cubin", f"-arch={arch}", *options, *more, str(code), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise _refused("nvcc", done.stderr or done.stdout, arch)
+    return done.stderr
 
 
 def _by_nvrtc(path: Path, headers: list[Path], source: str, arch: str) -> bytes:

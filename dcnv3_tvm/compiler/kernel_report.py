@@ -1,17 +1,15 @@
 """What NVIDIA's assembler says of a scheduled kernel: no GPU is needed to ask it.
 
-Needs nvcc and ptxas on the path. Instructions are counted in the machine code, of which every one
-takes 16 bytes on the architectures of `dcnv3_tvm.gpu`; in a kernel without loops that is what a
-thread executes at most.
+Needs nvcc, which is called as for an artifact. Instructions are counted in the machine code, of
+which every one takes 16 bytes on the architectures of `dcnv3_tvm.gpu`; in a kernel without loops
+that is what a thread executes at most.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 import struct
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -23,9 +21,9 @@ from tvm.tirx import compilation_pipeline
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.compiler import cuda, device_passes
+from dcnv3_tvm.errors import CompileError
+from dcnv3_tvm.runtime import toolkit
 from dcnv3_tvm.targets import gpu_architecture
-
-TOOLS: Final = ("nvcc", "ptxas")
 
 _INSTRUCTION_BYTES: Final = 16
 _OPCODE_MASK: Final = 0xFFF
@@ -71,11 +69,6 @@ class KernelReport:
     occupancy: float
 
 
-def tools_missing() -> list[str]:
-    """List the programs of the CUDA toolkit that are needed and not there."""
-    return [tool for tool in TOOLS if shutil.which(tool) is None]
-
-
 def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
     """Compile a scheduled function for a GPU and report each kernel in it.
 
@@ -85,7 +78,18 @@ def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
         Scheduled, intrinsics in place.
     target : tvm.target.Target
         A GPU.
+
+    Raises
+    ------
+    CompileError
+        If nvcc is not there, or refuses the source.
     """
+    nvcc = toolkit.find_nvcc()
+    if nvcc is None:
+        raise CompileError(
+            "a report needs nvcc, which is not installed",
+            hint="Install the CUDA 13 toolkit: its bin/nvcc on the PATH, or CUDA_HOME set.",
+        )
     arch = str(target.attrs["arch"])
     module = tvm.IRModule({_NAME: func.with_attr("global_symbol", _NAME)})
     with device_passes.lowering():
@@ -93,7 +97,7 @@ def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
         executable = tvm.compile(module, target=target, tir_pipeline=device_passes.PIPELINE)
     source = "\n".join(cuda.cuda_sources(executable.mod))
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-") as folder:
-        ptx, log, cubin = _assemble(Path(folder), source, arch)
+        ptx, log, cubin = _assemble(nvcc, source, arch, Path(folder))
     sizes = _instructions(cubin)
     reports = []
     for name, text in _functions(ptx).items():
@@ -161,31 +165,15 @@ def _shared_bytes(module: tvm.IRModule, target: Target) -> dict[str, int]:
     }
 
 
-def _assemble(folder: Path, source: str, arch: str) -> tuple[str, dict[str, str], bytes]:
-    (folder / "k.cu").write_text(source, encoding="utf-8")
-    options = ["-O3", "--use_fast_math", "-w", f"-arch={arch}"]
-    _run(["nvcc", "-ptx", *options, "-o", str(folder / "k.ptx"), str(folder / "k.cu")])
-    log = _run(
-        [
-            "ptxas",
-            "-v",
-            cuda.REGISTERS_FIRST,
-            f"-arch={arch}",
-            "-o",
-            str(folder / "k.cubin"),
-            str(folder / "k.ptx"),
-        ]
-    )
+def _assemble(
+    nvcc: Path, source: str, arch: str, folder: Path
+) -> tuple[str, dict[str, str], bytes]:
+    """Return PTX code, what ptxas said of each kernel, and machine code."""
+    more = ("--ptxas-options=-v", "--keep", f"--keep-dir={folder}")
+    log = cuda.run_nvcc(nvcc, source, arch, folder, more)
     said = re.split(r"Compiling entry function '(\w+)'", log)
     texts = dict(zip(said[1::2], said[2::2], strict=True))
-    return (folder / "k.ptx").read_text(), texts, (folder / "k.cubin").read_bytes()
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{command[0]}: {done.stderr[-2000:]}")
-    return done.stderr
+    return (folder / "kernels.ptx").read_text(), texts, (folder / "kernels.cubin").read_bytes()
 
 
 def _functions(ptx: str) -> dict[str, str]:

@@ -164,6 +164,24 @@ def test_bad_usage(cli, arguments, words, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--target", "toaster"), "target is unknown"),
+        (("--target", "cuda-sm75"), "not scheduled for this GPU architecture"),
+        (("--dtype", "float8"), "allowed: float32, bfloat16, float16"),
+        (("--target", "cpu-haswell", "--dtype", "bfloat16"), "multiplies no bfloat16"),
+        (("--target", "cpu", "--dtype", "float16"), "do not compute in float16"),
+        (("--database", "nowhere"), "nowhere"),
+    ],
+)
+def test_compile_refuses_before_it_builds_the_model(cli, arguments, words, tmp_path):
+    found = cli("compile", "internimage_t", "-o", tmp_path / "x", *arguments)
+    assert found.code == 2
+    assert words in found.err
+    assert "build the PyTorch model" not in found.err
+
+
 def test_bad_image(cli, artifact_path, tmp_path):
     path = tmp_path / "notes.jpg"
     path.write_text("no image")
