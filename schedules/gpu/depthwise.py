@@ -37,6 +37,10 @@ _MOST_VALUES: Final = 96
 _TOO_MANY_VALUES: Final = 192
 """Values that do not fit the registers of a thread."""
 
+_MOST_ROUNDED_UP: Final = 1.5
+"""Vectors that several warps take in several turns, over those there are: where few of the threads
+have a vector in the last turn, ptxas was seen to spill."""
+
 _FULL_GPU: Final = 2**17
 """Threads that fill a large GPU once."""
 
@@ -161,12 +165,15 @@ def _tile(func: tirx.PrimFunc) -> _Tile | None:
         too_many = sums(tile) > _MOST_SUMS or values(tile) > _MOST_VALUES
         return too_many, time
 
+    def few_idle(lanes: int) -> bool:
+        return vectors <= lanes or _round_up(vectors, lanes) <= _MOST_ROUNDED_UP * vectors
+
     tiles = [
         _Tile(lines, runs, run, lanes, vector)
         for lines, runs, run, lanes in itertools.product(_SIDES, _SIDES, _RUNS, LANES)
         if lanes < 2 * vectors
         and lines * runs * lanes in _THREADS
-        and (lanes <= WARP or lines == runs == 1)
+        and (lanes <= WARP or (lines == runs == 1 and few_idle(lanes)))
     ]
     best = min(tiles, key=cost)
     return best if values(best) <= _TOO_MANY_VALUES else None
