@@ -4,7 +4,8 @@ Every result of a kernel of ours is stored in the type of the products, except
 
 - results of the model, which are float32;
 - in bfloat16, the residual stream, whose many sums would lose digits, and what makes sampling
-  points, whose errors the image's gradients magnify.
+  points, whose errors the image's gradients magnify: they are float32;
+- in bfloat16, what only products read that multiply in float16 (`half_products`).
 
 Operators that have no kernel of ours read float32: what they read is converted in their kernel.
 """
@@ -20,11 +21,15 @@ from tvm import relax
 
 from dcnv3_tvm.op import gemm, tensorir
 from dcnv3_tvm.transform.find_layers import Layer, find_layers
+from dcnv3_tvm.transform.half_products import PRODUCTS, half_products
 from dcnv3_tvm.transform.layer_context import LayerContext, epilogue_of, pair_of
 from dcnv3_tvm.transform.lower_normalization import lower_depthwise, lower_layer_norm
 from dcnv3_tvm.transform.program import Program, Rebuilder, variables
 from dcnv3_tvm.transform.shapes import element_type
 from dcnv3_tvm.transform.storage import find_values, packed_sampling
+
+_HALF: Final = ("float16", "bfloat16")
+"""Types of two bytes."""
 
 
 def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
@@ -40,6 +45,7 @@ def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
     found: dict[relax.Var, Layer] = {}
     inner: set[relax.Var] = set()
     wide: set[relax.Var] = set()
+    half: set[relax.Var] = set()
     for name, entry in program.entries.items():
         function = program.module[name]
         layers = find_layers(function, len(entry.inputs))
@@ -48,16 +54,20 @@ def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
         wide |= _results(function)
         if dtype == "bfloat16":
             wide |= _sensitive(function, layers, program.module)
+            arrays = (program.weights[weight] for weight in entry.weights)
+            weights = dict(zip(function.params[len(entry.inputs) :], arrays, strict=True))
+            half |= half_products(function, layers, len(entry.inputs), weights)
+    narrow = _read_in_half(found, half)
     converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
 
     def stored(var: relax.Var) -> str:
-        return "float32" if var in wide else dtype
+        return "float32" if var in wide else "float16" if var in narrow else dtype
 
     def float32(rebuilder: Rebuilder, expr: relax.Expr) -> relax.Expr:
         """Return an argument in float32; one that is read several times is converted once."""
         if isinstance(expr, relax.Tuple):
             return relax.Tuple([float32(rebuilder, field) for field in expr.fields])
-        if dtype == "float32" or not _is(expr, dtype):
+        if not isinstance(expr.ty, relax.TensorType) or element_type(expr) not in _HALF:
             return expr
         if (rebuilder, expr) not in converted:
             converted[rebuilder, expr] = rebuilder.emit(relax.op.astype(expr, "float32"))
@@ -76,7 +86,7 @@ def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
             )
         source = rebuilder.current(layer.root.args[0])
         context = LayerContext(rebuilder, var, layer, source, stored(var))
-        return _LOWER[layer.kind](context, dtype)
+        return _LOWER[layer.kind](context, "float16" if var in half else dtype)
 
     return program.rebuilt(visit)
 
@@ -91,8 +101,13 @@ def _results(function: relax.Function) -> set[relax.Var]:
     return found
 
 
-def _is(expr: relax.Expr, dtype: str) -> bool:
-    return isinstance(expr.ty, relax.TensorType) and element_type(expr) == dtype
+def _read_in_half(layers: Mapping[relax.Var, Layer], half: set[relax.Var]) -> set[relax.Var]:
+    """Find the values that products read, all of them in float16."""
+    readers: dict[bool, set[relax.Var]] = {True: set(), False: set()}
+    for var, layer in layers.items():
+        if layer.kind in PRODUCTS:
+            readers[var in half].add(layer.root.args[0])
+    return readers[True] - readers[False]
 
 
 def _sensitive(

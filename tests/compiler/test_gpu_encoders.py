@@ -23,7 +23,7 @@ def assert_agrees(variant, batch, size, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_pre_norm(dtype):
-    assert_agrees(PRE_NORM, 2, (32, 64), dtype)
+    assert_agrees(PRE_NORM, 1, (64, 96), dtype)
 
 
 @pytest.mark.slow
@@ -45,20 +45,10 @@ def test_command(capsys, tmp_path):
     files = ["--json", str(tmp_path / "a.json"), "--csv", str(tmp_path / "a.csv")]
     assert main([*ARGUMENTS, "--target", "cuda-sm80", "--dtype", "bfloat16", *files]) == 0
     shown = capsys.readouterr().out
-    for words in (
-        "cuda-sm80",
-        "main/logits",
-        "features/",
-        "agrees with float64",
-        "norm error 0.01",
-    ):
+    for words in ("cuda-sm80", "main/logits", "features/", "agrees with float64", "error 0.01"):
         assert words in shown
     data = json.loads((tmp_path / "a.json").read_text())
-    assert (data["kind"], data["target"], data["dtype"]) == (
-        "gpu-accuracy",
-        "cuda-sm80",
-        "bfloat16",
-    )
+    assert (data["kind"], data["target"]) == ("gpu-accuracy", "cuda-sm80")
     assert (data["measure"], data["tolerance"], data["ok"]) == ("norm", 1e-2, True)
     # Short products are seen.
     assert all(1e-4 < row["norm"] < 1e-2 for row in data["rows"])
@@ -71,7 +61,7 @@ def test_what_is_too_far_is_a_failure(capsys, monkeypatch):
 
     def wrong(*arguments, **options):
         outputs = right(*arguments, **options)
-        outputs["features"][2][0, 0, 0, 0] = np.nan
+        outputs["main"][2][0, 0, 0, 0] = np.nan
         return outputs
 
     monkeypatch.setattr(gpu_accuracy, "run_serially", wrong)
