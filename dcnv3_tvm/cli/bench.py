@@ -14,27 +14,24 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm import atomic, gpu
 from dcnv3_tvm.bench import cases
-from dcnv3_tvm.bench.contestants import NORM, PEERS, Peer, select_peers
-from dcnv3_tvm.bench.gpu_cases import PARTS, SECONDS, OperatorGroup, chosen
-from dcnv3_tvm.cli.compile import parse_size
-from dcnv3_tvm.cli.result import Result, table
+from dcnv3_tvm.bench.contestants import Peer, select_peers
+from dcnv3_tvm.bench.gpu_cases import PARTS, OperatorGroup, chosen
+from dcnv3_tvm.cli import bench_arguments as declare
+from dcnv3_tvm.cli.bench_text import report_text
+from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.environment import TVM_NUM_THREADS
 from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.bench.floors import Peaks
     from dcnv3_tvm.bench.gpu_report import Compilation, GpuRun
     from dcnv3_tvm.bench.listing import Listing
-    from dcnv3_tvm.bench.report import CaseResult, Report
+    from dcnv3_tvm.bench.report import Report
     from dcnv3_tvm.spec import DCNv3Spec
 
 HELP: Final = "measure the operator or an encoder beside PyTorch and other runtimes"
 
-STDOUT: Final = "-"
-
 _ALL: Final = "all"
-_NONE: Final = "none"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,156 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, kind in _KINDS.items():
         command = kinds.add_parser(name, help=kind.help, description=kind.help)
-        for add in (*kind.arguments, _add_json):
+        for add in (*kind.arguments, declare.add_json):
             add(command)
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--variant",
-        default="internimage_t",
-        help="a name of `dcnv3-tvm models` (default: %(default)s)",
-    )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
-    parser.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="of the image (default: the variant's own)"
-    )
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="that compute (default: the cores)"
-    )
-    _add_csv(parser)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const=STDOUT,
-        # The command has an option of this name, too, whose value must stand.
-        default=argparse.SUPPRESS,
-        metavar="FILE",
-        help="write JSON to a file, or print it instead of the table",
-    )
-
-
-def _add_csv(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write CSV")
-
-
-def _add_case(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--case", default="*", metavar="PATTERN", help="only cases whose name matches"
-    )
-
-
-def _add_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=cases.CPU_DTYPES,
-        default="float32",
-        help="of this library's products (default: %(default)s)",
-    )
-
-
-def _add_features(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--features", action="store_true", help="the feature pyramid, without a head"
-    )
-
-
-def _add_against(parser: argparse.ArgumentParser) -> None:
-    names = ",".join(peer.name for peer in PEERS)
-    parser.add_argument(
-        "--against",
-        metavar="NAMES",
-        help=f"of {names}, or {_NONE} (default: all that take part in the dtype)",
-    )
-
-
-def _add_rounds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="bursts of each (default: 5)"
-    )
-
-
-def _add_plot(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw bars (.png, .svg, .pdf)")
-
-
-def _add_device_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(cases.DTYPES),
-        default="float16",
-        help="of the model (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device-model",
-        default="h200",
-        metavar="NAME",
-        help="the GPU: h200, h100 or a100 (default: %(default)s)",
-    )
-
-
-def _add_accuracy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(cases.DTYPES),
-        default="float16",
-        help="of the products (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--target",
-        default="cuda-sm90",
-        help="the GPU, which need not be there (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights and image (default: 0)"
-    )
-
-
-def _add_gpu_cases(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--part", choices=PARTS, help="only the operator, or only encoders (default: both)"
-    )
-    _add_case(parser)
-
-
-def _add_gpu(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=Path("bench-results"),
-        metavar="DIR",
-        help="folder for the files (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--artifacts",
-        type=Path,
-        metavar="DIR",
-        help="folder of what `bench gpu-compile` has compiled; the rest is compiled there",
-    )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=SECONDS,
-        metavar="S",
-        help="for all of it; what does not fit is left out and said to be (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--device", type=int, default=0, metavar="N", help="number of the GPU (default: 0)"
-    )
-
-
-def _add_gpu_compile(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--artifacts", type=Path, required=True, metavar="DIR", help="folder to write to"
-    )
-    parser.add_argument("--target", required=True, help="for example cuda-sm90")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +78,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     with Progress(f"bench {arguments.what}") as progress:
         report = _KINDS[arguments.what].measure(arguments, threads, progress.step)
     data = report.to_json()
-    if isinstance(arguments.json, str) and arguments.json != STDOUT:
+    if isinstance(arguments.json, str) and arguments.json != declare.STDOUT:
         _write(Path(arguments.json), json.dumps(data, indent=2) + "\n")
     if getattr(arguments, "csv", None) is not None:
         _write(arguments.csv, report.to_csv())
@@ -354,7 +203,9 @@ def _gpu_cases(
 
 def _peers(arguments: argparse.Namespace) -> list[Peer]:
     names = None if arguments.against is None else arguments.against.split(",")
-    return select_peers(() if names == [_NONE] else names, getattr(arguments, "dtype", "float32"))
+    return select_peers(
+        () if names == [declare.NONE] else names, getattr(arguments, "dtype", "float32")
+    )
 
 
 @contextlib.contextmanager
@@ -398,98 +249,64 @@ _KINDS: Final = {
     "op": _Kind(
         f"the operator at the stages of a variant, or of {_ALL} (T to H, and T at "
         f"{'x'.join(map(str, cases.DETECTION_SIZE))}), beside other runtimes",
-        (_add_common, _add_case, _add_against, _add_rounds, _add_plot),
+        (
+            declare.add_common,
+            declare.add_case,
+            declare.add_against,
+            declare.add_rounds,
+            declare.add_plot,
+        ),
         _operator,
     ),
     "encoder": _Kind(
         "a whole encoder beside other runtimes",
-        (_add_common, _add_features, _add_dtype, _add_against, _add_rounds, _add_plot),
+        (
+            declare.add_common,
+            declare.add_features,
+            declare.add_dtype,
+            declare.add_against,
+            declare.add_rounds,
+            declare.add_plot,
+        ),
         _encoder,
     ),
     "kernels": _Kind(
         "every kernel of a compiled encoder alone, beside its floor",
-        (_add_common, _add_features, _add_dtype),
+        (declare.add_common, declare.add_features, declare.add_dtype),
         _kernels,
     ),
     "memory": _Kind(
         "the peak memory of an encoder beside that of other runtimes, each in a fresh process",
-        (_add_common, _add_features, _add_dtype, _add_against),
+        (declare.add_common, declare.add_features, declare.add_dtype, declare.add_against),
         _memory,
     ),
     "beside-torch": _Kind(
         "a compiled encoder behind operations of PyTorch in the same process, in several settings",
-        (_add_common, _add_features, _add_dtype, _add_rounds),
+        (declare.add_common, declare.add_features, declare.add_dtype, declare.add_rounds),
         _beside_torch,
     ),
     "floor": _Kind(
         "what every kernel of an encoder takes on a GPU at least, computed without one",
-        (_add_model, _add_features, _add_device_model, _add_csv),
+        (declare.add_model, declare.add_features, declare.add_device_model, declare.add_csv),
         _floor,
     ),
     "gpu-accuracy": _Kind(
         "the outputs of an encoder's GPU schedules, run on the processor, against float64",
-        (_add_model, _add_features, _add_accuracy, _add_csv),
+        (declare.add_model, declare.add_features, declare.add_accuracy, declare.add_csv),
         _gpu_accuracy,
     ),
     "gpu": _Kind(
         "operator and encoders on this machine's GPU, beside PyTorch and the published extensions",
-        (_add_gpu_cases, _add_gpu),
+        (declare.add_gpu_cases, declare.add_gpu),
         _gpu,
     ),
     "gpu-compile": _Kind(
         "compile what `bench gpu` measures, for a GPU that need not be in this machine",
-        (_add_gpu_cases, _add_gpu_compile),
+        (declare.add_gpu_cases, declare.add_gpu_compile),
         _gpu_compile,
     ),
 }
 """By name, in the order of the help."""
-
-
-def report_text(report: Report | Listing[Any] | GpuRun | Compilation) -> str:
-    """Show a report to people: the machine, the floors, a table a case."""
-    from dcnv3_tvm.bench.gpu_report import Compilation, GpuRun
-    from dcnv3_tvm.bench.listing import Listing
-
-    if isinstance(report, Compilation):
-        lines = [f"{len(report.compiled)} compiled for {report.target}"]
-        return "\n".join(lines + [f"failed: {name}: {why}" for name, why in report.failed.items()])
-    if isinstance(report, GpuRun):
-        sections = [f"{name}\n\n{report_text(one)}" for name, one in report.reports.items()]
-        sections.append("\n".join(f"skipped {name}: {why}" for name, why in report.skipped.items()))
-        return "\n\n".join(filter(None, [*sections, f"{report.seconds:.0f} s in all"]))
-    if isinstance(report, Listing):
-        listed = f"{report.slug}\n{table(report.HEADER, report.cells())}"
-        sections = [report.provenance.line, report.how, listed, "\n".join(report.summary())]
-        return "\n\n".join(filter(None, sections))
-    sections = [report.provenance.line, _rates(report.peaks), *map(_case_text, report.cases)]
-    sections += [f"skipped {name}: {reason}" for name, reason in report.skipped.items()]
-    return "\n\n".join(sections)
-
-
-def _case_text(case: CaseResult) -> str:
-    from dcnv3_tvm.bench.report import TABLE_HEADER, table_rows
-
-    lines = [case.slug, table(TABLE_HEADER, table_rows(case))]
-    if case.measure == NORM:
-        lines.append(
-            "Errors are ‖error‖ / ‖reference‖; the arithmetic floor is of 16-bit products."
-        )
-    memory = [(row.name, row.peak_bytes) for row in case.rows if row.peak_bytes is not None]
-    if memory:
-        shown = ", ".join(f"{name} {peak / 1e6:.1f} MB" for name, peak in memory)
-        lines.append(f"Memory: {shown}.")
-    if case.wrong:
-        lines.append(
-            f"No times: the outputs of {', '.join(case.wrong)} are not those of the float64 "
-            "reference."
-        )
-    return "\n".join(lines)
-
-
-def _rates(peaks: Peaks) -> str:
-    half = f" ({peaks.half_flops / 1e9:.0f} for 16-bit products)" if peaks.half_flops else ""
-    rates = f"{peaks.flops / 1e9:.0f} GFLOP/s{half} and {peaks.bytes / 1e9:.1f} GB/s"
-    return f"floors from {rates}, {peaks.how}"
 
 
 def _write(path: Path, text: str) -> None:

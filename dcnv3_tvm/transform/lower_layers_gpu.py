@@ -28,9 +28,6 @@ from dcnv3_tvm.transform.program import Program, Rebuilder, variables
 from dcnv3_tvm.transform.shapes import element_type
 from dcnv3_tvm.transform.storage import find_values, packed_sampling
 
-_HALF: Final = ("float16", "bfloat16")
-"""Types of two bytes."""
-
 
 def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
     """Lower every layer that has a kernel of ours; the rest is left to TVM's legalisation.
@@ -67,7 +64,7 @@ def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
         """Return an argument in float32; one that is read several times is converted once."""
         if isinstance(expr, relax.Tuple):
             return relax.Tuple([float32(rebuilder, field) for field in expr.fields])
-        if not isinstance(expr.ty, relax.TensorType) or element_type(expr) not in _HALF:
+        if dtype == "float32" or not _is_half(expr):
             return expr
         if (rebuilder, expr) not in converted:
             converted[rebuilder, expr] = rebuilder.emit(relax.op.astype(expr, "float32"))
@@ -99,6 +96,10 @@ def _results(function: relax.Function) -> set[relax.Var]:
             if binding.var in found and not isinstance(binding.value, relax.Call):
                 found.update(variables(binding.value))
     return found
+
+
+def _is_half(expr: relax.Expr) -> bool:
+    return isinstance(expr.ty, relax.TensorType) and element_type(expr) in ("float16", "bfloat16")
 
 
 def _read_in_half(layers: Mapping[relax.Var, Layer], half: set[relax.Var]) -> set[relax.Var]:

@@ -32,7 +32,7 @@ from dcnv3_tvm.bench.gpu_report import GpuRun
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.report import Report
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.cli.bench import report_text
+from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.errors import TargetError
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec

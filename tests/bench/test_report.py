@@ -14,7 +14,7 @@ from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.bench.report import CSV_FIELDS, Report, Row, table_rows
 from dcnv3_tvm.bench.runner import compete
-from dcnv3_tvm.cli.bench import report_text
+from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.errors import InvalidArgumentError
 
 TRUTH = [np.linspace(-2.0, 2.0, 12).reshape(3, 4)]
