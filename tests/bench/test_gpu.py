@@ -1,6 +1,5 @@
 """A whole run on a GPU that is not there: its clock and memory are made up, its tensors are not."""
 
-import concurrent.futures
 import csv
 import dataclasses
 import json
@@ -12,19 +11,15 @@ import pytest
 import torch
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.bench import gpu_build, gpu_encoder, gpu_operator
+from dcnv3_tvm.bench import gpu_encoder, gpu_operator
 from dcnv3_tvm.bench.budget import Budget, NoTimeError
 from dcnv3_tvm.bench.cases import encoder_case
 from dcnv3_tvm.bench.contestants import OURS
 from dcnv3_tvm.bench.floors import Peaks
 from dcnv3_tvm.bench.gpu import GpuBenchmark, compile_ahead, result_name
-from dcnv3_tvm.bench.gpu_build import Builds, build, built_path
+from dcnv3_tvm.bench.gpu_build import build, built_path
 from dcnv3_tvm.bench.gpu_cases import (
     OperatorGroup,
-    chosen,
-    encoder_cases,
-    jobs,
-    operator_groups,
     with_logits,
 )
 from dcnv3_tvm.bench.gpu_operator import READY, operator_inputs, tolerance
@@ -330,63 +325,8 @@ def test_torch_compile_is_a_contestant(run, monkeypatch):
         assert row.error <= row.tolerance
 
 
-def test_cases_are_those_of_the_issue():
-    groups = {found.slug: found.specs for found in operator_groups()}
-    assert [spec.slug for spec in groups["paper-f16"]] == [
-        "dcnv3-n64-h56-w56-c128-g8-k3-s1-p1-d1-f16",
-        "dcnv3-n64-h28-w28-c256-g16-k3-s1-p1-d1-f16",
-        "dcnv3-n64-h14-w14-c512-g32-k3-s1-p1-d1-f16",
-        "dcnv3-n64-h7-w7-c1024-g64-k3-s1-p1-d1-f16",
-        "dcnv3-n64-h14-w14-c768-g48-k3-s1-p1-d1-f16",
-    ]
-    assert [spec.input_shape for spec in groups["pyramid-f32"]] == [
-        (1, 200, 320, 64),
-        (1, 100, 160, 128),
-        (1, 50, 80, 256),
-        (1, 25, 40, 512),
-    ]
-    assert len(groups["stages-bf16"]) == 24
-    assert all(spec.group_channels in (16, 32) for specs in groups.values() for spec in specs)
-    encoders = [case.slug for case in encoder_cases()]
-    assert len(encoders) == 10
-    assert encoders[:2] == ["internimage_t-n64-h224-w224-f16", "internimage_t-n1-h224-w224-f16"]
-
-
-def test_chosen():
-    groups, cases = chosen(["op"], "*c128*-f16")
-    assert cases == []
-    assert [found.slug for found in groups] == ["paper-f16", "pyramid-f16", "stages-f16"]
-    groups, cases = chosen(["op", "encoder"], "internimage_l-*")
-    assert groups == []
-    assert [case.batch for case in cases] == [64, 1]
-
-
-def test_what_is_measured_first_is_compiled_first():
-    groups, cases = chosen(["op", "encoder"])
-    todo = jobs(groups, cases)
-    assert todo[:5] == [with_logits(spec) for spec in groups[0].specs]
-    assert todo[10:20] == cases
-    assert len(todo) == len(set(todo)) == 2 * sum(len(found.specs) for found in groups) + 10
-
-
 def test_result_names():
     assert result_name(FakeDevice(), "op", "paper-f16") == f"cuda-h200-op-paper-f16-torch{TORCH}"
-
-
-def test_what_is_there_is_not_compiled(tmp_path):
-    path = built_path(SPEC, tmp_path)
-    path.write_bytes(b"compiled elsewhere")
-    with Builds(tmp_path, "cuda-sm90", 1) as builds:
-        builds.submit([SPEC])
-        assert builds.result(SPEC, 60.0).read_bytes() == b"compiled elsewhere"
-        assert builds.result(SPEC) == path
-
-
-def test_a_slow_compilation_is_not_waited_for(tmp_path):
-    with Builds(tmp_path, "cuda-sm90", 1) as builds:
-        builds._futures[SPEC] = concurrent.futures.Future()
-        with pytest.raises(NoTimeError, match="not compiled in time"):
-            builds.result(SPEC, 0.01)
 
 
 def test_ahead_only_for_gpus(tmp_path):
@@ -448,13 +388,3 @@ def test_command(capsys, monkeypatch, tmp_path, run):
     assert asked["groups"][0].slug == "paper-f16"
     assert main(["bench", "gpu", "--case", "nothing"]) == 2
     assert "no case matches the pattern" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_an_operator_is_compiled_in_another_process(tmp_path):
-    job = with_logits(dataclasses.replace(SPEC, dtype="float16"))
-    with Builds(tmp_path, "cuda-sm90", 1) as builds:
-        builds.submit([job])
-        path = builds.result(job, 300.0)
-    assert path.read_bytes()[:4] == b"\x7fELF"
-    assert gpu_build.build(job, tmp_path, "cuda-sm90") == path
