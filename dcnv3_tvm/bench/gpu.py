@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from dcnv3_tvm.bench.extensions import EXTENSIONS
 from dcnv3_tvm.bench.floors import Floors, Peaks
 from dcnv3_tvm.bench.gpu_build import Builds
 from dcnv3_tvm.bench.gpu_cases import SECONDS, OperatorGroup, jobs
+from dcnv3_tvm.bench.gpu_contest import Setting
 from dcnv3_tvm.bench.gpu_encoder import PLAN as ENCODER_PLAN
 from dcnv3_tvm.bench.gpu_encoder import measure_encoder
 from dcnv3_tvm.bench.gpu_operator import PLAN as OPERATOR_PLAN
@@ -93,13 +95,13 @@ class GpuBenchmark:
         peaks = self._device.peaks()
         share = _OPERATOR_SHARE if cases else 1.0
         operators = Budget(share * self._budget.left)
-        compiling = self._compiling("op", operators)
+        setting = self._setting(self._compiling("op", operators), peaks)
         for group in groups:
-            results = list(self._operators(group, operators, compiling, peaks))
+            results = list(self._operators(group, operators, setting))
             self._keep("op", group.slug, results, OPERATOR_PLAN, peaks)
-        compiling = self._compiling("encoder", self._budget)
+        setting = self._setting(self._compiling("encoder", self._budget), peaks)
         for case in cases:
-            measure = self._measuring(measure_encoder, case, compiling, peaks)
+            measure = functools.partial(measure_encoder, case, setting)
             result = self._case("encoder", case.slug, self._budget, measure)
             self._keep("encoder", case.slug, [result] if result else [], ENCODER_PLAN, peaks)
         run = GpuRun(self._provenance, self._reports, self._skipped, self._budget.spent)
@@ -112,20 +114,16 @@ class GpuBenchmark:
         return Allowance(seconds, _COMPILE_SECONDS[part], budget)
 
     def _operators(
-        self, group: OperatorGroup, budget: Budget, compiling: Allowance, peaks: Peaks
+        self, group: OperatorGroup, budget: Budget, setting: Setting
     ) -> Iterator[CaseResult]:
         for spec in group.specs:
-            measure = self._measuring(measure_operator, spec, compiling, peaks)
+            measure = functools.partial(measure_operator, spec, setting)
             result = self._case("op", spec.slug, budget, measure)
             if result is not None:
                 yield result
 
-    def _measuring(
-        self, measure: Callable[..., CaseResult], case: Any, compiling: Allowance, peaks: Peaks
-    ) -> Callable[[float], CaseResult]:
-        return lambda seconds: measure(
-            case, self._device, self._builds, compiling, peaks, seconds, self._on_step
-        )
+    def _setting(self, compiling: Allowance, peaks: Peaks) -> Setting:
+        return Setting(self._device, self._builds, compiling, peaks, self._on_step)
 
     def _case(
         self, part: str, slug: str, budget: Budget, measure: Callable[[float], CaseResult]

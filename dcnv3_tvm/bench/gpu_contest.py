@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from dcnv3_tvm.bench.budget import NoTimeError
+from dcnv3_tvm.bench.budget import Allowance, NoTimeError
 from dcnv3_tvm.bench.contestants import MAX, Contestant
 from dcnv3_tvm.bench.device import Device, tensor_error
-from dcnv3_tvm.bench.floors import Floors
+from dcnv3_tvm.bench.floors import Floors, Peaks
+from dcnv3_tvm.bench.gpu_build import Builds
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.report import CaseResult, Row
 from dcnv3_tvm.bench.runner import compete, first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Where and with what the cases of a part of a run are measured.
+
+    Parameters
+    ----------
+    device : Device
+        To measure on.
+    builds : Builds
+        What this library's kernels and encoders come from.
+    compiling : Allowance
+        Time for ``torch.compile``.
+    peaks : Peaks
+        Of the device.
+    on_step : callable
+        Called with what happens next.
+    """
+
+    device: Device
+    builds: Builds
+    compiling: Allowance
+    peaks: Peaks
+    on_step: Callable[[str], None]
 
 
 def contest(

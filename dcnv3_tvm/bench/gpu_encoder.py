@@ -13,13 +13,12 @@ from torch import Tensor, nn
 import dcnv3_tvm
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench import extensions
-from dcnv3_tvm.bench.budget import Allowance
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.contestants import OURS, Contestant
 from dcnv3_tvm.bench.device import Device
-from dcnv3_tvm.bench.floors import Floors, Peaks
+from dcnv3_tvm.bench.floors import Floors
 from dcnv3_tvm.bench.gpu_build import Builds
-from dcnv3_tvm.bench.gpu_contest import contest
+from dcnv3_tvm.bench.gpu_contest import Setting, contest
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.bench.report import CaseResult
@@ -92,27 +91,22 @@ def listed(result: Any) -> list[Tensor]:
     return list(result.values() if isinstance(result, dict) else result)
 
 
-def measure_encoder(
-    case: EncoderCase,
-    device: Device,
-    builds: Builds,
-    compiling: Allowance,
-    peaks: Peaks,
-    seconds: float,
-    on_step: Callable[[str], None] = lambda _: None,
-) -> CaseResult:
+def measure_encoder(case: EncoderCase, setting: Setting, seconds: float) -> CaseResult:
     """Compare and time all contestants at an encoder.
 
     Parameters
     ----------
     case : EncoderCase
         The encoder.
-    device, builds, compiling, peaks, seconds, on_step
-        As of `dcnv3_tvm.bench.gpu_operator.measure_operator`.
+    setting : Setting
+        Where and with what.
+    seconds : float
+        To wait for our encoder at most.
     """
+    device = setting.device
     extended = extensions.DCNV3.absence is None
     suffix = " + extension" if extended else ""
-    on_step(f"{case.slug}: weights, image and reference")
+    setting.on_step(f"{case.slug}: weights, image and reference")
     problem = EncoderProblem(case, device.torch_device, extensions.sample if extended else None)
     eager = functools.partial(_torch, f"torch{suffix}", problem.module, problem, device)
     compiled = functools.partial(_compiled, f"compile{suffix}", problem, device)
@@ -122,17 +116,17 @@ def measure_encoder(
     return contest(
         case.slug,
         {
-            OURS: functools.partial(_ours, case, problem, builds, seconds, allowed),
+            OURS: functools.partial(_ours, case, problem, setting.builds, seconds, allowed),
             f"torch{suffix}": eager,
-            f"compile{suffix}": functools.partial(compiling.do, compiled),
+            f"compile{suffix}": functools.partial(setting.compiling.do, compiled),
         },
         problem.reference,
-        Floors.of(encoder_flops(case), traffic, peaks, case.dtype),
+        Floors.of(encoder_flops(case), traffic, setting.peaks, case.dtype),
         PLAN,
         device,
         flushes=1,
         measure_error=measure_error,
-        on_step=on_step,
+        on_step=setting.on_step,
     )
 
 

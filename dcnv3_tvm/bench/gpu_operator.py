@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcnv3_tvm.bench.budget import Allowance
 from dcnv3_tvm.bench.contestants import OURS, Contestant
 from dcnv3_tvm.bench.device import Device
 from dcnv3_tvm.bench.extensions import EXTENSIONS
-from dcnv3_tvm.bench.floors import Floors, Peaks
+from dcnv3_tvm.bench.floors import Floors
 from dcnv3_tvm.bench.gpu_build import Builds
 from dcnv3_tvm.bench.gpu_cases import OURS_ONLY, with_logits
-from dcnv3_tvm.bench.gpu_contest import contest
+from dcnv3_tvm.bench.gpu_contest import Setting, contest
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.problems import OFFSET_SPREAD
 from dcnv3_tvm.bench.report import CaseResult
@@ -129,35 +128,20 @@ def load_operator(spec: DCNv3Spec, path: Path, target: str) -> Callable[..., Ten
     )
 
 
-def measure_operator(
-    spec: DCNv3Spec,
-    device: Device,
-    builds: Builds,
-    compiling: Allowance,
-    peaks: Peaks,
-    seconds: float,
-    on_step: Callable[[str], None] = lambda _: None,
-) -> CaseResult:
+def measure_operator(spec: DCNv3Spec, setting: Setting, seconds: float) -> CaseResult:
     """Compare and time all contestants at a problem.
 
     Parameters
     ----------
     spec : DCNv3Spec
         The problem, with a ready mask.
-    device : Device
-        To measure on.
-    builds : Builds
-        What this library's kernels come from.
-    compiling : Allowance
-        Time for ``torch.compile``.
-    peaks : Peaks
-        Of the device.
+    setting : Setting
+        Where and with what.
     seconds : float
         To wait for our kernels at most.
-    on_step : callable
-        Called with what happens next.
     """
-    on_step(f"{spec.slug}: inputs and reference")
+    device, builds = setting.device, setting.builds
+    setting.on_step(f"{spec.slug}: inputs and reference")
     inputs = operator_inputs(spec, device.torch_device)
     ours = functools.partial(_ours, inputs=inputs, device=device, builds=builds, seconds=seconds)
     makers: dict[str, Callable[[], Contestant]] = {
@@ -168,7 +152,7 @@ def measure_operator(
         eager = TwinOperator(spec).eval()
         makers["torch"] = functools.partial(_twin, "torch", eager, inputs, device)
         compiled = functools.partial(_compiled, eager, inputs, device)
-        makers["compile"] = functools.partial(compiling.do, compiled)
+        makers["compile"] = functools.partial(setting.compiling.do, compiled)
         for extension in EXTENSIONS:
             if extension.absence is None:
                 make = functools.partial(_extension, extension, spec, inputs, device)
@@ -177,11 +161,11 @@ def measure_operator(
         spec.slug,
         makers,
         [inputs.reference],
-        Floors.of(spec.flops, spec.bytes, peaks),
+        Floors.of(spec.flops, spec.bytes, setting.peaks),
         PLAN,
         device,
         flushes=FLUSHES,
-        on_step=on_step,
+        on_step=setting.on_step,
     )
 
 
