@@ -73,17 +73,23 @@ def _places(spec: DCNv3Spec) -> tuple[int, int, int]:
     return spec.batch or 1, spec.height or 1, spec.width or 1
 
 
+def _normalized(dtype: str, target: Target) -> str:
+    """Return the type of factors behind a norm, see `dcnv3_tvm.transform.half_products`."""
+    return "float16" if dtype == "bfloat16" and is_gpu(target) else dtype
+
+
 def _block(
     config: InternImageConfig, spec: DCNv3Spec, target: Target, dtype: str
 ) -> Iterator[VariantKernel]:
     places, channels = _places(spec), spec.channels
     packed = tensorir.packed_channels(spec)
     hidden = int(channels * config.mlp_ratio)
-    yield _linear(places, channels, channels, _BIAS, target, dtype)
-    yield _linear(places, channels, channels, _RESIDUAL, target, dtype)
-    yield _linear(places, channels, packed, _BIAS, target, dtype)
-    yield _linear(places, channels, hidden, _GELU, target, dtype)
-    yield _linear(places, hidden, channels, _RESIDUAL, target, dtype)
+    factors = _normalized(dtype, target)
+    yield _linear(places, channels, channels, _BIAS, target, dtype, factors)
+    yield _linear(places, channels, channels, _RESIDUAL, target, dtype, dtype)
+    yield _linear(places, channels, packed, _BIAS, target, dtype, factors)
+    yield _linear(places, channels, hidden, _GELU, target, dtype, factors)
+    yield _linear(places, hidden, channels, _RESIDUAL, target, dtype, dtype)
     window = config.dw_kernel_size
     x_dtype = dtype if is_gpu(target) else None
     yield VariantKernel(
@@ -98,13 +104,13 @@ def _block(
             norm_eps=1e-6,
             activation="gelu",
             x_dtype=x_dtype,
-            out_dtype=dtype,
+            out_dtype=factors,
         ),
     )
     yield VariantKernel(
         f"layer_norm_{channels}",
         "layer_norm",
-        normalization.layer_norm(places, channels, eps=1e-6, x_dtype=x_dtype, out_dtype=dtype),
+        normalization.layer_norm(places, channels, eps=1e-6, x_dtype=x_dtype, out_dtype=factors),
     )
     sampled = dataclasses.replace(spec, softmax=True, dtype=x_dtype or spec.dtype)
     wide = "float32" if dtype == "bfloat16" else None
@@ -131,11 +137,20 @@ def _linear(
     epilogue: Epilogue,
     target: Target,
     dtype: str,
+    factors: str,
 ) -> VariantKernel:
     words = [epilogue.activation, "residual" if epilogue.residual else None]
     name = "_".join(["linear", str(inputs), str(outputs), *(word for word in words if word)])
     if is_gpu(target):
-        function = gemm.linear(places, inputs, outputs, epilogue=epilogue, dtype=dtype)
+        function = gemm.linear(
+            places,
+            inputs,
+            outputs,
+            epilogue=epilogue,
+            dtype=factors,
+            residual_dtype=dtype,
+            out_dtype=dtype,
+        )
         return VariantKernel(name, "gemm", function)
     tile = linear_tile(outputs, target)
     function = products.linear(places, inputs, outputs, tile=tile, epilogue=epilogue, dtype=dtype)
@@ -155,8 +170,9 @@ def _convolution(
             stride=(2, 2),
             pad=(1, 1),
             epilogue=_BIAS,
-            dtype=dtype,
+            dtype=_normalized(dtype, target),
             x_dtype="float32" if inputs == 3 else None,
+            out_dtype=dtype,
         )
         return VariantKernel(name, "gemm", function)
     function = products.convolution(
