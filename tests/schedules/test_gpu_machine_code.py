@@ -59,6 +59,13 @@ def test_every_architecture(arch):
     assert sampling.load_bytes[-1] == 16
 
 
+def test_channels_that_several_warps_share():
+    """With 256 threads for 320 vectors, few of which have a second one, it spilled."""
+    target = resolve_target("cuda-sm90")
+    kernels = variant_kernels("internimage_h", target, "float16")
+    compiled(next(k.function for k in kernels if k.name == "depthwise_2560"), target)
+
+
 @pytest.mark.parametrize(
     ("variant", "dtype", "batch", "size"),
     [
