@@ -64,7 +64,7 @@ class _Kind:
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Measure, write the files, and show the table."""
-    for name in ("batch", "threads", "rounds"):
+    for name in ("batch", "threads", "rounds", "trials"):
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise InvalidArgumentError(f"--{name} is out of range", got=value, allowed="1 or more")
@@ -153,6 +153,14 @@ def _floor(
         from dcnv3_tvm.bench.cost import list_floors
         from dcnv3_tvm.bench.device_models import device_model
     return list_floors(case, device_model(arguments.device_model), on_step=on_step)
+
+
+def _trials(
+    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
+) -> Listing[Any]:
+    from dcnv3_tvm.tuning.rate import list_rates
+
+    return list_rates(arguments.trials, threads=threads, on_step=on_step)
 
 
 def _gpu_accuracy(
@@ -284,6 +292,11 @@ _KINDS: Final = {
         "a compiled encoder behind operations of PyTorch in the same process, in several settings",
         (declare.add_common, declare.add_features, declare.add_dtype, declare.add_rounds),
         _beside_torch,
+    ),
+    "trials": _Kind(
+        "how many schedules a minute `tune` tries, beside TVM's own builder and runner",
+        (declare.add_trials,),
+        _trials,
     ),
     "floor": _Kind(
         "what every kernel of an encoder takes on a GPU at least, computed without one",

@@ -120,6 +120,14 @@ def add_device_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_trials(parser: argparse.ArgumentParser) -> None:
+    """Declare how many schedules are tried."""
+    parser.add_argument(
+        "--trials", type=int, default=64, metavar="N", help="schedules (default: %(default)s)"
+    )
+    add_csv(parser)
+
+
 def add_accuracy(parser: argparse.ArgumentParser) -> None:
     """Declare a GPU that need not be there, type and seed."""
     parser.add_argument(
