@@ -82,7 +82,8 @@ def _block(
     config: InternImageConfig, spec: DCNv3Spec, target: Target, dtype: str
 ) -> Iterator[VariantKernel]:
     places, channels = _places(spec), spec.channels
-    packed = tensorir.packed_channels(spec)
+    center_feature = config.center_feature_scale
+    packed = tensorir.packed_channels(spec, center_feature=center_feature)
     hidden = int(channels * config.mlp_ratio)
     factors = _normalized(dtype, target)
     yield _linear(places, channels, channels, _BIAS, target, dtype, factors)
@@ -117,7 +118,7 @@ def _block(
     yield VariantKernel(
         f"dcnv3_{channels}",
         "dcnv3",
-        tensorir.dcnv3_packed(sampled, dtype, offset_dtype=wide),
+        tensorir.dcnv3_packed(sampled, dtype, offset_dtype=wide, center_feature=center_feature),
     )
 
 

@@ -18,6 +18,7 @@ from dcnv3_tvm.schedules.database import Records
 from dcnv3_tvm.targets import is_gpu
 from dcnv3_tvm.transform.convert_layout import convert_layout
 from dcnv3_tvm.transform.fold_weights import fold_weights
+from dcnv3_tvm.transform.fuse_center_feature import fuse_center_feature
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
 from dcnv3_tvm.transform.lower_layers import lower_layers
 from dcnv3_tvm.transform.lower_layers_gpu import lower_layers_gpu
@@ -28,6 +29,7 @@ PHASES: Final = (
     "convert_layout",
     "fold_weights",
     "fuse_sampling",
+    "fuse_center_feature",
     "lower_layers",
     "legalize",
     "fuse",
@@ -88,6 +90,7 @@ def run_pipeline(
         "convert_layout": convert_layout,
         "fold_weights": fold_weights,
         "fuse_sampling": fuse_sampling,
+        "fuse_center_feature": fuse_center_feature,
         "lower_layers": lambda before: (
             lower_layers_gpu(before, dtype)
             if is_gpu(target)

@@ -10,7 +10,10 @@ weights                   the four bilinear weights times the mask
 pixels                    only where the width is static: row and column as one index
 patch                     only for GPUs: the four pixels read, for each channel
 sum                       weights times pixels, over points, for each channel
-store                     the division of the softmax, and the one rounding to the output type
+gate                      only with ``center_feature``: the part of the undeformed pixel, by group
+center                    only with it and for GPUs: that pixel, for each channel
+store                     the division of the softmax, the blend, and the one rounding to the output
+                          type
 ========================= ========================================================================
 
 Coordinates, rows and columns are relative to the middle of the undeformed kernel at the output
@@ -44,9 +47,12 @@ KERNEL_ATTR = "dcnv3_tvm.kernel"
 SPEC_ATTR = "dcnv3_tvm.spec"
 """Function attribute that holds the problem, as JSON; `spec_of` reads it."""
 
+CENTER_ATTR = "dcnv3_tvm.center_feature"
+"""Function attribute of the kernels that blend their result with their input."""
+
 PACKED_MULTIPLE = 16
-"""Offsets and logits packed in one tensor are filled up to a multiple of so many channels, so that
-the product that makes them has whole vectors."""
+"""Offsets, logits and gates packed in one tensor are filled up to a multiple of so many channels:
+then the product that makes them has whole vectors."""
 
 MAX_SIDE = 2**24
 """Largest height and width: to here float32 holds every integer, and the borders are exact."""
@@ -90,7 +96,7 @@ def dcnv3(spec: DCNv3Spec, *, gather: bool = False) -> tirx.PrimFunc:
     dtype = spec.dtype
     # TVM would assume 64 bytes, and crash on an array of NumPy or a slice of one.
     align = DTYPE_BYTES[dtype]
-    body = _body(spec, sizes, mask_start=0, stored=dtype, gather=gather)
+    body = _body(spec, sizes, mask_start=0, stored=dtype, gather=gather, center_feature=False)
 
     @T.prim_func(s_tir=True)
     def dcnv3(x: T.handle, offset: T.handle, mask: T.handle, out: T.handle):
@@ -110,6 +116,7 @@ def dcnv3_packed(
     *,
     offset_dtype: str | None = None,
     gather: bool = False,
+    center_feature: bool = False,
 ) -> tirx.PrimFunc:
     """Build the kernel that takes offsets and mask logits in one tensor.
 
@@ -125,13 +132,16 @@ def dcnv3_packed(
         Another element type for ``offset_mask``.
     gather : bool
         As in `dcnv3`.
+    center_feature : bool
+        Blend the result y with x: ``y * (1 - s) + x * s`` where s, by group, is the sigmoid of a
+        logit. The outputs must be as many as the pixels of x.
 
     Returns
     -------
     tvm.tirx.PrimFunc
         Function of ``(x, offset_mask, out)``, unscheduled. ``offset_mask`` has the shape
         (N, Ho, Wo, `packed_channels`): the ``group*P*2`` offsets, then the ``group*P`` logits,
-        then channels that are not read.
+        with `center_feature` the ``group`` logits of s, then channels that are not read.
 
     Raises
     ------
@@ -148,13 +158,20 @@ def dcnv3_packed(
     sizes = _sizes(spec)
     n, h, w, ho, wo = sizes
     channels, offsets, _ = _extents(spec)
-    packed = _int64(packed_channels(spec))
+    packed = _int64(packed_channels(spec, center_feature=center_feature))
     dtype = spec.dtype
     stored = out_dtype or dtype
     # TVM would assume 64 bytes, and crash on an array of NumPy or a slice of one.
     align, out_align = DTYPE_BYTES[dtype], DTYPE_BYTES[stored]
     learned = offset_dtype or dtype
-    body = _body(spec, sizes, mask_start=int(offsets), stored=stored, gather=gather)
+    body = _body(
+        spec,
+        sizes,
+        mask_start=int(offsets),
+        stored=stored,
+        gather=gather,
+        center_feature=center_feature,
+    )
 
     @T.prim_func(s_tir=True)
     def dcnv3_packed(x: T.handle, offset_mask: T.handle, out: T.handle):
@@ -165,23 +182,46 @@ def dcnv3_packed(
         Out = T.match_buffer(out, (n, ho, wo, channels), stored, align=out_align)
         body(X, OffsetMask, OffsetMask, Out)
 
-    return _finish(dcnv3_packed, "dcnv3_packed", spec)
+    finished = _finish(dcnv3_packed, "dcnv3_packed", spec)
+    return finished.with_attr(CENTER_ATTR, True) if center_feature else finished
 
 
-def packed_channels(spec: DCNv3Spec) -> int:
-    """Count the channels of the tensor that `dcnv3_packed` takes: offsets, logits, filling."""
-    used = 3 * spec.group * spec.points
+def packed_channels(spec: DCNv3Spec, *, center_feature: bool = False) -> int:
+    """Count the channels of the tensor that `dcnv3_packed` takes."""
+    used = 3 * spec.group * spec.points + (spec.group if center_feature else 0)
     return -(-used // PACKED_MULTIPLE) * PACKED_MULTIPLE
 
 
 def gathering(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """Build a kernel of this module anew, with the block ``patch``."""
-    spec = spec_of(func)
     if str(func.attrs[KERNEL_ATTR]) == "dcnv3":
-        return dcnv3(spec, gather=True)
-    _, offset_mask, out = func.params
-    offsets = str(offset_mask.dtype)
-    return dcnv3_packed(spec, str(out.dtype), offset_dtype=offsets, gather=True)
+        return dcnv3(spec_of(func), gather=True)
+    return packed_anew(func, gather=True)
+
+
+def name_of(func: tirx.PrimFunc) -> str:
+    """Return what a kernel of this module is called in a model."""
+    kernel = str(func.attrs[KERNEL_ATTR])
+    return f"{kernel}_center_feature" if CENTER_ATTR in func.attrs else kernel
+
+
+def packed_anew(
+    func: tirx.PrimFunc,
+    *,
+    x_dtype: str | None = None,
+    offset_dtype: str | None = None,
+    out_dtype: str | None = None,
+    gather: bool = False,
+) -> tirx.PrimFunc:
+    """Build a kernel of `dcnv3_packed` anew; element types that are not given stay."""
+    x, offset_mask, out = (str(param.dtype) for param in func.params)
+    return dcnv3_packed(
+        dataclasses.replace(spec_of(func), dtype=x_dtype or x),
+        out_dtype or out,
+        offset_dtype=offset_dtype or offset_mask,
+        gather=gather,
+        center_feature=CENTER_ATTR in func.attrs,
+    )
 
 
 def spec_of(func: tirx.PrimFunc) -> DCNv3Spec:
@@ -228,7 +268,15 @@ def _finish(func: tirx.PrimFunc, name: str, spec: DCNv3Spec) -> tirx.PrimFunc:
     )
 
 
-def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str, gather: bool) -> Any:
+def _body(
+    spec: DCNv3Spec,
+    sizes: _Sizes,
+    *,
+    mask_start: int,
+    stored: str,
+    gather: bool,
+    center_feature: bool,
+) -> Any:
     """Return the body shared by the kernels, as a TVMScript inline function.
 
     Parameters
@@ -241,6 +289,8 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str, gather: 
         Element type of the output.
     gather : bool
         As in `dcnv3`.
+    center_feature : bool
+        As in `dcnv3_packed`; the logits of the blend lie behind those of the mask.
     """
     n, h, w, ho, wo = sizes
     acc_type = spec.accumulate_dtype
@@ -469,14 +519,37 @@ def _body(spec: DCNv3Spec, sizes: _Sizes, mask_start: int, stored: str, gather: 
                         + weight[b, y, x, g, 1, 1, p]
                         * T.Cast(acc_type, X[b, corners[3][0], corners[3][1], chan])
                     )
+        if center_feature:
+            gate = T.sblock_alloc_buffer((n, ho, wo, groups), acc_type)
+            for i0, i1, i2, i3 in T.grid(n, ho, wo, groups):
+                with T.sblock("gate"):
+                    b, y, x, g = T.axis.remap("SSSS", [i0, i1, i2, i3])
+                    logit = T.meta_var(
+                        T.Cast(acc_type, Mask[b, y, x, mask_start + groups * points + g])
+                    )
+                    gate[b, y, x, g] = real(1) / (real(1) + exponential(-logit))
+            if gather:
+                center = T.sblock_alloc_buffer((n, ho, wo, groups, group_channels), spec.dtype)
+                for i0, i1, i2, i3, c in T.grid(n, ho, wo, groups, group_channels):
+                    with T.sblock("center"):
+                        b, y, x, g, ch = T.axis.remap("SSSSS", [i0, i1, i2, i3, c])
+                        center[b, y, x, g, ch] = X[b, y, x, g * group_channels + ch]
         for i0, i1, i2, i3, c in T.grid(n, ho, wo, groups, group_channels):
             with T.sblock("store"):
                 b, y, x, g, ch = T.axis.remap("SSSSS", [i0, i1, i2, i3, c])
+                chan = T.meta_var(g * group_channels + ch)
                 if softmax:
                     value = T.meta_var(acc[b, y, x, g, ch] / total[b, y, x, g])
                 else:
                     value = T.meta_var(acc[b, y, x, g, ch])
-                Out[b, y, x, g * group_channels + ch] = T.Cast(stored, value)
+                if center_feature:
+                    middle = T.meta_var(center[b, y, x, g, ch] if gather else X[b, y, x, chan])
+                    part = T.meta_var(gate[b, y, x, g])
+                    Out[b, y, x, chan] = T.Cast(
+                        stored, value + part * (T.Cast(acc_type, middle) - value)
+                    )
+                else:
+                    Out[b, y, x, chan] = T.Cast(stored, value)
 
     return body
 

@@ -14,7 +14,13 @@ from dcnv3_tvm.testing.specs import Inputs
 from dcnv3_tvm.testing.tolerances import operator_bound
 
 
-def run(kernel: Any, spec: DCNv3Spec, inputs: Inputs, packed: bool = False) -> Array:
+def run(
+    kernel: Any,
+    spec: DCNv3Spec,
+    inputs: Inputs,
+    packed: bool = False,
+    gate: Array | None = None,
+) -> Array:
     """Run a kernel into an output full of NaN; fails if it writes outside.
 
     Parameters
@@ -27,23 +33,32 @@ def run(kernel: Any, spec: DCNv3Spec, inputs: Inputs, packed: bool = False) -> A
         Its inputs.
     packed : bool
         Whether the kernel takes offsets and logits in one tensor.
+    gate : numpy.ndarray, optional
+        Logits (N, Ho, Wo, group) of a packed kernel that blends its result with its input.
     """
     arguments = [inputs.x, inputs.offset, inputs.mask]
     if packed:
-        both = np.concatenate([inputs.offset, inputs.mask], axis=-1)
-        filling = np.full(
-            (*both.shape[:3], tensorir.packed_channels(spec) - both.shape[3]), np.nan, both.dtype
-        )
-        arguments = [inputs.x, np.concatenate([both, filling], axis=-1)]
+        parts = [inputs.offset, inputs.mask, *([] if gate is None else [gate])]
+        used = np.concatenate(parts, axis=-1)
+        channels = tensorir.packed_channels(spec, center_feature=gate is not None)
+        filling = np.full((*used.shape[:3], channels - used.shape[3]), np.nan, used.dtype)
+        arguments = [inputs.x, np.concatenate([used, filling], axis=-1)]
     batch, out_height, out_width = inputs.offset.shape[:3]
     out = GuardedOutput((batch, out_height, out_width, spec.channels), spec.dtype)
     kernel(*(tensors.to_kernel("numpy", array) for array in arguments), out.argument)
     return out.checked()
 
 
-def check(out: Array, spec: DCNv3Spec, inputs: Inputs) -> None:
-    """Fail where an output is further from the reference than its error bound."""
+def check(out: Array, spec: DCNv3Spec, inputs: Inputs, gate: Array | None = None) -> None:
+    """Fail where an output is further from the reference than its error bound.
+
+    A blend is held to the bound of what is blended.
+    """
     reference = dcnv3_reference(inputs.x, inputs.offset, inputs.mask, spec)
+    if gate is not None:
+        share = 1 / (1 + np.exp(-gate.astype(np.float64)))
+        share = np.repeat(share, spec.group_channels, axis=-1)
+        reference = reference * (1 - share) + inputs.x.astype(np.float64) * share
     finite = np.nan_to_num(inputs.offset.astype(np.float64), posinf=1e9, neginf=-1e9)
     bound = operator_bound(spec, inputs.x, finite, inputs.mask, reference)
     error = np.abs(out.astype(np.float64) - reference)

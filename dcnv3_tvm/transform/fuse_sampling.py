@@ -6,6 +6,7 @@ one tensor, the two become one matrix product, whose result the packed kernel re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +22,12 @@ def fuse_sampling(program: Program) -> Program:
     return program.rebuilt(_fuse)
 
 
-class _Projection(NamedTuple):
+class Projection(NamedTuple):
+    """``source @ weight + bias``, weight and bias known."""
+
     source: relax.Expr
-    weight: relax.Expr
-    bias: relax.Expr
+    parameters: tuple[relax.Expr, relax.Expr]
+    arrays: tuple[np.ndarray, np.ndarray]
 
 
 def _fuse(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
@@ -64,25 +67,18 @@ def _logits(rebuilder: Rebuilder, mask: relax.Expr, points: int) -> relax.Expr |
 def _packed(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
     """Return the packed form of a call that takes logits, if its projections can be merged."""
     x, offset, mask = call.args
-    first, second = _projection(rebuilder, offset), _projection(rebuilder, mask)
+    first, second = projection(rebuilder, offset), projection(rebuilder, mask)
     if first is None or second is None or not first.source.same_as(second.source):
         return None
     spec = relax_op.spec_of(call)
-
-    def merged(parts: tuple[relax.Expr, relax.Expr]) -> relax.Var:
-        array = np.concatenate([rebuilder.array(part) for part in parts], axis=-1)
-        filling = tensorir.packed_channels(spec) - array.shape[-1]
-        array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, filling)])
-        return rebuilder.weight(array, parts[0], "merged")
-
-    product = rebuilder.emit(relax.op.matmul(first.source, merged((first.weight, second.weight))))
-    offset_mask = rebuilder.emit(relax.op.add(product, merged((first.bias, second.bias))))
-    kernel = rebuilder.add_kernel(tensorir.dcnv3_packed(spec), "dcnv3_packed")
-    return rebuilder.emit(relax.call_tir(kernel, [x, offset_mask], var.ty), like=var)
+    offset_mask = emit_merged(rebuilder, (first, second), tensorir.packed_channels(spec))
+    kernel = tensorir.dcnv3_packed(spec)
+    function = rebuilder.add_kernel(kernel, tensorir.name_of(kernel))
+    return rebuilder.emit(relax.call_tir(function, [x, offset_mask], var.ty), like=var)
 
 
-def _projection(rebuilder: Rebuilder, tensor: relax.Expr) -> _Projection | None:
-    """Take ``source @ weight + bias`` apart, where weight and bias are known."""
+def projection(rebuilder: Rebuilder, tensor: relax.Expr) -> Projection | None:
+    """Take a projection apart; None if a tensor is no such or is used elsewhere too."""
     total = rebuilder.call(tensor, "relax.add", only_use=True)
     if total is None or static_shape(total.args[1]) is None:
         return None
@@ -92,4 +88,19 @@ def _projection(rebuilder: Rebuilder, tensor: relax.Expr) -> _Projection | None:
     weight, bias = (rebuilder.array(argument) for argument in (product.args[1], total.args[1]))
     if weight is None or bias is None or weight.ndim != 2 or bias.ndim != 1:
         return None
-    return _Projection(product.args[0], product.args[1], total.args[1])
+    return Projection(product.args[0], (product.args[1], total.args[1]), (weight, bias))
+
+
+def emit_merged(
+    rebuilder: Rebuilder, projections: Sequence[Projection], channels: int
+) -> relax.Var:
+    """Emit one projection in place of several of a tensor, filled up with zeros to `channels`."""
+
+    def merged(index: int) -> relax.Var:
+        array = np.concatenate([each.arrays[index] for each in projections], axis=-1)
+        filling = channels - array.shape[-1]
+        array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, filling)])
+        return rebuilder.weight(array, projections[0].parameters[index], "merged")
+
+    product = rebuilder.emit(relax.op.matmul(projections[0].source, merged(0)))
+    return rebuilder.emit(relax.op.add(product, merged(1)))

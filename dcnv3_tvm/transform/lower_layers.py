@@ -74,8 +74,8 @@ def _lower_sampling(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> r
     """Let the packed DCNv3 kernel store bfloat16."""
     kernel = packed_sampling(call, rebuilder.module)
     assert kernel is not None, "only kernels known to store bfloat16 are asked to"
-    narrow = tensorir.dcnv3_packed(tensorir.spec_of(kernel), "bfloat16")
-    function = rebuilder.add_kernel(narrow, "dcnv3_packed")
+    narrow = tensorir.packed_anew(kernel, out_dtype="bfloat16")
+    function = rebuilder.add_kernel(narrow, tensorir.name_of(narrow))
     ty = relax.TensorType(var.ty.shape, "bfloat16")
     return rebuilder.emit(relax.call_tir(function, list(call.args[1].fields), ty), like=var)
 

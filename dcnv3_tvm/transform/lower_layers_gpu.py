@@ -12,7 +12,6 @@ Operators that have no kernel of ours read float32: what they read is converted 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -131,13 +130,13 @@ def _lower_sampling(
 ) -> relax.Var:
     """Call the packed DCNv3 kernel for the element types that its arguments have."""
     x, offset_mask = call.args[1].fields
-    spec = tensorir.spec_of(rebuilder.module[call.args[0]])
-    kernel = tensorir.dcnv3_packed(
-        dataclasses.replace(spec, dtype=element_type(x)),
-        out_dtype,
+    kernel = tensorir.packed_anew(
+        rebuilder.module[call.args[0]],
+        x_dtype=element_type(x),
         offset_dtype=element_type(offset_mask),
+        out_dtype=out_dtype,
     )
-    function = rebuilder.add_kernel(kernel, "dcnv3_packed")
+    function = rebuilder.add_kernel(kernel, tensorir.name_of(kernel))
     ty = relax.TensorType(var.ty.shape, out_dtype)
     return rebuilder.emit(relax.call_tir(function, [x, offset_mask], ty), like=var)
 

@@ -119,15 +119,15 @@ class Rebuilder:
         """Return what `var` is bound to; None for an input, a weight or a literal."""
         return self._definitions.get(var) if isinstance(var, relax.Var) else None
 
-    def call(self, var: relax.Expr, op: str, *, only_use: bool = False) -> relax.Call | None:
-        """Return the call that defines `var` if it is one of the named operator.
+    def call(self, var: relax.Expr, *ops: str, only_use: bool = False) -> relax.Call | None:
+        """Return the call that defines `var` if it is one of a named operator.
 
         With `only_use`, only if `var` is used once, so that the call may be absorbed.
         """
         value = self.definition(var)
         if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
             return None
-        if value.op.name != op or (only_use and self._uses[var] > 1):
+        if value.op.name not in ops or (only_use and self._uses[var] > 1):
             return None
         return value
 

@@ -16,6 +16,7 @@ _KERNELS: Final = ("dcnv3", "dcnv3_packed")
 
 # Consumers before producers: the order in which compute_at moves them.
 _STAGES: Final = (
+    "gate",
     "pixels",
     "weights",
     "corners",
@@ -140,7 +141,7 @@ def channel_tile(channels: int, lanes: int) -> int:
 
 
 def _schedule_stage(sch: s_tir.Schedule, name: str, pixel: LoopRV) -> None:
-    """Compute a block per pixel, its last loop (the points) vectorised or, reduced, unrolled."""
+    """Compute a block per pixel, its last loop (points, groups) vectorised; reduced, unrolled."""
     block = sch.get_sblock(name)
     sch.compute_at(block, pixel, preserve_unit_loops=True)
     loops = sch.get_loops(block)

@@ -41,7 +41,7 @@ _MAX_UNROLLED_POINTS: Final = 16
 # Consumers before producers: the order in which compute_at moves them. How many of the innermost
 # loops there are to unroll.
 _PER_POINT: Final = {"patch": 3, "pixels": 1, "weights": 3, "corners": 1, "coordinates": 1}
-_PER_GROUP: Final = {"softmax_sum": 1, "softmax_exp": 1, "softmax_max": 1}
+_PER_GROUP: Final = {"center": 1, "gate": 1, "softmax_sum": 1, "softmax_exp": 1, "softmax_max": 1}
 
 
 def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
@@ -100,7 +100,9 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
         if name in names:
             block = sch.get_sblock(name)
             sch.decompose_reduction(block, sch.get_loops(block)[-1])
-    vectorize_copy(sch, sch.get_sblock("patch"), vector)
+    for name in ("patch", "center"):
+        if name in names:
+            vectorize_copy(sch, sch.get_sblock(name), vector)
     return sch.mod["main"]
 
 

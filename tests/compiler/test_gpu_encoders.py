@@ -32,9 +32,10 @@ def test_pre_norm(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_attention_pooling_and_center_feature_scale(dtype):
-    assert_agrees("test_internimage_res_post_norm", 1, (64, 96), dtype)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("norm", ["res_post_norm", "post_norm"])
+def test_attention_pooling_and_center_feature_scale(norm, dtype):
+    assert_agrees(f"test_internimage_{norm}", 1, (64, 96), dtype)
 
 
 @pytest.mark.slow

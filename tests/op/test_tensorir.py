@@ -55,6 +55,18 @@ def test_random_problems(dtype, data):
         check(run(kernel, spec, inputs, pack), spec, inputs)
 
 
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("sizes", [(2, 5, 7), (None, None, 7)], ids=str)
+def test_blend_with_the_input(sizes, dtype):
+    spec = DCNv3Spec.of((*sizes, 48), group=3, softmax=True, dtype=dtype)
+    (kernel,) = compile_kernels([tensorir.dcnv3_packed(spec, center_feature=True)])
+    static = dataclasses.replace(spec, batch=2, height=5, width=7)
+    inputs = random_inputs(static, seed=6)
+    gate = 4 * np.random.default_rng(7).standard_normal((2, 5, 7, 3))
+    gate = gate.astype(inputs.x.dtype)
+    check(run(kernel, static, inputs, packed=True, gate=gate), static, inputs, gate)
+
+
 SYMBOLIC = {
     "all": (None, None, None),
     "batch": (None, 7, 9),

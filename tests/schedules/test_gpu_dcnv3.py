@@ -78,6 +78,17 @@ def test_shapes_of_released_models(shape, group, dtype):
     check(run(kernel, spec, inputs, packed=True), spec, inputs)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("shape", "group"), [((1, 9, 5, 96), 3), ((2, 5, 7, 24), 6)], ids=str)
+def test_blend_with_the_input(shape, group, dtype):
+    spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
+    (kernel,) = compile_serially([tensorir.dcnv3_packed(spec, center_feature=True)])
+    inputs = random_inputs(spec, seed=6)
+    gate = 4 * np.random.default_rng(7).standard_normal((*shape[:3], group))
+    gate = gate.astype(inputs.x.dtype)
+    check(run(kernel, spec, inputs, packed=True, gate=gate), spec, inputs, gate)
+
+
 def test_any_batch():
     spec = DCNv3Spec.of((None, 7, 9, 32), group=2)
     (kernel,) = compile_serially([tensorir.dcnv3(spec)])

@@ -1,0 +1,115 @@
+"""The blend of DCNv3's result with its input, by a gate for each group, moves into the kernel.
+
+InternImage H and G compute ``y * (1 - s) + x * s`` behind DCNv3, where s is the sigmoid of a
+projection to one number a group, repeated for the group's channels. The kernel has x at hand, and
+the projection becomes part of the product that makes offsets and mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import tvm_ffi
+from tvm import relax
+
+from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.transform.fuse_sampling import Projection, emit_merged, projection
+from dcnv3_tvm.transform.program import Program, Rebuilder
+from dcnv3_tvm.transform.shapes import dimensions
+from dcnv3_tvm.transform.storage import packed_sampling
+
+_GATE: Final = (
+    ("relax.reshape",),
+    ("relax.broadcast_to", "relax.tile"),
+    ("relax.expand_dims", "relax.reshape"),
+    ("relax.sigmoid",),
+)
+"""Operators that make the gate of its logits, the last one first."""
+
+
+def fuse_center_feature(program: Program) -> Program:
+    """Let the packed DCNv3 kernels blend their results, where a gate of groups does so."""
+    return program.rebuilt(_fuse)
+
+
+def _fuse(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
+    if getattr(call.op, "name", "") != "relax.add":
+        return None
+    for deformed, plain in _both_orders(call):
+        for sampled, rest in _factors(rebuilder, deformed):
+            for source, gate in _factors(rebuilder, plain):
+                if _is_rest(rebuilder, rest, gate):
+                    blended = _blended(rebuilder, var, sampled, source, gate)
+                    if blended is not None:
+                        return blended
+    return None
+
+
+def _both_orders(call: relax.Call) -> Iterator[tuple[relax.Expr, relax.Expr]]:
+    first, second = call.args
+    yield first, second
+    yield second, first
+
+
+def _factors(rebuilder: Rebuilder, expr: relax.Expr) -> Iterator[tuple[relax.Expr, relax.Expr]]:
+    product = rebuilder.call(expr, "relax.multiply", only_use=True)
+    if product is not None:
+        yield from _both_orders(product)
+
+
+def _is_rest(rebuilder: Rebuilder, rest: relax.Expr, gate: relax.Expr) -> bool:
+    """Tell whether an expression is ``1 - gate``."""
+    difference = rebuilder.call(rest, "relax.subtract")
+    if difference is None or not difference.args[1].same_as(gate):
+        return False
+    one = rebuilder.array(difference.args[0])
+    return one is not None and one.size == 1 and float(one.reshape(())) == 1
+
+
+def _blended(
+    rebuilder: Rebuilder,
+    var: relax.Var,
+    sampled: relax.Expr,
+    source: relax.Expr,
+    gate: relax.Expr,
+) -> relax.Var | None:
+    """Emit the kernel that blends, if `sampled` is a packed DCNv3 of `source`."""
+    sampling = rebuilder.call(sampled, "relax.call_tir", only_use=True)
+    unblended = packed_sampling(sampling, rebuilder.module)
+    if sampling is None or unblended is None or tensorir.CENTER_ATTR in unblended.attrs:
+        return None
+    x, offset_mask = sampling.args[1].fields
+    if not x.same_as(source) or any(not _alike(sampled, other) for other in (x, gate)):
+        return None
+    spec = tensorir.spec_of(unblended)
+    logits, made = _logits(rebuilder, gate, spec), projection(rebuilder, offset_mask)
+    if logits is None or made is None or not logits.source.same_as(made.source):
+        return None
+    weight, bias = (array[..., : 3 * spec.group * spec.points] for array in made.arrays)
+    channels = tensorir.packed_channels(spec, center_feature=True)
+    parts = (made._replace(arrays=(weight, bias)), logits)
+    packed = emit_merged(rebuilder, parts, channels)
+    kernel = tensorir.dcnv3_packed(spec, center_feature=True)
+    function = rebuilder.add_kernel(kernel, tensorir.name_of(kernel))
+    return rebuilder.emit(relax.call_tir(function, [x, packed], var.ty), like=var)
+
+
+def _alike(first: relax.Expr, second: relax.Expr) -> bool:
+    return bool(tvm_ffi.structural_equal(first.ty, second.ty))
+
+
+def _logits(rebuilder: Rebuilder, gate: relax.Expr, spec: DCNv3Spec) -> Projection | None:
+    """Return the projection whose sigmoid, repeated for the channels of each group, is the gate."""
+    shapes = []
+    for operators in _GATE:
+        call = rebuilder.call(gate, *operators)
+        if call is None:
+            return None
+        gate = call.args[0]
+        shapes.append(dimensions(gate))
+    repeated, apart, logits, _ = shapes
+    if repeated[-2:] != (spec.group, spec.group_channels) or apart[-2:] != (spec.group, 1):
+        return None
+    return projection(rebuilder, gate) if logits[-1] == spec.group else None
