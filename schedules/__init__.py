@@ -32,6 +32,7 @@ from dcnv3_tvm.schedules.gpu.depthwise import depthwise as gpu_depthwise
 from dcnv3_tvm.schedules.gpu.fallback import fallback as gpu_fallback
 from dcnv3_tvm.schedules.gpu.gemm import gemm
 from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm as gpu_layer_norm
+from dcnv3_tvm.schedules.gpu.mlp import mlp
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.gpu.threads import check_launch
 from dcnv3_tvm.targets import is_gpu, target_slug
@@ -67,6 +68,7 @@ CPU_RULES: Final[tuple[Rule, ...]] = (
 GPU_RULES: Final[tuple[Rule, ...]] = (
     gpu_dcnv3,
     gemm,
+    mlp,
     gpu_depthwise,
     gpu_layer_norm,
     gpu_fallback,

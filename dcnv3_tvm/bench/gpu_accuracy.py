@@ -79,6 +79,7 @@ def list_accuracy(
     target: str,
     *,
     seed: int = 0,
+    host: str = "cpu",
     on_step: Callable[[str], None] = lambda _: None,
 ) -> AccuracyListing:
     """Run an encoder by its GPU schedules on the processor, and compare it with float64.
@@ -91,6 +92,8 @@ def list_accuracy(
         The GPU, for example ``"cuda-sm90"``.
     seed : int
         Of the random weights and the random image.
+    host : str
+        The processor, as code is compiled for it.
     on_step : callable
         Called with what happens next.
 
@@ -108,9 +111,10 @@ def list_accuracy(
     on_step(f"{case.slug}: compute in float64")
     truth = reference_outputs(model, image)
     on_step(f"{case.slug}: compile and run")
+    found = run_serially(imported, resolved, [image], dtype=case.dtype, host=host)
     rows = [
         difference(f"{entry}/{tensor.name}", output, expected)
-        for entry, outputs in run_serially(imported, resolved, [image], dtype=case.dtype).items()
+        for entry, outputs in found.items()
         for tensor, output, expected in zip(
             imported.entries[entry].outputs, outputs, truth[entry], strict=True
         )

@@ -21,13 +21,13 @@ from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.kernels import Kernel, Tensor, called_kernels
-from dcnv3_tvm.op import gemm
+from dcnv3_tvm.op import gemm, mlp
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.spec import DTYPE_BYTES
 from dcnv3_tvm.testing.weights import randomize_
 
-PRODUCTS: Final = ("linear", "convolution", gemm.KERNEL)
+PRODUCTS: Final = ("linear", "convolution", gemm.KERNEL, mlp.KERNEL)
 """Kinds of kernels that are bound by arithmetic."""
 
 _BURST: Final = 0.01
@@ -271,6 +271,10 @@ def operations(kernel: Kernel) -> int:
         return 2 * elements * math.prod(kernel.inputs[1].shape[1:3]) * kernel.inputs[0].shape[-1]
     if kernel.kind == gemm.KERNEL:
         return 2 * elements * _depth(kernel)
+    if kernel.kind == mlp.KERNEL:
+        # Its weights have a row for each hidden and for each output column.
+        rows, hidden = elements // kernel.outputs[0].shape[-1], kernel.inputs[1].shape[0]
+        return 2 * rows * hidden * (kernel.inputs[0].shape[-1] + kernel.outputs[0].shape[-1])
     if kernel.kind == "depthwise":
         return 2 * elements * math.prod(kernel.inputs[1].shape[:2])
     if kernel.kind.startswith("dcnv3"):

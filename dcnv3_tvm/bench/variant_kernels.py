@@ -7,6 +7,7 @@ at kernel by kernel. Kernels of stock operators (pooling, transposes) are not am
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from tvm.target import Target
 
 from dcnv3_tvm.bench.cases import stage_specs
 from dcnv3_tvm.frontend.variants import InternImageConfig, model_config
-from dcnv3_tvm.op import gemm, normalization, products, tensorir
+from dcnv3_tvm.op import gemm, mlp, normalization, products, tensorir
 from dcnv3_tvm.op.products import Epilogue
 from dcnv3_tvm.schedules import linear_tile
 from dcnv3_tvm.spec import DCNv3Spec
@@ -89,8 +90,21 @@ def _block(
     yield _linear(places, channels, channels, _BIAS, target, dtype, factors)
     yield _linear(places, channels, channels, _RESIDUAL, target, dtype, dtype)
     yield _linear(places, channels, packed, _BIAS, target, dtype, factors)
-    yield _linear(places, channels, hidden, _GELU, target, dtype, factors)
-    yield _linear(places, hidden, channels, _RESIDUAL, target, dtype, dtype)
+    if (
+        is_gpu(target)
+        and factors == dtype != "float32"
+        and mlp.pays(math.prod(places), channels, hidden, channels)
+    ):
+        yield VariantKernel(
+            f"mlp_{channels}_{hidden}_{channels}_residual",
+            "mlp",
+            mlp.mlp(
+                places, channels, hidden, channels, activation="gelu", residual=True, dtype=dtype
+            ),
+        )
+    else:
+        yield _linear(places, channels, hidden, _GELU, target, dtype, factors)
+        yield _linear(places, hidden, channels, _RESIDUAL, target, dtype, dtype)
     window = config.dw_kernel_size
     x_dtype = dtype if is_gpu(target) else None
     yield VariantKernel(

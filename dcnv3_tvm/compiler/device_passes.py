@@ -13,8 +13,11 @@ from tvm.tirx import compilation_pipeline
 PIPELINE: Final = "dcnv3_tvm.cuda"
 """Name of the pipeline, for ``tir_pipeline`` of ``tvm.compile`` and ``relax.build``."""
 
-_WARP_BUFFERS: Final = 8
-"""Buffers of a kernel that are spread over the threads of a warp: two factors and the sums."""
+_WARP_BUFFERS: Final = 16
+"""Most buffers of a kernel that are spread over the threads of a warp.
+
+Those of `dcnv3_tvm.schedules.gpu.mlp`: factors and sums of two products, and the factors once more
+for each step behind the loop of its pipeline, of which there are at most two."""
 
 _CONFIG: Final = {
     # Copies from global to shared memory that bypass registers.

@@ -53,6 +53,9 @@ DEPTH_UNIT: Final = 32
 VECTOR: Final = 8
 """Most elements that are copied at once."""
 
+FULL_GPU: Final = 132
+"""Tiles that give every multiprocessor of a large GPU one."""
+
 _SHORT_DEPTH: Final = 128
 _ROW_UNITS: Final = (128, 64, 32, 16)
 _ROW_WASTE: Final = 1.1
@@ -63,13 +66,13 @@ def row_unit(rows: Any) -> int:
     known = static(rows)
     if known is None:
         return _ROW_UNITS[0]
-    least = _filled(known, _ROW_UNITS[-1])
-    return next(unit for unit in _ROW_UNITS if _filled(known, unit) <= _ROW_WASTE * least)
+    least = filled(known, _ROW_UNITS[-1])
+    return next(unit for unit in _ROW_UNITS if filled(known, unit) <= _ROW_WASTE * least)
 
 
 def filled_depth(depth: int) -> int:
     """Return the depth, filled up so that it has a divisor a block can take at a time."""
-    return int(_filled(depth, FRAGMENT if depth <= _SHORT_DEPTH else DEPTH_UNIT))
+    return int(filled(depth, FRAGMENT if depth <= _SHORT_DEPTH else DEPTH_UNIT))
 
 
 @functools.lru_cache(maxsize=256)
@@ -207,8 +210,7 @@ def _gemm(
     """
     dtype, x_dtype, residual_dtype, out_dtype = dtypes
     rows = product(lead)
-    all_rows = _filled(rows, row_unit(rows))
-    all_columns, all_depth = _filled(columns, FRAGMENT), filled_depth(depth)
+    all_columns, all_depth = filled(columns, FRAGMENT), filled_depth(depth)
     with function(KERNEL) as builder:
         x = argument("x", shape, x_dtype)
         by_depth = dtype == SUMS
@@ -218,51 +220,65 @@ def _gemm(
         out_shape = [*lead, columns]
         residual = argument("residual", out_shape, residual_dtype) if epilogue.residual else None
         out = argument("out", out_shape, out_dtype)
-
-        def element(row: Any, k: Any) -> Any:
-            value, inside = gather(x, row, k)
-            conditions = [] if inside is None else [inside]
-            if static(rows) is None or static(rows) != static(all_rows):
-                conditions.append(row < rows)
-            if all_depth != depth:
-                # By whole vectors, so that a vector is read or not read as one.
-                vector = math.gcd(depth, VECTOR)
-                conditions.append(tirx.floordiv(k, int64(vector)) < depth // vector)
-            value = cast(dtype, value)
-            if not conditions:
-                return value
-            return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(0, dtype))
-
-        operand = compute("operand", [all_rows, all_depth], element, dtype=dtype)
+        operand = add_operand(rows, depth, lambda row, k: gather(x, row, k), dtype)
         sums = compute(
             "product",
-            [all_rows, all_columns],
+            [operand.shape[0], all_columns],
             lambda m, n, k: (
                 cast(SUMS, operand[m, k]) * cast(SUMS, weight[(k, n) if by_depth else (n, k)])
             ),
             reduce=[all_depth],
             dtype=SUMS,
         )
-
-        def position(m: Any, n: Any) -> list[Any]:
-            return [*unflatten(m, lead), n]
-
-        # Rows and columns until the very end: TVM would lose sight of which elements of a tensor
-        # of more dimensions a thread has.
-        places = [rows, columns]
-
-        def value(m: Any, n: Any) -> Any:
-            total = sums[m, n] if bias is None else sums[m, n] + bias[n]
-            total = activate(epilogue.activation, total)
-            if residual is not None:
-                total = total + cast(SUMS, residual[tuple(position(m, n))])
-            return cast(out_dtype, total)
-
-        finished = compute("epilogue", places, value, dtype=out_dtype)
-        compute(
-            "store", places, lambda m, n: finished[m, n], dtype=out_dtype, into=out, at=position
-        )
+        add_store(sums, lead, epilogue.activation, bias, residual, out)
     return builder.get()
+
+
+def add_operand(
+    rows: Any, depth: int, gather: Callable[[Any, Any], tuple[Any, Any]], dtype: str
+) -> Any:
+    """Add the block ``operand``; ``gather(row, k)`` gives an element, and whether it exists."""
+    all_rows, all_depth = filled(rows, row_unit(rows)), filled_depth(depth)
+
+    def element(row: Any, k: Any) -> Any:
+        value, inside = gather(row, k)
+        conditions = [] if inside is None else [inside]
+        if static(rows) is None or static(rows) != static(all_rows):
+            conditions.append(row < rows)
+        if all_depth != depth:
+            # By whole vectors, so that a vector is read or not read as one.
+            vector = math.gcd(depth, VECTOR)
+            conditions.append(tirx.floordiv(k, int64(vector)) < depth // vector)
+        value = cast(dtype, value)
+        if not conditions:
+            return value
+        return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(0, dtype))
+
+    return compute("operand", [all_rows, all_depth], element, dtype=dtype)
+
+
+def add_store(
+    sums: Any, lead: Sequence[Any], activation: str | None, bias: Any, residual: Any, out: Any
+) -> None:
+    """Add the blocks ``epilogue`` and ``store``; bias and residual may be None."""
+    out_dtype = str(out.dtype)
+
+    def position(m: Any, n: Any) -> list[Any]:
+        return [*unflatten(m, lead), n]
+
+    # Rows and columns until the very end: TVM would lose sight of which elements of a tensor
+    # of more dimensions a thread has.
+    places = [product(lead), out.shape[-1]]
+
+    def value(m: Any, n: Any) -> Any:
+        total = sums[m, n] if bias is None else sums[m, n] + bias[n]
+        total = activate(activation, total)
+        if residual is not None:
+            total = total + cast(SUMS, residual[tuple(position(m, n))])
+        return cast(out_dtype, total)
+
+    finished = compute("epilogue", places, value, dtype=out_dtype)
+    compute("store", places, lambda m, n: finished[m, n], dtype=out_dtype, into=out, at=position)
 
 
 def pack(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -281,12 +297,13 @@ def pack(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """
     matrix = weight.reshape(weight.shape[0], -1)
     columns, depth = matrix.shape
-    filled = np.zeros((_filled(columns, FRAGMENT), filled_depth(depth)), weight.dtype)
-    filled[:columns, :depth] = matrix
-    return np.ascontiguousarray(filled.T) if weight.dtype == SUMS else filled
+    packed = np.zeros((filled(columns, FRAGMENT), filled_depth(depth)), weight.dtype)
+    packed[:columns, :depth] = matrix
+    return np.ascontiguousarray(packed.T) if weight.dtype == SUMS else packed
 
 
-def _filled(size: Any, unit: int) -> Any:
+def filled(size: Any, unit: int) -> Any:
+    """Return a size, filled up to a multiple of a unit."""
     known = static(size)
     if known is not None:
         return -(-known // unit) * unit

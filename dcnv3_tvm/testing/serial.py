@@ -80,7 +80,12 @@ def _serial(node: Any, axes: Mapping[str, tirx.Var]) -> Any:
 
 
 def run_serially(
-    imported: ImportedModel, target: Target, inputs: Sequence[Any], *, dtype: str
+    imported: ImportedModel,
+    target: Target,
+    inputs: Sequence[Any],
+    *,
+    dtype: str,
+    host: str = "cpu",
 ) -> dict[str, list[Any]]:
     """Run a model compiled for a GPU on the processor, every kernel by its GPU schedule.
 
@@ -94,6 +99,8 @@ def run_serially(
         Of every entry.
     dtype : str
         Element type of products, as for `dcnv3_tvm.compile_model`.
+    host : str
+        What runs it.
 
     Returns
     -------
@@ -105,9 +112,9 @@ def run_serially(
     for var, function in module.functions_items():
         if isinstance(function, tirx.PrimFunc):
             module.update_func(var, serialized(function))
-    host = resolve_target("cpu")
-    planned, _ = pipeline.plan_memory(dataclasses.replace(program, module=module), host)
-    executable = relax.build(planned, host, relax_pipeline=pipeline.lower_passes())
+    processor = resolve_target(host)
+    planned, _ = pipeline.plan_memory(dataclasses.replace(program, module=module), processor)
+    executable = relax.build(planned, processor, relax_pipeline=pipeline.lower_passes())
     machine = relax.VirtualMachine(executable, tvm.cpu())
     found = {}
     for name, entry in program.entries.items():

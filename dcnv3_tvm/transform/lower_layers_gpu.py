@@ -22,6 +22,7 @@ from dcnv3_tvm.op import gemm, tensorir
 from dcnv3_tvm.transform.find_layers import Layer, find_layers
 from dcnv3_tvm.transform.half_products import PRODUCTS, half_products
 from dcnv3_tvm.transform.layer_context import LayerContext, epilogue_of, pair_of
+from dcnv3_tvm.transform.lower_mlp import find_mlps, lower_mlp
 from dcnv3_tvm.transform.lower_normalization import lower_depthwise, lower_layer_norm
 from dcnv3_tvm.transform.program import Program, Rebuilder, variables
 from dcnv3_tvm.transform.shapes import element_type
@@ -42,17 +43,22 @@ def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
     inner: set[relax.Var] = set()
     wide: set[relax.Var] = set()
     half: set[relax.Var] = set()
+    pairs: dict[relax.Var, relax.Var] = {}
     for name, entry in program.entries.items():
         function = program.module[name]
         layers = find_layers(function, len(entry.inputs))
         found |= layers
-        inner |= find_values(function, layers, program.module).inner
         wide |= _results(function)
         if dtype == "bfloat16":
             wide |= _sensitive(function, layers, program.module)
             arrays = (program.weights[weight] for weight in entry.weights)
             weights = dict(zip(function.params[len(entry.inputs) :], arrays, strict=True))
             half |= half_products(function, layers, len(entry.inputs), weights)
+        if dtype != "float32":
+            mlps = find_mlps(function, layers)
+            # Both products of a kernel have factors of one type.
+            pairs |= {var: first for var, first in mlps.items() if (var in half) == (first in half)}
+        inner |= find_values(function, layers, program.module).inner | set(pairs.values())
     narrow = _read_in_half(found, half)
     converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
 
@@ -80,9 +86,12 @@ def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
             return rebuilder.emit(
                 relax.Call(call.op, arguments, call.attrs, call.ty_args), like=var
             )
+        factors = "float16" if var in half else dtype
+        if var in pairs:
+            return lower_mlp(rebuilder, var, found[pairs[var]], layer, factors, stored(var))
         source = rebuilder.current(layer.root.args[0])
         context = LayerContext(rebuilder, var, layer, source, stored(var))
-        return _LOWER[layer.kind](context, "float16" if var in half else dtype)
+        return _LOWER[layer.kind](context, factors)
 
     return program.rebuilt(visit)
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from tvm import s_tir, tirx
-from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
-from dcnv3_tvm.gpu import WARP
-from dcnv3_tvm.op.gemm import FRAGMENT, KERNEL
+from dcnv3_tvm.op.gemm import FRAGMENT, FULL_GPU, KERNEL
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu import tensor_core
@@ -23,6 +20,15 @@ from dcnv3_tvm.schedules.gpu.threads import (
     unroll_all,
     vectorize_copy,
 )
+from dcnv3_tvm.schedules.gpu.tiles import (
+    PAD_BYTES,
+    by_fragments,
+    fetch,
+    in_tiles,
+    read_early,
+    vector_of,
+    write_vectors,
+)
 from dcnv3_tvm.spec import DTYPE_BYTES
 from dcnv3_tvm.targets import gpu_architecture, is_gpu
 
@@ -32,14 +38,8 @@ _TILE: Final = 128
 _WIDE_TILE: Final = 160
 """Most columns of a tile."""
 
-_FULL_GPU: Final = 132
-"""Tiles that give every multiprocessor of a large GPU one; with fewer, tiles are smaller."""
-
 _STAGES: Final = 3
 """Tiles of factors in shared memory: one is multiplied while the others arrive."""
-
-_PAD_BYTES: Final = 16
-"""Added to every row in shared memory, so that eight rows lie in different banks."""
 
 _THREADS: Final = 16
 """Rows and columns of threads of a block that multiplies without tensor cores."""
@@ -117,7 +117,7 @@ class Tile:
         """Shared memory of a block: the factors' steps, and after them the sums."""
         high = self.warp_rows * self.rows * FRAGMENT
         wide = self.warp_columns * self.columns * FRAGMENT
-        step = (high + wide) * (2 * self.depth * FRAGMENT + _PAD_BYTES)
+        step = (high + wide) * (2 * self.depth * FRAGMENT + PAD_BYTES)
         return max(self.stages * step, high * (wide + 8) * 4)
 
 
@@ -136,7 +136,7 @@ def default_tile(rows: int | None, columns: int, depth: int, shared_bytes: int) 
         wide = _largest(columns // FRAGMENT, _WIDE_TILE // FRAGMENT)
     high = _largest((rows or _TILE) // FRAGMENT, _TILE // FRAGMENT, powers=True)
     # Fewer tiles than multiprocessors: smaller ones, first in the direction that is larger.
-    while rows is not None and _tiles(rows, columns, high, wide) < _FULL_GPU:
+    while rows is not None and _tiles(rows, columns, high, wide) < FULL_GPU:
         if high >= wide and high % 2 == 0:
             high //= 2
         elif wide % 2 == 0:
@@ -242,16 +242,16 @@ def _on_tensor_cores(
     sch.set_scope(operand, 0, "shared.dyn")
     for copy in (operand, weight):
         sch.compute_at(copy, step, preserve_unit_loops=True)
-        _fetch(sch, copy, warps, _vector(sch, copy))
-        sch.storage_align(copy, 0, axis=-2, factor=32, offset=_PAD_BYTES // DTYPE_BYTES[dtype])
-    _write_vectors(sch, epilogue, warps)
+        fetch(sch, copy, warps, vector_of(sch, copy))
+        sch.storage_align(copy, 0, axis=-2, factor=32, offset=PAD_BYTES // DTYPE_BYTES[dtype])
+    write_vectors(sch, epilogue, warps)
 
-    sch.transform_layout(first, ("write", 0), _in_tiles(tensor_core.fragment))
-    sch.transform_layout(second, ("write", 0), _in_tiles(tensor_core.transposed_fragment))
-    sch.transform_layout(sums, ("read", 0), _in_tiles(tensor_core.fragment))
-    _by_fragments(sch, first, tensor_core.load(dtype, second=False))
-    _by_fragments(sch, second, tensor_core.load(dtype, second=True))
-    stored = _by_fragments(sch, sums, tensor_core.store())
+    sch.transform_layout(first, ("write", 0), in_tiles(tensor_core.fragment))
+    sch.transform_layout(second, ("write", 0), in_tiles(tensor_core.transposed_fragment))
+    sch.transform_layout(sums, ("read", 0), in_tiles(tensor_core.fragment))
+    by_fragments(sch, first, tensor_core.load(dtype, second=False))
+    by_fragments(sch, second, tensor_core.load(dtype, second=True))
+    stored = by_fragments(sch, sums, tensor_core.store())
     sch.storage_align(stored, 0, axis=-2, factor=32, offset=8)
     unroll_all(sch, [depth, rows, columns])
     multiply = sch.blockize(i)
@@ -266,84 +266,6 @@ def _on_tensor_cores(
         sch.annotate(step, "software_pipeline_async_stages", [0])
 
 
-def _in_tiles(
-    place: Callable[[Any, Any], tuple[Any, Any]],
-) -> Callable[[Any, Any], tuple[Any, ...]]:
-    def index(i: Any, j: Any) -> tuple[Any, ...]:
-        return i // FRAGMENT, j // FRAGMENT, *place(i % FRAGMENT, j % FRAGMENT)
-
-    return index
-
-
-def _by_fragments(sch: s_tir.Schedule, block: SBlockRV, intrinsic: str) -> SBlockRV:
-    """Let a block move whole fragments, by an intrinsic, and return the block of a fragment."""
-    row, column = sch.get_loops(block)[-2:]
-    row, i = sch.split(row, [None, FRAGMENT])
-    column, j = sch.split(column, [None, FRAGMENT])
-    sch.reorder(row, column, i, j)
-    unroll_all(sch, [row, column])
-    fragment = sch.blockize(i)
-    annotate(sch, fragment, intrinsic)
-    return fragment
-
-
-def _fetch(sch: s_tir.Schedule, copy: SBlockRV, warps: int, vector: int) -> None:
-    """Let all threads of a block copy a tile, in vectors."""
-    turn, _, lane = _share(sch, copy, warps, vector)
-    sch.unroll(turn)
-    sch.vectorize(lane)
-
-
-def _share(
-    sch: s_tir.Schedule, block: SBlockRV, warps: int, vector: int
-) -> tuple[LoopRV, LoopRV, LoopRV]:
-    """Share out a tile among all threads of a block, and return the loops of turns, threads, lanes.
-
-    Lanes are split off first, so that TVM sees which elements a thread has.
-    """
-    row, column = sch.get_loops(block)[-2:]
-    column, lane = sch.split(column, [None, vector])
-    turn, warp, thread = sch.split(sch.fuse(row, column), [None, warps, WARP])
-    sch.bind(warp, "threadIdx.y")
-    sch.bind(thread, "threadIdx.x")
-    return turn, thread, lane
-
-
-def _vector(sch: s_tir.Schedule, copy: SBlockRV) -> int:
-    """Return how many neighbouring elements one copy can take: they must be so in the source."""
-    read = sch.get(copy).reads[0].source
-    source, stored = str(read.dtype), str(sch.get(copy).writes[0].source.dtype)
-    if source != stored:
-        return 1
-    return math.gcd(static(read.shape[-1]) or 1, VECTOR_BYTES // DTYPE_BYTES[source])
-
-
-def _write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, warps: int) -> None:
-    """Let all threads of a block finish a tile that lies in shared memory, in vectors."""
-    store = sch.get_sblock("store")
-    columns = static(sch.get(store).writes[0].source.shape[-1]) or 1
-    vector = math.gcd(columns, 8)
-    _, thread, lane = _share(sch, epilogue, warps, vector)
-    sch.unroll(lane)
-    sch.set_scope(epilogue, 0, "local")
-    sch.reverse_compute_at(store, thread, preserve_unit_loops=True)
-    copies = [store]
-    for index in range(len(sch.get(epilogue).reads)):
-        copy = _read_early(sch, epilogue, index)
-        sch.compute_at(copy, thread, preserve_unit_loops=True)
-        copies.append(copy)
-    for copy in copies:
-        width = VECTOR_BYTES // DTYPE_BYTES[str(sch.get(copy).writes[0].source.dtype)]
-        vectorize_copy(sch, copy, math.gcd(vector, width))
-
-
-def _read_early(sch: s_tir.Schedule, epilogue: SBlockRV, index: int) -> SBlockRV:
-    """Let a tensor that the epilogue reads be copied to registers first, by row and column."""
-    if sch.get(epilogue).reads[index].source.name == "residual":
-        return sch.reindex_cache_read(epilogue, index, "local", lambda m, n: (m, n))
-    return sch.cache_read(epilogue, index, "local")
-
-
 def _piece(rows: int | None, columns: int) -> tuple[int, int]:
     """Choose rows and columns of a thread: many, so that a factor is read for many products.
 
@@ -352,7 +274,7 @@ def _piece(rows: int | None, columns: int) -> tuple[int, int]:
     heights = divisors((rows or _TILE) // _THREADS, _MOST)
     pieces = [(high, wide) for high in heights for wide in divisors(columns // _THREADS, _MOST)]
     enough = [
-        piece for piece in pieces if rows is None or _tiles(rows, columns, *piece) >= _FULL_GPU
+        piece for piece in pieces if rows is None or _tiles(rows, columns, *piece) >= FULL_GPU
     ]
     return max(enough or [(1, 1)], key=lambda piece: (math.prod(piece), min(piece)))
 
@@ -385,7 +307,7 @@ def _by_threads(sch: s_tir.Schedule, choices: Choices) -> None:
     copies = [store]
     names = [read.source.name for read in sch.get(epilogue).reads]
     if "residual" in names:
-        residual = _read_early(sch, epilogue, names.index("residual"))
+        residual = read_early(sch, epilogue, names.index("residual"))
         sch.compute_at(residual, one_row, preserve_unit_loops=True)
         copies.append(residual)
     for copy in copies:
@@ -403,12 +325,12 @@ def _by_threads(sch: s_tir.Schedule, choices: Choices) -> None:
     for copy in (operand, weight):
         sch.compute_at(copy, step, preserve_unit_loops=True)
         high_loop, wide_loop = sch.get_loops(copy)[-2:]
-        wide_loop, lane = sch.split(wide_loop, [None, _vector(sch, copy)])
+        wide_loop, lane = sch.split(wide_loop, [None, vector_of(sch, copy)])
         turn, worker = sch.split(sch.fuse(high_loop, wide_loop), [None, _THREADS * _THREADS])
         sch.bind(worker, "threadIdx.x")
         sch.unroll(turn)
         sch.vectorize(lane)
-    sch.storage_align(operand, 0, axis=-2, factor=32, offset=_PAD_BYTES // 4)
+    sch.storage_align(operand, 0, axis=-2, factor=32, offset=PAD_BYTES // 4)
     unroll_all(sch, [depth, rows, columns, k])
     clear = sch.decompose_reduction(product, step)
     unroll_all(sch, sch.get_loops(clear)[-2:])

@@ -16,7 +16,7 @@ from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler.kernels import Kernel, Tensor
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op import gemm, tensorir
+from dcnv3_tvm.op import gemm, mlp, tensorir
 from dcnv3_tvm.op.products import Epilogue
 from dcnv3_tvm.spec import DCNv3Spec
 
@@ -55,6 +55,16 @@ def test_every_device_model_says_where_its_rates_are_from():
         assert model.peaks.flops < model.peaks.half_flops
     with pytest.raises(InvalidArgumentError, match="allowed: h200, h100, a100"):
         device_model("h300")
+
+
+@pytest.mark.parametrize("inputs", [24, 40, 64])
+def test_both_products_of_an_mlp_count(inputs):
+    function = mlp.mlp((10,), inputs, 96, 20, activation="gelu", residual=False, dtype="float16")
+    shapes = [[int(size) for size in param.shape] for param in function.params]
+    dtypes = [str(param.dtype) for param in function.params]
+    found = kernel(function, *shapes, dtypes=dtypes)
+    assert operations(found) == 2 * 10 * 96 * (inputs + 20)
+    assert work_of(found).dtype == "float16"
 
 
 DTYPES = pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -10,19 +10,20 @@ from dcnv3_tvm.bench import gpu_accuracy
 from dcnv3_tvm.bench.cases import encoder_case
 from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
 from dcnv3_tvm.cli import main
+from dcnv3_tvm.op import gemm
 
 PRE_NORM = "test_internimage_pre_norm"
 
 
-def accuracy(variant, batch, size, dtype):
+def accuracy(variant, batch, size, dtype, **options):
     case = encoder_case(variant, batch=batch, size=size, dtype=dtype)
-    found = list_accuracy(case, "cuda-sm90", seed=1)
+    found = list_accuracy(case, "cuda-sm90", seed=1, **options)
     assert [row.output.partition("/")[0] for row in found.rows] == ["main"] + 4 * ["features"]
     return found
 
 
-def assert_agrees(variant, batch, size, dtype):
-    found = accuracy(variant, batch, size, dtype)
+def assert_agrees(variant, batch, size, dtype, **options):
+    found = accuracy(variant, batch, size, dtype, **options)
     assert found.ok, found.cells()
 
 
@@ -86,3 +87,9 @@ def test_what_is_too_far_is_a_failure(capsys, monkeypatch):
 def test_only_for_gpus(capsys):
     assert main([*ARGUMENTS, "--target", "cpu"]) == 2
     assert "the target is no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_products_of_a_block_in_one_kernel(monkeypatch):
+    monkeypatch.setattr(gemm, "FULL_GPU", 0)  # so that few rows are enough
+    assert_agrees(PRE_NORM, 2, (32, 64), "float16", host="cpu-x86-64")

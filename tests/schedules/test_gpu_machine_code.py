@@ -50,11 +50,17 @@ def test_every_architecture(arch):
         kernel.name: kernel.function
         for kernel in variant_kernels("internimage_t", target, "float16", batch=64)
     }
-    for name in ("linear_64_256_gelu", "convolution_64_128"):
+    for name in ("linear_256_1024_gelu", "convolution_64_128"):
         kernel = compiled(kernels[name], target)
         assert kernel.tensor_cores
         assert kernel.asynchronous
         assert kernel.load_bytes == (16,)
+    for name in ("mlp_64_256_64_residual", "mlp_128_512_128_residual"):
+        kernel = compiled(kernels[name], target)
+        assert kernel.tensor_cores
+        assert kernel.asynchronous
+        # 4: the hidden columns' bias, of which each thread needs pairs.
+        assert kernel.load_bytes == (4, 16)
     sampling = compiled(kernels["dcnv3_64"], target)
     assert sampling.load_bytes[-1] == 16
 
@@ -79,4 +85,5 @@ def test_every_kernel_of_a_variant(variant, dtype, batch, size):
     target = resolve_target("cuda-sm90")
     for kernel in variant_kernels(variant, target, dtype, batch=batch, size=size):
         result = compiled(kernel.function, target)
-        assert result.tensor_cores == (kernel.rule == "gemm" and dtype != "float32"), kernel.name
+        product = kernel.rule in ("gemm", "mlp") and dtype != "float32"
+        assert result.tensor_cores == product, kernel.name

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from tvm import relax, tirx
 
+from dcnv3_tvm.op import gemm
 from dcnv3_tvm.testing.programs import make_program, operators, run_program
 from dcnv3_tvm.transform.lower_layers_gpu import lower_layers_gpu
 
@@ -57,6 +58,35 @@ def test_what_is_stored_in_which_type(dtype, stream, rng):
         "linear_48_16_residual": [dtype, dtype, "float32", "float32", stream],
         "linear_16_48": [stream, dtype, "float32"],
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("used_twice", [False, True])
+def test_two_products_become_one_kernel(dtype, used_twice, rng, monkeypatch):
+    monkeypatch.setattr(gemm, "FULL_GPU", 0)  # so that few rows are enough
+
+    def build(bb, x, first, bias1, second, bias2):
+        inner = bb.emit(relax.op.add(bb.emit(relax.op.matmul(x, first)), bias1))
+        hidden = bb.emit(relax.op.nn.gelu(inner))
+        result = bb.emit(relax.op.add(bb.emit(relax.op.matmul(hidden, second)), bias2))
+        result = bb.emit(relax.op.add(x, result))
+        return bb.emit(relax.op.concat([result, hidden], axis=-1)) if used_twice else result
+
+    weights = {
+        "first": _random(rng, 16, 64) / 4,
+        "bias1": _random(rng, 64),
+        "second": _random(rng, 64, 16) / 8,
+        "bias2": _random(rng, 16),
+    }
+    program = make_program(build, {"x": (3, 5, 16)}, weights)
+    lowered = lower_layers_gpu(program, dtype)
+    relax.analysis.well_formed(lowered.module)
+    x = _random(rng, 3, 5, 16)
+    expected, result = run_program(program, x), run_program(lowered, x)
+    error = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
+    assert np.linalg.norm(result - expected) <= error * np.linalg.norm(expected)
+    fused = not used_twice and dtype != "float32"
+    assert ("mlp_16_64_16_residual" in operators(lowered)) == fused
 
 
 def test_other_operators_read_float32(rng):
