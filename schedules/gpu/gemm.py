@@ -11,7 +11,7 @@ from tvm.target import Target
 
 from dcnv3_tvm.op.gemm import FRAGMENT, FULL_GPU, KERNEL
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
-from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.schedules.choices import ChoiceError, Choices
 from dcnv3_tvm.schedules.gpu import tensor_core
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
 from dcnv3_tvm.schedules.gpu.threads import (
@@ -208,17 +208,16 @@ def _on_tensor_cores(
     epilogue = sch.get_sblock("epilogue")
     row, column, depth = sch.get_loops(product)
     extents = [static(sch.get(loop).extent) for loop in (row, column, depth)]
-    tile = _picked(
-        choices,
-        default_tile(
-            extents[0],
-            extents[1] or FRAGMENT,
-            extents[2] or FRAGMENT,
-            gpu_architecture(target).block_shared_bytes,
-        ),
-        (extents[1] or FRAGMENT) // FRAGMENT,
-        (extents[2] or FRAGMENT) // FRAGMENT,
-    )
+    wide, deep = extents[1] or FRAGMENT, extents[2] or FRAGMENT
+    shared_bytes = gpu_architecture(target).block_shared_bytes
+    default = default_tile(extents[0], wide, deep, shared_bytes)
+    tile = _picked(choices, default, wide // FRAGMENT, deep // FRAGMENT)
+    if tile != default and tile.shared_bytes > shared_bytes:
+        raise ChoiceError(
+            "a block has too much shared memory",
+            got=f"{tile.shared_bytes} bytes",
+            allowed=f"up to {shared_bytes}",
+        )
     warps = tile.warp_rows * tile.warp_columns
     row, warp_row, rows, i = sch.split(row, [None, tile.warp_rows, tile.rows, FRAGMENT])
     column, warp_column, columns, j = sch.split(

