@@ -59,7 +59,9 @@ def summarize(session: Session, records: Records) -> dict[str, Any]:
         "trials_per_minute": round(session.trials_per_minute, 1),
         "interrupted": session.interrupted,
         "without_schedule": [
-            state.task.kernel for state in session.states if state.default_seconds is None
+            state.task.kernel
+            for state in session.states
+            if state.default_seconds is None and state.tried(state.task.default)
         ],
         "before": before,
         "after": after,

@@ -10,6 +10,7 @@ from dcnv3_tvm.schedules.database import Records, RecordsError
 from dcnv3_tvm.tuning import simulated as faults
 from dcnv3_tvm.tuning.journal import SessionError
 from dcnv3_tvm.tuning.laboratory import Candidate
+from dcnv3_tvm.tuning.summary import summarize, write_summary
 
 
 def test_a_session_tries_all_and_keeps_the_best(session, simulated, tasks, lines):
@@ -146,6 +147,22 @@ def test_ctrl_c_keeps_the_best(session, simulated, lines):
     assert len(lines()) == 7
     assert len(records.by_workload) == 2
     assert Records.read(run.directory / "records") == records
+
+
+def test_a_second_ctrl_c_ends_at_once_and_loses_nothing(session, simulated, tmp_path):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    run = session(100, on_news=stop)
+    with simulated() as laboratory, pytest.raises(KeyboardInterrupt):
+        run.run(laboratory)
+    again = session(2)
+    with simulated() as laboratory:
+        records = again.run(laboratory)
+    summary = summarize(again, records)
+    assert summary["without_schedule"] == []
+    assert summary["trials"] == 2
+    assert write_summary(summary, tmp_path)[0].name == "summary.json"
 
 
 def test_trials_for_what_is_not_there_are_passed_over(session, simulated, lines):

@@ -1,0 +1,54 @@
+"""The tuning records in the package are for its kernels as they are now."""
+
+import pytest
+
+from dcnv3_tvm import frontend, schedules
+from dcnv3_tvm.schedules import database
+from dcnv3_tvm.schedules.database import Records
+from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.tuning.tasks import model_tasks
+
+FOLDERS = sorted(path.name for path in database.SHIPPED.iterdir())
+
+
+def test_processors_have_records():
+    assert {"cpu-znver4", "cpu-x86-64-v3", "cpu-x86-64-v4"} <= set(FOLDERS)
+
+
+@pytest.mark.parametrize("slug", FOLDERS)
+def test_records_say_where_they_come_from(slug):
+    records = Records.read(database.SHIPPED / slug)
+    about = records.about
+    assert about.target == slug
+    assert about.hardware
+    assert about.cores >= 1
+    assert about.commit
+    assert about.trials >= len(records.by_workload) > 100
+    for record in records.by_workload.values():
+        assert 0 < record.seconds <= record.default_seconds
+        assert record.trials >= 1
+
+
+@pytest.fixture(scope="module")
+def imported():
+    return frontend.import_model(frontend.create_model("internimage_t"), example=(1, 3, 224, 224))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", [slug for slug in FOLDERS if slug.startswith("cpu-")])
+def test_every_kernel_of_t_has_a_record_that_its_rule_follows(slug, imported):
+    """After a change of kernels or rules they are tuned again: see CONTRIBUTING.md."""
+    target = resolve_target(slug)
+    records = database.find_records(target, "default")
+    tasks = model_tasks(imported, target)
+    assert len(tasks) == 40
+    for task in tasks:
+        found = schedules.schedule_by_record(task.function, target, records)
+        assert found.record == schedules.HIT, f"{task.kernel}: {found.record}"
+
+
+def test_processors_without_records_of_their_own_get_those_for_their_vectors():
+    for name, slug in (("skylake-avx512", "cpu-x86-64-v4"), ("haswell", "cpu-x86-64-v3")):
+        records = database.find_records(resolve_target(f"cpu-{name}"), "default")
+        assert records is not None
+        assert records.about.target == slug
