@@ -19,6 +19,7 @@ from dcnv3_tvm.schedules.cpu.tiling import (
     tile_columns,
     unroll_tile,
     unrolled_depth,
+    unspilled_rows,
     vector_unit,
     weights_stay_cached,
 )
@@ -74,7 +75,8 @@ def convolution(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.P
         sch.compute_at(sums, task, preserve_unit_loops=True)
         sch.set_scope(sums, 0, "local")
         *_, tile_pixel, tile_column, high, wide, depth = sch.get_loops(sums)
-        depth, tile_depth = unrolled_depth(sch, depth, choices, index)
+        spilled = rows > unspilled_rows(columns, unit, dtype)
+        depth, tile_depth = unrolled_depth(sch, depth, choices, index, spilled=spilled)
         sch.reorder(high, wide, depth, tile_depth, tile_pixel, tile_column)
         unroll_tile(sch, sums, [tile_depth, tile_pixel, tile_column], high)
         sch.unroll(pixel_inner)

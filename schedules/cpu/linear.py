@@ -19,6 +19,7 @@ from dcnv3_tvm.schedules.cpu.tiling import (
     tile_columns,
     unroll_tile,
     unrolled_depth,
+    unspilled_rows,
     vector_unit,
     weights_stay_cached,
 )
@@ -69,7 +70,8 @@ def linear(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFu
             sum_pairs(sch, sums, task)
         else:
             *_, tile_row, tile_column, depth = sch.get_loops(sums)
-            depth, tile_depth = unrolled_depth(sch, depth, choices, index)
+            spilled = rows > unspilled_rows(columns, unit, dtype)
+            depth, tile_depth = unrolled_depth(sch, depth, choices, index, spilled=spilled)
             sch.reorder(depth, tile_depth, tile_row, tile_column)
             unroll_tile(sch, sums, [tile_depth, tile_row, tile_column], depth)
         sch.unroll(row_inner)

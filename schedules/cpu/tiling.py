@@ -96,8 +96,7 @@ def row_tile(
     row_bytes : int, optional
         Distance of neighbouring rows in memory.
     """
-    vectors = -(-columns // unit.lanes(dtype))
-    most = max(1, min((unit.registers - vectors - 1) // vectors, ROW_SLACK + 1))
+    most = max(1, min(unspilled_rows(columns, unit, dtype), ROW_SLACK + 1))
     if row_bytes is not None:
         sets = CACHE_WAY // math.gcd(row_bytes, CACHE_WAY)
         most = min(most, sets * CACHE_WAYS)
@@ -108,6 +107,12 @@ def row_tile(
     larger = (size for size in range(most + 1, ROW_SLACK + 2) if factor % size == 0)
     # A few spilled sums are better than tiles of two sizes.
     return whole_tile(factor, most) or next(larger, most)
+
+
+def unspilled_rows(columns: int, unit: VectorUnit, dtype: str) -> int:
+    """Return the rows whose sums fit registers beside a row of weights and one broadcast."""
+    vectors = -(-columns // unit.lanes(dtype))
+    return (unit.registers - vectors - 1) // vectors
 
 
 def row_tiles(rows: Any) -> list[int]:
@@ -130,12 +135,16 @@ def numbered(name: str, index: int) -> str:
 
 
 def unrolled_depth(
-    sch: s_tir.Schedule, depth: LoopRV, choices: Choices, index: int = 0
+    sch: s_tir.Schedule, depth: LoopRV, choices: Choices, index: int = 0, *, spilled: bool = False
 ) -> list[LoopRV]:
-    """Split off the steps of a reduction loop that are unrolled: one, if a tuner wants no more."""
+    """Split off the steps of a reduction loop that are unrolled: one, if a tuner wants no more.
+
+    Where sums are spilled, as many as four: they are then loaded and stored once for all of them.
+    """
     extent = static(sch.get(depth).extent) or 1
     fitting = [steps for steps in (1, 2, 4, 8) if extent % steps == 0]
-    steps = choices.pick(numbered("unroll", index), fitting, 1)
+    default = max(steps for steps in fitting if steps <= 4) if spilled else 1
+    steps = choices.pick(numbered("unroll", index), fitting, default)
     split: list[LoopRV] = sch.split(depth, [None, steps])
     return split
 

@@ -2,10 +2,12 @@ import pytest
 from tvm import tirx
 from tvm.target import Target
 
+from dcnv3_tvm import schedules
 from dcnv3_tvm.op import products
 from dcnv3_tvm.op.products import Epilogue
 from dcnv3_tvm.schedules import linear_tile
 from dcnv3_tvm.schedules.cpu.tiling import VectorUnit, row_tile, vector_unit
+from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
 from dcnv3_tvm.testing.layers import run_kernel
 
@@ -110,3 +112,12 @@ def test_vector_units_of_targets():
     assert unit(mcpu="haswell") == VectorUnit(256, 16)
     assert unit(mcpu="nehalem") == VectorUnit(128, 16)
     assert unit(mtriple="aarch64-linux-gnu", mcpu="cortex-a76") == VectorUnit(128, 32)
+
+
+def test_steps_along_the_depth_are_unrolled_where_sums_are_spilled():
+    func = products.linear((49,), 64, 64, tile=16)
+    narrow = schedules.schedule(func, resolve_target("cpu-haswell")).space
+    assert (narrow["rows"][0], narrow["unroll"][0]) == (7, 4)
+    func = products.linear((49,), 64, 64, tile=32)
+    wide = schedules.schedule(func, resolve_target("cpu-znver4")).space
+    assert (wide["rows"][0], wide["unroll"][0]) == (7, 1)
