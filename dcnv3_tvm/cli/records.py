@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prune.add_argument("records", type=Path, help="folder of records")
     prune.add_argument(
-        "--faster", type=float, default=1.01, metavar="X", help="keep from here (default: 1.01)"
+        "--faster", type=float, default=1.03, metavar="X", help="keep from here (default: 1.03)"
     )
     export = actions.add_parser(
         "export", help="write records as CSV", description="Write records as a CSV file."
