@@ -33,8 +33,10 @@ def test_pre_norm(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("norm", ["res_post_norm", "post_norm"])
+@pytest.mark.parametrize(
+    ("norm", "dtype"),
+    [("res_post_norm", "float16"), ("post_norm", "float32"), ("post_norm", "bfloat16")],
+)
 def test_attention_pooling_and_center_feature_scale(norm, dtype):
     assert_agrees(f"test_internimage_{norm}", 1, (64, 96), dtype)
 
@@ -92,4 +94,4 @@ def test_only_for_gpus(capsys):
 @pytest.mark.slow
 def test_products_of_a_block_in_one_kernel(monkeypatch):
     monkeypatch.setattr(gemm, "FULL_GPU", 0)  # so that few rows are enough
-    assert_agrees(PRE_NORM, 2, (32, 64), "float16", host="cpu-x86-64")
+    assert_agrees(PRE_NORM, 1, (64, 96), "float16", host="cpu-x86-64")

@@ -25,14 +25,14 @@ def compile_kernels(kernels):
     target = resolve_target("auto")
     named = {f"f{i}": k.with_attr("global_symbol", f"f{i}") for i, k in enumerate(kernels)}
     module, rules = schedule_module(IRModule(named), target)
-    assert set(rules.values()) == {"dcnv3"}
+    assert {found.rule for found in rules.values()} == {"dcnv3"}
     executable = tvm.compile(module, target=target)
     return [executable[name] for name in named]
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
 @settings(
-    max_examples=8,
+    max_examples=4,
     derandomize=True,
     database=None,
     deadline=None,
@@ -41,7 +41,7 @@ def compile_kernels(kernels):
 )
 @given(data=st.data())
 def test_random_problems(dtype, data):
-    """200 problems a dtype; every second one with logits takes them packed."""
+    """100 problems a dtype; every second one with logits takes them packed."""
     problems = data.draw(
         st.lists(specs(dtype), min_size=25, max_size=25, unique_by=lambda spec: spec.slug)
     )
