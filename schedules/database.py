@@ -220,6 +220,11 @@ def holds_records(folder: Path) -> bool:
     return (folder / _ABOUT).is_file()
 
 
+def records_folder(folder: Path) -> Path:
+    """Return the folder with the records of a session's work directory, or a folder as it is."""
+    return folder / INSIDE if holds_records(folder / INSIDE) else folder
+
+
 def find_records(target: Target, database: str | os.PathLike[str]) -> Records | None:
     """Find tuning records for a target.
 
@@ -245,9 +250,7 @@ def find_records(target: Target, database: str | os.PathLike[str]) -> Records | 
         return None
     if database == "default":
         return shipped_records(target)
-    folder = Path(database)
-    # A session's work directory holds its records in a folder.
-    records = Records.read(folder / INSIDE if holds_records(folder / INSIDE) else folder)
+    records = Records.read(records_folder(Path(database)))
     slug = target_slug(target)
     if records.about.target != slug:
         raise RecordsError(

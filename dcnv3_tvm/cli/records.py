@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dcnv3_tvm import atomic
 from dcnv3_tvm.cli.compile import parse_size
 from dcnv3_tvm.cli.result import Result, table
+from dcnv3_tvm.cli.tune import import_model
 from dcnv3_tvm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ def execute(arguments: argparse.Namespace) -> Result:
 
 def _read(name: str) -> Records:
     """Read a folder, or what is shipped for a target."""
-    from dcnv3_tvm.schedules.database import INSIDE, SHIPPED, Records, holds_records
+    from dcnv3_tvm.schedules.database import SHIPPED, Records, holds_records, records_folder
 
-    for folder in (Path(name) / INSIDE, Path(name), SHIPPED / name):
+    for folder in (records_folder(Path(name)), SHIPPED / name):
         if holds_records(folder):
             return Records.read(folder)
     shipped = sorted(path.name for path in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
@@ -118,19 +119,14 @@ def _show(arguments: argparse.Namespace) -> Result:
 
 
 def _check(arguments: argparse.Namespace) -> Result:
-    from dcnv3_tvm import frontend, schedules, targets
+    from dcnv3_tvm import schedules, targets
     from dcnv3_tvm.compiler.compile import check_dtype
-    from dcnv3_tvm.frontend.variants import model_config
     from dcnv3_tvm.tuning.tasks import model_tasks
 
     records = _read(arguments.records)
     target = targets.resolve_target(records.about.target)
     check_dtype(arguments.dtype, target)
-    resolution = model_config(arguments.model).resolution
-    height, width = arguments.size or (resolution, resolution)
-    imported = frontend.import_model(
-        frontend.create_model(arguments.model), example=(arguments.batch, 3, height, width)
-    )
+    imported = import_model(arguments.model, arguments.batch, arguments.size)
     rows = [
         {
             "kernel": task.kernel,

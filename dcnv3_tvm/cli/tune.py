@@ -127,7 +127,6 @@ def _config(arguments: argparse.Namespace) -> TuneConfig:
 
 def _what(arguments: argparse.Namespace) -> list[ImportedModel | DCNv3Spec]:
     """Import the models and read the operators."""
-    from dcnv3_tvm import frontend
     from dcnv3_tvm.frontend.variants import model_config
     from dcnv3_tvm.spec import DCNv3Spec
 
@@ -135,19 +134,25 @@ def _what(arguments: argparse.Namespace) -> list[ImportedModel | DCNv3Spec]:
         raise InvalidArgumentError(
             "--batch is out of range", got=arguments.batch, allowed="1 or more"
         )
-    names = [(name, name.startswith(_OPERATOR)) for name in arguments.what]
-    specs = {name: DCNv3Spec.from_slug(name) for name, operator in names if operator}
-    configs = {name: model_config(name) for name, operator in names if not operator}
-    found: list[ImportedModel | DCNv3Spec] = list(specs.values())
-    for name, config in configs.items():
+    operators = [name for name in arguments.what if name.startswith(_OPERATOR)]
+    models = [name for name in arguments.what if not name.startswith(_OPERATOR)]
+    found: list[ImportedModel | DCNv3Spec] = [DCNv3Spec.from_slug(name) for name in operators]
+    for name in models:
+        model_config(name)  # An unknown name is refused before any model is imported.
+    for name in models:
         with Progress(f"import {name}"):
-            height, width = arguments.size or (config.resolution, config.resolution)
-            found.append(
-                frontend.import_model(
-                    frontend.create_model(name), example=(arguments.batch, 3, height, width)
-                )
-            )
+            found.append(import_model(name, arguments.batch, arguments.size))
     return found
+
+
+def import_model(name: str, batch: int, size: tuple[int, int] | None) -> ImportedModel:
+    """Import a model for its kernels: its weights do not matter."""
+    from dcnv3_tvm import frontend
+    from dcnv3_tvm.frontend.variants import model_config
+
+    resolution = model_config(name).resolution
+    example = (batch, 3, *(size or (resolution, resolution)))
+    return frontend.import_model(frontend.create_model(name), example=example)
 
 
 def _plan_text(plan: dict[str, Any]) -> str:
