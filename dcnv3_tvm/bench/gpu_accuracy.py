@@ -1,9 +1,11 @@
-"""How far an encoder's GPU schedules are from float64, with no GPU at hand."""
+"""How far an encoder compiled for a GPU is from float64, with no GPU at hand."""
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,8 +14,9 @@ from dcnv3_tvm import frontend, targets
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.provenance import Provenance
+from dcnv3_tvm.compiler.compile import compile_artifact
 from dcnv3_tvm.testing.compare import Difference, difference, reference_outputs
-from dcnv3_tvm.testing.serial import run_serially
+from dcnv3_tvm.testing.emulated_gpu import EmulatedGpu
 from dcnv3_tvm.testing.tolerances import model_tolerance
 from dcnv3_tvm.testing.weights import randomize_
 
@@ -79,10 +82,9 @@ def list_accuracy(
     target: str,
     *,
     seed: int = 0,
-    host: str = "cpu",
     on_step: Callable[[str], None] = lambda _: None,
 ) -> AccuracyListing:
-    """Run an encoder by its GPU schedules on the processor, and compare it with float64.
+    """Run an encoder on an emulated GPU, and compare it with float64.
 
     Parameters
     ----------
@@ -92,8 +94,6 @@ def list_accuracy(
         The GPU, for example ``"cuda-sm90"``.
     seed : int
         Of the random weights and the random image.
-    host : str
-        The processor, as code is compiled for it.
     on_step : callable
         Called with what happens next.
 
@@ -111,7 +111,12 @@ def list_accuracy(
     on_step(f"{case.slug}: compute in float64")
     truth = reference_outputs(model, image)
     on_step(f"{case.slug}: compile and run")
-    found = run_serially(imported, resolved, [image], dtype=case.dtype, host=host)
+    arch = str(resolved.attrs["arch"])
+    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-") as folder, EmulatedGpu(arch) as gpu:
+        path = Path(folder) / "encoder"
+        with gpu.compiling():
+            compile_artifact(imported, path, target=target, dtype=case.dtype)
+        found = gpu.run_model(path, [image])
     rows = [
         difference(f"{entry}/{tensor.name}", output, expected)
         for entry, outputs in found.items()
@@ -122,10 +127,9 @@ def list_accuracy(
     return AccuracyListing(
         slug=case.slug,
         provenance=Provenance.here(threads=1),
-        how=f"The kernels for {targets.target_slug(resolved)}, the threads of each one after the "
-        "other on the processor, against PyTorch in float64. Errors are relative to "
-        f"max |reference|, the norm error to its norm. Random weights and image, seed {seed}. "
-        "The order of threads and the instructions of tensor cores are not part of it.",
+        how=f"The artifact for {targets.target_slug(resolved)}, on a GPU that is emulated by the "
+        "processor, against PyTorch in float64. Errors are relative to max |reference|, the norm "
+        f"error to its norm. Random weights and image, seed {seed}.",
         rows=tuple(rows),
         target=targets.target_slug(resolved),
         dtype=case.dtype,

@@ -16,6 +16,7 @@ from dcnv3_tvm.frontend.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime import CompiledModel
 from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.testing.entries import entry_outputs
 from dcnv3_tvm.testing.tolerances import model_tolerance
 
 
@@ -113,16 +114,12 @@ def compare(compiled: CompiledModel, model: InternImage, image: np.ndarray) -> l
         NCHW batch of the compiled model's input type.
     """
     truth = reference_outputs(model, image)
-    differences = []
-    for entry, info in compiled.metadata.entries.items():
-        outputs = compiled.features(image) if entry == "features" else compiled(image)
-        if isinstance(outputs, dict):
-            outputs = list(outputs.values())
-        elif not isinstance(outputs, list):
-            outputs = [outputs]
-        for tensor, output, expected in zip(info.outputs, outputs, truth[entry], strict=True):
-            differences.append(difference(f"{entry}/{tensor.name}", output, expected))
-    return differences
+    found = entry_outputs(compiled, image)
+    return [
+        difference(f"{entry}/{tensor.name}", output, expected)
+        for entry, info in compiled.metadata.entries.items()
+        for tensor, output, expected in zip(info.outputs, found[entry], truth[entry], strict=True)
+    ]
 
 
 def difference(name: str, output: np.ndarray, expected: np.ndarray) -> Difference:

@@ -243,7 +243,7 @@ def _on_tensor_cores(
         sch.compute_at(copy, step, preserve_unit_loops=True)
         fetch(sch, copy, warps, vector_of(sch, copy))
         sch.storage_align(copy, 0, axis=-2, factor=32, offset=PAD_BYTES // DTYPE_BYTES[dtype])
-    write_vectors(sch, epilogue, warps)
+    write_vectors(sch, epilogue, block, warps)
 
     sch.transform_layout(first, ("write", 0), in_tiles(tensor_core.fragment))
     sch.transform_layout(second, ("write", 0), in_tiles(tensor_core.transposed_fragment))

@@ -92,7 +92,7 @@ def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc 
         sch.compute_at(copy, loop, preserve_unit_loops=True)
         fetch(sch, copy, warps, vector_of(sch, copy))
         sch.storage_align(copy, 0, axis=-2, factor=32, offset=PAD_BYTES // DTYPE_BYTES[dtype])
-    write_vectors(sch, epilogue, warps)
+    write_vectors(sch, epilogue, row, warps)
 
     # Last: of blocks that are laid out so, TVM does not see that they are computed whole.
     for block in (factor, inner, hidden):

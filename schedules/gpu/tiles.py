@@ -74,16 +74,21 @@ def vector_of(sch: s_tir.Schedule, copy: SBlockRV) -> int:
     return math.gcd(static(read.shape[-1]) or 1, VECTOR_BYTES // DTYPE_BYTES[source])
 
 
-def write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, warps: int) -> None:
-    """Let all threads of a block finish a tile that lies in shared memory, in vectors."""
+def write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, block: LoopRV, warps: int) -> None:
+    """Let all threads of a block finish a tile that lies in shared memory, in vectors.
+
+    What is stored is shared out, and the rest follows it: a thread that has no part of the tile
+    may compute something, but must not store it.
+    """
     store = sch.get_sblock("store")
     columns = static(sch.get(store).writes[0].source.shape[-1]) or 1
     vector = math.gcd(columns, 8)
-    _, thread, lane = _share(sch, epilogue, warps, vector)
-    sch.unroll(lane)
     sch.set_scope(epilogue, 0, "local")
-    sch.reverse_compute_at(store, thread, preserve_unit_loops=True)
-    copies = [store]
+    sch.reverse_compute_at(store, block, preserve_unit_loops=True)
+    _, thread, lane = _share(sch, store, warps, vector)
+    sch.compute_at(epilogue, thread, preserve_unit_loops=True)
+    unroll_all(sch, sch.get_loops(epilogue)[-2:])
+    copies = []
     for index in range(len(sch.get(epilogue).reads)):
         copy = read_early(sch, epilogue, index)
         sch.compute_at(copy, thread, preserve_unit_loops=True)
@@ -91,6 +96,12 @@ def write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, warps: int) -> None:
     for copy in copies:
         width = VECTOR_BYTES // DTYPE_BYTES[str(sch.get(copy).writes[0].source.dtype)]
         vectorize_copy(sch, copy, math.gcd(vector, width))
+    width = math.gcd(
+        vector, VECTOR_BYTES // DTYPE_BYTES[str(sch.get(store).writes[0].source.dtype)]
+    )
+    steps, lane = sch.split(lane, [None, width])
+    sch.unroll(steps)
+    sch.vectorize(lane)
 
 
 def read_early(sch: s_tir.Schedule, epilogue: SBlockRV, index: int) -> SBlockRV:

@@ -1,7 +1,7 @@
-"""Artifacts for GPUs, run with TVM's own runtime for them on a CUDA that computes on the processor.
+"""Artifacts for GPUs on an emulated one: what is launched where, and in which order.
 
-Each test is a process of its own, which finds `fake_cuda.c` where it looks for CUDA. Their kernels
-are those of the toy; what was launched where, and in which order, is in the log.
+Each test is a process of its own, which finds the emulated GPU where it looks for CUDA, and reads
+the log of its driver.
 """
 
 import os
@@ -45,7 +45,7 @@ BEGIN = """
 
 
 @pytest.fixture
-def run(fake_cuda, gpu_artifact):
+def run(emulated, gpu_artifact):
     def call(code: str, before: str = "", path: Path = gpu_artifact, **environment: str) -> str:
         script = "\n".join(map(textwrap.dedent, (before, BEGIN, code)))
         done = subprocess.run(
@@ -53,7 +53,7 @@ def run(fake_cuda, gpu_artifact):
             capture_output=True,
             text=True,
             timeout=300,
-            env=os.environ | {"LD_LIBRARY_PATH": str(fake_cuda)} | environment,
+            env=os.environ | emulated | environment,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -125,7 +125,7 @@ def test_what_lies_between_input_and_output_is_replayed_as_a_graph(run):
     """)
 
 
-def test_without_a_graph(run, make_toy, tmp_path):
+def test_without_a_graph(run, compiling, make_toy, tmp_path):
     path = make_toy(1, arch="sm_90", cuda_graph=False).write(tmp_path / "plain")
     run(
         """
@@ -320,7 +320,7 @@ def test_command_line(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_model_is_one_graph(run, tmp_path):
+def test_a_whole_model_is_one_graph(run, compiling, tmp_path):
     """The kernels that read the image and write the results, which move, are outside of it."""
     from dcnv3_tvm import compile_artifact, frontend
 

@@ -1,0 +1,31 @@
+"""All outputs of a compiled model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dcnv3_tvm.runtime import CompiledModel
+
+
+def entry_outputs(compiled: CompiledModel, *inputs: Any) -> dict[str, list[Any]]:
+    """Call every entry of a model.
+
+    Parameters
+    ----------
+    compiled : CompiledModel
+        The model.
+    *inputs : array
+        Of every entry.
+
+    Returns
+    -------
+    dict of str to list of array
+        The outputs of each entry, in order.
+    """
+    found = {}
+    for entry in compiled.metadata.entries:
+        outputs = compiled.features(*inputs) if entry == "features" else compiled(*inputs)
+        if isinstance(outputs, dict):
+            outputs = list(outputs.values())
+        found[entry] = outputs if isinstance(outputs, list) else [outputs]
+    return found
