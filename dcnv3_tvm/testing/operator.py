@@ -14,19 +14,13 @@ from dcnv3_tvm.testing.specs import Inputs
 from dcnv3_tvm.testing.tolerances import operator_bound
 
 
-def run(
-    kernel: Any,
-    spec: DCNv3Spec,
-    inputs: Inputs,
-    packed: bool = False,
-    gate: Array | None = None,
-) -> Array:
-    """Run a kernel into an output full of NaN; fails if it writes outside.
+def arguments(
+    spec: DCNv3Spec, inputs: Inputs, packed: bool = False, gate: Array | None = None
+) -> list[Array]:
+    """Return what a kernel of `dcnv3_tvm.op.tensorir` takes before its output.
 
     Parameters
     ----------
-    kernel : callable
-        A compiled kernel of `dcnv3_tvm.op.tensorir`.
     spec : DCNv3Spec
         The problem, static.
     inputs : Inputs
@@ -36,16 +30,30 @@ def run(
     gate : numpy.ndarray, optional
         Logits (N, Ho, Wo, group) of a packed kernel that blends its result with its input.
     """
-    arguments = [inputs.x, inputs.offset, inputs.mask]
-    if packed:
-        parts = [inputs.offset, inputs.mask, *([] if gate is None else [gate])]
-        used = np.concatenate(parts, axis=-1)
-        channels = tensorir.packed_channels(spec, center_feature=gate is not None)
-        filling = np.full((*used.shape[:3], channels - used.shape[3]), np.nan, used.dtype)
-        arguments = [inputs.x, np.concatenate([used, filling], axis=-1)]
-    batch, out_height, out_width = inputs.offset.shape[:3]
-    out = GuardedOutput((batch, out_height, out_width, spec.channels), spec.dtype)
-    kernel(*(tensors.to_kernel("numpy", array) for array in arguments), out.argument)
+    if not packed:
+        return [inputs.x, inputs.offset, inputs.mask]
+    parts = [inputs.offset, inputs.mask, *([] if gate is None else [gate])]
+    used = np.concatenate(parts, axis=-1)
+    channels = tensorir.packed_channels(spec, center_feature=gate is not None)
+    filling = np.full((*used.shape[:3], channels - used.shape[3]), np.nan, used.dtype)
+    return [inputs.x, np.concatenate([used, filling], axis=-1)]
+
+
+def output_shape(spec: DCNv3Spec, inputs: Inputs) -> tuple[int, ...]:
+    """Return the shape of a kernel's output."""
+    return (*inputs.offset.shape[:3], spec.channels)
+
+
+def run(
+    kernel: Any, spec: DCNv3Spec, inputs: Inputs, packed: bool = False, gate: Array | None = None
+) -> Array:
+    """Run a compiled kernel into an output full of NaN; fails if it writes outside.
+
+    Parameters are those of `arguments`.
+    """
+    out = GuardedOutput(output_shape(spec, inputs), spec.dtype)
+    given = arguments(spec, inputs, packed, gate)
+    kernel(*(tensors.to_kernel("numpy", array) for array in given), out.argument)
     return out.checked()
 
 

@@ -57,6 +57,8 @@ def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pri
     """
     if func.attrs is None or func.attrs.get(KERNEL_ATTR) != "depthwise" or not is_gpu(target):
         return None
+    if static(func.params[-1].shape[2]) is None:
+        return None  # of rows of any length TVM does not see how few pixels a thread keeps
     func = gathering(func)
     tile = _tile(func)
     if tile is None:

@@ -127,7 +127,9 @@ def _move_vectors(
     known = [static(extent) for extent in extents]
     elements = math.prod(size for size in known if size is not None)
     others = [loop for axis, loop in enumerate(loops) if axis != along]
-    if vector == 1 or (None not in known and elements < vector * _ENOUGH_THREADS):
+    few = None not in known and elements < vector * _ENOUGH_THREADS
+    # Behind an axis of any length TVM does not always see how few elements a thread has.
+    if vector == 1 or few or None in known[1:]:
         bind_elements(sch, sch.fuse(*others, loops[along]))
         return
     run, lane = sch.split(loops[along], [None, vector])

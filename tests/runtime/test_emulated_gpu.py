@@ -125,7 +125,7 @@ def test_what_lies_between_input_and_output_is_replayed_as_a_graph(run):
     """)
 
 
-def test_without_a_graph(run, compiling, make_toy, tmp_path):
+def test_without_a_graph(run, make_toy, tmp_path):
     path = make_toy(1, arch="sm_90", cuda_graph=False).write(tmp_path / "plain")
     run(
         """
@@ -320,7 +320,7 @@ def test_command_line(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_whole_model_is_one_graph(run, compiling, tmp_path):
+def test_a_whole_model_is_one_graph(run, tmp_path):
     """The kernels that read the image and write the results, which move, are outside of it."""
     from dcnv3_tvm import compile_artifact, frontend
 

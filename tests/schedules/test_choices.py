@@ -1,5 +1,6 @@
 """What rules ask, and that every answer computes the same."""
 
+import contextlib
 import random
 
 import numpy as np
@@ -12,9 +13,9 @@ from dcnv3_tvm.op import gemm, mlp, normalization, products, tensorir
 from dcnv3_tvm.op.products import Epilogue
 from dcnv3_tvm.op.stages import static
 from dcnv3_tvm.schedules.choices import ChoiceError, Choices
+from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.serial import serialized
 
 GPU = resolve_target("cuda-sm90")
 
@@ -88,10 +89,10 @@ def arguments_of(func, rng):
     return arrays
 
 
-def run(func, arrays, target="auto"):
+def run(func, arrays):
     module = tvm.IRModule({ENTRY: func.with_attr("global_symbol", ENTRY)})
     tensors = [tvm.runtime.tensor(array) for array in arrays]
-    tvm.compile(module, target=resolve_target(target))[ENTRY](*tensors)
+    tvm.compile(module, target=resolve_target())[ENTRY](*tensors)
     return tensors[-1].numpy()
 
 
@@ -118,24 +119,21 @@ def test_every_decision_of_a_processors_schedule_computes_the_same(name, rng, as
 
 
 @pytest.mark.parametrize("name", GPU_KERNELS)
-def test_every_decision_of_a_gpus_schedule_computes_the_same(name, rng, assert_close):
+def test_every_decision_of_a_gpus_schedule_computes_the_same(name, gpu, rng, assert_close):
     func = GPU_KERNELS[name]
     arrays = arguments_of(func, rng)
     truth = run(func, arrays)
     space = schedules.schedule(func, GPU).space
-    computed = 0
-    for decisions in some_decisions(space, 12, name):
-        try:
+    scheduled = {}
+    for number, decisions in enumerate(some_decisions(space, 16, name)):
+        with contextlib.suppress(ChoiceError):
             found = schedules.schedule(func, GPU, decisions)
-        except ChoiceError:
-            continue
-        # With wider vectors LLVM 22 gets the biases of two products in one kernel wrong.
-        result = run(serialized(found.function), arrays, "cpu-x86-64")
-        assert_close(result, truth, str(arrays[-1].dtype))
-        computed += 1
-        if computed == 4:
-            break
-    assert computed >= 2
+            scheduled[f"kernel{number}"] = tensorize(found.function)
+    assert len(scheduled) >= 4
+    dtype = str(truth.dtype)
+    cases = dict.fromkeys(scheduled, (arrays[:-1], [(truth.shape, dtype)]))
+    for (result,) in gpu.run_all(scheduled, GPU, cases).values():
+        assert_close(result, truth, dtype)
 
 
 def test_a_schedule_with_too_many_threads_is_refused():

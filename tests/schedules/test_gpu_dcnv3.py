@@ -1,10 +1,9 @@
-"""The GPU's schedule of DCNv3, its threads one after the other, against float64."""
+"""The GPU's schedule of DCNv3 against float64."""
 
 import dataclasses
 
 import numpy as np
 import pytest
-import tvm
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -13,25 +12,23 @@ from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.operator import check, run
-from dcnv3_tvm.testing.serial import serialized
+from dcnv3_tvm.testing import operator
+from dcnv3_tvm.testing.operator import check
 from dcnv3_tvm.testing.specs import Inputs, random_inputs, specs
 
 TARGET = resolve_target("cuda-sm90")
 
 
-def compile_serially(kernels):
-    named = {
-        f"f{i}": serialized(dcnv3(kernel, TARGET, Choices())).with_attr("global_symbol", f"f{i}")
-        for i, kernel in enumerate(kernels)
-    }
-    executable = tvm.compile(tvm.IRModule(named), target=resolve_target("auto"))
-    return [executable[name] for name in named]
+def run(gpu, kernel, spec, inputs, packed=False, gate=None):
+    arrays = operator.arguments(spec, inputs, packed, gate)
+    outputs = [(operator.output_shape(spec, inputs), spec.dtype)]
+    (result,) = gpu.run(dcnv3(kernel, TARGET, Choices()), TARGET, arrays, outputs)
+    return result
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @settings(
-    max_examples=2,
+    max_examples=12,
     derandomize=True,
     database=None,
     deadline=None,
@@ -39,19 +36,13 @@ def compile_serially(kernels):
     suppress_health_check=list(HealthCheck),
 )
 @given(data=st.data())
-def test_random_problems(dtype, data):
-    """Odd sizes, borders, strides, any channels of a group; with logits every second one packed."""
-    problems = data.draw(
-        st.lists(specs(dtype), min_size=12, max_size=12, unique_by=lambda spec: spec.slug)
-    )
-    packed = [spec.softmax and i % 2 == 0 for i, spec in enumerate(problems)]
-    kernels = compile_serially(
-        tensorir.dcnv3_packed(spec) if pack else tensorir.dcnv3(spec)
-        for spec, pack in zip(problems, packed, strict=True)
-    )
-    for seed, (spec, pack, kernel) in enumerate(zip(problems, packed, kernels, strict=True)):
-        inputs = random_inputs(spec, seed=seed)
-        check(run(kernel, spec, inputs, pack), spec, inputs)
+def test_random_problems(gpu, dtype, data):
+    """Odd sizes, borders, strides, any channels of a group; logits packed and not."""
+    spec, seed = data.draw(specs(dtype)), data.draw(st.integers(0, 2**16))
+    packed = spec.softmax and seed % 2 == 0
+    kernel = tensorir.dcnv3_packed(spec) if packed else tensorir.dcnv3(spec)
+    inputs = random_inputs(spec, seed=seed)
+    check(run(gpu, kernel, spec, inputs, packed), spec, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -67,35 +58,33 @@ def test_random_problems(dtype, data):
     ],
     ids=str,
 )
-def test_shapes_of_released_models(shape, group, dtype):
+def test_shapes_of_released_models(gpu, shape, group, dtype):
     """Pixels that fill no block, 16 and 32 channels a group, more groups than a block; one pixel.
 
     A small image comes down to one pixel in the last stage.
     """
     spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
-    (kernel,) = compile_serially([tensorir.dcnv3_packed(spec)])
     inputs = random_inputs(spec, seed=5)
-    check(run(kernel, spec, inputs, packed=True), spec, inputs)
+    check(run(gpu, tensorir.dcnv3_packed(spec), spec, inputs, packed=True), spec, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("shape", "group"), [((1, 9, 5, 96), 3), ((2, 5, 7, 24), 6)], ids=str)
-def test_blend_with_the_input(shape, group, dtype):
+def test_blend_with_the_input(gpu, shape, group, dtype):
     spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
-    (kernel,) = compile_serially([tensorir.dcnv3_packed(spec, center_feature=True)])
+    kernel = tensorir.dcnv3_packed(spec, center_feature=True)
     inputs = random_inputs(spec, seed=6)
     gate = 4 * np.random.default_rng(7).standard_normal((*shape[:3], group))
     gate = gate.astype(inputs.x.dtype)
-    check(run(kernel, spec, inputs, packed=True, gate=gate), spec, inputs, gate)
+    check(run(gpu, kernel, spec, inputs, packed=True, gate=gate), spec, inputs, gate)
 
 
-def test_any_batch():
+def test_any_batch(gpu):
     spec = DCNv3Spec.of((None, 7, 9, 32), group=2)
-    (kernel,) = compile_serially([tensorir.dcnv3(spec)])
     for batch in (1, 3):
         static = dataclasses.replace(spec, batch=batch)
         inputs = random_inputs(static, seed=batch)
-        check(run(kernel, static, inputs), static, inputs)
+        check(run(gpu, tensorir.dcnv3(spec), static, inputs), static, inputs)
 
 
 def test_one_launch_and_vectors():
@@ -112,14 +101,13 @@ def test_others_are_refused():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_nothing_outside_is_read(dtype):
+def test_nothing_outside_is_read(gpu, dtype):
     """NaN and infinite offsets drop their points; what they read lies in the image."""
     spec = DCNv3Spec.of((2, 5, 6, 32), group=2, pad=2, dtype=dtype)
-    (kernel,) = compile_serially([tensorir.dcnv3(spec)])
     plain = random_inputs(spec, seed=3)
     rng = np.random.default_rng(4)
     special = np.array([np.nan, np.inf, -np.inf, 6e4, -6e4]).astype(plain.offset.dtype)
     drawn = special[rng.integers(0, len(special), plain.offset.shape)]
     offset = np.where(rng.random(plain.offset.shape) < 0.3, drawn, plain.offset)
     inputs = Inputs(plain.x, offset, plain.mask)
-    check(run(kernel, spec, inputs), spec, inputs)
+    check(run(gpu, tensorir.dcnv3(spec), spec, inputs), spec, inputs)

@@ -10,8 +10,6 @@ from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
-from dcnv3_tvm.testing.layers import run_kernel
-from dcnv3_tvm.testing.serial import serialized
 
 TARGET = resolve_target("cuda-sm90")
 TYPES = [
@@ -27,6 +25,7 @@ def random(rng, shape, dtype="float32"):
 
 
 def check(
+    gpu,
     rng,
     assert_close,
     shape,
@@ -38,7 +37,7 @@ def check(
     activation="gelu",
     **types,
 ):
-    """Compare the scheduled kernel, its threads one after the other, with float64."""
+    """Compare the scheduled kernel with float64."""
     *sizes, channels = shape
     x = random(rng, shape, types.get("x_dtype", "float32"))
     weight = random(rng, (*kernel, channels))
@@ -58,8 +57,8 @@ def check(
     normal = layers.layer_norm(sums, gamma, beta, 1e-6) if normalized else sums
     arrays = [x, weight, bias, *([gamma, beta] if normalized else [])]
     dtype = types.get("out_dtype", "float32")
-    scheduled = serialized(depthwise(func, TARGET, Choices()))
-    result = run_kernel(scheduled, arrays, sums.shape, scheduled=False, dtype=dtype)
+    scheduled = depthwise(func, TARGET, Choices())
+    (result,) = gpu.run(scheduled, TARGET, arrays, [(sums.shape, dtype)])
     assert_close(result.astype("float64"), layers.activation(activation, normal), dtype)
 
 
@@ -76,32 +75,32 @@ def check(
         (1, 2, 3, 2560),
     ],
 )
-def test_sizes(rng, assert_close, shape):
-    check(rng, assert_close, shape)
+def test_sizes(gpu, rng, assert_close, shape):
+    check(gpu, rng, assert_close, shape)
 
 
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()))
 @pytest.mark.parametrize("shape", [(2, 7, 5, 80), (128, 14, 13, 16), (1, 5, 6, 13)])
-def test_types(rng, assert_close, types, shape):
-    check(rng, assert_close, shape, **types)
+def test_types(gpu, rng, assert_close, types, shape):
+    check(gpu, rng, assert_close, shape, **types)
 
 
-def test_without_normalisation(rng, assert_close):
-    check(rng, assert_close, (1, 7, 9, 32), normalized=False, activation=None)
-    check(rng, assert_close, (64, 13, 9, 96), normalized=False, **TYPES[0])
+def test_without_normalisation(gpu, rng, assert_close):
+    check(gpu, rng, assert_close, (1, 7, 9, 32), normalized=False, activation=None)
+    check(gpu, rng, assert_close, (64, 13, 9, 96), normalized=False, **TYPES[0])
 
 
-def test_large_windows_and_strides(rng, assert_close):
-    check(rng, assert_close, (1, 11, 12, 16), kernel=(5, 5), pad=(2, 2), **TYPES[0])
-    check(rng, assert_close, (1, 9, 10, 16), kernel=(9, 9), pad=(4, 4))
-    check(rng, assert_close, (1, 11, 12, 16), kernel=(2, 5), stride=(2, 3), pad=(0, 1), **TYPES[1])
+def test_large_windows_and_strides(gpu, rng, assert_close):
+    check(gpu, rng, assert_close, (1, 11, 12, 16), kernel=(5, 5), pad=(2, 2), **TYPES[0])
+    check(gpu, rng, assert_close, (1, 9, 10, 16), kernel=(9, 9), pad=(4, 4))
+    check(gpu, rng, assert_close, (1, 11, 12, 16), kernel=(2, 5), stride=(2, 3), pad=(0, 1), **TYPES[1])
 
 
 @pytest.mark.parametrize("shape", [(1, 14, 14, 32), (3, 9, 5, 32)])
-def test_symbolic_sizes(rng, assert_close, shape):
-    n, h, w = (tirx.Var(name, "int64") for name in "nhw")
-    check(rng, assert_close, shape, given=(n, *shape[1:3]), **TYPES[0])
-    check(rng, assert_close, shape, given=(n, h, w), **TYPES[0])
+def test_symbolic_sizes(gpu, rng, assert_close, shape):
+    n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
+    check(gpu, rng, assert_close, shape, given=(n, *shape[1:3]), **TYPES[0])
+    check(gpu, rng, assert_close, shape, given=(n, h, shape[2]), **TYPES[0])
 
 
 def source(func):

@@ -12,8 +12,6 @@ from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.fallback import fallback
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
-from dcnv3_tvm.testing.layers import run_kernel
-from dcnv3_tvm.testing.serial import serialized
 
 TARGET = resolve_target("cuda-sm90")
 
@@ -140,7 +138,7 @@ def legalized(build, shapes, dtype="float32"):
 
 
 def source(func):
-    """Return the CUDA code of a scheduled kernel, which fails if a block has no threads."""
+    """Return the CUDA code of a scheduled kernel."""
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     code = tvm.compile(module, target=TARGET).mod.imports[0].inspect_source()
     return code[code.index('extern "C" __global__') :]
@@ -150,109 +148,115 @@ def kernels(code):
     return len(set(re.findall(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(", code)))
 
 
-def run(module, host, arrays):
-    """Schedule for GPUs, run the threads one after the other, and return CUDA code and result."""
-    scheduled, rules = schedule_module(module, TARGET)
+def scheduled(module):
+    """Schedule the kernels of a module."""
+    module, rules = schedule_module(module, TARGET)
     assert {found.rule for found in rules.values()} == {"fallback"}
-    serial, codes = {}, []
-    for name, func in scheduled.functions_items():
-        if isinstance(func, tirx.PrimFunc):
-            codes.append(source(func))
-            func = serialized(func)
-        serial[name] = func
-    machine = relax.VirtualMachine(tvm.compile(tvm.IRModule(serial), target=host), tvm.cpu())
-    return codes, machine["main"](*map(tvm.runtime.tensor, arrays)).numpy()
+    return module
+
+
+def codes(module):
+    """Return the CUDA code of each kernel of a module."""
+    functions = scheduled(module).functions.values()
+    return [source(func) for func in functions if isinstance(func, tirx.PrimFunc)]
+
+
+def run(gpu, module, arrays):
+    (result,) = gpu.run_module(scheduled(module), TARGET, arrays)
+    return result
+
+
+def run_kernel(gpu, func, inputs, shape):
+    (result,) = gpu.run(func, TARGET, inputs, [(shape, "float32")])
+    return result
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stock_operations(rng, host, assert_close, name):
+def test_stock_operations(gpu, rng, assert_close, name):
     build, reference, shapes = CASES[name]
     arrays = [rng.standard_normal(shape).astype("float32") for shape in shapes]
-    _, result = run(legalized(build, shapes), host, arrays)
+    result = run(gpu, legalized(build, shapes), arrays)
     assert_close(result, reference(*(array.astype("float64") for array in arrays)))
 
 
 @pytest.mark.parametrize("name", ["add", "mean_of_pixels", "softmax", "transpose", "product"])
-def test_symbolic_batches(rng, host, assert_close, name):
+def test_symbolic_batches(gpu, rng, assert_close, name):
     build, reference, shapes = CASES[name]
     arrays = [rng.standard_normal(shape).astype("float32") for shape in shapes]
     n = tirx.Var("n", "int64")
     symbolic = [(n, *shape[1:]) if len(shape) > 1 else shape for shape in shapes]
-    _, result = run(legalized(build, symbolic), host, arrays)
+    result = run(gpu, legalized(build, symbolic), arrays)
     assert_close(result, reference(*(array.astype("float64") for array in arrays)))
 
 
-def test_symbolic_sizes(rng, host, assert_close):
+def test_symbolic_sizes(gpu, rng, assert_close):
     n, h, w = (tirx.Var(name, "int64") for name in "nhw")
     x = rng.standard_normal((2, 7, 5, 48)).astype("float32")
     shape = (n, h, w, 48)
     for name in ("mean_of_pixels", "transpose"):
         build, reference, _ = CASES[name]
-        _, result = run(legalized(build, [shape]), host, [x])
+        result = run(gpu, legalized(build, [shape]), [x])
         assert_close(result, reference(x.astype("float64")))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_types_move_in_vectors(rng, host, assert_close, dtype):
+def test_half_types_move_in_vectors(gpu, rng, assert_close, dtype):
     x, y = (rng.standard_normal((160, 40, 48)).astype(dtype) for _ in range(2))
-    codes, result = run(legalized(relax.op.add, [x.shape, y.shape], dtype), host, [x, y])
+    module = legalized(relax.op.add, [x.shape, y.shape], dtype)
+    result = run(gpu, module, [x, y])
     assert_close(result.astype("float64"), x.astype("float64") + y.astype("float64"), dtype)
-    assert codes[0].count("*(uint4*)(x0_ptr + ") == 1
-    assert codes[0].count("*(uint4*)(x1_ptr + ") == 1
-    assert "[" not in "".join(re.findall(r"compute_ptr.", codes[0]))
+    (code,) = codes(module)
+    assert code.count("*(uint4*)(x0_ptr + ") == 1
+    assert code.count("*(uint4*)(x1_ptr + ") == 1
+    assert "[" not in "".join(re.findall(r"compute_ptr.", code))
 
 
-def test_types_are_converted_in_vectors(rng, host):
+def test_types_are_converted_in_vectors(gpu, rng):
     x = rng.standard_normal((160, 40, 48)).astype("float32")
     module = legalized(lambda x: relax.op.astype(x, "float16"), [x.shape])
-    codes, result = run(module, host, [x])
-    np.testing.assert_array_equal(result, x.astype("float16"))
-    assert codes[0].count("*(float4*)(x0_ptr + ") == 2
+    np.testing.assert_array_equal(run(gpu, module, [x]), x.astype("float16"))
+    (code,) = codes(module)
+    assert code.count("*(float4*)(x0_ptr + ") == 2
 
 
-def test_a_softmax_is_one_kernel_of_shuffles(rng, host):
-    x = rng.standard_normal((64, 16, 49)).astype("float32")
-    codes, _ = run(legalized(relax.op.nn.softmax, [x.shape]), host, [x])
-    assert len(codes) == kernels(codes[0]) == 1
-    assert "__shfl_down_sync" in codes[0]
-    assert "__syncthreads" not in codes[0]
+def test_a_softmax_is_one_kernel_of_shuffles():
+    (code,) = codes(legalized(relax.op.nn.softmax, [(64, 16, 49)]))
+    assert kernels(code) == 1
+    assert "__shfl_down_sync" in code
+    assert "__syncthreads" not in code
 
 
-def test_few_results_are_shared_by_threads_that_read_neighbours(rng, host):
-    x = rng.standard_normal((1, 7, 7, 1024)).astype("float32")
-    codes, _ = run(legalized(lambda x: relax.op.mean(x, [1, 2]), [x.shape]), host, [x])
-    assert len(codes) == kernels(codes[0]) == 1
-    (load,) = re.findall(r"x0_ptr\[(.*)\]\)", codes[0])
+def test_few_results_are_shared_by_threads_that_read_neighbours():
+    (code,) = codes(legalized(lambda x: relax.op.mean(x, [1, 2]), [(1, 7, 7, 1024)]))
+    assert kernels(code) == 1
+    (load,) = re.findall(r"x0_ptr\[(.*)\]\)", code)
     assert load.rstrip(")").endswith("+ ((int)threadIdx.x")
     assert "threadIdx.y) * 1024" in load
     # The thread that stored the sum reads it: TVM sets no barrier between.
-    assert "if (((int)threadIdx.y) == 0) {\n    T_divide_ptr[" in codes[0]
+    assert "if (((int)threadIdx.y) == 0) {\n    T_divide_ptr[" in code
 
 
 @pytest.mark.parametrize("name", ["variance", "variance_of_pixels"])
-def test_reductions_of_reductions_wait_for_each_other(rng, host, name):
+def test_reductions_of_reductions_wait_for_each_other(name):
     build, _, shapes = CASES[name]
-    arrays = [rng.standard_normal(shape).astype("float32") for shape in shapes]
-    codes, _ = run(legalized(build, shapes), host, arrays)
-    for code in codes:
+    for code in codes(legalized(build, shapes)):
         assert not re.search(r"_shared_ptr\[[^]]*threadIdx", code)
 
 
-def test_transposes_go_through_shared_memory(rng, host):
-    x = rng.standard_normal((2, 28, 28, 64)).astype("float32")
-    module = legalized(lambda x: relax.op.permute_dims(x, [0, 3, 1, 2]), [x.shape])
-    codes, _ = run(module, host, [x])
-    assert "__shared__" in codes[0]
+def test_transposes_go_through_shared_memory():
+    module = legalized(lambda x: relax.op.permute_dims(x, [0, 3, 1, 2]), [(2, 28, 28, 64)])
+    (code,) = codes(module)
+    assert "__shared__" in code
     # 33 elements from row to row: the threads of a warp read a column from different banks.
-    assert "= x0_shared_ptr[((((((int)threadIdx.x) & 31) * 33)" in codes[0]
+    assert "= x0_shared_ptr[((((((int)threadIdx.x) & 31) * 33)" in code
 
 
 @pytest.mark.parametrize("channels", [300, 1500])
-def test_layer_norm(rng, assert_close, channels):
+def test_layer_norm(gpu, rng, assert_close, channels):
     x = rng.standard_normal((3, channels)).astype("float32")
     gamma, beta = (rng.standard_normal(channels).astype("float32") for _ in range(2))
     func = fallback(normalization.layer_norm((3,), channels, eps=1e-6), TARGET, Choices())
-    result = run_kernel(serialized(func), [x, gamma, beta], x.shape, scheduled=False)
+    result = run_kernel(gpu, func, [x, gamma, beta], x.shape)
     assert_close(result, layers.layer_norm(x, gamma, beta, 1e-6))
     code = source(func)
     assert kernels(code) == 1
@@ -260,7 +264,7 @@ def test_layer_norm(rng, assert_close, channels):
 
 
 @pytest.mark.parametrize("normalized", [True, False])
-def test_depthwise(rng, assert_close, normalized):
+def test_depthwise(gpu, rng, assert_close, normalized):
     x, weight = rng.standard_normal((1, 4, 5, 24)), rng.standard_normal((3, 3, 24))
     x, weight = x.astype("float32"), weight.astype("float32")
     one, zero = np.ones(24, "float32"), np.zeros(24, "float32")
@@ -268,13 +272,12 @@ def test_depthwise(rng, assert_close, normalized):
     func = normalization.depthwise(1, 4, 5, 24, bias=True, **options)
     given = [x, weight, zero, *([one, zero] if normalized else [])]
     func = fallback(func, TARGET, Choices())
-    result = run_kernel(serialized(func), given, x.shape, scheduled=False)
+    result = run_kernel(gpu, func, given, x.shape)
     sums = layers.depthwise(x, weight, stride=(1, 1), pad=(1, 1))
     assert_close(result, layers.layer_norm(sums, one, zero, 1e-6) if normalized else sums)
-    source(func)
 
 
-def test_blocks_of_any_kind_get_threads():
+def test_blocks_of_any_kind_get_threads(gpu):
     @T.prim_func(s_tir=True)
     def scan(x: T.Buffer((8,), "float32"), out: T.Buffer((8,), "float32")):
         with T.sblock("root"), T.sblock("scan"):
@@ -285,12 +288,12 @@ def test_blocks_of_any_kind_get_threads():
                 out[i + 1] = out[i] + x[i + 1]
 
     func = fallback(scan, TARGET, Choices())
-    result = run_kernel(serialized(func), [np.ones(8, "float32")], (8,), scheduled=False)
+    result = run_kernel(gpu, func, [np.ones(8, "float32")], (8,))
     np.testing.assert_array_equal(result, np.arange(1, 9))
     assert kernels(source(func)) == 1
 
 
-def test_several_results_are_several_kernels():
+def test_several_results_are_several_kernels(gpu):
     @T.prim_func(s_tir=True)
     def both(x: T.Buffer((8, 9), "float32"), a: T.Buffer((8, 9), "float32"), b: T.Buffer((8,))):
         for i, j in T.grid(8, 9):
@@ -305,13 +308,10 @@ def test_several_results_are_several_kernels():
                 b[vi] = b[vi] + a[vi, vj]
 
     func = fallback(both, TARGET, Choices())
-    doubled = np.full((8, 9), np.nan, "float32")
-    module = tvm.IRModule({"main": serialized(func).with_attr("global_symbol", "main")})
-    tensors = [tvm.runtime.tensor(array) for array in (np.ones((8, 9), "float32"), doubled)]
-    tensors.append(tvm.runtime.tensor(np.full(8, np.nan, "float32")))
-    tvm.compile(module, target=resolve_target())["main"](*tensors)
-    np.testing.assert_array_equal(tensors[1].numpy(), 2)
-    np.testing.assert_array_equal(tensors[2].numpy(), 18)
+    outputs = [((8, 9), "float32"), ((8,), "float32")]
+    doubled, sums = gpu.run(func, TARGET, [np.ones((8, 9), "float32")], outputs)
+    np.testing.assert_array_equal(doubled, 2)
+    np.testing.assert_array_equal(sums, 18)
     assert kernels(source(func)) == 2
 
 

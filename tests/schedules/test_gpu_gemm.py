@@ -7,9 +7,9 @@ from dcnv3_tvm.op.normalization import layer_norm
 from dcnv3_tvm.op.products import Epilogue
 from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.gemm import default_tile, gemm
+from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
-from dcnv3_tvm.testing.serial import serialized
 from dcnv3_tvm.testing.tolerances import LAYER
 
 TARGET = resolve_target("cuda-sm90")
@@ -18,9 +18,10 @@ GELU = Epilogue(bias=True, activation="gelu")
 RESIDUAL = Epilogue(bias=True, residual=True)
 
 
-def run(kernel, inputs, shape, dtype):
-    scheduled = serialized(gemm(kernel, TARGET, Choices()))
-    return layers.run_kernel(scheduled, inputs, shape, scheduled=False, dtype=dtype)
+def run(gpu, kernel, inputs, shape, dtype):
+    scheduled = tensorize(gemm(kernel, TARGET, Choices()))
+    (result,) = gpu.run(scheduled, TARGET, inputs, [(shape, dtype)])
+    return result
 
 
 def assert_close(result, expected, dtype):
@@ -40,12 +41,13 @@ def random(rng, shape, dtype):
         ((3, 7, 9), 80, 112, GELU),
         ((2, 5, 31), 160, 48, RESIDUAL),
         ((1, 1), 96, 1000, Epilogue(bias=True)),
+        ((5,), 64, 112, RESIDUAL),
         ((300,), 112, 448, GELU),
         ((17,), 27, 10, RESIDUAL),
     ],
     ids=str,
 )
-def test_linear(lead, inputs, outputs, epilogue, dtype, rng):
+def test_linear(gpu, lead, inputs, outputs, epilogue, dtype, rng):
     x, weight = random(rng, (*lead, inputs), dtype), random(rng, (outputs, inputs), dtype)
     bias = random(rng, outputs, "float32")
     residual = random(rng, (*lead, outputs), dtype)
@@ -53,15 +55,14 @@ def test_linear(lead, inputs, outputs, epilogue, dtype, rng):
     arrays = [x, kernels.pack(weight)]
     arrays += [bias] if epilogue.bias else []
     arrays += [residual] if epilogue.residual else []
-    result = run(kernel, arrays, (*lead, outputs), dtype)
+    result = run(gpu, kernel, arrays, (*lead, outputs), dtype)
     product = x.astype(np.float64) @ weight.astype(np.float64).T
     assert_close(result, layers.finish(epilogue, product, bias, residual), dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_linear_with_a_stream_of_float32(dtype, rng):
-    # Numbers that need no rounding: on the CPU a buffer of bfloat16 inside a kernel is of float32.
-    x = random(rng, (50, 64), dtype).astype("float32")
+def test_linear_with_a_stream_of_float32(gpu, dtype, rng):
+    x = random(rng, (50, 64), "float32")
     weight = random(rng, (96, 64), dtype)
     bias, residual = random(rng, 96, "float32"), random(rng, (50, 96), "float32")
     kernel = kernels.linear(
@@ -74,8 +75,8 @@ def test_linear_with_a_stream_of_float32(dtype, rng):
         residual_dtype="float32",
         out_dtype="float32",
     )
-    result = run(kernel, [x, kernels.pack(weight), bias, residual], (50, 96), "float32")
-    product = x.astype(np.float64) @ weight.astype(np.float64).T
+    result = run(gpu, kernel, [x, kernels.pack(weight), bias, residual], (50, 96), "float32")
+    product = x.astype(dtype).astype(np.float64) @ weight.astype(np.float64).T
     assert_close(result, product + bias + residual, "float32")
 
 
@@ -90,7 +91,7 @@ def test_linear_with_a_stream_of_float32(dtype, rng):
     ],
     ids=str,
 )
-def test_convolution(image, outputs, kernel_size, stride, pad, dtype, rng):
+def test_convolution(gpu, image, outputs, kernel_size, stride, pad, dtype, rng):
     x = random(rng, image, dtype)
     weight = random(rng, (outputs, image[-1], *kernel_size), dtype)
     bias = random(rng, outputs, "float32")
@@ -105,24 +106,17 @@ def test_convolution(image, outputs, kernel_size, stride, pad, dtype, rng):
         dtype=dtype,
     )
     packed = kernels.pack(weight.transpose(0, 2, 3, 1))
-    assert_close(run(kernel, [x, packed, bias], expected.shape, dtype), expected, dtype)
+    assert_close(run(gpu, kernel, [x, packed, bias], expected.shape, dtype), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_any_number_of_rows(dtype, rng):
+def test_any_number_of_rows(gpu, dtype, rng):
     n = tvm.tirx.Var("n", "int64")
     kernel = kernels.linear((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
-    scheduled = serialized(gemm(kernel, TARGET, Choices()))
     weight, bias = random(rng, (48, 64), dtype), random(rng, 48, "float32")
     for rows in (1, 26, 77):
         x = random(rng, (rows, 5, 64), dtype)
-        result = layers.run_kernel(
-            scheduled,
-            [x, kernels.pack(weight), bias],
-            (rows, 5, 48),
-            scheduled=False,
-            dtype=dtype,
-        )
+        result = run(gpu, kernel, [x, kernels.pack(weight), bias], (rows, 5, 48), dtype)
         product = x.astype(np.float64) @ weight.astype(np.float64).T
         assert_close(result, layers.finish(GELU, product, bias), dtype)
 

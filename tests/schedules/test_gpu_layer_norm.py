@@ -9,8 +9,6 @@ from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
-from dcnv3_tvm.testing.layers import run_kernel
-from dcnv3_tvm.testing.serial import serialized
 
 TARGET = resolve_target("cuda-sm90")
 TYPES = [
@@ -26,15 +24,19 @@ def random(rng, shape, dtype="float32"):
     return rng.standard_normal(shape).astype(dtype)
 
 
-def check(rng, assert_close, shape, lead=None, **options):
-    """Compare the scheduled kernel, its threads one after the other, with float64."""
+def run(gpu, func, inputs, shape, dtype):
+    (result,) = gpu.run(layer_norm(func, TARGET, Choices()), TARGET, inputs, [(shape, dtype)])
+    return result
+
+
+def check(gpu, rng, assert_close, shape, lead=None, **options):
+    """Compare the scheduled kernel with float64."""
     dtypes = [options.get(f"{name}_dtype", "float32") for name in ("x", "residual", "out")]
     x, residual = (random(rng, shape, dtype) for dtype in dtypes[:2])
     gamma, beta = random(rng, shape[-1]), random(rng, shape[-1])
     func = normalization.layer_norm(lead or shape[:-1], shape[-1], eps=1e-6, **options)
     given = [x, gamma, beta, *([residual] if options.get("residual") else [])]
-    scheduled = serialized(layer_norm(func, TARGET, Choices()))
-    result = run_kernel(scheduled, given, shape, scheduled=False, dtype=dtypes[2])
+    result = run(gpu, func, given, shape, dtypes[2])
     reference = layers.activation(
         options.get("activation"), layers.layer_norm(x, gamma, beta, 1e-6)
     )
@@ -60,29 +62,29 @@ def check(rng, assert_close, shape, lead=None, **options):
         (1, 1, 1, 64),
     ],
 )
-def test_sizes(rng, assert_close, shape):
-    check(rng, assert_close, shape)
+def test_sizes(gpu, rng, assert_close, shape):
+    check(gpu, rng, assert_close, shape)
 
 
 @pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()) or "float32")
 @pytest.mark.parametrize("channels", [80, 13, 512])
-def test_types(rng, assert_close, types, channels):
-    check(rng, assert_close, (37, channels), activation="gelu", residual=True, **types)
-    check(rng, assert_close, (37, channels), **types)
+def test_types(gpu, rng, assert_close, types, channels):
+    check(gpu, rng, assert_close, (37, channels), activation="gelu", residual=True, **types)
+    check(gpu, rng, assert_close, (37, channels), **types)
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 32), (1, 5, 32)])
-def test_symbolic_sizes(rng, assert_close, shape):
+def test_symbolic_sizes(gpu, rng, assert_close, shape):
     n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
-    check(rng, assert_close, shape, lead=(n, shape[1]))
-    check(rng, assert_close, shape, lead=(n, h), x_dtype="float16")
+    check(gpu, rng, assert_close, shape, lead=(n, shape[1]))
+    check(gpu, rng, assert_close, shape, lead=(n, h), x_dtype="float16")
 
 
-def test_a_mean_far_from_zero_costs_no_accuracy(rng):
+def test_a_mean_far_from_zero_costs_no_accuracy(gpu, rng):
     x = (rng.standard_normal((16, 64)) + 4096.0).astype("float32")
     one, zero = np.ones(64, "float32"), np.zeros(64, "float32")
-    func = serialized(layer_norm(normalization.layer_norm((16,), 64, eps=1e-6), TARGET, Choices()))
-    result = run_kernel(func, [x, one, zero], x.shape, scheduled=False)
+    func = normalization.layer_norm((16,), 64, eps=1e-6)
+    result = run(gpu, func, [x, one, zero], x.shape, "float32")
     # The mean itself is rounded to 2**-11 here; a variance from squares would be noise of order 1.
     assert np.abs(result - layers.layer_norm(x, one, zero, 1e-6)).max() < 4096 * 2.0**-22
 

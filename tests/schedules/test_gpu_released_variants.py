@@ -1,7 +1,7 @@
 """Every kernel of released variants by its GPU schedule, on small images, against no schedule.
 
 Channels and groups are the variants' own, and so are the remainders that tiles leave of them; the
-images are small, because threads run one after the other here.
+images are small, because the GPU is emulated.
 """
 
 import numpy as np
@@ -14,7 +14,6 @@ from dcnv3_tvm.schedules import rules_for, schedule_module
 from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing.guarded import GuardedOutput
-from dcnv3_tvm.testing.serial import serialized
 from dcnv3_tvm.testing.tolerances import LAYER
 
 TARGET = resolve_target("cuda-sm90")
@@ -39,29 +38,29 @@ def inputs_of(function, rng):
     ("variant", "dtype"),
     [("internimage_t", "float16"), ("internimage_b", "float32"), ("internimage_h", "bfloat16")],
 )
-def test_every_kernel(variant, dtype, rng):
+def test_every_kernel(variant, dtype, gpu, rng):
     kernels = variant_kernels(variant, TARGET, dtype, size=SIZE)
     named = {k.name: k.function.with_attr("global_symbol", k.name) for k in kernels}
-    scheduled, rules = schedule_module(tvm.IRModule(named), TARGET, intrinsics=False)
+    scheduled, rules = schedule_module(tvm.IRModule(named), TARGET)
     assert {name: found.rule for name, found in rules.items()} == {
         kernel.name: kernel.rule for kernel in kernels
     }
-    serial = tvm.IRModule({name: serialized(scheduled[name]) for name in named})
-    compiled = tvm.compile(serial, target=HOST)
     expected = tvm.compile(tvm.IRModule(named), target=HOST)
+    cases, truths = {}, {}
     for kernel in kernels:
         out = kernel.function.params[-1]
+        shape, kind = tuple(int(size) for size in out.shape), str(out.dtype)
         arrays = inputs_of(kernel.function, rng)
-        results = []
-        for executable in (compiled, expected):
-            poisoned = GuardedOutput([int(size) for size in out.shape], str(out.dtype))
-            tensors = [tvm.runtime.tensor(array) for array in arrays]
-            executable[kernel.name](*tensors, poisoned.argument)
-            results.append(poisoned.checked().astype(np.float64))
-        result, truth = results
-        error = np.abs(result - truth).max()
+        poisoned = GuardedOutput(shape, kind)
+        expected[kernel.name](*map(tvm.runtime.tensor, arrays), poisoned.argument)
+        truths[kernel.name] = poisoned.checked().astype(np.float64)
+        cases[kernel.name] = (arrays, [(shape, kind)])
+    results = gpu.run_all({name: scheduled[name] for name in named}, TARGET, cases)
+    for name, truth in truths.items():
+        (result,) = results[name]
+        error = np.abs(result.astype(np.float64) - truth).max()
         # Both are rounded to the output's type.
-        assert error <= 2 * LAYER[str(out.dtype)] * max(1.0, np.abs(truth).max()), kernel.name
+        assert error <= 2 * LAYER[str(result.dtype)] * max(1.0, np.abs(truth).max()), name
 
 
 @pytest.mark.parametrize("variant", frontend.list_models("internimage_*"))

@@ -29,6 +29,9 @@ import numpy.typing as npt
 from dcnv3_tvm.environment import CUDA_HOME
 
 Array = npt.NDArray[Any]
+Output = tuple[tuple[int, ...], str]
+"""Shape and element type."""
+
 Result = TypeVar("Result")
 
 _HERE: Final = Path(__file__).parent
@@ -121,11 +124,7 @@ class EmulatedGpu:
             return self._process.submit(function, *arguments).result()
 
     def run(
-        self,
-        function: Any,
-        target: Any,
-        inputs: Sequence[Array],
-        outputs: Sequence[tuple[tuple[int, ...], str]],
+        self, function: Any, target: Any, inputs: Sequence[Array], outputs: Sequence[Output]
     ) -> list[Array]:
         """Compile a scheduled kernel and run it, with its threads in both orders.
 
@@ -145,13 +144,45 @@ class EmulatedGpu:
         RuntimeError
             If the kernel does what a GPU would not do, or the two results are not the same.
         """
-        from dcnv3_tvm.compiler.kernels import export_kernel
+        return self.run_all({"main": function}, target, {"main": (inputs, outputs)})["main"]
 
-        with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-kernel-") as folder:
-            library = Path(folder) / "kernel.so"
-            with self.compiling():
-                export_kernel(function, target, library)
-            return _same(*self.call(_run_kernel, library, list(inputs), list(outputs)))
+    def run_all(
+        self,
+        functions: Mapping[str, Any],
+        target: Any,
+        arguments: Mapping[str, tuple[Sequence[Array], Sequence[Output]]],
+    ) -> dict[str, list[Array]]:
+        """Do as `run` does for several kernels, compiled together.
+
+        Parameters
+        ----------
+        functions : mapping of str to tvm.tirx.PrimFunc
+            By name.
+        target : tvm.target.Target
+            What they are scheduled for.
+        arguments : mapping of str to (inputs, outputs)
+            Of each.
+        """
+        named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
+        cases = {name: (list(inputs), list(made)) for name, (inputs, made) in arguments.items()}
+        with self._compiled(named, target) as library:
+            first, second = self.call(_run_kernels, library, cases)
+        return {name: _same(first[name], second[name]) for name in first}
+
+    def run_module(self, module: Any, target: Any, inputs: Sequence[Array]) -> list[Array]:
+        """Do as `run` does for the function ``main`` of a Relax module, scheduled.
+
+        Parameters
+        ----------
+        module : tvm.IRModule
+            Relax functions, and kernels with intrinsics in place.
+        target : tvm.target.Target
+            What they are scheduled for.
+        inputs : sequence of numpy.ndarray
+            All arguments.
+        """
+        with self._compiled(module, target) as library:
+            return _same(*self.call(_run_main, library, list(inputs)))
 
     def run_model(self, path: Path, inputs: Sequence[Array]) -> dict[str, list[Array]]:
         """Run every entry of an artifact twice, threads in both orders, graphs replayed.
@@ -177,6 +208,23 @@ class EmulatedGpu:
         return {name: _same(first[name], second[name]) for name in first}
 
 
+    @contextlib.contextmanager
+    def _compiled(self, module: Any, target: Any) -> Iterator[Path]:
+        """Compile a module, or named functions, to a library that is there while entered."""
+        import tvm
+
+        from dcnv3_tvm.compiler import cuda
+
+        with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-kernels-") as folder:
+            library = Path(folder) / "kernels.so"
+            with self.compiling():
+                with cuda.lowering():
+                    module = module if isinstance(module, tvm.IRModule) else tvm.IRModule(module)
+                    executable = tvm.compile(module, target=target, tir_pipeline=cuda.LOWERING)
+                cuda.export(executable.mod, library, str(target.attrs["arch"]))
+            yield library
+
+
 def _same(forwards: list[Array], backwards: list[Array]) -> list[Array]:
     for one, other in zip(forwards, backwards, strict=True):
         if one.tobytes() != other.tobytes():
@@ -198,35 +246,67 @@ def _set(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _run_kernel(
-    library: Path, inputs: list[Array], outputs: list[tuple[tuple[int, ...], str]]
-) -> tuple[list[Array], list[Array]]:
+# What follows runs in the process that has the GPU.
+
+
+def _in_both_orders(function: Callable[[], Result]) -> tuple[Result, Result]:
+    found = []
+    for backwards in ("0", "1"):
+        with _set({_BACKWARDS: backwards}):
+            found.append(function())
+    return found[0], found[1]
+
+
+def _open(library: Path) -> tuple[Any, Any]:
+    """Load a library, and return it and the GPU."""
     import tvm
 
-    from dcnv3_tvm.compiler.kernels import ENTRY
     from dcnv3_tvm.runtime import cuda
 
     cuda.load_runtime()
-    kernel = tvm.runtime.load_module(str(library))[ENTRY]
-    device = tvm.cuda(0)
-
-    def once(backwards: str) -> list[Array]:
-        with _set({_BACKWARDS: backwards}):
-            given = [tvm.runtime.tensor(array, device) for array in inputs]
-            made = [tvm.runtime.empty(shape, dtype, device) for shape, dtype in outputs]
-            kernel(*given, *made)
-            return [tensor.numpy() for tensor in made]
-
-    return once("0"), once("1")
+    return tvm.runtime.load_module(str(library)), tvm.cuda(0)
 
 
-def _run_model(path: Path, inputs: list[Array]) -> tuple[dict[str, list[Array]], ...]:
+def _run_kernels(
+    library: Path, cases: dict[str, tuple[list[Array], list[Output]]]
+) -> tuple[dict[str, list[Array]], dict[str, list[Array]]]:
+    import tvm
+
+    module, gpu = _open(library)
+
+    def once() -> dict[str, list[Array]]:
+        found = {}
+        for name, (inputs, outputs) in cases.items():
+            given = [tvm.runtime.tensor(array, gpu) for array in inputs]
+            made = [tvm.runtime.empty(shape, dtype, gpu) for shape, dtype in outputs]
+            module[name](*given, *made)
+            found[name] = [tensor.numpy() for tensor in made]
+        return found
+
+    return _in_both_orders(once)
+
+
+def _run_main(library: Path, inputs: list[Array]) -> tuple[list[Array], list[Array]]:
+    import tvm
+    from tvm import relax
+
+    from dcnv3_tvm.runtime.model import flatten
+
+    module, gpu = _open(library)
+    machine = relax.VirtualMachine(module, gpu)
+
+    def once() -> list[Array]:
+        result = machine["main"](*(tvm.runtime.tensor(array, gpu) for array in inputs))
+        return [tensor.numpy() for tensor in flatten(result)]
+
+    return _in_both_orders(once)
+
+
+def _run_model(
+    path: Path, inputs: list[Array]
+) -> tuple[dict[str, list[Array]], dict[str, list[Array]]]:
     from dcnv3_tvm import runtime
     from dcnv3_tvm.testing.entries import entry_outputs
 
-    def once(model: Any, backwards: str) -> dict[str, list[Array]]:
-        with _set({_BACKWARDS: backwards}):
-            return entry_outputs(model, *inputs)
-
     with runtime.load(path) as model:
-        return once(model, "0"), once(model, "1")
+        return _in_both_orders(lambda: entry_outputs(model, *inputs))

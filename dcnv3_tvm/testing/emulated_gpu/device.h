@@ -22,6 +22,10 @@
 
 #include <type_traits>
 
+/* Kernels are compiled without optimisation, which takes longer than they do. */
+#pragma GCC push_options
+#pragma GCC optimize("O2")
+
 namespace emulated {
 
 constexpr unsigned kWarp = 32, kMostThreads = 1024, kStackBytes = 1 << 16, kSharedBytes = 1 << 18;
@@ -480,12 +484,16 @@ inline T shuffle(int line, unsigned mask, T value, unsigned source) {
   emulated::shuffle(__LINE__, mask, value, emulated::lane() ^ (by))
 #define __cvta_generic_to_shared(pointer) emulated::shared_address(pointer)
 
+#define CUDART_INF_F INFINITY
+#define CUDART_NAN_F NAN
+
 using half = emulated::Number<emulated::from_half, emulated::to_half>;
 using nv_bfloat16 = emulated::Number<emulated::from_bfloat, emulated::to_bfloat>;
 using __half = half;
-struct __half2 {
+struct half2 {
   half x, y;
 };
+using __half2 = half2;
 struct nv_bfloat162 {
   nv_bfloat16 x, y;
   nv_bfloat162() = default;
@@ -521,3 +529,5 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+#pragma GCC pop_options

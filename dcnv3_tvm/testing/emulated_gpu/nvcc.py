@@ -18,7 +18,7 @@ from typing import Final
 
 _OPTIONS: Final = (
     "-std=c++17",
-    "-O1",
+    "-O0",
     "-w",
     "-fPIC",
     "-fno-strict-aliasing",
@@ -129,7 +129,7 @@ def _kernel(source: str) -> str:
 
 
 def _language(source: str) -> str:
-    source = re.sub(r"^\s*#include <(?:cuda|mma).*$", '#include "device.h"', source, flags=re.M)
+    source = re.sub(r"^\s*#include <(?:cuda|mma|math_constants).*$", '#include "device.h"', source, flags=re.M)
     source = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];",
         r"\1 *\2 = (\1 *)emulated::shared;",
