@@ -125,11 +125,13 @@ def test_every_decision_of_a_gpus_schedule_computes_the_same(name, gpu, rng, ass
     truth = run(func, arrays)
     space = schedules.schedule(func, GPU).space
     scheduled = {}
-    for number, decisions in enumerate(some_decisions(space, 16, name)):
+    for number, decisions in enumerate(some_decisions(space, 24, name)):
         with contextlib.suppress(ChoiceError):
             found = schedules.schedule(func, GPU, decisions)
             scheduled[f"kernel{number}"] = tensorize(found.function)
-    assert len(scheduled) >= 4
+            if len(scheduled) == 5:
+                break
+    assert len(scheduled) >= 2
     dtype = str(truth.dtype)
     cases = dict.fromkeys(scheduled, (arrays[:-1], [(truth.shape, dtype)]))
     for (result,) in gpu.run_all(scheduled, GPU, cases).values():

@@ -24,40 +24,44 @@ def run(gpu, kernel, inputs, shape, dtype):
     return result
 
 
-def assert_close(result, expected, dtype):
+def assert_close(result, expected, dtype, name=""):
     error = np.abs(result.astype(np.float64) - expected).max()
-    assert error <= LAYER[dtype] * max(1.0, np.abs(expected).max())
+    assert error <= LAYER[dtype] * max(1.0, np.abs(expected).max()), name
 
 
 def random(rng, shape, dtype):
     return rng.standard_normal(shape).astype(dtype)
 
 
+LINEAR = [
+    ((128,), 64, 64, Epilogue()),
+    ((3, 7, 9), 80, 112, GELU),
+    ((2, 5, 31), 160, 48, RESIDUAL),
+    ((1, 1), 96, 1000, Epilogue(bias=True)),
+    ((5,), 64, 112, RESIDUAL),
+    ((300,), 112, 448, GELU),
+    ((17,), 27, 10, RESIDUAL),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("lead", "inputs", "outputs", "epilogue"),
-    [
-        ((128,), 64, 64, Epilogue()),
-        ((3, 7, 9), 80, 112, GELU),
-        ((2, 5, 31), 160, 48, RESIDUAL),
-        ((1, 1), 96, 1000, Epilogue(bias=True)),
-        ((5,), 64, 112, RESIDUAL),
-        ((300,), 112, 448, GELU),
-        ((17,), 27, 10, RESIDUAL),
-    ],
-    ids=str,
-)
-def test_linear(gpu, lead, inputs, outputs, epilogue, dtype, rng):
-    x, weight = random(rng, (*lead, inputs), dtype), random(rng, (outputs, inputs), dtype)
-    bias = random(rng, outputs, "float32")
-    residual = random(rng, (*lead, outputs), dtype)
-    kernel = kernels.linear(lead, inputs, outputs, epilogue=epilogue, dtype=dtype)
-    arrays = [x, kernels.pack(weight)]
-    arrays += [bias] if epilogue.bias else []
-    arrays += [residual] if epilogue.residual else []
-    result = run(gpu, kernel, arrays, (*lead, outputs), dtype)
-    product = x.astype(np.float64) @ weight.astype(np.float64).T
-    assert_close(result, layers.finish(epilogue, product, bias, residual), dtype)
+def test_linear(gpu, dtype, rng):
+    functions, cases, truths = {}, {}, {}
+    for lead, inputs, outputs, epilogue in LINEAR:
+        x, weight = random(rng, (*lead, inputs), dtype), random(rng, (outputs, inputs), dtype)
+        bias = random(rng, outputs, "float32")
+        residual = random(rng, (*lead, outputs), dtype)
+        kernel = kernels.linear(lead, inputs, outputs, epilogue=epilogue, dtype=dtype)
+        arrays = [x, kernels.pack(weight)]
+        arrays += [bias] if epilogue.bias else []
+        arrays += [residual] if epilogue.residual else []
+        name = "_".join(map(str, ("linear", *lead, inputs, outputs)))
+        functions[name] = tensorize(gemm(kernel, TARGET, Choices()))
+        cases[name] = (arrays, [((*lead, outputs), dtype)])
+        product = x.astype(np.float64) @ weight.astype(np.float64).T
+        truths[name] = layers.finish(epilogue, product, bias, residual)
+    for name, (result,) in gpu.run_all(functions, TARGET, cases).items():
+        assert_close(result, truths[name], dtype, name)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -46,29 +46,34 @@ def run(gpu, kernel, inputs, shape, dtype, **decisions):
     return result
 
 
-def assert_close(result, expected, dtype):
-    assert np.abs(result - expected).max() <= LAYER[dtype] * max(1.0, np.abs(expected).max())
+def assert_close(result, expected, dtype, name=""):
+    error = np.abs(result - expected).max()
+    assert error <= LAYER[dtype] * max(1.0, np.abs(expected).max()), name
+
+
+SIZES = [
+    ((128,), (64, 256, 64)),
+    ((3, 7, 9), (80, 320, 80)),
+    ((1, 1), (128, 512, 128)),
+    ((300,), (112, 448, 112)),
+    ((2, 5, 31), (40, 32, 24)),
+    ((17,), (27, 96, 10)),
+]
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize(
-    ("lead", "sizes"),
-    [
-        ((128,), (64, 256, 64)),
-        ((3, 7, 9), (80, 320, 80)),
-        ((1, 1), (128, 512, 128)),
-        ((300,), (112, 448, 112)),
-        ((2, 5, 31), (40, 32, 24)),
-        ((17,), (27, 96, 10)),
-    ],
-    ids=str,
-)
-def test_results(gpu, lead, sizes, residual, dtype, rng):
-    kernel = kernels.mlp(lead, *sizes, activation="gelu", residual=residual, dtype=dtype)
-    inputs, expected = arguments(rng, lead, sizes, residual, (dtype,) * 3)
-    result = run(gpu, kernel, inputs, expected.shape, dtype)
-    assert_close(result.astype(np.float64), expected, dtype)
+def test_results(gpu, dtype, rng):
+    functions, cases, truths = {}, {}, {}
+    for number, (lead, sizes) in enumerate(SIZES):
+        residual = number % 2 == 1
+        kernel = kernels.mlp(lead, *sizes, activation="gelu", residual=residual, dtype=dtype)
+        inputs, expected = arguments(rng, lead, sizes, residual, (dtype,) * 3)
+        name = "_".join(map(str, ("mlp", *lead, *sizes)))
+        functions[name] = tensorize(mlp(kernel, TARGET, Choices()))
+        cases[name] = (inputs, [(expected.shape, dtype)])
+        truths[name] = expected
+    for name, (result,) in gpu.run_all(functions, TARGET, cases).items():
+        assert_close(result.astype(np.float64), truths[name], dtype, name)
 
 
 @pytest.mark.parametrize("dtype", HALF)
