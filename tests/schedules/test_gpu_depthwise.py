@@ -93,7 +93,16 @@ def test_without_normalisation(gpu, rng, assert_close):
 def test_large_windows_and_strides(gpu, rng, assert_close):
     check(gpu, rng, assert_close, (1, 11, 12, 16), kernel=(5, 5), pad=(2, 2), **TYPES[0])
     check(gpu, rng, assert_close, (1, 9, 10, 16), kernel=(9, 9), pad=(4, 4))
-    check(gpu, rng, assert_close, (1, 11, 12, 16), kernel=(2, 5), stride=(2, 3), pad=(0, 1), **TYPES[1])
+    check(
+        gpu,
+        rng,
+        assert_close,
+        (1, 11, 12, 16),
+        kernel=(2, 5),
+        stride=(2, 3),
+        pad=(0, 1),
+        **TYPES[1],
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 14, 14, 32), (3, 9, 5, 32)])

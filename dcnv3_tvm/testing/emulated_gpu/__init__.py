@@ -207,7 +207,6 @@ class EmulatedGpu:
         first, second = self.call(_run_model, path, list(inputs))
         return {name: _same(first[name], second[name]) for name in first}
 
-
     @contextlib.contextmanager
     def _compiled(self, module: Any, target: Any) -> Iterator[Path]:
         """Compile a module, or named functions, to a library that is there while entered."""

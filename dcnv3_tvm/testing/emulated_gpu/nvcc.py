@@ -129,7 +129,9 @@ def _kernel(source: str) -> str:
 
 
 def _language(source: str) -> str:
-    source = re.sub(r"^\s*#include <(?:cuda|mma|math_constants).*$", '#include "device.h"', source, flags=re.M)
+    source = re.sub(
+        r"^\s*#include <(?:cuda|mma|math_constants).*$", '#include "device.h"', source, flags=re.M
+    )
     source = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];",
         r"\1 *\2 = (\1 *)emulated::shared;",
