@@ -46,26 +46,54 @@ def convert(program: ExportedProgram) -> relax.Function:
 
 
 def _decomposed_as_needed(program: ExportedProgram) -> ExportedProgram:
+    """Take apart what has no converter, and nothing where all is known.
+
+    A decomposition traces the whole program anew, which takes longer than the export did.
+    """
     table = torch.export.default_decompositions()
     known = {*translator.ExportedProgramImporter().create_convert_map(), *_CONVERTERS}
     chosen: dict[Any, Any] = {}
+    settled = all(map(_is_settled, program.graph.nodes))
+    decomposed = False
     while True:
-        program = program.run_decompositions(chosen)
         missing = [
             node
             for node in program.graph.nodes
             if node.op == "call_function" and node.target.__name__ not in known
         ]
-        if not missing:
+        if settled and not missing:
             return program
         news = {
             node.target: table[node.target]
             for node in missing
             if node.target in table and node.target not in chosen
         }
-        if not news:
+        # The first time without a choice still takes blocks without gradients apart.
+        if decomposed and not news:
             raise _unsupported(missing)
         chosen |= news
+        program = program.run_decompositions(chosen)
+        settled = decomposed = True
+
+
+def _is_settled(node: Node) -> bool:
+    """Tell whether a decomposition would leave a node as it is, or give the same Relax.
+
+    It makes new tensors of what is changed in place, and other operators of many views.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    schema = node.target._schema
+    if schema.is_mutable:
+        return False
+    if not any(result.alias_info for result in schema.returns):
+        return True
+    # TVM finds no shape for what joins sizes known only at run time.
+    return node.target.__name__ in _VIEWS and _symbols(node) == _symbols(node.args[0])
+
+
+def _symbols(node: Any) -> list[str]:
+    return [str(size) for size in node.meta["val"].shape if not isinstance(size, int)]
 
 
 def _unsupported(nodes: list[Node]) -> ModelImportError:
@@ -143,6 +171,28 @@ def _pixel_shuffle(node: Node, importer: Any) -> relax.Var:
     return importer.block_builder.emit(result)
 
 
+def _cast(node: Node, importer: Any) -> relax.Var:
+    # TVM's own converter keeps casts to the type that a tensor has already.
+    x, dtype = _arguments(node, importer, 2)
+    name = str(dtype).removeprefix("torch.")
+    if x.ty.dtype.dtype == name:
+        return x
+    return importer.block_builder.emit(relax.op.astype(x, name))
+
+
+def _repeat_interleave(node: Node, importer: Any) -> relax.Var:
+    # TVM has no converter, and for one such node the whole program would be decomposed.
+    x, repeats, dim = _arguments(node, importer, 3)
+    emit = importer.block_builder.emit
+    if dim is None:
+        x, dim = emit(relax.op.reshape(x, (-1,))), 0
+    axis = dim % x.ty.ndim
+    before, (size, *after) = list(x.ty.shape.values[:axis]), x.ty.shape.values[axis:]
+    apart = emit(relax.op.expand_dims(x, axis + 1))
+    repeated = emit(relax.op.broadcast_to(apart, [*before, size, repeats, *after]))
+    return emit(relax.op.reshape(repeated, [*before, size * repeats, *after]))
+
+
 def _rsub(node: Node, importer: Any) -> relax.Var:
     # TVM's own converter makes an integer of the 1 in `1 - gate`.
     x, scalar, alpha = _arguments(node, importer, 3)
@@ -151,11 +201,29 @@ def _rsub(node: Node, importer: Any) -> relax.Var:
     return importer.block_builder.emit(relax.op.subtract(relax.const(scalar, dtype), scaled))
 
 
+_VIEWS: Final = frozenset(
+    {
+        "contiguous.default",
+        "flatten.using_ints",
+        "permute.default",
+        "reshape.default",
+        "squeeze.dim",
+        "to.dtype",
+        "transpose.int",
+        "unflatten.int",
+        "unsqueeze.default",
+        "view.default",
+    }
+)
+"""Names of what may be a view, and is converted to the same with and without a decomposition."""
+
 _CONVERTERS: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "dcnv3.default": _dcnv3,
     "batch_norm.default": _batch_norm,
     "layer_norm.default": _layer_norm,
     "pixel_shuffle.default": _pixel_shuffle,
+    "repeat_interleave.self_int": _repeat_interleave,
     "rsub.Scalar": _rsub,
+    "to.dtype": _cast,
 }
-"""By node name. All but the first stand in for converters of TVM that are wrong or incomplete."""
+"""By node name. All but the first stand in for converters of TVM that are wrong or missing."""

@@ -6,6 +6,7 @@ import torch
 import tvm
 import twin
 from torch import nn
+from torch.export import ExportedProgram
 from tvm import relax
 
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
@@ -323,6 +324,37 @@ def test_lists_every_unsupported_node_with_its_line():
 class Returns(twin.Detector):
     def forward(self, x):
         return {"maps": super().forward(x), "count": 2}
+
+
+class Pieces(twin.Detector):
+    """Casts, repeats and a change in place, behind the model."""
+
+    def __init__(self, *, in_place):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x):
+        first, second = super().forward(x)
+        same = second.to(torch.float32) - first.double().float().mean()
+        if self.in_place:
+            same[:, 1:3].mul_(2)
+        return [same, *(same.repeat_interleave(3, dim) for dim in (None, 0, 1, -1))]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_pieces_that_are_decomposed_only_where_they_have_to_be(in_place, monkeypatch):
+    decomposed = []
+    decompose = ExportedProgram.run_decompositions
+    monkeypatch.setattr(
+        ExportedProgram,
+        "run_decompositions",
+        lambda self, table: decomposed.append(table) or decompose(self, table),
+    )
+    model = twin.randomised(Pieces(in_place=in_place))
+    imported = import_model(model, example=SHAPE, features="never")
+    assert bool(decomposed) == in_place
+    assert "astype" in imported.module.script()
+    assert_close(outputs(imported, image())["main"], run(model, image()))
 
 
 def test_refuses_a_result_that_is_no_tensor():

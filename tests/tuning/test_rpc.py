@@ -70,12 +70,16 @@ def tracker():
 
 
 @pytest.fixture
-def servers(tracker):
+def servers(tracker, request):
+    """Start two servers, or as many as a test asks for."""
     host, port = tracker
+    count = getattr(request, "param", 2)
     options = ["--tracker", f"{host}:{port}", "--key", KEY, "--host", HOST]
-    processes = [start("dcnv3_tvm", "worker", *options, "--port", free_port()) for _ in range(2)]
+    processes = [
+        start("dcnv3_tvm", "worker", *options, "--port", free_port()) for _ in range(count)
+    ]
     try:
-        wait_for(lambda: count_servers(tracker, KEY) == 2)
+        wait_for(lambda: count_servers(tracker, KEY) == count)
         yield processes
     finally:
         for process in processes:
@@ -105,13 +109,14 @@ def test_a_server_killed_in_the_middle_loses_no_trial(tracker, servers, target, 
     assert list(records.by_workload) == [task.workload]
 
 
+@pytest.mark.parametrize("servers", [1], indirect=True)
 def test_a_server_that_is_stopped_is_gone(tracker, servers):
     children = [
         int(child)
         for server in servers
         for child in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
     ]
-    assert len(children) >= 2
+    assert children
     for server in servers:
         server.terminate()
         assert server.wait(timeout=30) == 0
