@@ -6,7 +6,8 @@ Every result of a kernel of ours is stored in the type of the products, except
 - in bfloat16, the residual stream, whose many sums would lose digits, and what makes sampling
   points, whose errors the image's gradients magnify: they are float32;
 - in float16, the residual stream of stages with many sums, which is float32 as well;
-- in bfloat16, what only products read that multiply in float16 (`half_products`).
+- in bfloat16, what lies far within float16, unless a product reads it that multiplies in
+  bfloat16: it is float16 (`half_products`).
 
 Operators that have no kernel of ours read float32: what they read is converted in their kernel.
 """
@@ -29,7 +30,6 @@ from dcnv3_tvm.transform.program import Program, Rebuilder, variables
 from dcnv3_tvm.transform.shapes import element_type
 from dcnv3_tvm.transform.storage import find_values, packed_sampling
 
-
 _MANY_SUMS: Final = 16
 """Of two sums a block, those of the third stage of every released variant are more, and nearly all
 others fewer. In float16 they make up most of the errors of its maps and of those behind it: of
@@ -51,6 +51,7 @@ def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
     inner: set[relax.Var] = set()
     wide: set[relax.Var] = set()
     half: set[relax.Var] = set()
+    values: set[relax.Var] = set()
     pairs: dict[relax.Var, relax.Var] = {}
     for name, entry in program.entries.items():
         function = program.module[name]
@@ -63,13 +64,15 @@ def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
             wide |= _sensitive(function, layers, program.module)
             arrays = (program.weights[weight] for weight in entry.weights)
             weights = dict(zip(function.params[len(entry.inputs) :], arrays, strict=True))
-            half |= half_products(function, layers, len(entry.inputs), weights)
+            found_half = half_products(function, layers, len(entry.inputs), weights, program.module)
+            half |= found_half.products
+            values |= found_half.values
         if dtype != "float32":
             mlps = find_mlps(function, layers)
             # Both products of a kernel have factors of one type.
             pairs |= {var: first for var, first in mlps.items() if (var in half) == (first in half)}
         inner |= find_values(function, layers, program.module).inner | set(pairs.values())
-    narrow = _read_in_half(found, half)
+    narrow = values - _read_by_others(found, half)
     converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
 
     def stored(var: relax.Var) -> str:
@@ -120,13 +123,13 @@ def _is_half(expr: relax.Expr) -> bool:
     return isinstance(expr.ty, relax.TensorType) and element_type(expr) in ("float16", "bfloat16")
 
 
-def _read_in_half(layers: Mapping[relax.Var, Layer], half: set[relax.Var]) -> set[relax.Var]:
-    """Find the values that products read, all of them in float16."""
-    readers: dict[bool, set[relax.Var]] = {True: set(), False: set()}
-    for var, layer in layers.items():
-        if layer.kind in PRODUCTS:
-            readers[var in half].add(layer.root.args[0])
-    return readers[True] - readers[False]
+def _read_by_others(layers: Mapping[relax.Var, Layer], half: set[relax.Var]) -> set[relax.Var]:
+    """Find the factors of products that do not multiply in float16."""
+    return {
+        layer.root.args[0]
+        for var, layer in layers.items()
+        if layer.kind in PRODUCTS and var not in half
+    }
 
 
 def _sensitive(

@@ -38,11 +38,12 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def compiling(emulated: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let this process compile for the emulated GPU."""
+def gpu_artifact(
+    emulated: dict[str, str],
+    make_toy: Callable[..., Toy],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Path:
+    """The toy for the emulated GPU, for which the test compiles as well."""
     monkeypatch.setenv("CUDA_HOME", emulated["CUDA_HOME"])
-
-
-@pytest.fixture
-def gpu_artifact(compiling: None, make_toy: Callable[..., Toy], tmp_path: Path) -> Path:
     return make_toy(1, arch="sm_90").write(tmp_path / "gpu-artifact")

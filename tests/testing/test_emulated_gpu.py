@@ -108,7 +108,7 @@ def test_a_copy_that_is_not_waited_for_shows(run, rng):
         ),
         ("out[0] = __shfl_down_sync(255, x[0], 1, 32);", "without some threads of the warp"),
         (
-            f"unsigned to = __cvta_generic_to_shared(emulated::shared + 4); float *from = x; {COPY}",
+            "unsigned to = __cvta_generic_to_shared(emulated::shared + 4); float *from = x;" + COPY,
             "an address of shared memory is misaligned",
         ),
         ("__cvta_generic_to_shared(x);", "an address is not in shared memory"),

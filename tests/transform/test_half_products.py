@@ -4,12 +4,16 @@ import numpy as np
 import pytest
 from tvm import relax, tirx
 
+from dcnv3_tvm import frontend
+from dcnv3_tvm.compiler.pipeline import run_pipeline
+from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing.programs import make_program, run_program
+from dcnv3_tvm.testing.weights import randomize_
 from dcnv3_tvm.transform.lower_layers_gpu import lower_layers_gpu
 
 
 def _normalized_mlp(bb, x, gamma, beta, first, second):
-    """LayerNorm, a product, GELU, and a product that no norm comes before."""
+    """LayerNorm, a product, GELU, and another product."""
     value = bb.emit(relax.op.nn.layer_norm(x, gamma, beta, axes=[-1]))
     hidden = bb.emit(relax.op.nn.gelu(bb.emit(relax.op.matmul(value, first))))
     return bb.emit(relax.op.matmul(hidden, second))
@@ -41,9 +45,41 @@ def test_behind_a_norm(rng):
     _, lowered = _lowered(_weights(rng))
     assert _types(lowered) == {
         "layer_norm_16": ["float32", "float32", "float32", "float16"],
+        "linear_16_48_gelu": ["float16", "float16", "float16"],
+        "linear_48_16": ["float16", "float16", "float32"],
+    }
+
+
+def test_a_product_of_large_weights_ends_the_bound(rng):
+    weights = _weights(rng)
+    weights["first"] *= np.float32(3e3)
+    program, lowered = _lowered(weights)
+    assert _types(lowered) == {
+        "layer_norm_16": ["float32", "float32", "float32", "float16"],
         "linear_16_48_gelu": ["float16", "float16", "bfloat16"],
         "linear_48_16": ["bfloat16", "bfloat16", "float32"],
     }
+    x = rng.standard_normal((5, 16)).astype("float32")
+    expected = run_program(program, x)
+    assert np.linalg.norm(run_program(lowered, x) - expected) <= 1e-2 * np.linalg.norm(expected)
+
+
+def test_what_has_no_bound_stays_in_bfloat16(rng):
+    weights = {"first": rng.standard_normal((16, 48)).astype("float32")}
+    program = make_program(
+        lambda bb, x, first: bb.emit(relax.op.matmul(x, first)), {"x": (5, 16)}, weights
+    )
+    lowered = lower_layers_gpu(program, "bfloat16")
+    assert _types(lowered) == {"linear_16_48": ["float32", "bfloat16", "float32"]}
+
+
+def test_a_model():
+    """Norms, products, samplings, the mean of pixels: all is bounded."""
+    model = randomize_(frontend.create_model("test_internimage_pre_norm"), 1)
+    imported = frontend.import_model(model, example=(1, 3, 32, 32), features="never")
+    target = resolve_target("cuda-sm90")
+    program, _ = run_pipeline(imported, target, dtype="bfloat16", until="fuse")
+    assert not any("bfloat16" in types for types in _types(program).values())
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """A GPU emulated by the processor: what runs on a GPU, byte for byte the same, without one.
 
-`install` makes a CUDA toolkit, a driver and a runtime library that need no GPU. A process that finds
-them where it looks for CUDA compiles, loads and runs models as on a machine with GPUs. TVM's runtime
-library, memory, streams and graphs are the real ones; kernels are the generated CUDA source, the
-threads of each block run one by one. `device.h` says what is seen by that: missing barriers,
-misaligned or stray accesses, threads that wait for each other. Of speed it says nothing.
+`install` makes a CUDA toolkit, a driver and a runtime library that need no GPU. A process that
+finds them where it looks for CUDA compiles, loads and runs models as on a machine with GPUs. TVM's
+runtime library and its use of memory, streams and graphs are the real ones; kernels are the
+generated CUDA source, the threads of each block run one by one. `device.h` says what is seen by
+that: missing barriers, misaligned or stray accesses, threads that wait for each other. Of speed it
+says nothing.
 
 `EmulatedGpu` is such a process: the caller's own stays without a GPU.
 """
@@ -23,7 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 from dcnv3_tvm.environment import CUDA_HOME
@@ -64,14 +64,15 @@ def install(folder: Path) -> dict[str, str]:
     common = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-w"]
     naming = f"-Wl,--no-as-needed,-soname,{_RUNTIME},--version-script={versions}"
     driver = folder / _DRIVER
-    for command in (
+    commands = (
         [*common, "-O1", f"-Wl,-soname,{_DRIVER}", "-o", driver, _HERE / "driver.c", "-ldl"],
         [*common, naming, "-o", folder / _RUNTIME, empty, driver],
-    ):
-        try:
+    )
+    try:
+        for command in commands:
             subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise RuntimeError(f"the emulated GPU cannot be made: {error}") from error
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"the emulated GPU cannot be made: {error}") from error
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{_HERE / "nvcc.py"}" "$@"\n')
