@@ -21,6 +21,7 @@ from dcnv3_tvm.op.products import Epilogue
 from dcnv3_tvm.schedules import linear_tile
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
+from dcnv3_tvm.transform.lower_layers_gpu import MANY_SUMS
 
 _BIAS = Epilogue(bias=True)
 _GELU = Epilogue(bias=True, activation="gelu")
@@ -59,12 +60,14 @@ def variant_kernels(
         Height and width of the image; by default the variant's own.
     """
     config = model_config(variant)
+    if is_gpu(target) and dtype == "bfloat16":
+        dtype = "float16"  # all of a block is bounded, see `transform.half_products`
     specs = stage_specs(variant, batch=batch, size=size)
     found: dict[str, VariantKernel] = {}
     for stage, spec in enumerate(specs):
         for kernel in (
             *_stem(spec, target, dtype, first=stage == 0),
-            *_block(config, spec, target, dtype),
+            *_block(config, spec, config.depths[stage], target, dtype),
         ):
             found.setdefault(kernel.name, kernel)
     return list(found.values())
@@ -74,27 +77,20 @@ def _places(spec: DCNv3Spec) -> tuple[int, int, int]:
     return spec.batch or 1, spec.height or 1, spec.width or 1
 
 
-def _normalized(dtype: str, target: Target) -> str:
-    """Return the type of factors behind a norm, see `dcnv3_tvm.transform.half_products`."""
-    return "float16" if dtype == "bfloat16" and is_gpu(target) else dtype
-
-
 def _block(
-    config: InternImageConfig, spec: DCNv3Spec, target: Target, dtype: str
+    config: InternImageConfig, spec: DCNv3Spec, depth: int, target: Target, dtype: str
 ) -> Iterator[VariantKernel]:
     places, channels = _places(spec), spec.channels
     center_feature = config.center_feature_scale
     packed = tensorir.packed_channels(spec, center_feature=center_feature)
     hidden = int(channels * config.mlp_ratio)
-    factors = _normalized(dtype, target)
-    yield _linear(places, channels, channels, _BIAS, target, dtype, factors)
-    yield _linear(places, channels, channels, _RESIDUAL, target, dtype, dtype)
-    yield _linear(places, channels, packed, _BIAS, target, dtype, factors)
-    if (
-        is_gpu(target)
-        and factors == dtype != "float32"
-        and mlp.pays(math.prod(places), channels, hidden, channels)
-    ):
+    normed = not (config.post_norm or config.res_post_norm)
+    stream = "float32" if normed and 2 * depth > MANY_SUMS else dtype
+    yield _linear(places, channels, channels, _BIAS, target, dtype)
+    yield _linear(places, channels, channels, _RESIDUAL, target, dtype, stream)
+    yield _linear(places, channels, packed, _BIAS, target, dtype)
+    one_kernel = is_gpu(target) and dtype != "float32"
+    if one_kernel and mlp.pays(math.prod(places), channels, hidden, channels):
         yield VariantKernel(
             f"mlp_{channels}_{hidden}_{channels}_residual",
             "mlp",
@@ -103,8 +99,8 @@ def _block(
             ),
         )
     else:
-        yield _linear(places, channels, hidden, _GELU, target, dtype, factors)
-        yield _linear(places, hidden, channels, _RESIDUAL, target, dtype, dtype)
+        yield _linear(places, channels, hidden, _GELU, target, dtype)
+        yield _linear(places, hidden, channels, _RESIDUAL, target, dtype, stream)
     window = config.dw_kernel_size
     x_dtype = dtype if is_gpu(target) else None
     yield VariantKernel(
@@ -119,30 +115,32 @@ def _block(
             norm_eps=1e-6,
             activation="gelu",
             x_dtype=x_dtype,
-            out_dtype=factors,
+            out_dtype=dtype,
         ),
     )
+    x_stream = stream if is_gpu(target) else None
     yield VariantKernel(
         f"layer_norm_{channels}",
         "layer_norm",
-        normalization.layer_norm(places, channels, eps=1e-6, x_dtype=x_dtype, out_dtype=factors),
+        normalization.layer_norm(places, channels, eps=1e-6, x_dtype=x_stream, out_dtype=dtype),
     )
     sampled = dataclasses.replace(spec, softmax=True, dtype=x_dtype or spec.dtype)
-    wide = "float32" if dtype == "bfloat16" else None
     yield VariantKernel(
         f"dcnv3_{channels}",
         "dcnv3",
-        tensorir.dcnv3_packed(sampled, dtype, offset_dtype=wide, center_feature=center_feature),
+        tensorir.dcnv3_packed(sampled, dtype, center_feature=center_feature),
     )
 
 
 def _stem(spec: DCNv3Spec, target: Target, dtype: str, *, first: bool) -> Iterator[VariantKernel]:
-    """Build the convolutions that lead to a stage: two for the first, one for the others."""
+    """Build the convolutions that lead to a stage: two for the first, one without bias else."""
     batch, height, width = _places(spec)
     channels = spec.channels
     if first:
-        yield _convolution((batch, 4 * height, 4 * width), 3, channels // 2, target, dtype)
-    yield _convolution((batch, 2 * height, 2 * width), channels // 2, channels, target, dtype)
+        yield _convolution((batch, 4 * height, 4 * width), 3, channels // 2, _BIAS, target, dtype)
+    epilogue = _BIAS if first else Epilogue()
+    places = batch, 2 * height, 2 * width
+    yield _convolution(places, channels // 2, channels, epilogue, target, dtype)
 
 
 def _linear(
@@ -152,7 +150,7 @@ def _linear(
     epilogue: Epilogue,
     target: Target,
     dtype: str,
-    factors: str,
+    stream: str | None = None,
 ) -> VariantKernel:
     words = [epilogue.activation, "residual" if epilogue.residual else None]
     name = "_".join(["linear", str(inputs), str(outputs), *(word for word in words if word)])
@@ -162,9 +160,9 @@ def _linear(
             inputs,
             outputs,
             epilogue=epilogue,
-            dtype=factors,
-            residual_dtype=dtype,
-            out_dtype=dtype,
+            dtype=dtype,
+            residual_dtype=stream,
+            out_dtype=stream,
         )
         return VariantKernel(name, "gemm", function)
     tile = linear_tile(outputs, target)
@@ -173,7 +171,12 @@ def _linear(
 
 
 def _convolution(
-    places: tuple[int, int, int], inputs: int, outputs: int, target: Target, dtype: str
+    places: tuple[int, int, int],
+    inputs: int,
+    outputs: int,
+    epilogue: Epilogue,
+    target: Target,
+    dtype: str,
 ) -> VariantKernel:
     name = f"convolution_{inputs}_{outputs}"
     if is_gpu(target):
@@ -184,10 +187,9 @@ def _convolution(
             kernel_size=(3, 3),
             stride=(2, 2),
             pad=(1, 1),
-            epilogue=_BIAS,
-            dtype=_normalized(dtype, target),
+            epilogue=epilogue,
+            dtype=dtype,
             x_dtype="float32" if inputs == 3 else None,
-            out_dtype=dtype,
         )
         return VariantKernel(name, "gemm", function)
     function = products.convolution(
@@ -198,6 +200,6 @@ def _convolution(
         stride=(2, 2),
         pad=(1, 1),
         tile=linear_tile(outputs, target),
-        epilogue=_BIAS,
+        epilogue=epilogue,
     )
     return VariantKernel(name, "convolution", function)

@@ -3,11 +3,11 @@
 Every result of a kernel of ours is stored in the type of the products, except
 
 - results of the model, which are float32;
-- in bfloat16, the residual stream, whose many sums would lose digits, and what makes sampling
-  points, whose errors the image's gradients magnify: they are float32;
-- in float16, the residual stream of stages with many sums, which is float32 as well;
+- the residual stream of stages with many sums, which would lose digits: it is float32;
 - in bfloat16, what lies far within float16, unless a product reads it that multiplies in
-  bfloat16: it is float16 (`half_products`).
+  bfloat16: it is float16 (`half_products`);
+- in bfloat16, of the rest every residual stream, and what makes sampling points, whose errors the
+  image's gradients magnify: they are float32.
 
 Operators that have no kernel of ours read float32: what they read is converted in their kernel.
 """
@@ -30,7 +30,7 @@ from dcnv3_tvm.transform.program import Program, Rebuilder, variables
 from dcnv3_tvm.transform.shapes import element_type
 from dcnv3_tvm.transform.storage import find_values, packed_sampling
 
-_MANY_SUMS: Final = 16
+MANY_SUMS: Final = 16
 """Of two sums a block, those of the third stage of every released variant are more, and nearly all
 others fewer. In float16 they make up most of the errors of its maps and of those behind it: of
 InternImage-T, 96x160 pixels, 2.1e-3 instead of 1.8e-3 in the last one. Float32 takes 9 % more time
@@ -52,27 +52,29 @@ def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
     wide: set[relax.Var] = set()
     half: set[relax.Var] = set()
     values: set[relax.Var] = set()
+    sensitive: set[relax.Var] = set()
     pairs: dict[relax.Var, relax.Var] = {}
     for name, entry in program.entries.items():
         function = program.module[name]
         layers = find_layers(function, len(entry.inputs))
         found |= layers
         wide |= _results(function)
-        if dtype == "float16":
+        if dtype != "float32":
             wide |= _long_streams(layers)
         if dtype == "bfloat16":
-            wide |= _sensitive(function, layers, program.module)
             arrays = (program.weights[weight] for weight in entry.weights)
             weights = dict(zip(function.params[len(entry.inputs) :], arrays, strict=True))
             found_half = half_products(function, layers, len(entry.inputs), weights, program.module)
             half |= found_half.products
             values |= found_half.values
+            sensitive |= _sensitive(function, layers, program.module)
         if dtype != "float32":
             mlps = find_mlps(function, layers)
             # Both products of a kernel have factors of one type.
             pairs |= {var: first for var, first in mlps.items() if (var in half) == (first in half)}
         inner |= find_values(function, layers, program.module).inner | set(pairs.values())
     narrow = values - _read_by_others(found, half)
+    wide |= sensitive - narrow
     converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
 
     def stored(var: relax.Var) -> str:
@@ -148,13 +150,23 @@ def _sensitive(
 
 
 def _long_streams(layers: Mapping[relax.Var, Layer]) -> set[relax.Var]:
-    """Find the residual streams of so many sums that float16 loses digits of them."""
+    """Find the residual streams of so many sums that float16 loses digits of them.
+
+    Not where products read the sums themselves, with no norm between: they would have to convert
+    them, and could not copy them into shared memory without a detour through registers.
+    """
     streams: dict[relax.Var, list[relax.Var]] = {}
     for var, layer in layers.items():  # in the order in which they are computed
         if layer.residual is not None:
             stream = streams.pop(layer.residual, [layer.residual])
             streams[var] = [*stream, var]
-    return {var for stream in streams.values() if len(stream) > _MANY_SUMS for var in stream}
+    read = {layer.root.args[0] for layer in layers.values() if layer.kind != "layer_norm"}
+    return {
+        var
+        for stream in streams.values()
+        if len(stream) > MANY_SUMS and not read.intersection(stream[:-1])
+        for var in stream
+    }
 
 
 def _lower_sampling(
