@@ -159,13 +159,16 @@ def list_floors(
 
 
 def _blank(case: EncoderCase) -> InternImage:
-    """Build the model with weights of zero, which take memory only where they are written to."""
+    """Build the model with matrices of zero, which take memory only where they are written to.
+
+    Vectors are of ones: by the size of scales and biases a type is chosen for what follows.
+    """
     model = frontend.create_model(case.variant, features_only=case.features, device="meta")
-    zeros = {
-        name: torch.from_numpy(np.zeros(tuple(value.shape), np.float32))
-        for name, value in model.state_dict().items()
-    }
-    model.load_state_dict(zeros, assign=True)
+    blank = {}
+    for name, value in model.state_dict().items():
+        fill = np.ones if value.ndim == 1 else np.zeros
+        blank[name] = torch.from_numpy(fill(tuple(value.shape), np.float32))
+    model.load_state_dict(blank, assign=True)
     return model.requires_grad_(False)
 
 

@@ -304,7 +304,7 @@ _KINDS: Final = {
         _floor,
     ),
     "gpu-accuracy": _Kind(
-        "the outputs of an encoder's GPU schedules, run on the processor, against float64",
+        "an encoder compiled for a GPU, on one that the processor emulates, against float64",
         (declare.add_model, declare.add_features, declare.add_accuracy, declare.add_csv),
         _gpu_accuracy,
     ),

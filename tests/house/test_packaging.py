@@ -98,7 +98,8 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile):
     assert names - data == package_files()
     assert "dcnv3_tvm/py.typed" in data
     unexpected = {name for name in data if not name.endswith((".json", ".jsonl", "py.typed"))}
-    assert not unexpected
+    folder = "dcnv3_tvm/testing/emulated_gpu"
+    assert unexpected == {f"{folder}/device.h", f"{folder}/driver.c"}
     records = {path.name for path in (ROOT / "schedules" / "records").iterdir()}
     assert records
     for target in records:
