@@ -273,10 +273,12 @@ def test_the_operator_runs_where_its_tensors_are(run):
     run("""
     import tvm
     import dcnv3_tvm as dt
+    from dcnv3_tvm.testing import operator as problems
+    from dcnv3_tvm.testing.specs import random_inputs
 
     spec = dt.DCNv3Spec.of((1, 6, 5, 32), group=2, dtype="float16")
-    shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape)
-    arrays = [np.zeros(shape, np.float16) for shape in shapes]
+    inputs = random_inputs(spec, seed=1)
+    arrays = problems.arguments(spec, inputs)
     x, offset, mask = (tvm.runtime.tensor(array, tvm.cuda(1)) for array in arrays)
     operator = dt.compile_op(spec, "cuda")
     import tvm_ffi
@@ -287,6 +289,7 @@ def test_the_operator_runs_where_its_tensors_are(run):
             result = dt.dcnv3(x, offset, mask, group=2)
         assert result.shape == (1, 6, 5, 32) and str(result.device) == "cuda:1"
         assert words("launch") == [f"launch dcnv3_kernel gpu=1 stream={stream}"]
+        problems.check(result.numpy(), spec, inputs)
     assert dt.compile_op(spec, "cuda") is operator is dt.compile_op(spec, "cuda-sm90")
     assert "not where the operator computes; got cpu" in told(lambda: operator(*arrays))
     on_other = tvm.runtime.tensor(arrays[2], tvm.cuda(0))

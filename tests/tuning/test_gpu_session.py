@@ -1,11 +1,17 @@
 """Tuning for GPUs: compiled anywhere, measured where there is one."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.runtime import toolkit
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.testing import emulated_gpu
 from dcnv3_tvm.tuning import jobs
 from dcnv3_tvm.tuning.tasks import operator_task
 from dcnv3_tvm.tuning.tune import TuneConfig, estimate, tune
@@ -20,6 +26,24 @@ def test_a_candidate_is_compiled_without_a_gpu(tmp_path):
     path = tmp_path / "kernel.so"
     jobs.build(task.function, target, {"vectors": 1, "groups": 2, "pixels": 8}, path)
     assert b"\x7fELF" in path.read_bytes()[4:]  # the cubin in the library
+
+
+@pytest.mark.slow
+def test_a_session_on_an_emulated_gpu(tmp_path):
+    (tmp_path / "cuda").mkdir()
+    words = ["--target", "cuda", "--trials", "4", "--work-dir", str(tmp_path / "runs")]
+    done = subprocess.run(
+        [sys.executable, "-m", "dcnv3_tvm", "tune", SPEC.slug, *words],
+        env=os.environ | emulated_gpu.install(tmp_path / "cuda"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
+    (kernel,) = summary["kernels"]
+    assert (summary["trials"], kernel["failed"]) == (4, 0)
+    assert kernel["seconds"] > 0
 
 
 @pytest.mark.skipif(not gpu.devices(), reason="needs a GPU")
