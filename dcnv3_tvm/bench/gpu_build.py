@@ -10,7 +10,6 @@ import multiprocessing
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 from dcnv3_tvm.bench.budget import NoTimeError
 from dcnv3_tvm.bench.cases import EncoderCase
@@ -108,11 +107,6 @@ class Builds:
     def __enter__(self) -> Builds:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # What has not begun is given up; what has, ends within a minute.
         self._pool.shutdown(wait=False, cancel_futures=True)

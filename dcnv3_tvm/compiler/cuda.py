@@ -77,6 +77,30 @@ def lowering(*, graph: bool = False) -> Iterator[None]:
                 os.environ[_FORCE_SOURCE] = before
 
 
+def build(module: tvm.IRModule, target: tvm.target.Target, path: Path) -> None:
+    """Compile scheduled kernels, and Relax functions that call them, to a shared library.
+
+    Parameters
+    ----------
+    module : tvm.IRModule
+        Intrinsics in place.
+    target : tvm.target.Target
+        A GPU.
+    path : Path
+        The library.
+
+    Raises
+    ------
+    CompileError
+        As of `export`.
+    RuntimeError
+        If TVM cannot compile it.
+    """
+    with lowering():
+        executable = tvm.compile(module, target=target, tir_pipeline=LOWERING)
+    export(executable.mod, path, str(target.attrs["arch"]))
+
+
 def export(module: Any, path: Path, arch: str) -> None:
     """Write a module built under `lowering` to a shared library that holds machine code.
 

@@ -119,12 +119,10 @@ def export_kernel(
         If it cannot be compiled.
     """
     module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
-    if not is_gpu(target):
+    if is_gpu(target):
+        cuda.build(module, target, path)
+    else:
         tvm.compile(module, target=target).export_library(str(path))
-        return
-    with cuda.lowering():
-        executable = tvm.compile(module, target=target, tir_pipeline=cuda.LOWERING)
-    cuda.export(executable.mod, path, str(target.attrs["arch"]))
 
 
 def _tensors(types: Iterable[Any]) -> tuple[Tensor, ...]:

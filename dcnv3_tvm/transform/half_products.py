@@ -34,10 +34,11 @@ _IMAGE: Final = 2.0**10
 _MOST: Final = 2.0**14
 """Largest bound of a factor, a quarter of the largest number of float16."""
 
-_KEEPING: Final = ("relax.permute_dims", "relax.reshape", "relax.mean")
-
 _LEAST: Final = 2.0**-4
 """Smallest bound of a factor: below, its typical numbers would come near float16's smallest."""
+
+_KEEPING: Final = ("relax.permute_dims", "relax.reshape", "relax.mean")
+"""Operators whose results are no larger than what they read."""
 
 
 class Half(NamedTuple):
@@ -90,7 +91,6 @@ def half_products(
     images = [var for var in function.params[:inputs] if var.ty.ndim == 4]
     reach = {var: _of_any(_IMAGE, var) for var in images}
     found = Half(set(), set())
-
     for block in function.body.blocks:
         for binding in block.bindings:
             var, value, layer = binding.var, binding.value, layers.get(binding.var)
@@ -154,20 +154,16 @@ def _of_product(layer: Layer, source: _Reach, weights: Mapping[relax.Var, np.nda
     weight = weights.get(layer.root.args[1])
     if weight is None:
         return _ENDLESS
-    linear = weight.ndim == 2
-    rows = np.linalg.norm(weight, axis=0) if linear else np.linalg.norm(_rows(weight), axis=1)
-    pixels = 1 if linear else math.prod(weight.shape[1:3])
+    # (inputs, outputs), or (outputs, height, width, inputs).
+    matrix = weight.T if weight.ndim == 2 else weight.reshape(weight.shape[0], -1)
+    rows = np.linalg.norm(matrix, axis=1)
+    pixels = math.prod(weight.shape[1:-1]) if weight.ndim == 4 else 1
     bias = np.zeros(1) if layer.bias is None else weights.get(layer.bias, np.full(1, np.inf))
     given = math.sqrt(pixels) * source.norm
     return _Reach(
         float((rows * given + np.abs(bias)).max()),
         float(np.linalg.norm(rows) * given + np.linalg.norm(bias)),
     )
-
-
-def _rows(weight: np.ndarray) -> np.ndarray:
-    """Turn a weight (outputs, height, width, inputs) into a matrix."""
-    return weight.reshape(weight.shape[0], -1)
 
 
 def _is_closer(weight: np.ndarray | None) -> bool:

@@ -85,10 +85,10 @@ def write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, block: LoopRV, warps:
     vector = math.gcd(columns, 8)
     sch.set_scope(epilogue, 0, "local")
     sch.reverse_compute_at(store, block, preserve_unit_loops=True)
-    _, thread, lane = _share(sch, store, warps, vector)
+    _, thread, _ = _share(sch, store, warps, vector)
     sch.compute_at(epilogue, thread, preserve_unit_loops=True)
     unroll_all(sch, sch.get_loops(epilogue)[-2:])
-    copies = []
+    copies = [store]
     for index in range(len(sch.get(epilogue).reads)):
         copy = read_early(sch, epilogue, index)
         sch.compute_at(copy, thread, preserve_unit_loops=True)
@@ -96,12 +96,6 @@ def write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, block: LoopRV, warps:
     for copy in copies:
         width = VECTOR_BYTES // DTYPE_BYTES[str(sch.get(copy).writes[0].source.dtype)]
         vectorize_copy(sch, copy, math.gcd(vector, width))
-    width = math.gcd(
-        vector, VECTOR_BYTES // DTYPE_BYTES[str(sch.get(store).writes[0].source.dtype)]
-    )
-    steps, lane = sch.split(lane, [None, width])
-    sch.unroll(steps)
-    sch.vectorize(lane)
 
 
 def read_early(sch: s_tir.Schedule, epilogue: SBlockRV, index: int) -> SBlockRV:

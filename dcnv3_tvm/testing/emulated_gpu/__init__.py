@@ -21,7 +21,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, TypeVar
 
 import numpy.typing as npt
@@ -103,12 +102,7 @@ class EmulatedGpu:
     def __enter__(self) -> EmulatedGpu:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.shutdown()
         self._folder.cleanup()
@@ -164,9 +158,11 @@ class EmulatedGpu:
         arguments : mapping of str to (inputs, outputs)
             Of each.
         """
+        import tvm
+
         named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
         cases = {name: (list(inputs), list(made)) for name, (inputs, made) in arguments.items()}
-        with self._compiled(named, target) as library:
+        with self._compiled(tvm.IRModule(named), target) as library:
             first, second = self.call(_run_kernels, library, cases)
         return {name: _same(first[name], second[name]) for name in first}
 
@@ -210,18 +206,13 @@ class EmulatedGpu:
 
     @contextlib.contextmanager
     def _compiled(self, module: Any, target: Any) -> Iterator[Path]:
-        """Compile a module, or named functions, to a library that is there while entered."""
-        import tvm
-
+        """Compile a module to a library that is there while entered."""
         from dcnv3_tvm.compiler import cuda
 
         with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-kernels-") as folder:
             library = Path(folder) / "kernels.so"
             with self.compiling():
-                with cuda.lowering():
-                    module = module if isinstance(module, tvm.IRModule) else tvm.IRModule(module)
-                    executable = tvm.compile(module, target=target, tir_pipeline=cuda.LOWERING)
-                cuda.export(executable.mod, library, str(target.attrs["arch"]))
+                cuda.build(module, target, library)
             yield library
 
 

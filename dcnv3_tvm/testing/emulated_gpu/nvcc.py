@@ -93,28 +93,24 @@ def translate(source: str) -> list[str]:
     ValueError
         If it has inline PTX that is not known.
     """
-    starts = [found.start() for found in _KERNEL.finditer(source)]
-    if not starts:
+    heads = list(_KERNEL.finditer(source))
+    if not heads:
         raise ValueError("the source has no kernels")
-    begin = _language(source[: starts[0]])
+    begin = _language(source[: heads[0].start()])
+    stops = [*(head.start() for head in heads[1:]), len(source)]
     kernels = [
-        source[start:stop] for start, stop in zip(starts, [*starts[1:], len(source)], strict=True)
+        _kernel(head, source[head.start() : stop]) for head, stop in zip(heads, stops, strict=True)
     ]
     step = _KERNELS_A_PIECE
-    return [
-        "\n".join([begin, *map(_kernel, kernels[i : i + step])])
-        for i in range(0, len(kernels), step)
-    ]
+    return ["\n".join([begin, *kernels[i : i + step]]) for i in range(0, len(kernels), step)]
 
 
-def _kernel(source: str) -> str:
+def _kernel(head: re.Match[str], source: str) -> str:
     """Translate a kernel, and add what runs it and the sizes of its parameters."""
-    found = _KERNEL.match(source)
-    assert found is not None
-    name = found[1]
+    name = head[1]
     types = [
         re.sub(r"\w+$", "", parameter.replace("__restrict__", "").strip()).strip()
-        for parameter in _split(found[2], ",")
+        for parameter in _split(head[2], ",")
     ]
     arguments = ", ".join(f"*({kind} *)p[{i}]" for i, kind in enumerate(types))
     sizes = ", ".join(f"sizeof({kind})" for kind in types)
