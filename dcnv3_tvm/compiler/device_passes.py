@@ -1,4 +1,4 @@
-"""How TVM lowers kernels for a GPU: its pipeline for S-TIR, with one pass repeated."""
+"""How TVM lowers kernels for a GPU: its pipeline for S-TIR, one pass repeated and one added."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Final
 import tvm
 from tvm import tirx
 from tvm.tirx import compilation_pipeline
+
+from dcnv3_tvm.compiler.join_branches import join_branches
 
 PIPELINE: Final = "dcnv3_tvm.cuda"
 """Name of the pipeline, for ``tir_pipeline`` of ``tvm.compile`` and ``relax.build``."""
@@ -44,6 +46,7 @@ def _device_passes() -> tvm.transform.Pass:
         [
             # It lowers one buffer and leaves those declared after it.
             *[tirx.transform.LowerWarpMemory() for _ in range(_WARP_BUFFERS)],
+            join_branches,
             tirx.transform.StmtSimplify(),
             tirx.transform.LowerIntrin(),
         ]

@@ -7,7 +7,7 @@ softmax_max, _exp, _sum   only with ``spec.softmax``: the stable softmax of the 
 coordinates               where the point samples: (y, x) in pixels of x
 corners                   row and column of the upper left of the four pixels read, inside x
 weights                   the four bilinear weights times the mask
-pixels                    only where the width is static: row and column as one index
+pixels                    only where the width is static or for GPUs: row and column as one index
 patch                     only for GPUs: the four pixels read, for each channel
 sum                       weights times pixels, over points, for each channel
 gate                      only with ``center_feature``: the part of the undeformed pixel, by group
@@ -178,13 +178,16 @@ def blocks(
 
     # With a static width, row and column taken from one index simplify back to that index when
     # the buffer is flattened; with a symbolic one TVM would emit the divisions.
-    linear = spec.width is not None
+    linear = gather or spec.width is not None
     image = (spec.height or 2**31) * (spec.width or 2**31)
     pixel_type = "int32" if image < 2**31 else "int64"
 
     def from_index(index: Any, r: Any, s: Any) -> tuple[Any, Any]:
         """Row and column of corner (r, s) of the patch whose first pixel has an index."""
         index = tirx.Cast("int64", index)
+        if spec.width is None:
+            # In the first row, far beyond its end: flattened, it is the same place.
+            return int64(0), index + row_step * r * w + col_step * s
         return tirx.floordiv(index, w) + row_step * r, tirx.floormod(index, w) + col_step * s
 
     def from_pair(row: Any, col: Any, y: Any, x: Any, r: Any, s: Any) -> tuple[Any, Any]:
@@ -278,14 +281,8 @@ def blocks(
                     )
                     chan = T.meta_var(g * group_channels + ch)
                     # Which pixels are read depends on data: the region is the whole image.
-                    if linear:
-                        T.reads(pixel[b, y, x, g, p], X[b, 0:h, 0:w, chan])
-                        corner = T.meta_var(from_index(pixel[b, y, x, g, p], r, s))
-                    else:
-                        T.reads(row[b, y, x, g, p], col[b, y, x, g, p], X[b, 0:h, 0:w, chan])
-                        corner = T.meta_var(
-                            from_pair(row[b, y, x, g, p], col[b, y, x, g, p], y, x, r, s)
-                        )
+                    T.reads(pixel[b, y, x, g, p], X[b, 0:h, 0:w, chan])
+                    corner = T.meta_var(from_index(pixel[b, y, x, g, p], r, s))
                     T.writes(patch[b, y, x, g, p, r, s, ch])
                     patch[b, y, x, g, p, r, s, ch] = X[b, corner[0], corner[1], chan]
             for i0, i1, i2, i3, i4, dy, dx, c in T.grid(

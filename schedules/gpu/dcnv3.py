@@ -14,6 +14,7 @@ from dcnv3_tvm.op.tensorir import KERNEL_ATTR, gathering, spec_of
 from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.threads import (
     VECTOR_BYTES,
+    bind_blocks,
     divisors,
     unroll_all,
     vectorize_copy,
@@ -34,6 +35,9 @@ _PIXELS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 
 _FULL_GPU: Final = 2**17
 """Threads that fill a large GPU once; where there are fewer, each takes less."""
+
+_OPEN_SIDE: Final = 64
+"""Rows or columns where they are known only at run time."""
 
 _MAX_UNROLLED_POINTS: Final = 16
 """Beyond, the loop over the points stays a loop."""
@@ -114,7 +118,7 @@ def _tile(
     vectors = spec.group_channels // vector
     amounts = [amount for amount in (1, 2) if vectors % amount == 0]
     images, rows, columns = (static(sch.get(loop).extent) for loop in (batch, row, column))
-    outputs = (images or 1) * (rows or 1) * (columns or 1)
+    outputs = (images or 1) * (rows or _OPEN_SIDE) * (columns or _OPEN_SIDE)
     enough = outputs * spec.channels >= amounts[-1] * vector * _FULL_GPU
     amount = amounts[-1] if enough else 1
     lanes = vectors // amount
@@ -130,10 +134,15 @@ def _tile(
     pixels = choices.pick("pixels", runs, pixels)
     lane, *inner = sch.split(channel, [None, amount, vector])
     slab, group = sch.split(group, [None, groups])
-    block, pixel = sch.split(sch.fuse(row, column), [None, pixels])
-    sch.reorder(batch, slab, block, pixel, group, lane, *inner)
+    if rows is not None and columns is not None:
+        block, pixel = sch.split(sch.fuse(row, column), [None, pixels])
+        outer, places = [batch], [slab, block]
+    else:  # Pixels of one row: so a thread need not divide by what is not known.
+        block, pixel = sch.split(column, [None, pixels])
+        outer, places = [batch, row], [block, slab]
+    sch.reorder(*outer, *places, pixel, group, lane, *inner)
     unroll_all(sch, inner)
-    sch.bind(sch.fuse(batch, slab, block), "blockIdx.x")
+    bind_blocks(sch, outer, places)
     thread = sch.fuse(pixel, group, lane)
     sch.bind(thread, "threadIdx.x")
     return thread

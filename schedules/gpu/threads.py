@@ -11,6 +11,7 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from dcnv3_tvm import gpu
+from dcnv3_tvm.op.stages import static
 from dcnv3_tvm.schedules.choices import ChoiceError
 
 VECTOR_BYTES: Final = 16
@@ -54,6 +55,18 @@ def divisors(number: int, largest: int | None = None) -> list[int]:
     """List the divisors of a number, up to `largest`."""
     limit = number if largest is None else min(number, largest)
     return [d for d in range(1, limit + 1) if number % d == 0]
+
+
+def bind_blocks(sch: s_tir.Schedule, outer: Sequence[LoopRV], inner: Sequence[LoopRV]) -> None:
+    """Bind loops, which follow each other, to the blocks of a kernel.
+
+    Where all extents are known, all to one axis. Where not, to find its place a block divides by
+    them: less often if the inner loops have an axis of their own (of which CUDA allows 65535).
+    """
+    known = all(static(sch.get(loop).extent) is not None for loop in (*outer, *inner))
+    axes = [[*outer, *inner]] if known else [outer, inner]
+    for loops, axis in zip(axes, ("blockIdx.x", "blockIdx.y"), strict=False):
+        sch.bind(sch.fuse(*loops), axis)
 
 
 def unroll_all(sch: s_tir.Schedule, loops: Sequence[LoopRV]) -> None:

@@ -97,10 +97,48 @@ def test_any_batch(gpu):
         check(run(gpu, tensorir.dcnv3(spec), static, inputs), static, inputs)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ((None, None, None), {}),
+        ((2, None, None), {"stride": (2, 1), "pad": 2, "dilation": (1, 2)}),
+        ((None, None, 7), {"offset_scale": 0.5}),
+        ((1, 6, None), {"remove_center": True}),
+    ],
+    ids=str,
+)
+def test_any_size(gpu, given, options, dtype):
+    """Rows longer and shorter than what a block takes; images of one row, column and pixel."""
+    spec = dataclasses.replace(
+        DCNv3Spec.of((*given, 64), group=4, dtype=dtype, **options), softmax=True
+    )
+    scheduled = dcnv3(tensorir.dcnv3_packed(spec), TARGET, Choices())
+    functions, cases, problems = {}, {}, {}
+    for number, sizes in enumerate([(3, 5, 37), (1, 1, 9), (2, 4, 1), (1, 1, 1)]):
+        known = (size or other for size, other in zip(given, sizes, strict=True))
+        fields = dict(zip(("batch", "height", "width"), known, strict=True))
+        static = dataclasses.replace(spec, **fields)
+        inputs = random_inputs(static, seed=number)
+        name = f"size{number}"
+        functions[name], problems[name] = scheduled, (static, inputs)
+        shape = operator.output_shape(static, inputs)
+        cases[name] = (operator.arguments(static, inputs, packed=True), [(shape, dtype)])
+    for name, (result,) in gpu.run_all(functions, TARGET, cases).items():
+        check(result, *problems[name])
+
+
 def test_one_launch_and_vectors():
     spec = DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16")
     text = dcnv3(tensorir.dcnv3(spec), TARGET, Choices()).script()
     assert text.count('"blockIdx.x"') == 1
+    assert "T.vectorized(T.int64(8))" in text
+
+
+def test_open_sizes_are_gathered_in_vectors():
+    spec = DCNv3Spec.of((None, None, None, 64), group=4, dtype="float16")
+    text = dcnv3(tensorir.dcnv3(spec), TARGET, Choices()).script()
+    assert (text.count('"blockIdx.x"'), text.count('"blockIdx.y"')) == (1, 1)
     assert "T.vectorized(T.int64(8))" in text
 
 
