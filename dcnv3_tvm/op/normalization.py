@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from tvm import tirx
@@ -119,7 +119,7 @@ def depthwise(
     dtype: str = "float32",
     x_dtype: str | None = None,
     out_dtype: str | None = None,
-    gather: bool = False,
+    run: int | None = None,
 ) -> tirx.PrimFunc:
     """Build a depthwise convolution of channels-last tensors, with LayerNorm and activation.
 
@@ -141,9 +141,11 @@ def depthwise(
         Element type of the computation and of all tensors.
     x_dtype, out_dtype : str, optional
         Other element types for x and out.
-    gather : bool
-        Leave the type of x as it is in ``padded``, for loads of whole vectors, and convert it in a
-        block ``converted`` behind.
+    run : int, optional
+        For GPUs: what lies between x and out is in runs of so many neighbouring pixels, each with
+        the pixels that it sees, so that a thread's part has a known size where the width has none;
+        and ``padded`` has the type of x, for loads of whole vectors, which a block ``converted``
+        behind it converts.
 
     Returns
     -------
@@ -178,33 +180,46 @@ def depthwise(
         beta = argument("beta", [channels], dtype) if normalized else None
         stored = out_dtype or dtype
         out = argument("out", [batch, out_height, out_width, channels], stored)
-        outputs, dilation = (out_height, out_width), (1, 1)
-        image = padded(x, outputs, kernel_size, stride, pad, dilation, x.dtype if gather else dtype)
-        if image.dtype != dtype:
-            raw = image
-            image = compute(
-                "converted", raw.shape, lambda *index: cast(dtype, raw[index]), dtype=dtype
-            )
+        if run is None:
+            outputs, dilation = (out_height, out_width), (1, 1)
+            image = padded(x, outputs, kernel_size, stride, pad, dilation, dtype)
+            columns: list[Any] = [out_width]
+        else:
+            # Written so that TVM sees, where the width is open, that the last pixel has a run.
+            runs = tirx.floordiv(out_width - int64(1), int64(run)) + int64(1)
+            columns = [runs, int64(run)]
+            image = _runs(x, out_height, columns, kernel_size, stride, pad)
+            if image.dtype != dtype:
+                raw = image
+                image = compute(
+                    "converted", raw.shape, lambda *index: cast(dtype, raw[index]), dtype=dtype
+                )
+
+        def place(b: Any, i: Any, j: Any) -> tuple[Any, ...]:
+            """Return where the sums of an output pixel are."""
+            return b, i, *unflatten(j, columns)
+
+        def seen(b: Any, i: Any, *index: Any) -> Any:
+            """Multiply a pixel of a window by its weight."""
+            *part, j, c, p, q = index
+            pixel = (b, i * stride[0] + p, *part, j * stride[1] + q, c)
+            return image[pixel] * weight[p, q, c]
+
+        places = [batch, out_height, *columns]
         sums = compute(
             "window",
-            [batch, out_height, out_width, channels],
-            lambda b, i, j, c, p, q: (
-                image[b, i * stride[0] + p, j * stride[1] + q, c] * weight[p, q, c]
-            ),
+            [*places, channels],
+            seen,
             reduce=kernel_size,
-            start=None if shift is None else lambda _b, _i, _j, c: shift[c],
+            start=None if shift is None else lambda *index: shift[index[-1]],
             dtype=dtype,
         )
-
-        def value(*index: Any) -> Any:
-            return sums[index]
-
-        places = [batch, out_height, out_width]
+        pixels = [batch, out_height, out_width]
         if norm_eps is None:
             compute(
                 "epilogue",
-                [*places, channels],
-                lambda *index: cast(stored, activate(activation, value(*index))),
+                [*pixels, channels],
+                lambda b, i, j, c: cast(stored, activate(activation, sums[(*place(b, i, j), c)])),
                 dtype=stored,
                 into=out,
             )
@@ -212,23 +227,51 @@ def depthwise(
             _normalize(
                 places,
                 channels,
-                value,
+                lambda *index: sums[index],
                 gamma,
                 beta,
                 norm_eps,
                 lambda *index: cast(stored, activate(activation, index[-1])),
                 dtype=dtype,
                 into=out,
+                rows=pixels,
+                place=place,
             )
     return builder.get()
 
 
-def gathering(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Build a kernel of `depthwise` anew, with ``gather=True``."""
+def in_runs(func: tirx.PrimFunc, run: int) -> tirx.PrimFunc:
+    """Build a kernel of `depthwise` anew, in runs."""
     options = json.loads(str(func.attrs[OPTIONS_ATTR]))
     pairs = {name: tuple(options[name]) for name in ("kernel_size", "stride", "pad")}
     *sizes, channels = func.params[0].shape
-    return depthwise(*sizes, int(channels), **(options | pairs), gather=True)
+    return depthwise(*sizes, int(channels), **(options | pairs), run=run)
+
+
+def _runs(
+    x: Any,
+    out_height: Any,
+    columns: Sequence[Any],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    pad: tuple[int, int],
+) -> Any:
+    """Add the block ``padded`` of an image in runs: those pixels of a row that a run sees."""
+    batch, height, width, channels = x.shape
+    runs, run = columns
+    extents = [
+        batch,
+        (out_height - 1) * stride[0] + kernel_size[0],
+        runs,
+        (run - 1) * stride[1] + kernel_size[1],
+    ]
+
+    def pixel(b: Any, i: Any, part: Any, j: Any, c: Any) -> Any:
+        row, column = i - pad[0], part * run * stride[1] + j - pad[1]
+        inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
+        return tirx.if_then_else(inside, x[b, row, column, c], tirx.const(0, x.dtype))
+
+    return compute("padded", [*extents, channels], pixel, dtype=x.dtype)
 
 
 def _normalize(
@@ -243,10 +286,13 @@ def _normalize(
     dtype: str,
     into: Any,
     at: Any = None,
+    rows: Sequence[Any] | None = None,
+    place: Callable[..., tuple[Any, ...]] = lambda *row: row,
 ) -> None:
     """Add the blocks of a LayerNorm of ``value(*place, c)``.
 
-    ``finish(*place, c, normal)`` is stored.
+    ``finish(*row, c, normal)`` is stored, where `rows`, by default `places`, are the extents of
+    the rows, and ``place(*row)`` is the place of one.
     """
     share = tirx.const(1.0 / channels, dtype)
     total = compute("total", places, value, reduce=[channels], dtype=dtype)
@@ -271,9 +317,9 @@ def _normalize(
     )
 
     def normal(*index: Any) -> Any:
-        channel = index[-1]
-        return finish(
-            *index, deviation(*index) * scale[index[:-1]] * gamma[channel] + beta[channel]
-        )
+        *row, channel = index
+        found = place(*row)
+        normalized = deviation(*found, channel) * scale[found]
+        return finish(*index, normalized * gamma[channel] + beta[channel])
 
-    compute("epilogue", [*places, channels], normal, dtype=dtype, into=into, at=at)
+    compute("epilogue", [*(rows or places), channels], normal, dtype=dtype, into=into, at=at)

@@ -12,11 +12,11 @@ from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
 from dcnv3_tvm.gpu import WARP
-from dcnv3_tvm.op.normalization import gathering
+from dcnv3_tvm.op.normalization import in_runs
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels, vector_elements
-from dcnv3_tvm.schedules.gpu.threads import unroll_all
+from dcnv3_tvm.schedules.gpu.threads import bind_blocks, unroll_all
 from dcnv3_tvm.targets import is_gpu
 
 _THREADS: Final = range(64, 513)
@@ -57,13 +57,11 @@ def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pri
     """
     if func.attrs is None or func.attrs.get(KERNEL_ATTR) != "depthwise" or not is_gpu(target):
         return None
-    if static(func.params[-1].shape[2]) is None:
-        return None  # of rows of any length TVM does not see how few pixels a thread keeps
-    func = gathering(func)
     tile = _tile(func)
     if tile is None:
         return None
-    sch = s_tir.Schedule(func)
+    pixels = choices.pick("run", _RUNS, tile.run)
+    sch = s_tir.Schedule(in_runs(func, pixels))
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
     normalized = len(sch.get_consumers(window)) > 1
     batch, line, pixel, channel = sch.get_loops(epilogue)
@@ -72,9 +70,9 @@ def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pri
         lines = choices.pick("lines", _SIDES, lines)
         runs = choices.pick("runs", _SIDES, runs)
     slab, line = sch.split(line, [None, lines])
-    part, pixel, run = sch.split(pixel, [None, runs, choices.pick("run", _RUNS, tile.run)])
+    part, pixel, run = sch.split(pixel, [None, runs, pixels])
     sch.reorder(batch, slab, part, line, pixel, run)
-    sch.bind(sch.fuse(batch, slab, part), "blockIdx.x")
+    bind_blocks(sch, [batch, slab], [part])
     sch.bind(line, "threadIdx.z")
     sch.bind(pixel, "threadIdx.y")
     shared = Channels.of(choices, tile.lanes, tile.vector)

@@ -112,6 +112,30 @@ def test_symbolic_sizes(gpu, rng, assert_close, shape):
     check(gpu, rng, assert_close, shape, given=(n, h, shape[2]), **TYPES[0])
 
 
+@pytest.mark.parametrize("shape", [(2, 9, 70, 24), (1, 1, 1, 2560), (3, 5, 1, 80)])
+def test_any_width(gpu, rng, assert_close, shape):
+    """More pixels in a row than a block takes, and fewer than a thread; all warps in one row."""
+    n, h, w = (tirx.Var(name, "int64") for name in "nhw")
+    check(gpu, rng, assert_close, shape, given=(n, h, w), **TYPES[0])
+    check(gpu, rng, assert_close, shape, given=(*shape[:2], w), normalized=False)
+
+
+def test_large_windows_and_strides_of_any_size(gpu, rng, assert_close):
+    shape, given = (2, 11, 13, 16), [tirx.Var(name, "int64") for name in "nhw"]
+    check(gpu, rng, assert_close, shape, given, kernel=(9, 9), pad=(4, 4))
+    check(
+        gpu,
+        rng,
+        assert_close,
+        shape,
+        given,
+        kernel=(2, 5),
+        stride=(2, 3),
+        pad=(0, 1),
+        **TYPES[1],
+    )
+
+
 def source(func):
     """Return the CUDA code of a kernel, scheduled by its rule."""
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
