@@ -76,9 +76,11 @@ def launch(scheduled: tirx.PrimFunc) -> str:
 
 
 def _shape(block: dict[str, str]) -> str:
-    threads = [block[axis] for axis in sorted(block) if axis.startswith("thread")]
-    blocks = [block[axis] for axis in sorted(block) if axis.startswith("block")]
-    return f"{' x '.join(blocks) or '1'} blocks of {' x '.join(threads) or '1'} threads"
+    def extents(kind: str) -> str:
+        found = [block[axis] for axis in sorted(block) if axis.startswith(kind)]
+        return " x ".join(f"({size})" if " " in size else size for size in found) or "1"
+
+    return f"{extents('block')} blocks of {extents('thread')} threads"
 
 
 def _summary(rule: object) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
@@ -20,14 +21,17 @@ VECTOR_BYTES: Final = 16
 
 def launches(func: tirx.PrimFunc) -> list[dict[str, str]]:
     """Return how the kernels of a scheduled function are started: extents by thread axis."""
-    found = re.findall(
-        r"T\.thread_binding\((?:T\.int64\()?(.+?)\)?, thread=\"(\w+\.[xyz])\"", func.script()
-    )
     kernels: list[dict[str, str]] = []
-    for extent, axis in found:
+
+    def visit(loop: tirx.For) -> None:
+        if loop.thread_binding is None:
+            return
+        axis = str(loop.thread_binding.thread_tag)
         if not kernels or axis == "blockIdx.x":
             kernels.append({})
-        kernels[-1].setdefault(axis, extent)
+        kernels[-1].setdefault(axis, re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(loop.extent)))
+
+    tvm_ffi.structural_walk(func.body, (tirx.For, visit), order="pre")
     return kernels
 
 

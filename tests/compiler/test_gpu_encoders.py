@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from dcnv3_tvm.bench import gpu_accuracy
 from dcnv3_tvm.bench.cases import encoder_case
 from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
 from dcnv3_tvm.cli import main
+from dcnv3_tvm.compiler.pipeline import run_pipeline
 from dcnv3_tvm.op import gemm
+from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing.compare import difference, reference_outputs
 from dcnv3_tvm.testing.weights import randomize_
 
@@ -54,6 +57,10 @@ def test_any_batch_and_size(gpu, tmp_path, rng):
     model = randomize_(frontend.create_model(PRE_NORM), 1)
     dynamic = {"dynamic_batch": True, "dynamic_size": True}
     imported = frontend.import_model(model, example=(1, 3, 64, 96), **dynamic)
+    _, schedules = run_pipeline(imported, resolve_target("cuda-sm90"), dtype="float16")
+    stock = {name for name, found in schedules.items() if found.rule == "fallback"}
+    assert stock
+    assert all(re.search("cast|transpose|mean", name) for name in stock), stock
     with gpu.compiling():
         compile_artifact(imported, tmp_path / "model", target="cuda-sm90", dtype="float16")
     for shape in ((1, 3, 64, 96), (3, 3, 37, 75)):

@@ -16,6 +16,13 @@ def test_the_operator_on_a_gpu():
     assert "6272 blocks of 128 threads" in str(found)
 
 
+def test_open_sizes_on_a_gpu():
+    spec = dt.DCNv3Spec.of((None, None, 48, 64), group=4, dtype="float16")
+    found = dt.explain(spec, "cuda-sm90")
+    assert found.rule == "dcnv3"
+    assert found.launch == "(n * height) x 3 blocks of 128 threads"
+
+
 def test_the_operator_on_a_cpu():
     found = dt.explain(dt.DCNv3Spec.of((1, 8, 8, 32), group=2), "cpu-znver4")
     assert found.rule == "dcnv3"
