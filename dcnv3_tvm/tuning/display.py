@@ -101,6 +101,6 @@ def _row(state: TaskState, total: float) -> str:
     times = [f"{1e6 * seconds:8.1f}us" if seconds else "-" for seconds in (default, best)]
     return (
         f"{100 * state.best_total / total:5.1f}% {times[0]:>10} {times[1]:>10} "
-        f"{state.speedup:6.2f}x {state.trials:>4}/{min(state.task.size, 9999):<4} {state.failed:>6}  "
-        f"{state.task.calls} x {state.task.kernel}"
+        f"{state.speedup:6.2f}x {state.trials:>4}/{min(state.task.size, 9999):<4} "
+        f"{state.failed:>6}  {state.task.calls} x {state.task.kernel}"
     )
