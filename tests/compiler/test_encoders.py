@@ -4,14 +4,17 @@ import functools
 
 import numpy as np
 import pytest
+from tvm import relax
 
 import dcnv3_tvm as dt
 from dcnv3_tvm import frontend, machine
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.errors import CompileError, TargetError
 from dcnv3_tvm.frontend.variants import model_config
+from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing.compare import compare, reference_outputs
+from dcnv3_tvm.testing.programs import make_program
 from dcnv3_tvm.testing.weights import randomize_
 
 TINY = frontend.list_models("test_internimage_*")
@@ -88,12 +91,12 @@ def test_any_size(rng):
         _assert_agrees(compiled, model, image)
 
 
-def test_a_clip_projector_of_any_size_is_refused_with_words():
-    model = frontend.create_model(CLIP[0])
-    imported = frontend.import_model(
-        model, example=(1, 3, 64, 96), dynamic_size=True, features="never"
+def test_a_shape_that_is_unknown_before_run_time_is_refused_with_words():
+    program = make_program(
+        lambda bb, x, y: bb.emit(relax.op.add(x, y)), {"x": ("n", 4), "y": ("m", 4)}, {}
     )
-    with pytest.raises(CompileError, match="fixed image size"):
+    imported = ImportedModel("toy", program.module, program.entries, program.weights)
+    with pytest.raises(CompileError, match=r"relax\.add in main.* fixed image size"):
         dt.compile_model(imported)
 
 
