@@ -1,5 +1,6 @@
 """Whole encoders against PyTorch in float64 with the reference as operator."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -9,7 +10,7 @@ from tvm import relax
 import dcnv3_tvm as dt
 from dcnv3_tvm import frontend, machine
 from dcnv3_tvm.compiler import pipeline
-from dcnv3_tvm.errors import CompileError, TargetError
+from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
 from dcnv3_tvm.frontend.variants import model_config
 from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.targets import resolve_target
@@ -136,6 +137,18 @@ def test_compiling_leaves_the_import_as_it_was_and_dumps_every_phase(small, rng,
     assert phases[: len(pipeline.PHASES)] == list(pipeline.PHASES)
     assert "dcnv3_tvm.dcnv3" in (dump / expected[0]).read_text()
     np.testing.assert_array_equal(dt.compile_model(small)(image), first)
+
+
+def test_what_a_model_is_called_is_no_path(small, tmp_path):
+    compiled = dt.compile_model(dataclasses.replace(small, name=str(tmp_path / "elsewhere")))
+    assert compiled.metadata.name == str(tmp_path / "elsewhere")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dump_that_cannot_be_written_is_refused_with_words(small, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArgumentError, match=r"where debug_dump says; got .*file"):
+        dt.compile_model(small, debug_dump=tmp_path / "file")
 
 
 def test_the_memory_of_a_call_is_known_where_the_sizes_are():
