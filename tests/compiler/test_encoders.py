@@ -92,13 +92,17 @@ def test_any_size(rng):
         _assert_agrees(compiled, model, image)
 
 
-def test_a_shape_that_is_unknown_before_run_time_is_refused_with_words():
-    program = make_program(
-        lambda bb, x, y: bb.emit(relax.op.add(x, y)), {"x": ("n", 4), "y": ("m", 4)}, {}
-    )
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("auto", "float32"), ("cuda-sm90", "float16"), ("cuda-sm90", "bfloat16")]
+)
+def test_a_shape_that_is_unknown_before_run_time_is_refused_with_words(target, dtype):
+    def build(bb, x, y):
+        return bb.emit(relax.op.permute_dims(bb.emit(relax.op.add(x, y)), [1, 0]))
+
+    program = make_program(build, {"x": ("n", 4), "y": ("m", 4)}, {})
     imported = ImportedModel("toy", program.module, program.entries, program.weights)
     with pytest.raises(CompileError, match=r"relax\.add in main.* fixed image size"):
-        dt.compile_model(imported)
+        pipeline.run_pipeline(imported, resolve_target(target), dtype=dtype)
 
 
 @pytest.mark.slow
