@@ -72,7 +72,7 @@ def import_model(
     Raises
     ------
     InvalidArgumentError
-        If the example does not fit.
+        If the example does not fit, or the head does not take images of any size.
     ModelImportError
         If the model holds no DCNv3, or something that cannot become Relax; the message lists
         every such node with the line of its source.
@@ -90,6 +90,10 @@ def import_model(
             "features is not known", got=repr(features), allowed="'auto', 'always', 'never'"
         )
     module = _unwrapped(module)
+    config = getattr(module, "config", None)
+    known = config if isinstance(config, InternImageConfig) else None
+    if known is not None and dynamic_size:
+        known.check_any_size()
     _check_weights(module)
     image = _example_image(module, example, dynamic_batch=dynamic_batch)
     dynamic = dict.fromkeys([0] if dynamic_batch else [], torch.export.Dim.DYNAMIC)
@@ -103,8 +107,6 @@ def import_model(
         if part is not None:
             parts["features"] = part
     used = {weight for part in parts.values() for weight in part.entry.weights}
-    config = getattr(module, "config", None)
-    known = config if isinstance(config, InternImageConfig) else None
     return ImportedModel(
         name=name or (known.variant if known else _snake_case(type(module).__name__)),
         module=tvm.IRModule(

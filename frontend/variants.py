@@ -187,6 +187,22 @@ class InternImageConfig:
             "layout": "NCHW",
         }
 
+    def check_any_size(self) -> None:
+        """Refuse a model that cannot be compiled for images of any size.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If its head adds maps whose sizes are equal for images of some sizes alone.
+        """
+        if self.clip_projector and not self.features_only:
+            raise InvalidArgumentError(
+                "the clip-projector head needs a fixed image size",
+                got=f"{self.variant} with dynamic_size",
+                hint="Import the model with a fixed image size, or build it with "
+                "features_only=True (--features-only).",
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``json.dumps``."""
         return {

@@ -35,8 +35,6 @@ class Choices:
     given: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
     space: dict[str, tuple[Choice, ...]] = dataclasses.field(default_factory=dict, init=False)
     """What each decision may be: the rule's default first."""
-    taken: dict[str, Choice] = dataclasses.field(default_factory=dict, init=False)
-    """What was decided."""
 
     def pick(self, name: str, candidates: Sequence[ChoiceT], default: ChoiceT) -> ChoiceT:
         """Decide.
@@ -66,7 +64,6 @@ class Choices:
                 got=value,
                 allowed=", ".join(map(str, self.space[name])),
             )
-        self.taken[name] = value
         return value  # type: ignore[return-value]  # it is one of `space[name]`
 
     def check_all_asked(self) -> None:

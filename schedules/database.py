@@ -157,9 +157,18 @@ class Records:
 
         Raises
         ------
+        RecordsError
+            If something else is there, which would be lost.
         OSError
             If it cannot be written.
         """
+        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        if not empty and not holds_records(folder):
+            raise RecordsError(
+                "the destination exists and holds no records, so it is not replaced",
+                got=folder,
+                hint="Choose another folder, or remove it first.",
+            )
         ordered = sorted(self.by_workload.values(), key=lambda record: -record.default_seconds)
         lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in ordered]
         about = {"schema": SCHEMA, **dataclasses.asdict(self.about)}

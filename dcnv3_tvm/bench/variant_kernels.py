@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tvm import tirx
 from tvm.target import Target
@@ -178,28 +178,11 @@ def _convolution(
     target: Target,
     dtype: str,
 ) -> VariantKernel:
-    name = f"convolution_{inputs}_{outputs}"
+    name, sizes = f"convolution_{inputs}_{outputs}", (*places, inputs, outputs)
+    options: Any = {"kernel_size": (3, 3), "stride": (2, 2), "pad": (1, 1), "epilogue": epilogue}
     if is_gpu(target):
-        function = gemm.convolution(
-            *places,
-            inputs,
-            outputs,
-            kernel_size=(3, 3),
-            stride=(2, 2),
-            pad=(1, 1),
-            epilogue=epilogue,
-            dtype=dtype,
-            x_dtype="float32" if inputs == 3 else None,
-        )
+        x_dtype = "float32" if inputs == 3 else None
+        function = gemm.convolution(*sizes, **options, dtype=dtype, x_dtype=x_dtype)
         return VariantKernel(name, "gemm", function)
-    function = products.convolution(
-        *places,
-        inputs,
-        outputs,
-        kernel_size=(3, 3),
-        stride=(2, 2),
-        pad=(1, 1),
-        tile=linear_tile(outputs, target),
-        epilogue=epilogue,
-    )
+    function = products.convolution(*sizes, **options, tile=linear_tile(outputs, target))
     return VariantKernel(name, "convolution", function)

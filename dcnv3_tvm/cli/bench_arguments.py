@@ -75,6 +75,15 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_gpu_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(cases.DTYPES),
+        default="float16",
+        help="of the products (default: %(default)s)",
+    )
+
+
 def add_features(parser: argparse.ArgumentParser) -> None:
     """Declare without a head."""
     parser.add_argument(
@@ -106,12 +115,7 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
 
 def add_device_model(parser: argparse.ArgumentParser) -> None:
     """Declare the model of a GPU, and the type of products there."""
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(cases.DTYPES),
-        default="float16",
-        help="of the model (default: %(default)s)",
-    )
+    _add_gpu_dtype(parser)
     parser.add_argument(
         "--device-model",
         default="h200",
@@ -130,12 +134,7 @@ def add_trials(parser: argparse.ArgumentParser) -> None:
 
 def add_accuracy(parser: argparse.ArgumentParser) -> None:
     """Declare a GPU that need not be there, type and seed."""
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(cases.DTYPES),
-        default="float16",
-        help="of the products (default: %(default)s)",
-    )
+    _add_gpu_dtype(parser)
     parser.add_argument(
         "--target",
         default="cuda-sm90",

@@ -87,7 +87,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             got=arguments.output,
             hint="Use --force to replace it.",
         )
-    _check_compilation(arguments)
+    _check_compilation(name, arguments)
     with Progress(f"compile {name}") as progress:
         progress.step("build the PyTorch model")
         imported = _import(name, checkpoint, arguments, progress)
@@ -122,12 +122,15 @@ def execute(arguments: argparse.Namespace) -> Result:
     return Result(data, text)
 
 
-def _check_compilation(arguments: argparse.Namespace) -> None:
+def _check_compilation(name: str, arguments: argparse.Namespace) -> None:
     """Refuse what the compiler would refuse, before the model is built and imported."""
     from dcnv3_tvm.compiler.compile import check_dtype
+    from dcnv3_tvm.frontend.variants import model_config
     from dcnv3_tvm.schedules.database import find_records
     from dcnv3_tvm.targets import resolve_target
 
+    if arguments.dynamic_size and not arguments.features_only:
+        model_config(name).check_any_size()
     target = resolve_target(arguments.target)
     check_dtype(arguments.dtype, target)
     find_records(target, arguments.database)

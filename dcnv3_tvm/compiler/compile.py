@@ -45,7 +45,7 @@ def compile_model(
         What `dcnv3_tvm.frontend.import_model` gave.
     target : str or tvm.target.Target
         ``"auto"`` is this machine's processor; ``"cpu-znver4"`` or ``"llvm -mcpu=..."`` another;
-        ``"cuda"`` is this machine's GPU.
+        ``"cuda"`` is this machine's GPU, ``"cuda-sm90"`` another.
     dtype : str
         ``"float32"``; on GPUs ``"float16"`` and ``"bfloat16"`` as well; on processors with
         ``avx512_bf16``, ``"bfloat16"`` for products with operands of bfloat16 and sums of float32.
@@ -70,16 +70,18 @@ def compile_model(
     ------
     CompileError
         If the model has operators that cannot be compiled.
+    InvalidArgumentError
+        If `dtype` is none that models are compiled for, or `debug_dump` cannot be written to.
     TargetError
-        If the target is unknown, has no dot product of bfloat16 where `dtype` asks for it, or is
-        not this machine (`compile_artifact` compiles for others).
+        If the target is unknown, does not compute in `dtype`, or is not this machine
+        (`compile_artifact` compiles for others).
     RecordsError
         If the folder `database` holds no records, or records for another target or version of TVM.
     """
     # Not only when it is compiled: that takes minutes.
     check_target(target_info(targets.resolve_target(target)))
     folder = tempfile.TemporaryDirectory(prefix="dcnv3-tvm-")
-    destination = Path(folder.name) / imported.name
+    destination = Path(folder.name) / "artifact"
     compile_artifact(
         imported,
         destination,
@@ -120,8 +122,8 @@ def compile_artifact(
 
     Raises
     ------
-    CompileError, TargetError, RecordsError
-        As in `compile_model`.
+    CompileError, InvalidArgumentError, TargetError, RecordsError
+        As in `compile_model`, but the target may be another machine.
     ArtifactError
         If the folder cannot be written.
     """

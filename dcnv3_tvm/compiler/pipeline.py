@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 
 from dcnv3_tvm import schedules
-from dcnv3_tvm.errors import CompileError
+from dcnv3_tvm.errors import CompileError, InvalidArgumentError
 from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.op.legalize import LEGALIZATIONS
 from dcnv3_tvm.schedules import Scheduled
@@ -76,6 +76,13 @@ def run_pipeline(
         Relax functions that call scheduled kernels, and the weights as these want them.
     kernels : dict of str to Scheduled
         How each kernel was scheduled.
+
+    Raises
+    ------
+    CompileError
+        If the model has operators that cannot be compiled.
+    InvalidArgumentError
+        If `debug_dump` cannot be written to.
     """
     program = Program.of(imported)
     kernels: dict[str, Scheduled] = {}
@@ -100,17 +107,25 @@ def run_pipeline(
         "fuse": lambda before: before.transformed(_fuse()),
         "schedule": schedule,
     }
-    if debug_dump is not None:
-        debug_dump.mkdir(parents=True, exist_ok=True)
     with target:
         for number, name in enumerate(PHASES[: PHASES.index(until) + 1]):
             if on_phase is not None:
                 on_phase(name)
             program = steps[name](program)
             if debug_dump is not None:
-                text = program.module.script(show_meta=True)
-                (debug_dump / f"{number:02d}-{name}.py").write_text(text, encoding="utf-8")
+                _dump(program.module, debug_dump / f"{number:02d}-{name}.py")
     return program.with_plain_names(), kernels
+
+
+def _dump(module: tvm.IRModule, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(module.script(show_meta=True), encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgumentError(
+            "the module cannot be written where debug_dump says",
+            got=f"{error.strerror} ({path})",
+        ) from error
 
 
 def _legalize() -> tvm.transform.Pass:

@@ -58,6 +58,8 @@ def load(
 
     Raises
     ------
+    InvalidArgumentError
+        If `threads` is less than one.
     ArtifactError
         If the artifact is missing, changed, truncated, of another schema or TVM version.
     TargetError

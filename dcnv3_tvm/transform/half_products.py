@@ -118,7 +118,10 @@ def _keeps_range(value: relax.Expr) -> bool:
 
 
 def _of_any(most: float, var: relax.Var) -> _Reach:
-    return _Reach(most, math.sqrt(dimensions(var)[-1]) * most)
+    """Bound a value of which only the largest number is known."""
+    last = None if var.ty.shape is None else dimensions(var)[-1]
+    # The last axis of an image may be its width, which need not be known.
+    return _Reach(most, math.sqrt(last) * most if isinstance(last, int) else math.inf)
 
 
 def _of_layer(

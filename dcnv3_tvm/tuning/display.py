@@ -55,8 +55,8 @@ class Display:
 def headline(session: Session) -> str:
     """Say in one line how far a session is."""
     known = [state for state in session.states if state.default_seconds is not None]
-    before = sum(state.task.calls * (state.default_seconds or 0.0) for state in known)
-    after = sum(state.task.calls * (state.best_seconds or 0.0) for state in known)
+    before = sum(state.default_total for state in known)
+    after = sum(state.best_total for state in known)
     parts = [
         f"[{session.seconds:6.1f} s] {session.stage}",
         f"{session.trials} of {session.budget.trials} trials",
@@ -87,8 +87,8 @@ def screen(session: Session, columns: int, lines: int) -> list[str]:
         "",
         " share    default       best  faster    trials failed  kernel",
     ]
-    states = sorted(session.states, key=_weight, reverse=True)
-    total = sum(map(_weight, states)) or 1.0
+    states = sorted(session.states, key=lambda state: -state.best_total)
+    total = sum(state.best_total for state in states) or 1.0
     room = max(0, lines - len(head) - 1)
     rows = [_row(state, total) for state in states[:room]]
     left = len(states) - len(rows)
@@ -96,15 +96,11 @@ def screen(session: Session, columns: int, lines: int) -> list[str]:
     return [line[:columns] for line in (*head, *rows, *foot)]
 
 
-def _weight(state: TaskState) -> float:
-    return state.task.calls * (state.best_seconds or 0.0)
-
-
 def _row(state: TaskState, total: float) -> str:
     default, best = state.default_seconds, state.best_seconds
     times = [f"{1e6 * seconds:8.1f}us" if seconds else "-" for seconds in (default, best)]
     return (
-        f"{100 * _weight(state) / total:5.1f}% {times[0]:>10} {times[1]:>10} {state.speedup:6.2f}x "
-        f"{state.trials:>4}/{min(state.task.size, 9999):<4} {state.failed:>6}  "
-        f"{state.task.calls} x {state.task.kernel}"
+        f"{100 * state.best_total / total:5.1f}% {times[0]:>10} {times[1]:>10} "
+        f"{state.speedup:6.2f}x {state.trials:>4}/{min(state.task.size, 9999):<4} "
+        f"{state.failed:>6}  {state.task.calls} x {state.task.kernel}"
     )

@@ -70,8 +70,10 @@ class Place:
     ) -> list[float]:
         """Time a kernel.
 
-        Its weights come from memory, as they do in a model; only the first argument may be in the
-        cache.
+        Before each call the cache is flushed: on a processor of all arguments but the first, on a
+        GPU of everything. So weights come from memory, as they do in a model; and so do a residual
+        and the lines that the output is written to, and on a GPU the first argument, which a model
+        may find in the cache.
 
         Parameters
         ----------

@@ -6,7 +6,7 @@ import functools
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -87,26 +87,26 @@ class Laboratory:
             The number of each candidate, and the median seconds of a call, as they are known.
         """
         failed: list[tuple[int, Outcome]] = []
-        built: list[int] = []
 
-        def measurements() -> Iterator[Job]:
+        def built() -> Iterator[int]:
             outcomes = self._build(batch)
             # Compiling takes all cores, on which nothing is to be measured meanwhile.
             for number, outcome in outcomes if self.devices.overlap else list(outcomes):
                 if outcome.error:
                     failed.append((number, outcome))
                 else:
-                    built.append(number)
-                    yield self._measurement(number, batch[number].task)
+                    yield number
 
-        again: list[int] = []
-        for position, outcome in self._runners.run(measurements(), timeout=self._timeout):
-            if outcome.error and self.devices.retries:
-                again.append(built[position])
-            else:
-                yield built[position], _median(outcome)
+        waiting: Iterable[int] = built()
+        for retries in reversed(range(self.devices.retries + 1)):
+            again: list[int] = []
+            for number, outcome in self._measured(batch, waiting):
+                if outcome.error and retries:
+                    again.append(number)
+                else:
+                    yield number, outcome
+            waiting = again
         yield from failed
-        yield from self._retried(batch, again)
 
     def measure_in_turns(self, batch: Sequence[Candidate], rounds: int) -> list[float]:
         """Measure candidates against each other.
@@ -121,13 +121,9 @@ class Laboratory:
         usable = [number for number, outcome in self._build(batch) if not outcome.error]
         turns = [number for _ in range(rounds) for number in sorted(usable)]
         times = [math.inf] * len(batch)
-        for position, outcome in self._runners.run(
-            [self._measurement(number, batch[number].task) for number in turns],
-            timeout=self._timeout,
-        ):
+        for number, outcome in self._measured(batch, turns):
             if not outcome.error:
-                number = turns[position]
-                times[number] = min(times[number], _median(outcome).value)
+                times[number] = min(times[number], outcome.value)
         return times
 
     def check(self, number: int, candidate: Candidate) -> str:
@@ -141,22 +137,6 @@ class Laboratory:
         )
         ((_, outcome),) = self._runners.run([job], timeout=_CHECK_TIMEOUT)
         return outcome.error or str(outcome.value)
-
-    def _retried(
-        self, batch: Sequence[Candidate], numbers: list[int]
-    ) -> Iterator[tuple[int, Outcome]]:
-        """Measure again what failed, perhaps because a device was lost."""
-        for attempt in range(self.devices.retries):
-            remaining = []
-            for position, outcome in self._runners.run(
-                [self._measurement(number, batch[number].task) for number in numbers],
-                timeout=self._timeout,
-            ):
-                if outcome.error and attempt < self.devices.retries - 1:
-                    remaining.append(numbers[position])
-                else:
-                    yield numbers[position], _median(outcome)
-            numbers = remaining
 
     def _build(self, batch: Sequence[Candidate]) -> Iterator[tuple[int, Outcome]]:
         for path in Path(self._folder.name).iterdir():
@@ -177,18 +157,26 @@ class Laboratory:
             timeout=_BUILD_TIMEOUT,
         )
 
-    def _measurement(self, number: int, task: Task) -> Job:
-        return functools.partial(
-            self.devices.place.measure,
-            self._library(number),
-            task.arguments,
-            self._seconds,
-            self._timeout,
-        )
+    def _measured(
+        self, batch: Sequence[Candidate], numbers: Iterable[int]
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Measure compiled candidates, whose numbers are taken when there is a process for them."""
+        taken: list[int] = []
+
+        def measurements() -> Iterator[Job]:
+            for number in numbers:
+                taken.append(number)
+                yield functools.partial(
+                    self.devices.place.measure,
+                    self._library(number),
+                    batch[number].task.arguments,
+                    self._seconds,
+                    self._timeout,
+                )
+
+        for position, outcome in self._runners.run(measurements(), timeout=self._timeout):
+            median = outcome if outcome.error else Outcome(statistics.median(outcome.value))
+            yield taken[position], median
 
     def _library(self, number: int) -> Path:
         return Path(self._folder.name) / f"{self._batches}-{number}.so"
-
-
-def _median(outcome: Outcome) -> Outcome:
-    return outcome if outcome.error else Outcome(statistics.median(outcome.value))

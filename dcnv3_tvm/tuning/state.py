@@ -40,6 +40,16 @@ class TaskState:
         return self.curve[-1] if self.curve else None
 
     @property
+    def default_total(self) -> float:
+        """Time of all calls with the rule's own decisions; 0 if it is not known."""
+        return self.task.calls * (self.default_seconds or 0.0)
+
+    @property
+    def best_total(self) -> float:
+        """Shortest time of all calls; 0 before one is known."""
+        return self.task.calls * (self.best_seconds or 0.0)
+
+    @property
     def speedup(self) -> float:
         """How many times faster than by default the best schedule is."""
         return (self.default_seconds or 1.0) / (self.best_seconds or 1.0)
@@ -53,7 +63,7 @@ class TaskState:
 
         The square makes the trials of a kernel grow with the root of its share of the time.
         """
-        return self.task.calls * (self.best_seconds or 0.0) / (1 + self.trials + planned) ** 2
+        return self.best_total / (1 + self.trials + planned) ** 2
 
     def note(self, decisions: Decisions, seconds: float | None) -> None:
         """Take a trial in."""

@@ -190,7 +190,7 @@ def estimate(
         for number, outcome in laboratory.measure(batch):
             states[number].note(batch[number].decisions, None if outcome.error else outcome.value)
     seconds_per_trial = (time.monotonic() - started) / len(batch)
-    total = sum(state.task.calls * (state.default_seconds or 0.0) for state in states)
+    total = sum(state.default_total for state in states)
     trials = _trials(tasks, config)
     minutes = trials * seconds_per_trial / 60
     return {
@@ -204,11 +204,9 @@ def estimate(
                 "calls": state.task.calls,
                 "space": state.task.size,
                 "seconds": state.default_seconds,
-                "share": state.task.calls * (state.default_seconds or 0.0) / total if total else 0,
+                "share": state.default_total / total if total else 0,
             }
-            for state in sorted(
-                states, key=lambda state: -state.task.calls * (state.default_seconds or 0.0)
-            )
+            for state in sorted(states, key=lambda state: -state.default_total)
         ],
     }
 

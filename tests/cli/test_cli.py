@@ -173,10 +173,12 @@ def test_bad_usage(cli, arguments, words, tmp_path, monkeypatch):
         (("--target", "cpu-haswell", "--dtype", "bfloat16"), "multiplies no bfloat16"),
         (("--target", "cpu", "--dtype", "float16"), "do not compute in float16"),
         (("--database", "nowhere"), "nowhere"),
+        (("--dynamic-size",), "needs a fixed image size"),
+        (("--dynamic-size", "--features-only", "--database", "nowhere"), "nowhere"),
     ],
 )
 def test_compile_refuses_before_it_builds_the_model(cli, arguments, words, tmp_path):
-    found = cli("compile", "internimage_t", "-o", tmp_path / "x", *arguments)
+    found = cli("compile", "internimage_h", "-o", tmp_path / "x", *arguments)
     assert found.code == 2
     assert words in found.err
     assert "build the PyTorch model" not in found.err

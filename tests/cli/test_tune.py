@@ -107,6 +107,8 @@ def test_records_are_shown_merged_pruned_and_exported(tuned, cli, tmp_path):
     merged = tmp_path / "merged"
     assert cli("records", "merge", merged, folder, folder / "records").code == 0
     assert len(cli("records", "show", merged, "--json").data["records"]) == count
+    assert "is not replaced" in cli("records", "merge", folder, folder, merged).err
+    assert (folder / "trials.jsonl").is_file()
     table = tmp_path / "records.csv"
     assert cli("records", "export", merged, table).code == 0
     assert len(table.read_text().splitlines()) == count + 1

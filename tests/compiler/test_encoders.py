@@ -1,17 +1,21 @@
 """Whole encoders against PyTorch in float64 with the reference as operator."""
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
+from tvm import relax
 
 import dcnv3_tvm as dt
 from dcnv3_tvm import frontend, machine
 from dcnv3_tvm.compiler import pipeline
-from dcnv3_tvm.errors import CompileError, TargetError
+from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
 from dcnv3_tvm.frontend.variants import model_config
+from dcnv3_tvm.imported import ImportedModel
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing.compare import compare, reference_outputs
+from dcnv3_tvm.testing.programs import make_program
 from dcnv3_tvm.testing.weights import randomize_
 
 TINY = frontend.list_models("test_internimage_*")
@@ -88,13 +92,17 @@ def test_any_size(rng):
         _assert_agrees(compiled, model, image)
 
 
-def test_a_clip_projector_of_any_size_is_refused_with_words():
-    model = frontend.create_model(CLIP[0])
-    imported = frontend.import_model(
-        model, example=(1, 3, 64, 96), dynamic_size=True, features="never"
-    )
-    with pytest.raises(CompileError, match="fixed image size"):
-        dt.compile_model(imported)
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("auto", "float32"), ("cuda-sm90", "float16"), ("cuda-sm90", "bfloat16")]
+)
+def test_a_shape_that_is_unknown_before_run_time_is_refused_with_words(target, dtype):
+    def build(bb, x, y):
+        return bb.emit(relax.op.permute_dims(bb.emit(relax.op.add(x, y)), [1, 0]))
+
+    program = make_program(build, {"x": ("n", 4), "y": ("m", 4)}, {})
+    imported = ImportedModel("toy", program.module, program.entries, program.weights)
+    with pytest.raises(CompileError, match=r"relax\.add in main.* fixed image size"):
+        pipeline.run_pipeline(imported, resolve_target(target), dtype=dtype)
 
 
 @pytest.mark.slow
@@ -133,6 +141,18 @@ def test_compiling_leaves_the_import_as_it_was_and_dumps_every_phase(small, rng,
     assert phases[: len(pipeline.PHASES)] == list(pipeline.PHASES)
     assert "dcnv3_tvm.dcnv3" in (dump / expected[0]).read_text()
     np.testing.assert_array_equal(dt.compile_model(small)(image), first)
+
+
+def test_what_a_model_is_called_is_no_path(small, tmp_path):
+    compiled = dt.compile_model(dataclasses.replace(small, name=str(tmp_path / "elsewhere")))
+    assert compiled.metadata.name == str(tmp_path / "elsewhere")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dump_that_cannot_be_written_is_refused_with_words(small, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidArgumentError, match=r"where debug_dump says; got .*file"):
+        dt.compile_model(small, debug_dump=tmp_path / "file")
 
 
 def test_the_memory_of_a_call_is_known_where_the_sizes_are():

@@ -381,6 +381,19 @@ def test_an_example_with_channels_last_gets_a_hint():
         import_model(twin.Detector(), example=(1, 18, 26, 3))
 
 
+def test_refuses_any_size_for_a_head_that_cannot_have_it():
+    whole = create_model("internimage_h", device="meta")
+    with pytest.raises(InvalidArgumentError, match="needs a fixed image size"):
+        import_model(whole, dynamic_size=True)
+    for model, dynamic_size in (
+        (whole, False),
+        (create_model("internimage_h", features_only=True, device="meta"), True),
+        (create_model("internimage_t", device="meta"), True),
+    ):
+        with pytest.raises(ModelImportError, match="meta device"):
+            import_model(model, dynamic_size=dynamic_size)
+
+
 def test_refuses_half_and_meta_models():
     with pytest.raises(ModelImportError, match=r"not float32; got stem\.weight"):
         import_model(twin.Detector().half(), example=SHAPE)

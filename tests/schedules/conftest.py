@@ -38,8 +38,26 @@ def scheduled():
 
 @pytest.fixture
 def assert_close():
-    def check(result, reference, dtype="float32"):
+    def check(result, reference, dtype="float32", name=""):
         limit = LAYER[dtype] * max(1.0, np.abs(reference).max())
-        np.testing.assert_allclose(result, reference, rtol=0, atol=limit)
+        np.testing.assert_allclose(
+            result.astype("float64"), reference, rtol=0, atol=limit, err_msg=name
+        )
 
     return check
+
+
+@pytest.fixture
+def run_together(gpu):
+    """Compile kernels for a GPU together; yield each one's name, result, and what is expected.
+
+    Problems are ``(scheduled kernel, inputs, (shape, dtype) of the output, expected)``, by name.
+    """
+
+    def run(target: Target, problems):
+        functions = {name: function for name, (function, *_) in problems.items()}
+        cases = {name: (inputs, [output]) for name, (_, inputs, output, _) in problems.items()}
+        for name, (result,) in gpu.run_all(functions, target, cases).items():
+            yield name, result, problems[name][-1]
+
+    return run

@@ -89,6 +89,20 @@ def test_a_damaged_record_is_shown(tmp_path):
         Records.read(tmp_path / "r")
 
 
+def test_what_is_no_folder_of_records_is_not_replaced(tmp_path):
+    records = Records.of(ABOUT, [record(LINEAR, {})])
+    records.write(tmp_path)
+    records.write(tmp_path)
+    (tmp_path / "session").mkdir()
+    records.write(tmp_path / "session" / "records")
+    (tmp_path / "file").touch()
+    for taken in ("session", "file"):
+        with pytest.raises(RecordsError, match="holds no records, so it is not replaced"):
+            records.write(tmp_path / taken)
+    assert (tmp_path / "session" / "records").is_dir()
+    assert (tmp_path / "file").is_file()
+
+
 def test_a_folder_without_records(tmp_path):
     with pytest.raises(RecordsError, match="no tuning records to read"):
         Records.read(tmp_path)

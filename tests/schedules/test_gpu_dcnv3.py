@@ -36,23 +36,24 @@ def run(gpu, kernel, spec, inputs, packed=False, gate=None):
     suppress_health_check=list(HealthCheck),
 )
 @given(data=st.data())
-def test_random_problems(gpu, dtype, data):
+def test_random_problems(run_together, dtype, data):
     """Odd sizes, borders, strides, any channels of a group; with logits every second one packed."""
-    problems = data.draw(
+    drawn = data.draw(
         st.lists(specs(dtype), min_size=16, max_size=16, unique_by=lambda spec: spec.slug)
     )
-    functions, cases, inputs = {}, {}, {}
-    for seed, spec in enumerate(problems):
+    problems = {}
+    for seed, spec in enumerate(drawn):
         packed = spec.softmax and seed % 2 == 0
         kernel = tensorir.dcnv3_packed(spec) if packed else tensorir.dcnv3(spec)
-        name = f"problem{seed}"
-        functions[name] = dcnv3(kernel, TARGET, Choices())
-        inputs[name] = random_inputs(spec, seed=seed)
-        arrays = operator.arguments(spec, inputs[name], packed)
-        cases[name] = (arrays, [(operator.output_shape(spec, inputs[name]), dtype)])
-    results = gpu.run_all(functions, TARGET, cases)
-    for spec, (name, (result,)) in zip(problems, results.items(), strict=True):
-        check(result, spec, inputs[name])
+        inputs = random_inputs(spec, seed=seed)
+        problems[f"problem{seed}"] = (
+            dcnv3(kernel, TARGET, Choices()),
+            operator.arguments(spec, inputs, packed),
+            (operator.output_shape(spec, inputs), dtype),
+            (spec, inputs),
+        )
+    for _, result, (spec, inputs) in run_together(TARGET, problems):
+        check(result, spec, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -10,7 +10,6 @@ from dcnv3_tvm.schedules.gpu.gemm import default_tile, gemm
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
-from dcnv3_tvm.testing.tolerances import LAYER
 
 TARGET = resolve_target("cuda-sm90")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -22,11 +21,6 @@ def run(gpu, kernel, inputs, shape, dtype):
     scheduled = tensorize(gemm(kernel, TARGET, Choices()))
     (result,) = gpu.run(scheduled, TARGET, inputs, [(shape, dtype)])
     return result
-
-
-def assert_close(result, expected, dtype, name=""):
-    error = np.abs(result.astype(np.float64) - expected).max()
-    assert error <= LAYER[dtype] * max(1.0, np.abs(expected).max()), name
 
 
 def random(rng, shape, dtype):
@@ -45,8 +39,8 @@ LINEAR = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear(gpu, dtype, rng):
-    functions, cases, truths = {}, {}, {}
+def test_linear(run_together, assert_close, dtype, rng):
+    problems = {}
     for lead, inputs, outputs, epilogue in LINEAR:
         x, weight = random(rng, (*lead, inputs), dtype), random(rng, (outputs, inputs), dtype)
         bias = random(rng, outputs, "float32")
@@ -56,16 +50,16 @@ def test_linear(gpu, dtype, rng):
         arrays += [bias] if epilogue.bias else []
         arrays += [residual] if epilogue.residual else []
         name = "_".join(map(str, ("linear", *lead, inputs, outputs)))
-        functions[name] = tensorize(gemm(kernel, TARGET, Choices()))
-        cases[name] = (arrays, [((*lead, outputs), dtype)])
         product = x.astype(np.float64) @ weight.astype(np.float64).T
-        truths[name] = layers.finish(epilogue, product, bias, residual)
-    for name, (result,) in gpu.run_all(functions, TARGET, cases).items():
-        assert_close(result, truths[name], dtype, name)
+        truth = layers.finish(epilogue, product, bias, residual)
+        scheduled = tensorize(gemm(kernel, TARGET, Choices()))
+        problems[name] = (scheduled, arrays, (truth.shape, dtype), truth)
+    for name, result, truth in run_together(TARGET, problems):
+        assert_close(result, truth, dtype, name)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_linear_with_a_stream_of_float32(gpu, dtype, rng):
+def test_linear_with_a_stream_of_float32(gpu, assert_close, dtype, rng):
     x = random(rng, (50, 64), "float32")
     weight = random(rng, (96, 64), dtype)
     bias, residual = random(rng, 96, "float32"), random(rng, (50, 96), "float32")
@@ -95,7 +89,7 @@ def test_linear_with_a_stream_of_float32(gpu, dtype, rng):
     ],
     ids=str,
 )
-def test_convolution(gpu, image, outputs, kernel_size, stride, pad, dtype, rng):
+def test_convolution(gpu, assert_close, image, outputs, kernel_size, stride, pad, dtype, rng):
     x = random(rng, image, dtype)
     weight = random(rng, (outputs, image[-1], *kernel_size), dtype)
     bias = random(rng, outputs, "float32")
@@ -114,7 +108,7 @@ def test_convolution(gpu, image, outputs, kernel_size, stride, pad, dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_any_number_of_rows(gpu, dtype, rng):
+def test_any_number_of_rows(gpu, assert_close, dtype, rng):
     n = tvm.tirx.Var("n", "int64")
     kernel = kernels.linear((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
     weight, bias = random(rng, (48, 64), dtype), random(rng, 48, "float32")

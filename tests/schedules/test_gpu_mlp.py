@@ -13,7 +13,6 @@ from dcnv3_tvm.schedules.gpu.mlp import mlp
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing import layers
-from dcnv3_tvm.testing.tolerances import LAYER
 
 TARGET = resolve_target("cuda-sm90")
 HALF = ("float16", "bfloat16")
@@ -46,11 +45,6 @@ def run(gpu, kernel, inputs, shape, dtype, **decisions):
     return result
 
 
-def assert_close(result, expected, dtype, name=""):
-    error = np.abs(result - expected).max()
-    assert error <= LAYER[dtype] * max(1.0, np.abs(expected).max()), name
-
-
 SIZES = [
     ((128,), (64, 256, 64)),
     ((3, 7, 9), (80, 320, 80)),
@@ -62,23 +56,22 @@ SIZES = [
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_results(gpu, dtype, rng):
-    functions, cases, truths = {}, {}, {}
+def test_results(run_together, assert_close, dtype, rng):
+    problems = {}
     for number, (lead, sizes) in enumerate(SIZES):
         residual = number % 2 == 1
         kernel = kernels.mlp(lead, *sizes, activation="gelu", residual=residual, dtype=dtype)
         inputs, expected = arguments(rng, lead, sizes, residual, (dtype,) * 3)
         name = "_".join(map(str, ("mlp", *lead, *sizes)))
-        functions[name] = tensorize(mlp(kernel, TARGET, Choices()))
-        cases[name] = (inputs, [(expected.shape, dtype)])
-        truths[name] = expected
-    for name, (result,) in gpu.run_all(functions, TARGET, cases).items():
-        assert_close(result.astype(np.float64), truths[name], dtype, name)
+        scheduled = tensorize(mlp(kernel, TARGET, Choices()))
+        problems[name] = (scheduled, inputs, (expected.shape, dtype), expected)
+    for name, result, expected in run_together(TARGET, problems):
+        assert_close(result, expected, dtype, name)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("decisions", [{}, {"rows": 1, "stages": 3}], ids=["default", "other"])
-def test_a_stream_of_float32(gpu, dtype, decisions, rng):
+def test_a_stream_of_float32(gpu, assert_close, dtype, decisions, rng):
     lead, sizes = (50, 3), (64, 128, 48)
     kernel = kernels.mlp(
         lead,
@@ -93,17 +86,17 @@ def test_a_stream_of_float32(gpu, dtype, decisions, rng):
     inputs, expected = arguments(rng, lead, sizes, True, (dtype, "float32", "float32"))
     result = run(gpu, kernel, inputs, expected.shape, "float32", **decisions)
     # A hidden number between two of the type may be rounded to the other one.
-    assert_close(result.astype(np.float64), expected, dtype)
+    assert_close(result, expected, dtype)
 
 
-def test_any_number_of_rows(gpu, rng):
+def test_any_number_of_rows(gpu, assert_close, rng):
     n = tvm.tirx.Var("n", "int64")
     sizes = (64, 96, 64)
     kernel = kernels.mlp((n, 5), *sizes, activation="gelu", residual=True, dtype="float16")
     for count in (1, 26, 77):
         inputs, expected = arguments(rng, (count, 5), sizes, True, ("float16",) * 3)
         result = run(gpu, kernel, inputs, expected.shape, "float16")
-        assert_close(result.astype(np.float64), expected, "float16")
+        assert_close(result, expected, "float16")
 
 
 def test_what_one_kernel_pays_for():

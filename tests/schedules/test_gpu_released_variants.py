@@ -38,7 +38,7 @@ def inputs_of(function, rng):
     ("variant", "dtype"),
     [("internimage_t", "float16"), ("internimage_b", "float32"), ("internimage_h", "bfloat16")],
 )
-def test_every_kernel(variant, dtype, gpu, rng):
+def test_every_kernel(variant, dtype, run_together, rng):
     kernels = variant_kernels(variant, TARGET, dtype, size=SIZE)
     named = {k.name: k.function.with_attr("global_symbol", k.name) for k in kernels}
     scheduled, rules = schedule_module(tvm.IRModule(named), TARGET)
@@ -46,18 +46,16 @@ def test_every_kernel(variant, dtype, gpu, rng):
         kernel.name: kernel.rule for kernel in kernels
     }
     expected = tvm.compile(tvm.IRModule(named), target=HOST)
-    cases, truths = {}, {}
+    problems = {}
     for kernel in kernels:
         out = kernel.function.params[-1]
         shape, kind = tuple(int(size) for size in out.shape), str(out.dtype)
         arrays = inputs_of(kernel.function, rng)
         poisoned = GuardedOutput(shape, kind)
         expected[kernel.name](*map(tvm.runtime.tensor, arrays), poisoned.argument)
-        truths[kernel.name] = poisoned.checked().astype(np.float64)
-        cases[kernel.name] = (arrays, [(shape, kind)])
-    results = gpu.run_all({name: scheduled[name] for name in named}, TARGET, cases)
-    for name, truth in truths.items():
-        (result,) = results[name]
+        truth = poisoned.checked().astype(np.float64)
+        problems[kernel.name] = (scheduled[kernel.name], arrays, (shape, kind), truth)
+    for name, result, truth in run_together(TARGET, problems):
         error = np.abs(result.astype(np.float64) - truth).max()
         # Both are rounded to the output's type.
         assert error <= 2 * LAYER[str(result.dtype)] * max(1.0, np.abs(truth).max()), name

@@ -120,6 +120,19 @@ def test_images(rng):
     assert np.linalg.norm(run_program(lowered, x) - expected) <= 2e-3 * np.linalg.norm(expected)
 
 
+def test_images_of_any_size_with_their_channels_first(rng):
+    weight = rng.standard_normal((8, 3, 3, 3)).astype("float32")
+    program = make_program(
+        lambda bb, x, weight: _convolution(
+            bb, bb.emit(relax.op.permute_dims(x, [0, 2, 3, 1])), weight
+        ),
+        {"x": ("n", 3, "h", "w")},
+        {"weight": weight},
+    )
+    lowered = lower_layers_gpu(program, "bfloat16")
+    assert _types(lowered) == {"convolution_3_8": ["float32", "float16", "float32"]}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_only_in_bfloat16(dtype, rng):
     _, lowered = _lowered(_weights(rng), dtype)

@@ -89,6 +89,14 @@ def test_lost_devices_lose_no_trial(session, simulated, lines):
     assert not any(json.loads(line)["error"] for line in lines())
 
 
+def test_a_device_that_stays_lost_is_tried_twice_more(tasks, simulated, tmp_path):
+    always = dict.fromkeys(range(99), faults.FAIL)
+    with simulated(faults=always, retries=2) as laboratory:
+        ((number, outcome),) = laboratory.measure([Candidate(tasks[0], tasks[0].default)])
+    assert (number, outcome.error) == (0, "RuntimeError: the device says no")
+    assert len((tmp_path / "measurements").read_bytes()) == 3
+
+
 def test_a_wrong_schedule_does_not_enter_the_records(session, simulated, tasks, lines):
     with simulated(wrong="its result is off by 1e-1") as laboratory:
         records = session(100).run(laboratory)
