@@ -166,11 +166,8 @@ class EmulatedGpu:
         arguments : mapping of str to (inputs, outputs)
             Of each.
         """
-        import tvm
-
-        named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
         cases = {name: (list(inputs), list(made)) for name, (inputs, made) in arguments.items()}
-        with self._compiled(tvm.IRModule(named), target) as library:
+        with self._compiled(_module(functions), target) as library:
             first, second = self.call(_run_kernels, library, cases)
         return {name: _same(first[name], second[name]) for name in first}
 
@@ -202,10 +199,7 @@ class EmulatedGpu:
         RuntimeError
             If the kernel does what a GPU would not do, as far as a single order of threads shows.
         """
-        import tvm
-
-        named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
-        with _set({COUNTING: "1"}), self._compiled(tvm.IRModule(named), target) as library:
+        with _set({COUNTING: "1"}), self._compiled(_module(functions), target) as library:
             return {
                 name: self.call(_count, library, name, list(inputs), list(made), most_blocks)
                 for name, (inputs, made) in arguments.items()
@@ -259,6 +253,14 @@ class EmulatedGpu:
             with self.compiling():
                 cuda.build(module, target, library)
             yield library
+
+
+def _module(functions: Mapping[str, Any]) -> Any:
+    import tvm
+
+    return tvm.IRModule(
+        {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
+    )
 
 
 def _same(forwards: list[Array], backwards: list[Array]) -> list[Array]:
