@@ -164,6 +164,20 @@ def test_wide_accesses_to_shared_memory_are_served_in_parts(count):
     assert traffic.shared_loads == SharedTraffic(2, 2 * 2 + 1, 2 + 1)
 
 
+def test_wide_reads_of_the_same_are_served_together(count):
+    """All threads one vector; neighbours one; every second one; halves of the warp the same."""
+    body = """
+  __shared__ alignas(64) float4 tile[32];
+  tile[threadIdx.x] = *(float4 *)(x + 4 * threadIdx.x);
+  __syncthreads();
+  *(float4 *)(out + 4 * threadIdx.x) = tile[%s];
+"""
+    places = ("5", "threadIdx.x / 2", "threadIdx.x / 4 * 2 + threadIdx.x % 2", "threadIdx.x % 16")
+    found = [count(body % place)[0].shared_loads for place in places]
+    assert [loads.wavefronts for loads in found] == [2, 2, 2, 4]
+    assert all(loads.wavefronts == loads.least_wavefronts for loads in found)
+
+
 COPIED = """
   extern __shared__ __align__(64) uchar buffer[];
   half *tile = (half *)buffer;

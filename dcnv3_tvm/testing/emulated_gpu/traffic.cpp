@@ -12,9 +12,11 @@
  *   read the same word share it (CUDA C++ Programming Guide, "Shared Memory"). Such a delivery is a
  *   wavefront, as NVIDIA's profilers call it. It carries 128 bytes: a request of 8 bytes a thread is
  *   served by halves of the warp, one of 16 bytes by quarters, and so is ldmatrix, whose four
- *   matrices have eight rows of 16 bytes (measurements that agree on this are public; NVIDIA's
- *   guides say it of older GPUs). At least as many wavefronts are needed as distinct words fill.
- * - cp.async reads global memory and writes shared memory.
+ *   matrices have eight rows of 16 bytes. Two halves, or two quarters of a half, are served together
+ *   if each thread i reads what thread i ^ 1 reads, or each what i ^ 2 reads. (NVIDIA's guides say
+ *   this of older GPUs, and not all of it; it is what people measure.) At least as many wavefronts
+ *   are needed as the distinct words of a part fill.
+ * - cp.async reads global memory, and writes shared memory as a store of as many bytes would.
  *
  * The accesses are those that are left by g++'s optimiser, which like NVIDIA's keeps in a register
  * what was loaded before and cannot have changed. It is told not to change the width of accesses.
@@ -96,21 +98,38 @@ void count_global(const Request &request) {
   sums.least_sectors += (bytes + kSector - 1) / kSector;
 }
 
+/* Whether all of some threads read what their neighbours at this distance do. */
+bool in_pairs(const Request &request, unsigned first, unsigned threads, unsigned distance) {
+  for (unsigned lane = first; lane < first + threads; ++lane) {
+    unsigned other = lane ^ distance;
+    bool both = request.lanes >> lane & request.lanes >> other & 1;
+    if (both && request.at[lane] != request.at[other]) return false;
+  }
+  return true;
+}
+
+void count_part(const Request &request, unsigned first, unsigned threads, SharedCounts &sums) {
+  uintptr_t touched[kWarp * kMostBytes / kWord];
+  unsigned words = std::max(request.bytes / kWord, 1u), count = 0, in_bank[kBanks] = {};
+  for (unsigned lane = first; lane < first + threads; ++lane) {
+    if (!(request.lanes >> lane & 1)) continue;
+    for (unsigned i = 0; i < words; ++i) touched[count++] = request.at[lane] / kWord + i;
+  }
+  std::sort(touched, touched + count);
+  count = std::unique(touched, touched + count) - touched;
+  for (unsigned i = 0; i < count; ++i) ++in_bank[touched[i] % kBanks];
+  sums.wavefronts += *std::max_element(in_bank, in_bank + kBanks);
+  sums.least_wavefronts += (count + kBanks - 1) / kBanks;
+}
+
 void count_shared(const Request &request) {
   SharedCounts &sums = counts.shared[request.access == kSharedStore];
-  unsigned words = std::max(request.bytes / kWord, 1u), together = kWarp / words;
-  for (unsigned first = 0; first < kWarp; first += together) {
-    uintptr_t touched[kWarp];
-    unsigned count = 0, in_bank[kBanks] = {};
-    for (unsigned lane = first; lane < first + together; ++lane) {
-      if (!(request.lanes >> lane & 1)) continue;
-      for (unsigned i = 0; i < words; ++i) touched[count++] = request.at[lane] / kWord + i;
-    }
-    std::sort(touched, touched + count);
-    count = std::unique(touched, touched + count) - touched;
-    for (unsigned i = 0; i < count; ++i) ++in_bank[touched[i] % kBanks];
-    sums.wavefronts += *std::max_element(in_bank, in_bank + kBanks);
-    sums.least_wavefronts += (count + kBanks - 1) / kBanks;
+  unsigned words = std::max(request.bytes / kWord, 1u), threads = kWarp / words;
+  unsigned joined = words > 1 ? 2 * threads : threads;
+  for (unsigned first = 0; first < kWarp; first += joined) {
+    bool together = in_pairs(request, first, joined, 1) || in_pairs(request, first, joined, 2);
+    unsigned part = together ? joined : threads;
+    for (unsigned i = 0; i < joined; i += part) count_part(request, first + i, part, sums);
   }
   ++sums.requests;
 }
