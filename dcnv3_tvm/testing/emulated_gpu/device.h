@@ -5,8 +5,8 @@
  * need not be there before they are waited for arrive as late as can be, or at once; so a missing
  * barrier shows in one of the two. Shared memory begins as NaN and ends at a page that must not be
  * touched. What a GPU would not do is an error: misaligned accesses, threads that wait for each
- * other, instructions of a warp that some of its threads do not reach. What they move can be counted
- * beside that: see `traffic.cpp`.
+ * other, instructions of a warp that some of its threads do not reach. What they move can be
+ * counted beside that: see `traffic.cpp`.
  */
 
 #pragma once

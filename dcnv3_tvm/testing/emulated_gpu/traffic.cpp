@@ -2,20 +2,20 @@
  *
  * The rules, which are those of NVIDIA's GPUs since Volta:
  *
- * - A request is an instruction of a warp. Accesses of its threads belong to one if they are made at
- *   the same place of the code in the same iteration of all loops around it.
+ * - A request is an instruction of a warp. Accesses of its threads belong to one if they are made
+ *   at the same place of the code in the same iteration of all loops around it.
  * - Global memory moves in sectors of 32 bytes (CUDA C++ Best Practices Guide, "Coalesced Access to
- *   Global Memory"). A request needs as many as its distinct bytes fill, and touches those that they
- *   lie in. What of a block's sectors is distinct has to come from L2 at least once: blocks share
- *   no L1 cache that could be relied on.
+ *   Global Memory"). A request needs as many as its distinct bytes fill, and touches those that
+ *   they lie in. What of a block's sectors is distinct has to come from L2 at least once: blocks
+ *   share no L1 cache that could be relied on.
  * - Shared memory has 32 banks of 4 bytes, each of which delivers one word a clock; threads that
  *   read the same word share it (CUDA C++ Programming Guide, "Shared Memory"). Such a delivery is a
- *   wavefront, as NVIDIA's profilers call it. It carries 128 bytes: a request of 8 bytes a thread is
- *   served by halves of the warp, one of 16 bytes by quarters, and so is ldmatrix, whose four
- *   matrices have eight rows of 16 bytes. Two halves, or two quarters of a half, are served together
- *   if each thread i reads what thread i ^ 1 reads, or each what i ^ 2 reads. (NVIDIA's guides say
- *   this of older GPUs, and not all of it; it is what people measure.) At least as many wavefronts
- *   are needed as the distinct words of a part fill.
+ *   wavefront, as NVIDIA's profilers call it. It carries 128 bytes: a request of 8 bytes a thread
+ *   is served by halves of the warp, one of 16 bytes by quarters, and so is ldmatrix, whose four
+ *   matrices have eight rows of 16 bytes. Two halves, or two quarters of a half, are served
+ *   together if each thread i reads what thread i ^ 1 reads, or each what i ^ 2 reads. (NVIDIA's
+ *   guides say this of older GPUs, and not all of it; it is what people measure.) At least as many
+ *   wavefronts are needed as the distinct words of a part fill.
  * - cp.async reads global memory, and writes shared memory as a store of as many bytes would.
  *
  * The accesses are those that are left by g++'s optimiser, which like NVIDIA's keeps in a register
