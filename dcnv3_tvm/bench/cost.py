@@ -134,15 +134,7 @@ def list_floors(
     on_step : callable
         Called with what happens next.
     """
-    on_step(f"{case.slug}: import")
-    imported = frontend.import_model(_blank(case), example=(case.batch, 3, *case.size))
-    program, rules = pipeline.run_pipeline(
-        imported,
-        targets.resolve_target(device.target),
-        dtype=case.dtype,
-        on_phase=lambda phase: on_step(f"{case.slug}: {phase}"),
-    )
-    rows, totals = tabulate(called_kernels(program.module, rules), device.peaks)
+    rows, totals = tabulate(scheduled_kernels(case, device, on_step), device.peaks)
     peaks = device.peaks
     return FloorListing(
         slug=case.slug,
@@ -156,6 +148,27 @@ def list_floors(
         totals=totals,
         images=case.batch,
     )
+
+
+def scheduled_kernels(
+    case: EncoderCase, device: DeviceModel, on_step: Callable[[str], None]
+) -> list[Kernel]:
+    """Compile an encoder as far as its kernels, without weights.
+
+    Parameters
+    ----------
+    case, device, on_step
+        As for `list_floors`.
+    """
+    on_step(f"{case.slug}: import")
+    imported = frontend.import_model(_blank(case), example=(case.batch, 3, *case.size))
+    program, rules = pipeline.run_pipeline(
+        imported,
+        targets.resolve_target(device.target),
+        dtype=case.dtype,
+        on_phase=lambda phase: on_step(f"{case.slug}: {phase}"),
+    )
+    return called_kernels(program.module, rules)
 
 
 def _blank(case: EncoderCase) -> InternImage:

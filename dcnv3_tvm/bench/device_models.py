@@ -10,6 +10,28 @@ from dcnv3_tvm.errors import InvalidArgumentError
 
 
 @dataclasses.dataclass(frozen=True)
+class OnChip:
+    """What is between a GPU's memory and its arithmetic.
+
+    Parameters
+    ----------
+    multiprocessors : int
+        Each with an L1 cache and shared memory.
+    clock : float
+        Of them at most, in Hz.
+    bytes : float
+        Bytes a second between the L2 cache and all of them.
+    how : str
+        Where the numbers are from.
+    """
+
+    multiprocessors: int
+    clock: float
+    bytes: float
+    how: str
+
+
+@dataclasses.dataclass(frozen=True)
 class DeviceModel:
     """A GPU.
 
@@ -19,11 +41,29 @@ class DeviceModel:
         What kernels for it are compiled for.
     peaks : Peaks
         Its rates, and where they are from.
+    on_chip : OnChip
+        The same of its caches.
     """
 
     target: str
     peaks: Peaks
+    on_chip: OnChip
 
+
+_LEVEL_TWO: Final = 5120
+"""Bytes a clock that an A100's L2 cache delivers, by NVIDIA's white paper on it.
+
+NVIDIA gives no number for Hopper. This one is taken for it too, at its highest clock: a bound from
+below must not be too slow, and what is published of measurements is less.
+"""
+
+_HOPPER: Final = OnChip(
+    multiprocessors=132,
+    clock=1.98e9,
+    bytes=_LEVEL_TWO * 1.98e9,
+    how="multiprocessors by NVIDIA's data sheet, the clock at which they make its 67 TFLOP/s, "
+    "L2 as many bytes a clock as NVIDIA documents of the A100, as it documents none of Hopper",
+)
 
 DEVICE_MODELS: Final = {
     "h200": DeviceModel(
@@ -35,6 +75,7 @@ DEVICE_MODELS: Final = {
             "bfloat16 on tensor cores",
             half_flops=790e12,
         ),
+        _HOPPER,
     ),
     "h100": DeviceModel(
         "cuda-sm90",
@@ -44,6 +85,7 @@ DEVICE_MODELS: Final = {
             how="of an H100 SXM, NVIDIA's data sheet: what no program reaches",
             half_flops=989e12,
         ),
+        _HOPPER,
     ),
     "a100": DeviceModel(
         "cuda-sm80",
@@ -52,6 +94,12 @@ DEVICE_MODELS: Final = {
             bytes=2.039e12,
             how="of an A100 SXM of 80 GB, NVIDIA's data sheet: what no program reaches",
             half_flops=312e12,
+        ),
+        OnChip(
+            multiprocessors=108,
+            clock=1.41e9,
+            bytes=_LEVEL_TWO * 1.41e9,
+            how="all by NVIDIA's white paper",
         ),
     ),
 }

@@ -64,7 +64,7 @@ class _Kind:
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Measure, write the files, and show the table."""
-    for name in ("batch", "threads", "rounds", "trials"):
+    for name in ("batch", "threads", "rounds", "trials", "blocks"):
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise InvalidArgumentError(f"--{name} is out of range", got=value, allowed="1 or more")
@@ -170,6 +170,17 @@ def _gpu_accuracy(
     with _requirements():
         from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
     return list_accuracy(case, arguments.target, seed=arguments.seed, on_step=on_step)
+
+
+def _gpu_traffic(
+    arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]
+) -> Listing[Any]:
+    case = _case(arguments)
+    with _requirements():
+        from dcnv3_tvm.bench.device_models import device_model
+        from dcnv3_tvm.bench.gpu_traffic import list_traffic
+    device = device_model(arguments.device_model)
+    return list_traffic(case, device, most_blocks=arguments.blocks, on_step=on_step)
 
 
 def _gpu(arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]) -> GpuRun:
@@ -307,6 +318,17 @@ _KINDS: Final = {
         "an encoder compiled for a GPU, on one that the processor emulates, against float64",
         (declare.add_model, declare.add_features, declare.add_accuracy, declare.add_csv),
         _gpu_accuracy,
+    ),
+    "gpu-traffic": _Kind(
+        "what every kernel of an encoder moves through a GPU's memory, on one that is emulated",
+        (
+            declare.add_model,
+            declare.add_features,
+            declare.add_device_model,
+            declare.add_blocks,
+            declare.add_csv,
+        ),
+        _gpu_traffic,
     ),
     "gpu": _Kind(
         "operator and encoders on this machine's GPU, beside PyTorch and the published extensions",

@@ -98,8 +98,8 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile):
     assert names - data == package_files()
     assert "dcnv3_tvm/py.typed" in data
     unexpected = {name for name in data if not name.endswith((".json", ".jsonl", "py.typed"))}
-    folder = "dcnv3_tvm/testing/emulated_gpu"
-    assert unexpected == {f"{folder}/device.h", f"{folder}/driver.c"}
+    sources = ("device.h", "driver.c", "traffic.cpp", "traffic.h")
+    assert unexpected == {f"dcnv3_tvm/testing/emulated_gpu/{name}" for name in sources}
     records = {path.name for path in (ROOT / "schedules" / "records").iterdir()}
     assert records
     for target in records:

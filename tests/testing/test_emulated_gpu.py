@@ -1,9 +1,5 @@
 """What the emulated GPU sees: kernels with one fault each, and some without."""
 
-import ctypes
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 from tvm.script import tirx as T
@@ -11,45 +7,9 @@ from tvm.script import tirx as T
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing.emulated_gpu import nvcc
 
-HEADER = """
-#include <cstdint>
-#include <cuda.h>
-#include <cuda_fp16.h>
-typedef unsigned char uchar;
-"""
 COPY = 'asm volatile("cp.async.cg.shared.global [%0], [%1], %2;" :: "r"(to), "l"(from), "n"(16));'
 COMMIT = 'asm volatile("cp.async.commit_group;" : : );'
 WAIT = 'asm volatile("cp.async.wait_group 0;" : : : "memory");'
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Compile the body of a kernel of floats, and run it in both orders."""
-
-    def call(body, x, count, *, threads=64, blocks=1):
-        begin = (
-            f'extern "C" __global__ void __launch_bounds__({threads}) k(float* out, float* x) {{'
-        )
-        folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        code, library = folder / "k.cu", folder / "k.so"
-        code.write_text(f"{HEADER}{begin}\n{body}\n}}\n")
-        assert nvcc.main(["--cubin", str(code), "-o", str(library)]) == 0
-        kernel = ctypes.CDLL(str(library)).emulated_k
-        kernel.restype = ctypes.c_char_p
-        x = np.ascontiguousarray(x, np.float32)
-        config = (ctypes.c_uint * 7)(blocks, 1, 1, threads, 1, 1, 4096)
-        results = []
-        for backwards in (0, 1):
-            out = np.full(count, np.nan, np.float32)
-            pointers = [ctypes.c_void_p(array.ctypes.data) for array in (out, x)]
-            arguments = (ctypes.c_void_p * 2)(*map(ctypes.addressof, pointers))
-            wrong = kernel(config, arguments, backwards)
-            if wrong is not None:
-                return wrong.decode()
-            results.append(out)
-        return results
-
-    return call
 
 
 TURN = """
@@ -143,7 +103,7 @@ def test_half_is_rounded_as_numpy_does(run, rng):
 def test_unknown_instructions_are_refused():
     kernel = 'extern "C" __global__ void k(float* x) {\n  asm volatile("bar.red;" : : );\n}\n'
     with pytest.raises(ValueError, match=r'does not know this PTX: "bar\.red;"'):
-        nvcc.translate(HEADER + kernel)
+        nvcc.translate(kernel)
 
 
 TARGET = resolve_target("cuda-sm90")

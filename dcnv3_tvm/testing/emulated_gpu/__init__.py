@@ -4,8 +4,8 @@
 finds them where it looks for CUDA compiles, loads and runs models as on a machine with GPUs. TVM's
 runtime library and its use of memory, streams and graphs are the real ones; kernels are the
 generated CUDA source, the threads of each block run one by one. `device.h` says what is seen by
-that: missing barriers, misaligned or stray accesses, threads that wait for each other. Of speed it
-says nothing.
+that: missing barriers, misaligned or stray accesses, threads that wait for each other. It has no
+speed, but can count what kernels move through memory: `EmulatedGpu.traffic`.
 
 `EmulatedGpu` is such a process: the caller's own stays without a GPU.
 """
@@ -13,6 +13,7 @@ says nothing.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import subprocess
@@ -26,6 +27,8 @@ from typing import Any, Final, TypeVar
 import numpy.typing as npt
 
 from dcnv3_tvm.environment import CUDA_HOME
+from dcnv3_tvm.testing.emulated_gpu.nvcc import COUNTING
+from dcnv3_tvm.testing.emulated_gpu.traffic import Traffic, traffic_of
 
 Array = npt.NDArray[Any]
 Output = tuple[tuple[int, ...], str]
@@ -37,6 +40,11 @@ _HERE: Final = Path(__file__).parent
 _DRIVER, _RUNTIME = "libcuda.so.1", "libcudart.so.13"
 _ARCH, _BACKWARDS = "FAKE_SM", "FAKE_BACKWARDS"
 """What the driver reads from the environment: the architecture, and the order of threads."""
+
+_BLOCKS, _MEMORY = "FAKE_BLOCKS", "FAKE_BYTES"
+"""Also: how many blocks of a launch are run at most, and the size of the memory."""
+
+_MOST_MEMORY: Final = 1 << 38
 
 
 def install(folder: Path) -> dict[str, str]:
@@ -158,13 +166,44 @@ class EmulatedGpu:
         arguments : mapping of str to (inputs, outputs)
             Of each.
         """
-        import tvm
-
-        named = {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
         cases = {name: (list(inputs), list(made)) for name, (inputs, made) in arguments.items()}
-        with self._compiled(tvm.IRModule(named), target) as library:
+        with self._compiled(_module(functions), target) as library:
             first, second = self.call(_run_kernels, library, cases)
         return {name: _same(first[name], second[name]) for name in first}
+
+    def traffic(
+        self,
+        functions: Mapping[str, Any],
+        target: Any,
+        arguments: Mapping[str, tuple[Sequence[Array], Sequence[Output]]],
+        *,
+        most_blocks: int,
+    ) -> dict[str, Traffic]:
+        """Count what kernels, compiled together, move through memory.
+
+        Parameters
+        ----------
+        functions, target, arguments
+            As for `run_all`. Inputs matter where addresses depend on them.
+        most_blocks : int
+            Of a launch, so many are run at most, spread over its grid, and stand for all. Outputs
+            are incomplete then, and none are returned.
+
+        Returns
+        -------
+        dict of str to Traffic
+            Of each kernel, in one call.
+
+        Raises
+        ------
+        RuntimeError
+            If the kernel does what a GPU would not do, as far as a single order of threads shows.
+        """
+        with _set({COUNTING: "1"}), self._compiled(_module(functions), target) as library:
+            return {
+                name: self.call(_count, library, name, list(inputs), list(made), most_blocks)
+                for name, (inputs, made) in arguments.items()
+            }
 
     def run_module(self, module: Any, target: Any, inputs: Sequence[Array]) -> list[Array]:
         """Do as `run` does for the function ``main`` of a Relax module, scheduled.
@@ -214,6 +253,14 @@ class EmulatedGpu:
             with self.compiling():
                 cuda.build(module, target, library)
             yield library
+
+
+def _module(functions: Mapping[str, Any]) -> Any:
+    import tvm
+
+    return tvm.IRModule(
+        {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
+    )
 
 
 def _same(forwards: list[Array], backwards: list[Array]) -> list[Array]:
@@ -275,6 +322,22 @@ def _run_kernels(
         return found
 
     return _in_both_orders(once)
+
+
+def _count(
+    library: Path, name: str, inputs: list[Array], outputs: list[Output], most_blocks: int
+) -> Traffic:
+    import tvm
+
+    driver = ctypes.CDLL(_DRIVER)
+    driver.fake_log.restype = ctypes.c_char_p
+    with _set({_BLOCKS: str(most_blocks), _MEMORY: str(_MOST_MEMORY)}):
+        module, gpu = _open(library)
+        given = [tvm.runtime.tensor(array, gpu) for array in inputs]
+        made = [tvm.runtime.empty(shape, dtype, gpu) for shape, dtype in outputs]
+        driver.fake_clear()
+        module[name](*given, *made)
+    return traffic_of(driver.fake_log().decode())
 
 
 def _run_main(library: Path, inputs: list[Array]) -> tuple[list[Array], list[Array]]:

@@ -5,7 +5,8 @@
  * need not be there before they are waited for arrive as late as can be, or at once; so a missing
  * barrier shows in one of the two. Shared memory begins as NaN and ends at a page that must not be
  * touched. What a GPU would not do is an error: misaligned accesses, threads that wait for each
- * other, instructions of a warp that some of its threads do not reach.
+ * other, instructions of a warp that some of its threads do not reach. What they move can be
+ * counted beside that: see `traffic.cpp`.
  */
 
 #pragma once
@@ -21,6 +22,8 @@
 #include <ucontext.h>
 
 #include <type_traits>
+
+#include "traffic.h"
 
 /* Kernels are compiled without optimisation, which takes longer than they do. */
 #pragma GCC push_options
@@ -39,6 +42,7 @@ struct Launch {
   Dim grid, block;
   unsigned shared_bytes;
   bool backwards;
+  unsigned most_blocks; /* Of a larger grid only so many are run. */
 };
 
 struct Copy {
@@ -61,6 +65,7 @@ struct Thread {
   jmp_buf context;
   Copy copies[kMostCopies];
   unsigned copy_count, groups;
+  uint64_t turn; /* The iterations of loops that it is in. */
 
   Thread *warp();
   unsigned lanes() const;
@@ -76,6 +81,7 @@ inline void **parameters;
 inline jmp_buf scheduler;
 inline char error[256];
 inline unsigned char *shared; /* Dynamic shared memory. */
+inline char *stacks;
 
 /* Static shared memory: its variables lie between the two. */
 extern "C" char __start_emulated_shared[] __attribute__((weak));
@@ -131,11 +137,13 @@ inline void live() {
 }
 
 inline void make_fiber(unsigned number) {
-  static char *stacks = static_cast<char *>(
-      mmap(nullptr, size_t{kStackBytes} * kMostThreads, PROT_READ | PROT_WRITE,
-           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   static ucontext_t back;
   ucontext_t start;
+  if (!stacks) {
+    stacks = static_cast<char *>(mmap(nullptr, size_t{kStackBytes} * kMostThreads,
+                                      PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  }
   getcontext(&start);
   start.uc_stack.ss_sp = stacks + size_t{kStackBytes} * number;
   start.uc_stack.ss_size = kStackBytes;
@@ -177,7 +185,7 @@ inline bool run_block() {
   }
   for (unsigned i = 0; i < thread_count; ++i) {
     threads[i].state = State::kReady;
-    threads[i].copy_count = threads[i].groups = 0;
+    threads[i].copy_count = threads[i].groups = threads[i].turn = 0;
   }
   unsigned warps = (thread_count + kWarp - 1) / kWarp;
   for (;;) {
@@ -221,6 +229,14 @@ inline unsigned char *shared_memory(unsigned bytes) {
   return pages + kSharedBytes - (bytes + 63) / 64 * 64;
 }
 
+/* Block number `n` of those chosen from all: spread over the grid, but in no step that could always
+ * hit the same border. */
+inline unsigned choose(unsigned n, unsigned chosen, unsigned blocks) {
+  uint64_t start = uint64_t{n} * blocks / chosen, stop = (uint64_t{n} + 1) * blocks / chosen;
+  double golden = 0.6180339887 * n;
+  return start + static_cast<uint64_t>((stop - start) * (golden - floor(golden)));
+}
+
 /* Run a kernel; returns what is wrong with it, or null. */
 inline const char *run(void (*function)(void **), const Launch &config, void **arguments) {
   static char stack[1 << 16];
@@ -246,10 +262,15 @@ inline const char *run(void (*function)(void **), const Launch &config, void **a
   sigaltstack(&own, &others);
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &action, &before[i]);
   unsigned blocks = grid.x * grid.y * grid.z;
-  for (unsigned n = 0; n < blocks; ++n) {
-    unsigned b = launch.backwards ? blocks - 1 - n : n;
+  unsigned chosen = launch.most_blocks < blocks ? launch.most_blocks : blocks;
+  begin_launch(blocks, chosen);
+  for (unsigned n = 0; n < chosen; ++n) {
+    unsigned b = choose(launch.backwards ? chosen - 1 - n : n, chosen, blocks);
     block_index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-    if (run_block()) continue;
+    if (run_block()) {
+      end_block();
+      continue;
+    }
     fibers = 0; /* They stand in the middle of the kernel. */
     break;
   }
@@ -282,16 +303,24 @@ inline unsigned char *shared_at(unsigned address, unsigned bytes) {
   return (fixed ? reinterpret_cast<unsigned char *>(__start_emulated_shared) : shared) + offset;
 }
 
-inline void copy(unsigned to, const void *from, unsigned bytes) {
+inline void copy_at(const void *place, unsigned to, const void *from, unsigned bytes) {
   Copy made = {shared_at(to, bytes), from, bytes, current->groups};
   if (reinterpret_cast<uintptr_t>(from) % bytes) fail("a copy reads from a misaligned address");
+  count(kGlobalCopy, place, from, bytes);
+  count(kSharedStore, place, made.to, bytes);
   if (launch.backwards) return do_copy(made);
   if (current->copy_count == kMostCopies) fail("too many copies are not waited for");
   current->copies[current->copy_count++] = made;
 }
 
-inline void copy_or_clear(unsigned to, const void *from, unsigned bytes, int predicate) {
-  if (predicate == 1) return copy(to, from, bytes);
+PLACED inline void copy(unsigned to, const void *from, unsigned bytes) {
+  copy_at(PLACE, to, from, bytes);
+}
+
+PLACED inline void copy_or_clear(unsigned to, const void *from, unsigned bytes, int predicate) {
+  if (predicate == 1) return copy_at(PLACE, to, from, bytes);
+  /* Another instruction of the same place, for the other threads. */
+  count(kSharedStore, static_cast<const char *>(PLACE) + 1, shared_at(to, bytes), bytes);
   memset(shared_at(to, bytes), 0, bytes);
 }
 
@@ -363,13 +392,13 @@ struct Number {
 
   Number() = default;
   template <class T, class = std::enable_if_t<std::is_arithmetic_v<T>>>
-  Number(T value) : bits(To(static_cast<float>(value))) {}
-  operator float() const { return From(bits); }
+  INLINE Number(T value) : bits(To(static_cast<float>(value))) {}
+  INLINE operator float() const { return From(bits); }
 
-  friend Number operator+(Number a, Number b) { return float(a) + float(b); }
-  friend Number operator-(Number a, Number b) { return float(a) - float(b); }
-  friend Number operator*(Number a, Number b) { return float(a) * float(b); }
-  friend Number operator/(Number a, Number b) { return float(a) / float(b); }
+  INLINE friend Number operator+(Number a, Number b) { return float(a) + float(b); }
+  INLINE friend Number operator-(Number a, Number b) { return float(a) - float(b); }
+  INLINE friend Number operator*(Number a, Number b) { return float(a) * float(b); }
+  INLINE friend Number operator/(Number a, Number b) { return float(a) / float(b); }
 };
 
 /* Instructions of a warp. */
@@ -383,8 +412,11 @@ struct Rows {
 inline void load_matrix(int line, unsigned &a, unsigned &b, unsigned &c, unsigned &d,
                         unsigned address) {
   Rows mine = {{}, shared_at(address, 16)};
-  together(line, &mine, [](void **all, unsigned lanes) {
+  together(line, &mine, [](void **all, unsigned lanes) UNCOUNTED {
+    const unsigned char *rows[kWarp];
     if (lanes < kWarp) fail("ldmatrix in a warp that is not full");
+    for (unsigned i = 0; i < kWarp; ++i) rows[i] = static_cast<Rows *>(all[i])->at;
+    count_rows(rows);
     for (unsigned i = 0; i < 4 * kWarp; ++i) {
       unsigned matrix = i / kWarp, lane = i % kWarp;
       const Rows *row = static_cast<Rows *>(all[8 * matrix + lane / 4]);
@@ -401,9 +433,10 @@ struct Factors {
 };
 
 template <float (*From)(uint16_t)>
-__attribute__((optimize("O3"))) void multiply_all(void **all, unsigned lanes) {
+UNCOUNTED __attribute__((optimize("O3"))) void multiply_all(void **all, unsigned lanes) {
   double a[16][16], b[16][8], sums[16][8] = {};
   if (lanes < kWarp) fail("mma in a warp that is not full");
+  count_product();
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     const Factors *mine = static_cast<Factors *>(all[lane]);
     unsigned outer = lane / 4, inner = lane % 4 * 2;
@@ -458,12 +491,22 @@ inline T shuffle(int line, unsigned mask, T value, unsigned source) {
   return mine.result;
 }
 
+/* An iteration of a loop: threads of a warp are in the same one whatever they left out before. */
+struct Turn {
+  uint64_t before;
+
+  INLINE Turn(int64_t number) : before(current->turn) {
+    current->turn = (before + number + 1) * 0x9e3779b97f4a7c15;
+  }
+  INLINE ~Turn() { current->turn = before; }
+};
+
 }  // namespace emulated
 
 /* The language. */
 
 #define __host__
-#define __device__
+#define __device__ INLINE
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
@@ -497,7 +540,7 @@ using __half2 = half2;
 struct nv_bfloat162 {
   nv_bfloat16 x, y;
   nv_bfloat162() = default;
-  nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) : x(x), y(y) {}
+  INLINE nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) : x(x), y(y) {}
 };
 
 #define EMULATED_VECTORS(type, name)                                       \
@@ -507,19 +550,19 @@ struct nv_bfloat162 {
   struct alignas(4 * sizeof(type)) name##4 {                               \
     type x, y, z, w;                                                       \
   };                                                                       \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }         \
-  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+  INLINE inline name##2 make_##name##2(type x, type y) { return {x, y}; }         \
+  INLINE inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMULATED_VECTORS(float, float)
 EMULATED_VECTORS(int, int)
 EMULATED_VECTORS(unsigned, uint)
 #undef EMULATED_VECTORS
 
-inline float __half2float(half value) { return value; }
-inline half __float2half(float value) { return value; }
-inline half __float2half_rn(float value) { return value; }
-inline float __bfloat162float(nv_bfloat16 value) { return value; }
-inline nv_bfloat16 __float2bfloat16(float value) { return value; }
-inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
+INLINE inline float __half2float(half value) { return value; }
+INLINE inline half __float2half(float value) { return value; }
+INLINE inline half __float2half_rn(float value) { return value; }
+INLINE inline float __bfloat162float(nv_bfloat16 value) { return value; }
+INLINE inline nv_bfloat16 __float2bfloat16(float value) { return value; }
+INLINE inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
 inline bool __hgt(float a, float b) { return a > b; }
 inline bool __hlt(float a, float b) { return a < b; }
 
