@@ -19,6 +19,11 @@ TILE: Final = 16
 LOCAL: Final = 8
 """Elements of a tile that each of the 32 threads holds."""
 
+_PAIR: Final = """
+__forceinline__ __device__ float2 dcnv3_tvm_pair(float* from) { return *(float2*)from; }
+"""
+"""TVM does not vectorize what is spread over the threads of a warp."""
+
 _PTX: Final = {"float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -213,11 +218,17 @@ def store() -> str:
             T.reads(C[0:32, 0:8])
             T.writes(D[0:16, 0:16])
             for thread in T.thread_binding(0, 32, "threadIdx.x"):
-                for local in T.serial(8):
+                # In pairs: single ones would meet in the same banks.
+                for pair in T.serial(4):
                     D[
-                        thread // 4 + local // 2 % 2 * 8,
-                        thread % 4 * 2 + local // 4 * 8 + local % 2,
-                    ] = C[thread, local]
+                        thread // 4 + pair % 2 * 8,
+                        T.Ramp(thread % 4 * 2 + pair // 2 * 8, 1, 2),
+                    ] = T.cuda.func_call(
+                        "dcnv3_tvm_pair",
+                        T.address_of(C[thread, pair * 2]),
+                        source_code=_PAIR,
+                        return_type="float32x2",
+                    )
 
     return _register("dcnv3_tvm.store_sums", description, implementation)
 
