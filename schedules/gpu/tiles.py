@@ -82,7 +82,7 @@ def write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, block: LoopRV, warps:
     """
     store = sch.get_sblock("store")
     columns = static(sch.get(store).writes[0].source.shape[-1]) or 1
-    vector = math.gcd(columns, 8)
+    vector = math.gcd(columns, 4)
     sch.set_scope(epilogue, 0, "local")
     sch.reverse_compute_at(store, block, preserve_unit_loops=True)
     _, thread, _ = _share(sch, store, warps, vector)
