@@ -41,6 +41,10 @@ _WIDE_TILE: Final = 160
 _STAGES: Final = 3
 """Tiles of factors in shared memory: one is multiplied while the others arrive."""
 
+_STEPS: Final = (4, 2)
+"""Fragments of a step along the depth: with four, a row of a factor in shared memory lies in all
+banks once, and eight threads that copy it in none twice."""
+
 _THREADS: Final = 16
 """Rows and columns of threads of a block that multiplies without tensor cores."""
 
@@ -146,13 +150,14 @@ def default_tile(rows: int | None, columns: int, depth: int, shared_bytes: int) 
         else:
             break
     warp_rows, warp_columns = _warps(high, wide)
-    step = _largest(depth // FRAGMENT, 2) if depth % (2 * FRAGMENT) == 0 else depth // FRAGMENT
-    stages = _STAGES if depth // FRAGMENT > step else 1
-    while True:
-        tile = Tile(warp_rows, warp_columns, high // warp_rows, wide // warp_columns, step, stages)
-        if stages == 1 or tile.shared_bytes <= shared_bytes:
-            return tile
-        stages -= 1
+    step = next((step for step in _STEPS if depth % (step * FRAGMENT) == 0), depth // FRAGMENT)
+    tile = Tile(warp_rows, warp_columns, high // warp_rows, wide // warp_columns, step, stages=1)
+    # Two blocks at least should be there at once; where they cannot, two steps are better than one.
+    for stages, most in ((_STAGES, shared_bytes // 2), (2, shared_bytes)):
+        staged = dataclasses.replace(tile, stages=stages)
+        if depth // FRAGMENT > step and staged.shared_bytes <= most:
+            return staged
+    return tile
 
 
 def _picked(choices: Choices, tile: Tile, columns: int, depth: int) -> Tile:
@@ -211,6 +216,9 @@ def _on_tensor_cores(
     wide, deep = extents[1] or FRAGMENT, extents[2] or FRAGMENT
     shared_bytes = gpu_architecture(target).block_shared_bytes
     default = default_tile(extents[0], wide, deep, shared_bytes)
+    if vector_of(sch, operand) == 1 and default.rows % 2 == 0:
+        # What is copied one by one needs registers for as many places.
+        default = dataclasses.replace(default, rows=default.rows // 2)
     tile = _picked(choices, default, wide // FRAGMENT, deep // FRAGMENT)
     if tile != default and tile.shared_bytes > shared_bytes:
         raise ChoiceError(
