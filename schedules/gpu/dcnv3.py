@@ -90,9 +90,14 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
     sch.set_scope(total, 0, "local")
     point, *corner, channel = sch.get_loops(total)[-4:]
     unroll_all(sch, [*corner, channel])
+    coordinates = sch.get_sblock("coordinates")
+    offset = sch.cache_read(coordinates, 0, "local", [coordinates])
     for name, loops in _PER_POINT.items():
         if name in names:
             _compute_at(sch, sch.get_sblock(name), point, loops)
+    # The two of a point at once: they are neighbours, and so aligned.
+    sch.compute_at(offset, point, preserve_unit_loops=True)
+    sch.vectorize(sch.get_loops(offset)[-1])
     for name, loops in _PER_GROUP.items():
         if name in names:
             _compute_at(sch, sch.get_sblock(name), thread, loops)
