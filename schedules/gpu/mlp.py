@@ -27,7 +27,8 @@ from dcnv3_tvm.spec import DTYPE_BYTES
 from dcnv3_tvm.targets import is_gpu
 
 _WARP_ROWS: Final = 2
-"""Fragments of rows of a warp: a weight that it reads is multiplied so often."""
+"""Fragments of rows of a warp: a weight that it reads is multiplied so often. With twice as many it
+would read half of them, but a thread would need all its registers."""
 
 _STAGES: Final = 2
 """Slabs of weights in shared memory: one is multiplied while the other arrives."""
@@ -64,8 +65,8 @@ def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc 
     product, epilogue = map(sch.get_sblock, ("product", "epilogue"))
     row, column, depth = sch.get_loops(product)
     high = max(d for d in divisors(static(sch.get(row).extent) or ROWS, ROWS) if d % FRAGMENT == 0)
-    fitting = [tall for tall in (_WARP_ROWS, 1) if high % (tall * FRAGMENT) == 0]
-    tall = choices.pick("rows", fitting, fitting[0])
+    fitting = [tall for tall in (4, _WARP_ROWS, 1) if high % (tall * FRAGMENT) == 0]
+    tall = choices.pick("rows", fitting, next(tall for tall in fitting if tall <= _WARP_ROWS))
     warps = high // (tall * FRAGMENT)
     slabs = (static(sch.get(depth).extent) or SLAB) // SLAB
     stages = min(choices.pick("stages", (2, 3), _STAGES), slabs)
