@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Final
+from typing import Any, Final
 
 from tvm import s_tir, tirx
 from tvm.target import Target
@@ -286,6 +286,11 @@ def _piece(rows: int | None, columns: int) -> tuple[int, int]:
     return max(enough or [(1, 1)], key=lambda piece: (math.prod(piece), min(piece)))
 
 
+def _by_vectors(depth: Any, column: Any) -> tuple[Any, ...]:
+    """Return the place of a weight, of which a thread reads eight columns in two vectors."""
+    return depth, column % (2 * _QUAD) // _QUAD, column // (2 * _QUAD), column % _QUAD
+
+
 def _by_threads(sch: s_tir.Schedule, choices: Choices) -> None:
     """Give each of 16x16 threads a piece of up to 8x8 neighbouring sums."""
     operand, product = sch.get_sblock("operand"), sch.get_sblock("product")
@@ -338,6 +343,9 @@ def _by_threads(sch: s_tir.Schedule, choices: Choices) -> None:
         sch.unroll(turn)
         sch.vectorize(lane)
     sch.storage_align(operand, 0, axis=-2, factor=32, offset=PAD_BYTES // 4)
+    if wide == 2 * _QUAD:
+        # The second vectors of all threads behind their first ones: neighbours in other banks.
+        sch.transform_layout(weight, ("write", 0), _by_vectors)
     unroll_all(sch, [depth, rows, columns, k])
     clear = sch.decompose_reduction(product, step)
     unroll_all(sch, sch.get_loops(clear)[-2:])
