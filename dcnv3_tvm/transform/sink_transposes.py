@@ -37,7 +37,17 @@ class _Sinking:
     def reshape(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         if var.ty.shape is None:
             return None
-        return self._reshaped(rebuilder, call.args[0], dimensions(var), like=var)
+        shape = dimensions(var)
+        source, axes = self._source(rebuilder, call)
+        # Pixels that become a row of tokens, or tokens that become pixels, behind the channels.
+        if (
+            axes == _channels_second(len(axes or ()))
+            and len(shape) > 2
+            and _same(shape[:2], [dimensions(call.args[0])[axis] for axis in (0, 1)])
+        ):
+            moved = self._reshaped(rebuilder, source, [shape[0], *shape[2:], shape[1]])
+            return self._transposed(rebuilder, moved, _channels_second(len(shape)), like=var)
+        return self._reshaped(rebuilder, call.args[0], shape, like=var)
 
     def elementwise(
         self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call
@@ -156,7 +166,7 @@ class _Sinking:
 
     def image(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         source, axes = self._source(rebuilder, call)
-        if axes != [0, 3, 1, 2] or str(call.attrs.layout) != "NCHW":
+        if axes != _channels_second(4) or str(call.attrs.layout) != "NCHW":
             return None
         changed = {"layout": "NHWC"}
         if hasattr(call.attrs, "out_layout"):
@@ -254,10 +264,19 @@ class _Sinking:
         inner = rebuilder.call(source, "relax.reshape")
         if inner is not None:
             source = inner.args[0]
-        wanted = relax.ShapeExpr(list(shape))
-        if source.ty.shape is not None and tvm_ffi.structural_equal(source.ty.shape, wanted):
+        if source.ty.shape is not None and _same(dimensions(source), shape):
             return source
-        return rebuilder.emit(relax.op.reshape(source, wanted), like=like)
+        return rebuilder.emit(relax.op.reshape(source, relax.ShapeExpr(list(shape))), like=like)
+
+
+def _channels_second(rank: int) -> list[int]:
+    """Return the axes of the transpose from channels last to channels first."""
+    return [0, rank - 1, *range(1, rank - 1)]
+
+
+def _same(shape: Sequence[Any], other: Sequence[Any]) -> bool:
+    first, second = relax.ShapeExpr(list(shape)), relax.ShapeExpr(list(other))
+    return bool(tvm_ffi.structural_equal(first, second))
 
 
 def _inverse(axes: Sequence[int]) -> list[int]:

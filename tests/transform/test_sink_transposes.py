@@ -213,6 +213,28 @@ def test_a_transpose_of_axes_of_size_one_is_a_view(shape):
     assert operators(moved) == ["relax.reshape"]
 
 
+def test_pixels_become_tokens_and_pixels_again(rng):
+    def build(bb, x):
+        pixels = bb.emit(OP.permute_dims(x, FIRST))
+        tokens = bb.emit(OP.permute_dims(bb.emit(OP.reshape(pixels, (2, 4, 15))), [0, 2, 1]))
+        tokens = bb.emit(OP.nn.relu(tokens))
+        pixels = bb.emit(OP.reshape(bb.emit(OP.permute_dims(tokens, [0, 2, 1])), (2, 4, 5, 3)))
+        return bb.emit(OP.permute_dims(pixels, [0, 2, 3, 1]))
+
+    x = rng.standard_normal(SHAPE).astype("float32")
+    moved = sunk(make_program(build, {"x": SHAPE}, {}), x)
+    assert operators(moved) == ["relax.reshape", "relax.nn.relu", "relax.reshape"]
+
+
+def test_a_reshape_that_mixes_channels_and_pixels_stays(rng):
+    def build(bb, x):
+        return bb.emit(OP.reshape(bb.emit(OP.permute_dims(x, FIRST)), (2, 12, 5)))
+
+    x = rng.standard_normal(SHAPE).astype("float32")
+    moved = sunk(make_program(build, {"x": SHAPE}, {}), x)
+    assert operators(moved) == ["relax.permute_dims", "relax.reshape"]
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (2, "h")])
 def test_reshapes_are_merged_and_empty_ones_removed(shape):
     def build(bb, x):
