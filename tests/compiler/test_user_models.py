@@ -101,6 +101,12 @@ class Attender(nn.Module):
 
 
 MODELS = [FeaturePyramid, Segmenter, Attender]
+SLOW_ATTENDER = [*MODELS[:2], pytest.param(Attender, marks=pytest.mark.slow)]
+ON_GPU = [
+    *((model, "float32") for model in MODELS),
+    (Segmenter, "float16"),
+    *(pytest.param(m, "float16", marks=pytest.mark.slow) for m in (FeaturePyramid, Attender)),
+]
 
 
 def made(model):
@@ -126,7 +132,7 @@ def test_fixed_size(model, rng):
     assert_agrees(entry_outputs(compiled, image), model, image, "float32")
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", SLOW_ATTENDER)
 def test_any_size(model, rng):
     model = made(model)
     compiled = compile_model(
@@ -137,8 +143,7 @@ def test_any_size(model, rng):
         assert_agrees(entry_outputs(compiled, image), model, image, "float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "dtype"), ON_GPU)
 def test_on_the_gpu(model, dtype, gpu, tmp_path, rng):
     model = made(model)
     image = rng.standard_normal(SHAPE).astype("float32")
