@@ -117,8 +117,21 @@ def describe_outputs(
         Takes an image (N, 3, H, W) first.
     image : sequence of int
         Shape of the example: sizes for it tell maps from other tensors.
+
+    Raises
+    ------
+    ModelImportError
+        If Relax knows no shape for an output.
     """
     outputs = function.ret_ty.fields
+    for name, output in zip(names, outputs, strict=True):
+        if output.shape is None:
+            raise ModelImportError(
+                "the shape of an output is not known",
+                got=f"output {name or 0!r} where the image has the shape {tuple(image)}",
+                hint="Something that the model makes for one size (linspace, a slice up to a "
+                "number) meets a size that was left open: import it with fixed sizes.",
+            )
     sizes = [_sizes(output, function.params[0].ty, image) for output in outputs]
     pyramid = _is_pyramid(sizes, image)
     return tuple(

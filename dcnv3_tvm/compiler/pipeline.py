@@ -152,8 +152,8 @@ def _legalized(program: Program) -> Program:
         raise CompileError(
             "these operators cannot be lowered to kernels",
             got="; ".join(left[:5]),
-            hint="A shape that is not known before run time is the usual reason: import the model "
-            "with a fixed image size.",
+            hint="Where a shape is not known before run time, import the model with a fixed image "
+            "size; otherwise write them with other PyTorch functions.",
         )
     return program
 

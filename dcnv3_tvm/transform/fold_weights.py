@@ -151,7 +151,9 @@ def _fold_shift(rebuilder: Rebuilder, first: relax.Expr, second: relax.Expr) -> 
 def _by_channel(rebuilder: Rebuilder, weight: relax.Expr, source: relax.Expr) -> np.ndarray | None:
     """Return the weight as one number for each channel (last axis) of `source`."""
     array = rebuilder.array(weight)
-    if array is None or rebuilder.array(source) is not None or source.ty.shape is None:
+    if array is None or rebuilder.array(source) is not None:
+        return None
+    if source.ty.shape is None or source.ty.ndim == 0:
         return None
     channels = source.ty.shape[source.ty.ndim - 1]
     if array.size == 0 or array.shape[-1:] != (array.size,) or array.size != channels:

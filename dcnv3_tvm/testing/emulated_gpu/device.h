@@ -566,6 +566,7 @@ INLINE inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
 inline bool __hgt(float a, float b) { return a > b; }
 inline bool __hlt(float a, float b) { return a < b; }
 
+inline float rsqrtf(float value) { return 1 / sqrtf(value); }
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline int min(int a, int b) { return a < b ? a : b; }

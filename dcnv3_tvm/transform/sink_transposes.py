@@ -1,0 +1,335 @@
+"""Transposes move behind the operators that work in any order of axes, until they meet.
+
+Two that meet become one, or none; one that moves only axes of size one is a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+import tvm_ffi
+from tvm import relax
+
+from dcnv3_tvm.transform.calls import transpose_axes, with_attributes
+from dcnv3_tvm.transform.program import Program, Rebuilder
+from dcnv3_tvm.transform.shapes import dimensions
+
+
+def sink_transposes(program: Program) -> Program:
+    """Move every transpose towards the outputs as far as it goes, and fold those that meet."""
+    return program.rebuilt(_Sinking().visit)
+
+
+class _Sinking:
+    """The rules, and the transposes made so far: none is made twice."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[relax.Expr, tuple[int, ...]], relax.Var] = {}
+
+    def visit(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        rule = _RULES.get(getattr(call.op, "name", ""))
+        return None if rule is None else rule(self, rebuilder, var, call)
+
+    def permute_dims(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr:
+        return self._transposed(rebuilder, call.args[0], transpose_axes(call), like=var)
+
+    def reshape(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        if var.ty.shape is None:
+            return None
+        shape = dimensions(var)
+        source, axes = self._source(rebuilder, call)
+        # Pixels that become a row of tokens, or tokens that become pixels, behind the channels.
+        if (
+            axes == _channels_second(len(axes or ()))
+            and len(shape) > 2
+            and _same(shape[:2], [dimensions(call.args[0])[axis] for axis in (0, 1)])
+        ):
+            moved = self._reshaped(rebuilder, source, [shape[0], *shape[2:], shape[1]])
+            return self._transposed(rebuilder, moved, _channels_second(len(shape)), like=var)
+        return self._reshaped(rebuilder, call.args[0], shape, like=var)
+
+    def elementwise(
+        self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call
+    ) -> relax.Expr | None:
+        axes = self._common_axes(rebuilder, call.args, var.ty.ndim)
+        operands = None if axes is None else self._operands(rebuilder, call.args, axes)
+        if axes is None or operands is None:
+            return None
+        moved = rebuilder.emit(with_attributes(call, operands))
+        return self._transposed(rebuilder, moved, axes, like=var)
+
+    def concat(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        if not isinstance(call.args[0], relax.Tuple):
+            return None
+        parts = call.args[0].fields
+        axes = self._common_axes(rebuilder, parts, var.ty.ndim)
+        operands = None if axes is None else self._operands(rebuilder, parts, axes)
+        if axes is None or operands is None:
+            return None
+        axis = axes[int(call.attrs.axis) % len(axes)]
+        moved = rebuilder.emit(with_attributes(call, [relax.Tuple(operands)], axis=axis))
+        return self._transposed(rebuilder, moved, axes, like=var)
+
+    def split(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        source, axes = self._source(rebuilder, call)
+        if axes is None:
+            return None
+        axis = axes[int(call.attrs.axis) % len(axes)]
+        moved = rebuilder.emit(with_attributes(call, [source], axis=axis))
+        return relax.Tuple(
+            [
+                self._transposed(rebuilder, rebuilder.emit(relax.TupleGetItem(moved, i)), axes)
+                for i in range(len(var.ty.fields))
+            ]
+        )
+
+    def along_axis(
+        self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call
+    ) -> relax.Expr | None:
+        source, axes = self._source(rebuilder, call)
+        if axes is None:
+            return None
+        axis = axes[int(call.attrs.axis) % len(axes)]
+        moved = rebuilder.emit(with_attributes(call, [source, *call.args[1:]], axis=axis))
+        return self._transposed(rebuilder, moved, axes, like=var)
+
+    def batch_norm(self, rebuilder: Rebuilder, _: relax.Var, call: relax.Call) -> relax.Expr | None:
+        source, axes = self._source(rebuilder, call)
+        if axes is None:
+            return None
+        axis = axes[int(call.attrs.axis) % len(axes)]
+        moved = rebuilder.emit(with_attributes(call, [source, *call.args[1:]], axis=axis))
+        value, *statistics = (rebuilder.emit(relax.TupleGetItem(moved, i)) for i in range(3))
+        return relax.Tuple([self._transposed(rebuilder, value, axes), *statistics])
+
+    def group_norm(
+        self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call
+    ) -> relax.Expr | None:
+        source, axes = self._source(rebuilder, call)
+        if axes is None:
+            return None
+        changed = {
+            "channel_axis": axes[int(call.attrs.channel_axis) % len(axes)],
+            "axes": sorted(axes[int(axis) % len(axes)] for axis in call.attrs.axes),
+        }
+        moved = rebuilder.emit(with_attributes(call, [source, *call.args[1:]], **changed))
+        return self._transposed(rebuilder, moved, axes, like=var)
+
+    def reduction(
+        self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call
+    ) -> relax.Expr | None:
+        source, axes = self._source(rebuilder, call)
+        if axes is None:
+            return None
+        if call.attrs.axis is None:
+            reduced, changed = list(axes), {}
+        else:
+            reduced = sorted(axes[int(axis) % len(axes)] for axis in call.attrs.axis)
+            changed = {"axis": reduced}
+        return self._reduced(rebuilder, var, call, source, axes, reduced, changed)
+
+    def argument(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        source, axes = self._source(rebuilder, call)
+        # Without an axis the result counts the elements in their order.
+        if axes is None or call.attrs.axis is None:
+            return None
+        axis = axes[int(call.attrs.axis) % len(axes)]
+        return self._reduced(rebuilder, var, call, source, axes, [axis], {"axis": axis})
+
+    def _reduced(
+        self,
+        rebuilder: Rebuilder,
+        var: relax.Var,
+        call: relax.Call,
+        source: relax.Expr,
+        axes: list[int],
+        reduced: list[int],
+        changed: dict[str, Any],
+    ) -> relax.Expr:
+        moved = rebuilder.emit(with_attributes(call, [source], **changed))
+        if not call.attrs.keepdims:
+            kept = [axis for axis in axes if axis not in reduced]
+            axes = [sorted(kept).index(axis) for axis in kept]
+        return self._transposed(rebuilder, moved, axes, like=var)
+
+    def pad(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        source, axes = self._source(rebuilder, call)
+        if axes is None:
+            return None
+        width = [int(size) for size in call.attrs.pad_width]
+        turned = [
+            size for axis in _inverse(axes) for size in (width[2 * axis], width[2 * axis + 1])
+        ]
+        moved = rebuilder.emit(with_attributes(call, [source], pad_width=turned))
+        return self._transposed(rebuilder, moved, axes, like=var)
+
+    def image(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
+        source, axes = self._source(rebuilder, call)
+        if axes != _channels_second(4) or str(call.attrs.layout) != "NCHW":
+            return None
+        changed = {"layout": "NHWC"}
+        if hasattr(call.attrs, "out_layout"):
+            changed["out_layout"] = "NHWC"
+        moved = rebuilder.emit(with_attributes(call, [source, *call.args[1:]], **changed))
+        return self._transposed(rebuilder, moved, axes, like=var)
+
+    def _source(
+        self, rebuilder: Rebuilder, call: relax.Call
+    ) -> tuple[relax.Expr, list[int] | None]:
+        """Return what the first argument is a transpose of, and by which axes."""
+        transpose = rebuilder.call(call.args[0], "relax.permute_dims")
+        if transpose is None:
+            return call.args[0], None
+        return transpose.args[0], transpose_axes(transpose)
+
+    def _common_axes(
+        self, rebuilder: Rebuilder, operands: Iterable[relax.Expr], rank: int
+    ) -> list[int] | None:
+        """Return the axes of the first transpose of a computed value of so many axes."""
+        for operand in operands:
+            transpose = rebuilder.call(operand, "relax.permute_dims")
+            if transpose is None or rebuilder.array(transpose.args[0]) is not None:
+                continue
+            axes = transpose_axes(transpose)
+            if len(axes) == rank:
+                return axes
+        return None
+
+    def _operands(
+        self, rebuilder: Rebuilder, operands: Iterable[relax.Expr], axes: list[int]
+    ) -> list[relax.Expr] | None:
+        """Return the operands as they are before the transpose; None where one would be copied."""
+        operands = list(operands)
+        if not all(self._is_free(rebuilder, operand, axes) for operand in operands):
+            return None
+        return [self._before(rebuilder, operand, axes) for operand in operands]
+
+    def _is_free(self, rebuilder: Rebuilder, operand: relax.Expr, axes: list[int]) -> bool:
+        if not _is_array(operand) or self._undone(rebuilder, operand, axes) is not None:
+            return True
+        if operand.ty.shape is None:
+            return False
+        known = rebuilder.array(operand) is not None
+        return known or _is_view(_widened(operand, len(axes)), _inverse(axes))
+
+    def _before(self, rebuilder: Rebuilder, operand: relax.Expr, axes: list[int]) -> relax.Expr:
+        if not _is_array(operand):
+            return operand
+        undone = self._undone(rebuilder, operand, axes)
+        if undone is not None:
+            return undone
+        widened = self._reshaped(rebuilder, operand, _widened(operand, len(axes)))
+        return self._transposed(rebuilder, widened, _inverse(axes))
+
+    def _undone(
+        self, rebuilder: Rebuilder, operand: relax.Expr, axes: list[int]
+    ) -> relax.Expr | None:
+        transpose = rebuilder.call(operand, "relax.permute_dims")
+        if transpose is None or transpose_axes(transpose) != axes:
+            return None
+        return transpose.args[0]
+
+    def _transposed(
+        self,
+        rebuilder: Rebuilder,
+        source: relax.Expr,
+        axes: Sequence[int],
+        *,
+        like: relax.Var | None = None,
+    ) -> relax.Expr:
+        inner = rebuilder.call(source, "relax.permute_dims")
+        if inner is not None:
+            inner_axes = transpose_axes(inner)
+            source, axes = inner.args[0], [inner_axes[axis] for axis in axes]
+        if list(axes) == sorted(axes):
+            return source
+        if source.ty.shape is not None:
+            shape = dimensions(source)
+            if _is_view(shape, axes):
+                return self._reshaped(rebuilder, source, [shape[axis] for axis in axes], like=like)
+        key = (source, tuple(axes))
+        if key not in self._made:
+            self._made[key] = rebuilder.emit(relax.op.permute_dims(source, list(axes)), like=like)
+        return self._made[key]
+
+    def _reshaped(
+        self,
+        rebuilder: Rebuilder,
+        source: relax.Expr,
+        shape: Sequence[Any],
+        *,
+        like: relax.Var | None = None,
+    ) -> relax.Expr:
+        inner = rebuilder.call(source, "relax.reshape")
+        if inner is not None:
+            source = inner.args[0]
+        if source.ty.shape is not None and _same(dimensions(source), shape):
+            return source
+        return rebuilder.emit(relax.op.reshape(source, relax.ShapeExpr(list(shape))), like=like)
+
+
+def _channels_second(rank: int) -> list[int]:
+    """Return the axes of the transpose from channels last to channels first."""
+    return [0, rank - 1, *range(1, rank - 1)]
+
+
+def _same(shape: Sequence[Any], other: Sequence[Any]) -> bool:
+    first, second = relax.ShapeExpr(list(shape)), relax.ShapeExpr(list(other))
+    return bool(tvm_ffi.structural_equal(first, second))
+
+
+def _inverse(axes: Sequence[int]) -> list[int]:
+    return [list(axes).index(axis) for axis in range(len(axes))]
+
+
+def _is_view(shape: Sequence[Any], axes: Sequence[int]) -> bool:
+    """Tell whether a transpose only moves axes of size one, so that no element changes place."""
+    moved = [axis for axis in axes if not (isinstance(shape[axis], int) and shape[axis] == 1)]
+    return moved == sorted(moved)
+
+
+def _is_array(expr: relax.Expr) -> bool:
+    """Tell whether an operand has axes: a scalar or an attribute has none."""
+    return isinstance(expr.ty, relax.TensorType) and expr.ty.ndim != 0
+
+
+def _widened(operand: relax.Expr, rank: int) -> list[Any]:
+    """Return the shape of an operand with the axes that broadcasting puts in front."""
+    return [1] * (rank - operand.ty.ndim) + list(dimensions(operand))
+
+
+_Rule = Callable[[_Sinking, Rebuilder, relax.Var, relax.Call], relax.Expr | None]
+
+_ELEMENTWISE: Final = (
+    *("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bitwise_not", "ceil", "cos"),
+    *("cosh", "erf", "exp", "floor", "isfinite", "isinf", "isnan", "log", "logical_not"),
+    *("negative", "round", "rsqrt", "sigmoid", "sign", "sin", "sinh", "sqrt", "square", "tan"),
+    *("tanh", "trunc", "astype", "clip", "full_like", "ones_like", "zeros_like", "where"),
+    *("nn.gelu", "nn.gelu_tanh", "nn.leakyrelu", "nn.relu", "nn.relu6", "nn.selu", "nn.silu"),
+    *("nn.softplus", "add", "atan2", "bitwise_and", "bitwise_or", "bitwise_xor", "divide"),
+    *("equal", "floor_divide", "floor_mod", "greater", "greater_equal", "less", "less_equal"),
+    *("log_add_exp", "logical_and", "logical_or", "logical_xor", "maximum", "minimum", "mod"),
+    *("multiply", "not_equal", "power", "subtract"),
+)
+_REDUCTIONS: Final = ("max", "mean", "min", "prod", "std", "sum", "variance")
+_IMAGES: Final = (*("nn.adaptive_avg_pool2d", "nn.avg_pool2d", "nn.max_pool2d", "image.resize2d"),)
+
+_RULES: Final[dict[str, _Rule]] = {
+    f"relax.{name}": rule
+    for names, rule in (
+        (("permute_dims",), _Sinking.permute_dims),
+        (("reshape",), _Sinking.reshape),
+        (_ELEMENTWISE, _Sinking.elementwise),
+        (("concat",), _Sinking.concat),
+        (("split",), _Sinking.split),
+        (("nn.log_softmax", "nn.prelu", "nn.softmax"), _Sinking.along_axis),
+        (("nn.batch_norm",), _Sinking.batch_norm),
+        (("nn.group_norm", "nn.instance_norm"), _Sinking.group_norm),
+        (_REDUCTIONS, _Sinking.reduction),
+        (("argmax", "argmin"), _Sinking.argument),
+        (("nn.pad",), _Sinking.pad),
+        (_IMAGES, _Sinking.image),
+    )
+    for name in names
+}
