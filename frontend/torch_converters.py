@@ -173,35 +173,31 @@ def _average_pool(node: Node, importer: Any) -> relax.Var:
 
 def _group_norm(node: Node, importer: Any) -> relax.Var:
     # TVM's own converter fails where there is no weight or no bias.
-    given = arguments(node, importer)
-    x = given["input"]
-    channels = sizes(x)[1]
-    result = relax.op.nn.group_norm(
-        x,
-        _or_else(given["weight"], np.ones, (channels,)),
-        _or_else(given["bias"], np.zeros, (channels,)),
-        num_groups=given["num_groups"],
-        channel_axis=1,
-        axes=list(range(2, x.ty.ndim)),
-        epsilon=given["eps"],
-    )
-    return importer.block_builder.emit(result)
+    groups = arguments(node, importer)["num_groups"]
+    return _norm_of_pixels(node, importer, relax.op.nn.group_norm, num_groups=groups)
 
 
 def _instance_norm(node: Node, importer: Any) -> relax.Var:
     # TVM's own converter takes another argument for the epsilon.
+    if not arguments(node, importer)["use_input_stats"]:
+        raise refused("instance_norm with statistics of training", node, "Use a BatchNorm.")
+    return _norm_of_pixels(node, importer, relax.op.nn.instance_norm)
+
+
+def _norm_of_pixels(
+    node: Node, importer: Any, norm: Callable[..., relax.Expr], **options: Any
+) -> relax.Var:
     given = arguments(node, importer)
     x = given["input"]
-    if not given["use_input_stats"]:
-        raise refused("instance_norm with statistics of training", node, "Use a BatchNorm.")
     channels = sizes(x)[1]
-    result = relax.op.nn.instance_norm(
+    result = norm(
         x,
         _or_else(given["weight"], np.ones, (channels,)),
         _or_else(given["bias"], np.zeros, (channels,)),
         channel_axis=1,
         axes=list(range(2, x.ty.ndim)),
         epsilon=given["eps"],
+        **options,
     )
     return importer.block_builder.emit(result)
 
