@@ -306,14 +306,18 @@ def _with_named_sizes(function: relax.Function) -> relax.Function:
             names[dim] = tirx.Var(axis, "int64")
     if not names:
         return function
+    bounds = dict(function.attrs.items()).get("tir_var_upper_bound")
+    if bounds:
+        known = {old.name: new.name for old, new in names.items()}
+        raise ModelImportError(
+            "torch.export would take no larger image than this example allows",
+            got=", ".join(f"{known.get(name, name)} <= {most}" for name, most in bounds.items()),
+            hint="Give an example large enough that the smallest map has more than one pixel, or "
+            "import with fixed sizes.",
+        )
     # torch.export assumes at least 2 everywhere, where a step of the code would differ for 1; what
     # is left in the graph holds for 1 as well.
     function = function.with_attr("tir_var_lower_bound", {var.name: 1 for var in names.values()})
-    upper = dict(function.attrs.items()).get("tir_var_upper_bound")
-    if upper is not None:
-        known = {old.name: new.name for old, new in names.items()}
-        bounds = {known[key]: bound for key, bound in upper.items() if key in known}
-        function = function.with_attr("tir_var_upper_bound", bounds)
     return function.bind_symbolic_vars(names)
 
 

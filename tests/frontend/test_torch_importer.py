@@ -406,3 +406,20 @@ def test_refuses_what_is_no_module():
         import_model(image, example=SHAPE)
     with pytest.raises(InvalidArgumentError, match="features is not known"):
         import_model(twin.Detector(), example=SHAPE, features=True)
+
+
+def test_refuses_an_example_that_would_bound_the_size():
+    """The map that has one pixel may have only one, by what torch.export concludes."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classifier = twin.Classifier()
+
+        def forward(self, image):
+            pooled = nn.functional.max_pool2d(image, 1, 32)
+            return self.classifier(image), torch.cat([pooled.flatten(2), image.flatten(2)], 2)
+
+    with pytest.raises(ModelImportError, match=r"h <= 32.*large enough"):
+        import_model(Pooled(), example=(1, 3, 32, 96), dynamic_size=True)
+    import_model(Pooled(), example=(1, 3, 64, 96), dynamic_size=True)
