@@ -104,7 +104,8 @@ def run_pipeline(
             else lower_layers(before, lambda outputs: schedules.linear_tile(outputs, target), dtype)
         ),
         "legalize": lambda before: _legalized(before.transformed(_legalize())),
-        "fuse": lambda before: before.transformed(_fuse()),
+        # Rebuilt, so that the kernels of results are last.
+        "fuse": lambda before: before.transformed(_fuse()).rebuilt(lambda *_: None),
         "schedule": schedule,
     }
     with target:

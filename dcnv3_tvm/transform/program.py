@@ -86,6 +86,9 @@ class Program:
 class Rebuilder:
     """Rebuilds one Relax function; dead bindings and unused weights are left out.
 
+    What the result alone needs comes last: kernels that write results are no part of a CUDA graph,
+    and would cut it in two.
+
     Parameters
     ----------
     module : tvm.IRModule
@@ -239,16 +242,24 @@ class Rebuilder:
     def _finish(
         self, inputs: Sequence[relax.Var], result: relax.Expr
     ) -> tuple[tvm.IRModule, Entry]:
+        definition = self.definition(result)
+        if isinstance(definition, relax.Tuple):
+            result = definition
         live = set(variables(result))
+        read: set[relax.Var] = set()
         kept: list[relax.VarBinding] = []
+        last: list[relax.VarBinding] = []
         for var, value in reversed(self._bindings):
             if var in live:
-                kept.append(relax.VarBinding(var, value))
+                (kept if var in read else last).append(relax.VarBinding(var, value))
                 live.update(variables(value))
+                read.update(variables(value))
         names = tuple(name for name, var in self._weight_vars.items() if var in live)
         params = [*inputs, *(self._weight_vars[name] for name in names)]
         output = relax.Var("output", self._builder.normalize(result).ty)
-        block = relax.DataflowBlock([*reversed(kept), relax.VarBinding(output, result)])
+        block = relax.DataflowBlock(
+            [*reversed(kept), *reversed(last), relax.VarBinding(output, result)]
+        )
         function = relax.Function(
             params,
             relax.SeqExpr([block], output),

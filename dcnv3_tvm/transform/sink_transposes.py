@@ -18,13 +18,18 @@ from dcnv3_tvm.transform.shapes import dimensions
 
 def sink_transposes(program: Program) -> Program:
     """Move every transpose towards the outputs as far as it goes, and fold those that meet."""
-    return program.rebuilt(_Sinking().visit)
+    # Views are made at the end: behind a map of one pixel, too, the channels are to come last.
+    return program.rebuilt(_Sinking(views=False).visit).rebuilt(_Sinking(views=True).visit)
 
 
 class _Sinking:
-    """The rules, and the transposes made so far: none is made twice."""
+    """The rules, and the transposes made so far: none is made twice.
 
-    def __init__(self) -> None:
+    With `views`, a transpose that moves only axes of size one becomes a reshape.
+    """
+
+    def __init__(self, *, views: bool) -> None:
+        self._views = views
         self._made: dict[tuple[relax.Expr, tuple[int, ...]], relax.Var] = {}
 
     def visit(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
@@ -244,7 +249,7 @@ class _Sinking:
             source, axes = inner.args[0], [inner_axes[axis] for axis in axes]
         if list(axes) == sorted(axes):
             return source
-        if source.ty.shape is not None:
+        if self._views and source.ty.shape is not None:
             shape = dimensions(source)
             if _is_view(shape, axes):
                 return self._reshaped(rebuilder, source, [shape[axis] for axis in axes], like=like)

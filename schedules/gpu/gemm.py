@@ -150,7 +150,9 @@ def default_tile(rows: int | None, columns: int, depth: int, shared_bytes: int) 
         else:
             break
     warp_rows, warp_columns = _warps(high, wide)
-    step = next((step for step in _STEPS if depth % (step * FRAGMENT) == 0), depth // FRAGMENT)
+    # More than one, so that copies need not pass through registers.
+    fitting = (step for step in _STEPS if depth % (step * FRAGMENT) == 0 < depth - step * FRAGMENT)
+    step = next(fitting, depth // FRAGMENT)
     tile = Tile(warp_rows, warp_columns, high // warp_rows, wide // warp_columns, step, stages=1)
     # Two blocks at least should be there at once; where they cannot, two steps are better than one.
     for stages, most in ((_STAGES, shared_bytes // 2), (2, shared_bytes)):
