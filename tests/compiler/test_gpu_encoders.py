@@ -47,9 +47,9 @@ def test_attention_pooling_and_center_feature_scale(norm, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "dtype"), [((64, 96), "float16"), ((64, 64), "bfloat16")])
-def test_t(size, dtype):
-    assert_agrees("internimage_t", 1, size, dtype)
+def test_t():
+    """In bfloat16 it has the same kernels, see `tests/transform/test_half_products.py`."""
+    assert_agrees("internimage_t", 1, (64, 96), "float16")
 
 
 @pytest.mark.slow
