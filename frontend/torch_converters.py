@@ -136,7 +136,7 @@ def _elu(node: Node, importer: Any) -> relax.Var:
     x, dtype = given["self"], dtype_of(given["self"])
     alpha, scale = constant(given["alpha"], dtype), constant(given.get("scale", 1), dtype)
     # CELU, which has two of them, is scaled inside by the inverse.
-    inner = constant(given.get("input_scale", 1 / given["alpha"]), dtype)
+    inner = constant(given["input_scale"] if "input_scale" in given else 1 / given["alpha"], dtype)
     # Of what is not positive alone: an exponential of the rest might be infinite.
     least = relax.op.minimum(x, constant(0, dtype))
     exponential = relax.op.exp(relax.op.multiply(least, inner))
