@@ -64,10 +64,11 @@ def divisors(number: int, largest: int | None = None) -> list[int]:
 def bind_blocks(sch: s_tir.Schedule, outer: Sequence[LoopRV], inner: Sequence[LoopRV]) -> None:
     """Bind loops, which follow each other, to the blocks of a kernel.
 
-    Where all extents are known, all to one axis. Where not, to find its place a block divides by
-    them: less often if the inner loops have an axis of their own (of which CUDA allows 65535).
+    All to one axis, where no extent but the first is open: by the first nothing is divided. Where
+    others are, to find its place a block divides by them: less often if the inner loops have an
+    axis of their own (of which CUDA allows 65535).
     """
-    known = all(static(sch.get(loop).extent) is not None for loop in (*outer, *inner))
+    known = all(static(sch.get(loop).extent) is not None for loop in (*outer[1:], *inner))
     axes = [[*outer, *inner]] if known else [outer, inner]
     for loops, axis in zip(axes, ("blockIdx.x", "blockIdx.y"), strict=False):
         sch.bind(sch.fuse(*loops), axis)

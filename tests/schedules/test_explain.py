@@ -23,6 +23,14 @@ def test_open_sizes_on_a_gpu():
     assert found.launch == "(n * height) x 3 blocks of 128 threads"
 
 
+def test_an_open_batch_needs_no_second_axis():
+    """Of which there would be too few blocks for a large image."""
+    spec = dt.DCNv3Spec.of((None, 2048, 2048, 512), group=32, dtype="float16")
+    launch = dt.explain(spec, "cuda-sm90").launch
+    assert launch.startswith("(n * ")
+    assert " x " not in launch
+
+
 def test_the_operator_on_a_cpu():
     found = dt.explain(dt.DCNv3Spec.of((1, 8, 8, 32), group=2), "cpu-znver4")
     assert found.rule == "dcnv3"
