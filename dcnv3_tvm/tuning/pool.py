@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final
 
@@ -59,6 +62,9 @@ class Pool:
     def __init__(self, size: int, *, fresh: bool) -> None:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOAD)
+        # It takes over from this process that Ctrl-C is ignored, before it can do so itself.
+        with _on_interrupt(signal.SIG_IGN):
+            forkserver.ensure_running()
         self._size = size
         self._fresh = fresh
         self._idle: list[_Worker] = []
@@ -128,8 +134,13 @@ class _Worker:
     def __init__(self, context: Any) -> None:
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs,), daemon=True)
-        self._process.start()
+        # Broken off in the middle of a request, the process that forks others dies of it.
+        interrupts: list[int] = []
+        with _on_interrupt(lambda number, _: interrupts.append(number)):
+            self._process.start()
         theirs.close()
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)
         self.number = -1
         self.deadline = 0.0
         self._timeout = 0.0
@@ -156,6 +167,20 @@ class _Worker:
         self._process.kill()
         self._process.join()
         self.connection.close()
+
+
+@contextlib.contextmanager
+def _on_interrupt(handler: Any) -> Iterator[None]:
+    """Let Ctrl-C do something else for a moment."""
+    if threading.current_thread() is not threading.main_thread():
+        # No other thread is interrupted, nor may it say what an interrupt does.
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _death(exit_code: int | None) -> str:

@@ -163,6 +163,7 @@ def start(folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -193,7 +194,8 @@ def test_ctrl_c_ends_a_session_tidily(tmp_path):
     folder = tmp_path / "work"
     process = start(folder)
     wait_for_trials(folder / "trials.jsonl", 1)
-    os.kill(process.pid, signal.SIGINT)
+    # As a terminal does: to the session and all that it has started.
+    os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "Traceback" not in err

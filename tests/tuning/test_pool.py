@@ -2,7 +2,9 @@
 
 import functools
 import os
+import signal
 import time
+from multiprocessing import reduction
 
 import pytest
 
@@ -90,3 +92,19 @@ def test_jobs_are_taken_when_there_is_room():
         next(run)
         assert len(taken) <= 4
         assert len(list(run)) == 5
+
+
+def test_ctrl_c_waits_until_a_process_is_there(monkeypatch, capfd):
+    send = reduction.sendfds
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        send(*arguments)
+
+    with Pool(1, fresh=True) as pool:
+        monkeypatch.setattr(reduction, "sendfds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            outcomes(pool, [double(1)])
+        monkeypatch.undo()
+        assert outcomes(pool, [double(2)])[0].value == 4
+    assert capfd.readouterr().err == ""
