@@ -7,7 +7,9 @@ softmax_max, _exp, _sum   only with ``spec.softmax``: the stable softmax of the 
 coordinates               where the point samples: (y, x) in pixels of x
 corners                   row and column of the upper left of the four pixels read, inside x
 weights                   the four bilinear weights times the mask
-pixels                    only where the width is static or for GPUs: row and column as one index
+pixels                    only where the width is static or for GPUs: where the first of the four
+                          pixels is, as one index; for GPUs where its channels of the group are,
+                          counted in vectors of the tensor x
 patch                     only for GPUs: the four pixels read, for each channel
 sum                       weights times pixels, over points, for each channel
 gate                      only with ``center_feature``: the part of the undeformed pixel, by group
@@ -29,15 +31,17 @@ Extents and loop variables are int64, so that more than 2**31 elements are addre
 """
 
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
+import math
 from typing import Any, Final, NamedTuple
 
 from tvm import tirx
 from tvm.script import tirx as T
 
+from dcnv3_tvm import gpu
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.math import exp
 from dcnv3_tvm.op.stages import int64
-from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
 
 MAX_SIDE = 2**24
 """Largest height and width: to here float32 holds every integer, and the borders are exact."""
@@ -60,6 +64,11 @@ def extents_of(spec: DCNv3Spec) -> tuple[Any, Any, Any]:
     """Return the channels of x, of offsets and of masks."""
     points = spec.group * spec.points
     return int64(spec.channels), int64(points * 2), int64(points)
+
+
+def vector_channels(spec: DCNv3Spec) -> int:
+    """Return how many channels of a group a thread of a GPU loads at once."""
+    return math.gcd(spec.group_channels, gpu.ALIGNMENT // DTYPE_BYTES[spec.dtype])
 
 
 def sizes_of(spec: DCNv3Spec) -> Sizes:
@@ -176,19 +185,52 @@ def blocks(
         # Without a second pixel its weight is zero.
         return weight * tirx.Cast(acc_type, corner * (step - int64(1)) + int64(1))
 
-    # With a static width, row and column taken from one index simplify back to that index when
-    # the buffer is flattened; with a symbolic one TVM would emit the divisions.
     linear = gather or spec.width is not None
-    image = (spec.height or 2**31) * (spec.width or 2**31)
-    pixel_type = "int32" if image < 2**31 else "int64"
+    vector = vector_channels(spec)
+    known = (spec.height or 2**31) * (spec.width or 2**31)
+    if gather:
+        known *= (spec.batch or 2**31) * spec.channels // vector
+    pixel_type = "int32" if known < 2**31 else "int64"
+
+    def index_of(row: Any, col: Any, b: Any, y: Any, x: Any, g: Any) -> Any:
+        """Return what `pixels` holds of a relative row and column."""
+        row, col = (tirx.Cast(pixel_type, tirx.Cast("int32", place)) for place in (row, col))
+        pitch = tirx.Cast(pixel_type, w)
+        if not gather:
+            row, col = (
+                place + tirx.Cast(pixel_type, base(pixel, axis))
+                for axis, (place, pixel) in enumerate(((row, y), (col, x)))
+            )
+            return row * pitch + col
+        # All that is the same for every point apart, so that it is computed once.
+        vectors = int64(spec.channels // vector)
+        origin = (b * h + base(y, 0)) * w + base(x, 1)
+        origin = origin * vectors + g * int64(spec.group_channels // vector)
+        return (row * pitch + col) * tirx.Cast(pixel_type, vectors) + tirx.Cast(pixel_type, origin)
 
     def from_index(index: Any, r: Any, s: Any) -> tuple[Any, Any]:
-        """Row and column of corner (r, s) of the patch whose first pixel has an index."""
+        """Row and column of corner (r, s) of the patch whose first pixel has an index.
+
+        They simplify back to that index when the buffer is flattened, because the width is static.
+        """
         index = tirx.Cast("int64", index)
-        if spec.width is None:
-            # In the first row, far beyond its end: flattened, it is the same place.
-            return int64(0), index + row_step * r * w + col_step * s
         return tirx.floordiv(index, w) + row_step * r, tirx.floormod(index, w) + col_step * s
+
+    def from_vector(index: Any, r: Any, s: Any, channel: Any) -> Any:
+        """Place, in the flattened tensor x, of a channel of a group at corner (r, s).
+
+        Added up without a sign: nvcc would make additions of 64 bits out of one with a sign.
+        """
+        unsigned = f"u{pixel_type}"
+        found = tirx.Cast(unsigned, index) + tirx.Cast(
+            unsigned, tirx.floordiv(channel, int64(vector))
+        )
+        corner = (row_step * r * w + col_step * s) * int64(spec.channels)
+        return (
+            tirx.Cast("int64", found) * int64(vector)
+            + corner
+            + tirx.floormod(channel, int64(vector))
+        )
 
     def from_pair(row: Any, col: Any, y: Any, x: Any, r: Any, s: Any) -> tuple[Any, Any]:
         """Row and column of corner (r, s) of the patch at a relative row and column."""
@@ -255,21 +297,18 @@ def blocks(
                     amount = T.meta_var(
                         T.Cast(acc_type, Mask[b, y, x, mask_start + g * points + p])
                     )
+                # In this order, so that what is the same for both columns comes first.
                 weight[b, y, x, g, r, s, p] = (
-                    tent(pos_y[b, y, x, g, p], row[b, y, x, g, p], r, row_step)
+                    amount
+                    * tent(pos_y[b, y, x, g, p], row[b, y, x, g, p], r, row_step)
                     * tent(pos_x[b, y, x, g, p], col[b, y, x, g, p], s, col_step)
-                    * amount
                 )
         if linear:
             for i0, i1, i2, i3, i4 in T.grid(n, ho, wo, groups, points):
                 with T.sblock("pixels"):
                     b, y, x, g, p = T.axis.remap("SSSSS", [i0, i1, i2, i3, i4])
-                    pixel[b, y, x, g, p] = T.Cast(
-                        pixel_type,
-                        T.Cast("int32", row[b, y, x, g, p]) + T.Cast("int32", base(y, 0)),
-                    ) * T.Cast(pixel_type, w) + T.Cast(
-                        pixel_type,
-                        T.Cast("int32", col[b, y, x, g, p]) + T.Cast("int32", base(x, 1)),
+                    pixel[b, y, x, g, p] = index_of(
+                        row[b, y, x, g, p], col[b, y, x, g, p], b, y, x, g
                     )
         if gather:
             for i0, i1, i2, i3, i4, dy, dx, c in T.grid(
@@ -282,9 +321,11 @@ def blocks(
                     chan = T.meta_var(g * group_channels + ch)
                     # Which pixels are read depends on data: the region is the whole image.
                     T.reads(pixel[b, y, x, g, p], X[b, 0:h, 0:w, chan])
-                    corner = T.meta_var(from_index(pixel[b, y, x, g, p], r, s))
                     T.writes(patch[b, y, x, g, p, r, s, ch])
-                    patch[b, y, x, g, p, r, s, ch] = X[b, corner[0], corner[1], chan]
+                    # In the first row, far beyond its end: flattened, it is the same place.
+                    patch[b, y, x, g, p, r, s, ch] = X[
+                        0, 0, 0, from_vector(pixel[b, y, x, g, p], r, s, ch)
+                    ]
             for i0, i1, i2, i3, i4, dy, dx, c in T.grid(
                 n, ho, wo, groups, points, two, two, group_channels
             ):

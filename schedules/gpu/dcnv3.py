@@ -9,17 +9,12 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
+from dcnv3_tvm.op.sampling_blocks import vector_channels
 from dcnv3_tvm.op.stages import static
 from dcnv3_tvm.op.tensorir import KERNEL_ATTR, gathering, spec_of
-from dcnv3_tvm.schedules.choices import Choices
-from dcnv3_tvm.schedules.gpu.threads import (
-    VECTOR_BYTES,
-    bind_blocks,
-    divisors,
-    unroll_all,
-    vectorize_copy,
-)
-from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
+from dcnv3_tvm.schedules.choices import ChoiceError, Choices
+from dcnv3_tvm.schedules.gpu.threads import bind_blocks, divisors, unroll_all, vectorize_copy
+from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
 
 _KERNELS: Final = ("dcnv3", "dcnv3_packed")
@@ -42,10 +37,16 @@ _OPEN_SIDE: Final = 64
 _MAX_UNROLLED_POINTS: Final = 16
 """Beyond, the loop over the points stays a loop."""
 
-# Consumers before producers: the order in which compute_at moves them. How many of the innermost
-# loops there are to unroll.
-_PER_POINT: Final = {"patch": 3, "pixels": 1, "weights": 3, "corners": 1, "coordinates": 1}
-_PER_GROUP: Final = {"center": 1, "gate": 1, "softmax_sum": 1, "softmax_exp": 1, "softmax_max": 1}
+_PARTNERS: Final = (2, 4, 8)
+"""Threads that may be partners: those of shuffles are so many."""
+
+_MOST_SUMS: Final = 32
+"""Channels that a thread may sum, all its outputs together."""
+
+# Consumers before producers: the order in which compute_at moves them. How many loops lie inside
+# that over the groups.
+_PER_POINT: Final = {"pixels": 1, "weights": 3, "corners": 1, "coordinates": 1}
+_PER_GROUP: Final = {"gate": 0, "softmax_sum": 1, "softmax_exp": 1, "softmax_max": 1}
 
 
 def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
@@ -56,8 +57,13 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
     loads the four pixels, a vector at a time, and adds them to its sums: nothing but the sums and
     the softmax lives longer than a point, so that many threads fit, and their loads overlap.
 
-    What binds the kernel is the number of instructions, not memory: a conversion and a
-    multiply-add for each channel and corner, and the coordinates, which two vectors share.
+    What binds the kernel is the number of instructions: a conversion and a multiply-add for each
+    channel and corner, and the coordinates. So these are computed but once for 16 channels. If one
+    thread takes them all, as two vectors, each of its loads uses half of the 32-byte sectors that
+    it touches, and the L1 cache binds. So partners, the threads with the vectors of a group, take
+    one vector each at as many outputs, which are neighbours along the groups or the columns; each
+    computes the coordinates, weights and softmax of one of these, and hears of the others by
+    shuffles. That is left to blocks without absent pixels, for shuffles need all threads.
 
     Parameters
     ----------
@@ -78,79 +84,122 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
     spec = spec_of(func)
     sch = s_tir.Schedule(gathering(func))
     names = {sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))}
-    vector = math.gcd(spec.group_channels, VECTOR_BYTES // DTYPE_BYTES[spec.dtype])
+    vector = vector_channels(spec)
     store, total = sch.get_sblock("store"), sch.get_sblock("sum")
     # Before the loops are tiled: bounds are lost where a cache is made of a part of an output.
     copy = sch.cache_write(store, 0, "local")
-    thread = _tile(sch, store, spec, vector, choices)
-    sch.reverse_compute_at(copy, thread, preserve_unit_loops=True)
+    thread, output, partners = _tile(sch, store, spec, choices)
+    sch.reverse_compute_at(copy, output, preserve_unit_loops=True)
     vectorize_copy(sch, copy, vector)
 
     sch.compute_at(total, thread, preserve_unit_loops=True)
     sch.set_scope(total, 0, "local")
-    point, *corner, channel = sch.get_loops(total)[-4:]
-    unroll_all(sch, [*corner, channel])
-    coordinates = sch.get_sblock("coordinates")
+    *_, pixel, group, point, row, column, channel = sch.get_loops(total)
+    sch.reorder(point, pixel, group)
+    unroll_all(sch, [pixel, group, row, column, channel])
+    patch, coordinates = sch.get_sblock("patch"), sch.get_sblock("coordinates")
     offset = sch.cache_read(coordinates, 0, "local", [coordinates])
+    _compute_at(sch, patch, group, 3)
     for name, loops in _PER_POINT.items():
-        if name in names:
-            _compute_at(sch, sch.get_sblock(name), point, loops)
+        own = _compute_at(sch, sch.get_sblock(name), point, loops, partners)
     # The two of a point at once: they are neighbours, and so aligned.
-    sch.compute_at(offset, point, preserve_unit_loops=True)
+    sch.compute_at(offset, own, preserve_unit_loops=True)
     sch.vectorize(sch.get_loops(offset)[-1])
     for name, loops in _PER_GROUP.items():
         if name in names:
-            _compute_at(sch, sch.get_sblock(name), thread, loops)
+            _compute_at(sch, sch.get_sblock(name), thread, loops, partners)
     if spec.points <= _MAX_UNROLLED_POINTS:
         sch.unroll(point)
     init = sch.decompose_reduction(total, point)
-    sch.unroll(sch.get_loops(init)[-1])
+    unroll_all(sch, sch.get_loops(init)[-3:])
     for name in ("softmax_sum", "softmax_max"):
         if name in names:
             block = sch.get_sblock(name)
             sch.decompose_reduction(block, sch.get_loops(block)[-1])
-    for name in ("patch", "center"):
-        if name in names:
-            vectorize_copy(sch, sch.get_sblock(name), vector)
+    vectorize_copy(sch, patch, vector)
+    if "center" in names:
+        center = sch.get_sblock("center")
+        _compute_at(sch, center, thread, 1)
+        vectorize_copy(sch, center, vector)
     return sch.mod["main"]
 
 
 def _tile(
-    sch: s_tir.Schedule, store: SBlockRV, spec: DCNv3Spec, vector: int, choices: Choices
-) -> LoopRV:
-    """Share out the loops of the last block among blocks and threads; return the latter's loop."""
-    batch, row, column, group, channel = sch.get_loops(store)
-    vectors = spec.group_channels // vector
-    amounts = [amount for amount in (1, 2) if vectors % amount == 0]
-    images, rows, columns = (static(sch.get(loop).extent) for loop in (batch, row, column))
-    outputs = (images or 1) * (rows or _OPEN_SIDE) * (columns or _OPEN_SIDE)
-    enough = outputs * spec.channels >= amounts[-1] * vector * _FULL_GPU
-    amount = amounts[-1] if enough else 1
-    lanes = vectors // amount
-    groups = max(divisors(spec.group, max(1, _LANES // lanes)))
-    pixels = _run(rows, columns, max(1, _THREADS // (groups * lanes)))
-    # Not more pixels than an image has: where it knows that there is one row and one column, TVM
-    # checks nothing, and the threads of pixels that are not there would store, too.
-    image = math.prod(size or _PIXELS[-1] for size in (rows, columns))
-    runs = [number for number in _PIXELS if number <= image]
+    sch: s_tir.Schedule, store: SBlockRV, spec: DCNv3Spec, choices: Choices
+) -> tuple[LoopRV, LoopRV, int]:
+    """Share out the loops of the last block among blocks and threads.
 
-    amount = choices.pick("vectors", amounts, amount)
+    Returns the innermost loop of threads, the innermost over the outputs of a thread, and how many
+    partners a thread has, itself included.
+    """
+    batch, row, column, group, channel = sch.get_loops(store)
+    images, rows, columns = (static(sch.get(loop).extent) for loop in (batch, row, column))
+    known = rows is not None and columns is not None
+    outputs = (images or 1) * (rows or _OPEN_SIDE) * (columns or _OPEN_SIDE)
+    # Not more pixels of a block than an image has: where it knows that there is one row and one
+    # column, TVM checks nothing, and the threads of pixels that are not there would store, too.
+    image = (rows or _PIXELS[-1]) * (columns or _PIXELS[-1])
+    vector = vector_channels(spec)
+    vectors = spec.group_channels // vector
+    # The vectors of a group that a thread takes, and the partners along columns and groups.
+    works = {"vector": (1, 1, 1)}
+    if vectors % 2 == 0:
+        works["vectors"] = (2, 1, 1)
+    if known and vectors in _PARTNERS and spec.group_channels <= _MOST_SUMS:
+        if spec.group % vectors == 0:
+            works["partners"] = (1, 1, vectors)
+        elif columns is not None and columns % vectors == 0:
+            works["partners"] = (1, vectors, 1)
+
+    def block(work: str) -> tuple[int, int]:
+        """Return how many groups and pixels a block takes by default."""
+        amount, along_columns, along_groups = works[work]
+        lanes = vectors // amount
+        groups = max(divisors(spec.group // along_groups, max(1, _LANES // lanes)))
+        runs = columns and columns // along_columns
+        pixels = _run(rows, runs, max(1, _THREADS // (groups * lanes)))
+        return groups * along_groups, pixels * along_columns
+
+    def is_whole(pixels: int) -> bool:
+        return known and image % pixels == 0
+
+    def suits(work: str) -> bool:
+        enough = math.prod(works[work]) * vector * _FULL_GPU
+        whole = work != "partners" or is_whole(block(work)[1])
+        return whole and outputs * spec.channels >= enough
+
+    default = next((work for work in reversed(works) if suits(work)), "vector")
+    groups, pixels = block(default)
+    powers = [number for number in _PIXELS if number <= image]
+    whole = divisors(image, _PIXELS[-1]) if known else []
+
+    work = choices.pick("thread", list(works), default)
     groups = choices.pick("groups", divisors(spec.group), groups)
-    pixels = choices.pick("pixels", runs, pixels)
+    pixels = choices.pick("pixels", [*powers, *whole], pixels)
+    amount, along_columns, along_groups = works[work]
+    partners = along_columns * along_groups
+    if partners > 1 and (groups % along_groups or pixels % along_columns or not is_whole(pixels)):
+        raise ChoiceError(
+            "partners need whole blocks",
+            got=f"{groups} groups, {pixels} pixels of {image}",
+            allowed=f"multiples of {along_groups} and {along_columns}, and no pixel absent",
+        )
     lane, *inner = sch.split(channel, [None, amount, vector])
-    slab, group = sch.split(group, [None, groups])
-    if rows is not None and columns is not None:
-        block, pixel = sch.split(sch.fuse(row, column), [None, pixels])
-        outer, places = [batch], [slab, block]
+    slab, group, own_groups = sch.split(group, [None, groups // along_groups, along_groups])
+    column, own_columns = sch.split(column, [None, along_columns])
+    if known:
+        place, pixel = sch.split(sch.fuse(row, column), [None, pixels // along_columns])
+        outer, places = [batch], [slab, place]
     else:  # Pixels of one row: so a thread need not divide by what is not known.
-        block, pixel = sch.split(column, [None, pixels])
-        outer, places = [batch, row], [block, slab]
-    sch.reorder(*outer, *places, pixel, group, lane, *inner)
-    unroll_all(sch, inner)
+        place, pixel = sch.split(column, [None, pixels])
+        outer, places = [batch, row], [place, slab]
+    own = [own_columns, own_groups, *inner]
+    sch.reorder(*outer, *places, pixel, group, lane, *own)
+    unroll_all(sch, own)
     bind_blocks(sch, outer, places)
-    thread = sch.fuse(pixel, group, lane)
-    sch.bind(thread, "threadIdx.x")
-    return thread
+    sch.bind(sch.fuse(pixel, group), "threadIdx.y")
+    sch.bind(lane, "threadIdx.x")
+    return lane, own_groups, partners
 
 
 def _run(rows: int | None, columns: int | None, wanted: int) -> int:
@@ -162,9 +211,21 @@ def _run(rows: int | None, columns: int | None, wanted: int) -> int:
     return min(fitting, key=lambda d: abs(d - wanted), default=min(power, rows * columns))
 
 
-def _compute_at(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV, loops: int) -> None:
-    """Compute a block in registers, its innermost loops unrolled."""
-    sch.compute_at(block, loop, preserve_unit_loops=True)
+def _compute_at(
+    sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV, inner: int, partners: int = 1
+) -> LoopRV:
+    """Compute a block in registers, its innermost loops unrolled.
+
+    Partners share out its outputs. Returns the loop over these.
+    """
     for index in range(len(sch.get(block).writes)):
-        sch.set_scope(block, index, "local")
-    unroll_all(sch, sch.get_loops(block)[-loops:])
+        sch.set_scope(block, index, "warp" if partners > 1 else "local")
+    sch.compute_at(block, loop, preserve_unit_loops=True)
+    *_, columns, groups = sch.get_loops(block)[: -inner or None]
+    unroll_all(sch, sch.get_loops(block)[-inner:] if inner else [])
+    own = sch.fuse(columns, groups)
+    if partners > 1:
+        sch.bind(own, "threadIdx.x")
+    else:
+        sch.unroll(own)
+    return own

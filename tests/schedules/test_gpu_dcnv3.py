@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dcnv3_tvm.op import gemm, tensorir
-from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.schedules.choices import ChoiceError, Choices
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
@@ -19,11 +19,16 @@ from dcnv3_tvm.testing.specs import Inputs, random_inputs, specs
 TARGET = resolve_target("cuda-sm90")
 
 
-def run(gpu, kernel, spec, inputs, packed=False, gate=None):
+def run(gpu, kernel, spec, inputs, packed=False, gate=None, choices=None):
     arrays = operator.arguments(spec, inputs, packed, gate)
     outputs = [(operator.output_shape(spec, inputs), spec.dtype)]
-    (result,) = gpu.run(dcnv3(kernel, TARGET, Choices()), TARGET, arrays, outputs)
+    (result,) = gpu.run(dcnv3(kernel, TARGET, choices or Choices()), TARGET, arrays, outputs)
     return result
+
+
+def gate_for(spec, inputs):
+    shape = (*inputs.x.shape[:3], spec.group)
+    return (4 * np.random.default_rng(7).standard_normal(shape)).astype(inputs.x.dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -85,9 +90,52 @@ def test_blend_with_the_input(gpu, shape, group, dtype):
     spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
     kernel = tensorir.dcnv3_packed(spec, center_feature=True)
     inputs = random_inputs(spec, seed=6)
-    gate = 4 * np.random.default_rng(7).standard_normal((*shape[:3], group))
-    gate = gate.astype(inputs.x.dtype)
+    gate = gate_for(spec, inputs)
     check(run(gpu, kernel, spec, inputs, packed=True, gate=gate), spec, inputs, gate)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "group", "block", "options"),
+    [
+        ((2, 5, 7, 64), 4, (4, 5), {}),
+        ((1, 6, 8, 48), 3, (1, 8), {}),
+        ((1, 3, 4, 256), 8, (8, 4), {"kernel_size": (5, 5), "pad": 2}),
+        ((3, 8, 4, 80), 5, (5, 4), {"stride": (2, 1), "softmax": False}),
+        ((None, 3, 5, 64), 4, (4, 1), {"remove_center": True}),
+    ],
+    ids=str,
+)
+def test_partners(gpu, shape, group, block, options, dtype):
+    """Along groups, or columns where the groups are odd; loops over points; no whole last warp."""
+    spec = DCNv3Spec.of(shape, group=group, dtype=dtype, **options)
+    packed = "softmax" not in options
+    spec = dataclasses.replace(spec, softmax=packed)
+    groups, pixels = block
+    choices = Choices({"thread": "partners", "groups": groups, "pixels": pixels})
+    known = dataclasses.replace(spec, batch=spec.batch or 2)
+    inputs = random_inputs(known, seed=8)
+    blended = known.output_size == (known.height, known.width) and packed
+    gate = gate_for(known, inputs) if blended else None
+    kernel = tensorir.dcnv3_packed(spec, center_feature=blended) if packed else tensorir.dcnv3(spec)
+    check(run(gpu, kernel, known, inputs, packed, gate, choices), known, inputs, gate)
+    scheduled = dcnv3(kernel, TARGET, Choices(choices.given))
+    assert 'scope="warp"' in scheduled.script()
+
+
+def test_partners_without_whole_blocks_are_refused():
+    spec = DCNv3Spec.of((1, 5, 7, 64), group=4, dtype="float16")
+    for block in ({"groups": 1, "pixels": 1}, {"groups": 4, "pixels": 2}):
+        with pytest.raises(ChoiceError, match="partners need whole blocks"):
+            dcnv3(tensorir.dcnv3(spec), TARGET, Choices({"thread": "partners"} | block))
+
+
+def test_large_problems_get_partners():
+    spec = DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16")
+    for batch, thread in ((64, "partners"), (1, "vector")):
+        choices = Choices()
+        dcnv3(tensorir.dcnv3(dataclasses.replace(spec, batch=batch)), TARGET, choices)
+        assert choices.space["thread"][0] == thread
 
 
 def test_any_batch(gpu):

@@ -28,16 +28,14 @@ def compiled(func, target):
     return kernel
 
 
-@pytest.mark.parametrize(
-    ("dtype", "most", "channels"),
-    [("float16", 125, 16), ("float32", 165, 8), ("bfloat16", 140, 16)],
-)
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 120), ("float32", 95), ("bfloat16", 140)])
 @pytest.mark.parametrize("shape", [(64, 56, 56, 128), (64, 7, 7, 1024)], ids=str)
-def test_instructions_per_channel(shape, dtype, most, channels):
+def test_instructions_per_channel(shape, dtype, most):
     """The kernel is bound by them: softmax included, as a thread executes them for a channel."""
     spec = DCNv3Spec.of(shape, group=shape[-1] // 16, dtype=dtype)
     spec = dataclasses.replace(spec, softmax=True)
     kernel = compiled(tensorir.dcnv3_packed(spec), resolve_target("cuda-sm90"))
+    channels = 16  # that a thread sums
     assert kernel.instructions / channels <= most
     assert kernel.load_bytes[-1] == 16
     assert kernel.occupancy >= 0.4

@@ -469,13 +469,19 @@ inline void multiply(int line, float &d0, float &d1, float &d2, float &d3, unsig
   d0 = mine.sums[0], d1 = mine.sums[1], d2 = mine.sums[2], d3 = mine.sums[3];
 }
 
+inline unsigned lane() { return current->number % kWarp; }
+
+/* The lane that `source` names in the segment of the warp, of `width` lanes, of this thread. */
+inline unsigned of_segment(unsigned source, unsigned width) {
+  return lane() / width * width + source % width;
+}
+
 template <class T>
 struct Shuffled {
   T value, result;
   unsigned source;
 };
 
-inline unsigned lane() { return current->number % kWarp; }
 inline unsigned whole_warp() { return ~0u >> (kWarp - current->lanes()); }
 
 template <class T>
@@ -520,7 +526,7 @@ struct Turn {
 #define __syncthreads() emulated::barrier(__LINE__)
 #define __activemask() emulated::whole_warp()
 #define __shfl_sync(mask, value, source, width) \
-  emulated::shuffle(__LINE__, mask, value, (source) % emulated::kWarp)
+  emulated::shuffle(__LINE__, mask, value, emulated::of_segment(source, width))
 #define __shfl_down_sync(mask, value, by, width) \
   emulated::shuffle(__LINE__, mask, value, emulated::lane() + (by))
 #define __shfl_xor_sync(mask, value, by, width) \
