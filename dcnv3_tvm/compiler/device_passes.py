@@ -19,7 +19,7 @@ _WARP_BUFFERS: Final = 16
 """Most buffers of a kernel that are spread over the threads of a warp.
 
 Those of `dcnv3_tvm.schedules.gpu.mlp`: factors and sums of two products, and the factors once more
-for each step behind the loop of its pipeline, of which there are at most two."""
+for each step behind the loop of its pipeline, of which there are at most two. DCNv3 has ten."""
 
 _CONFIG: Final = {
     # Copies from global to shared memory that bypass registers.

@@ -197,7 +197,10 @@ def _tile(
     sch.reorder(*outer, *places, pixel, group, lane, *own)
     unroll_all(sch, own)
     bind_blocks(sch, outer, places)
-    sch.bind(sch.fuse(pixel, group), "threadIdx.y")
+    if partners > 1:
+        sch.bind(sch.fuse(pixel, group), "threadIdx.y")
+    else:
+        lane = sch.fuse(pixel, group, lane)
     sch.bind(lane, "threadIdx.x")
     return lane, own_groups, partners
 

@@ -24,7 +24,7 @@ def test_a_candidate_is_compiled_without_a_gpu(tmp_path):
     target = resolve_target("cuda-sm90")
     task = operator_task(SPEC, target)
     path = tmp_path / "kernel.so"
-    jobs.build(task.function, target, {"vectors": 1, "groups": 2, "pixels": 8}, path)
+    jobs.build(task.function, target, {"thread": "vector", "groups": 2, "pixels": 8}, path)
     assert b"\x7fELF" in path.read_bytes()[4:]  # the cubin in the library
 
 
