@@ -9,6 +9,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
+from dcnv3_tvm import gpu
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.sampling_blocks import blocks, extents_of, sizes_of
 from dcnv3_tvm.op.stages import int64
@@ -50,8 +51,7 @@ def dcnv3(spec: DCNv3Spec, *, gather: bool = False) -> tirx.PrimFunc:
     n, h, w, ho, wo = sizes
     channels, offsets, masks = extents_of(spec)
     dtype = spec.dtype
-    # TVM would assume 64 bytes, and crash on an array of NumPy or a slice of one.
-    align = DTYPE_BYTES[dtype]
+    align = _alignment(dtype, gather=gather)
     body = blocks(spec, sizes, mask_start=0, stored=dtype, gather=gather, center_feature=False)
 
     @T.prim_func(s_tir=True)
@@ -117,9 +117,10 @@ def dcnv3_packed(
     packed = int64(packed_channels(spec, center_feature=center_feature))
     dtype = spec.dtype
     stored = out_dtype or dtype
-    # TVM would assume 64 bytes, and crash on an array of NumPy or a slice of one.
-    align, out_align = DTYPE_BYTES[dtype], DTYPE_BYTES[stored]
     learned = offset_dtype or dtype
+    align, out_align, learned_align = (
+        _alignment(kind, gather=gather) for kind in (dtype, stored, learned)
+    )
     body = blocks(
         spec,
         sizes,
@@ -132,9 +133,7 @@ def dcnv3_packed(
     @T.prim_func(s_tir=True)
     def dcnv3_packed(x: T.handle, offset_mask: T.handle, out: T.handle):
         X = T.match_buffer(x, (n, h, w, channels), dtype, align=align)
-        OffsetMask = T.match_buffer(
-            offset_mask, (n, ho, wo, packed), learned, align=DTYPE_BYTES[learned]
-        )
+        OffsetMask = T.match_buffer(offset_mask, (n, ho, wo, packed), learned, align=learned_align)
         Out = T.match_buffer(out, (n, ho, wo, channels), stored, align=out_align)
         body(X, OffsetMask, OffsetMask, Out)
 
@@ -185,6 +184,15 @@ def spec_of(func: tirx.PrimFunc) -> DCNv3Spec:
     fields: dict[str, Any] = json.loads(str(func.attrs[SPEC_ATTR]))
     pairs = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     return DCNv3Spec(**(fields | pairs))
+
+
+def _alignment(dtype: str, *, gather: bool) -> int:
+    """Return the multiple of bytes where a tensor begins.
+
+    TVM would assume 64, and crash on an array of NumPy or a slice of one. GPUs get vectors, from
+    tensors that are aligned for them, into copies in registers that TVM aligns like the tensors.
+    """
+    return gpu.ALIGNMENT if gather else DTYPE_BYTES[dtype]
 
 
 def _finish(func: tirx.PrimFunc, name: str, spec: DCNv3Spec) -> tirx.PrimFunc:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tvm import s_tir
 
+from dcnv3_tvm.gpu import ALIGNMENT
 from dcnv3_tvm.op import gemm, tensorir
 from dcnv3_tvm.schedules.choices import ChoiceError, Choices
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
@@ -208,3 +210,13 @@ def test_nothing_outside_is_read(gpu, dtype):
     offset = np.where(rng.random(plain.offset.shape) < 0.3, drawn, plain.offset)
     inputs = Inputs(plain.x, offset, plain.mask)
     check(run(gpu, tensorir.dcnv3(spec), spec, inputs), spec, inputs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_copies_in_registers_are_aligned_for_vectors(dtype):
+    spec = dataclasses.replace(DCNv3Spec.of((64, 56, 56, 64), group=4, dtype=dtype), softmax=True)
+    for kernel in (tensorir.dcnv3_packed(spec), tensorir.dcnv3(spec)):
+        scheduled = s_tir.Schedule(dcnv3(kernel, TARGET, Choices()))
+        buffers = scheduled.get(scheduled.get_sblock("root")).alloc_buffers
+        assert {buffer.name for buffer in buffers} >= {"Out_local", "patch_local"}
+        assert all(buffer.data_alignment % ALIGNMENT == 0 for buffer in buffers)
