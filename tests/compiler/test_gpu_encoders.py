@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from dcnv3_tvm import compile_artifact, frontend
+from dcnv3_tvm import compile_artifact, frontend, schedules
 from dcnv3_tvm.bench import gpu_accuracy
 from dcnv3_tvm.bench.cases import encoder_case
 from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
@@ -110,6 +110,8 @@ def test_only_for_gpus(capsys):
 
 
 @pytest.mark.slow
-def test_products_of_a_block_in_one_kernel(monkeypatch):
-    monkeypatch.setattr(gemm, "FULL_GPU", 0)  # so that few rows are enough
+def test_as_on_a_gpu_that_is_full(monkeypatch):
+    """Both products of a block in one kernel, and DCNv3 with partners."""
+    monkeypatch.setattr(gemm, "FULL_GPU", 0)
+    monkeypatch.setattr(schedules.gpu.dcnv3, "_FULL_GPU", 0)
     assert_agrees(PRE_NORM, 1, (64, 96), "float16")
