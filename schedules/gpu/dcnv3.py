@@ -20,10 +20,7 @@ from dcnv3_tvm.targets import is_gpu
 _KERNELS: Final = ("dcnv3", "dcnv3_packed")
 
 _THREADS: Final = 128
-"""Threads of a block."""
-
-_LANES: Final = 32
-"""Most threads of a block that share a pixel."""
+"""Threads of a block; those of a pixel, where there are more, lie in several."""
 
 _PIXELS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 """Pixels of a block among which a tuner may choose."""
@@ -155,9 +152,11 @@ def _tile(
         """Return how many groups and pixels a block takes by default."""
         amount, along_columns, along_groups = works[work]
         lanes = vectors // amount
-        groups = max(divisors(spec.group // along_groups, max(1, _LANES // lanes)))
+        # All groups if possible: it takes instructions to find which part of them a block has.
+        groups = max(divisors(spec.group // along_groups, max(1, _THREADS // lanes)))
         runs = columns and columns // along_columns
-        pixels = _run(rows, runs, max(1, _THREADS // (groups * lanes)))
+        # With two pixels ptxas was seen to need fewer registers than with one.
+        pixels = _run(rows, runs, max(2, _THREADS // (groups * lanes)))
         return groups * along_groups, pixels * along_columns
 
     def is_whole(pixels: int) -> bool:
