@@ -75,7 +75,7 @@ def explain(spec: DCNv3Spec, target: str | Mapping[str, Any] | Target = "auto") 
     >>> from dcnv3_tvm import DCNv3Spec
     >>> found = explain(DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16"), "cuda-sm90")
     >>> found.rule, found.launch
-    ('dcnv3', '6272 blocks of 128 threads')
+    ('dcnv3', '6272 blocks of 2 x 64 threads')
     """
     from dcnv3_tvm.op.tensorir import dcnv3
     from dcnv3_tvm.schedules import explain as schedules
