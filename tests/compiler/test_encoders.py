@@ -112,7 +112,6 @@ def test_a_shape_that_is_unknown_before_run_time_is_refused_with_words(target, d
         ("internimage_t", 3, "float32"),
         pytest.param("internimage_t", 1, "bfloat16", marks=DOT_PRODUCT),
         ("internimage_b", 1, "float32"),
-        pytest.param("internimage_b", 1, "bfloat16", marks=DOT_PRODUCT),
     ],
 )
 def test_released_variants(name, batch, dtype):

@@ -33,9 +33,8 @@ def assert_agrees(variant, batch, size, dtype):
     assert found.ok, found.cells()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_pre_norm(dtype):
-    assert_agrees(PRE_NORM, 1, (64, 96), dtype)
+def test_pre_norm():
+    assert_agrees(PRE_NORM, 1, (64, 96), "float32")
 
 
 @pytest.mark.slow

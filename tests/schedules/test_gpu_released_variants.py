@@ -4,6 +4,8 @@ Channels and groups are the variants' own, and so are the remainders that tiles 
 images are small, because the GPU is emulated.
 """
 
+import math
+
 import numpy as np
 import pytest
 import tvm
@@ -19,6 +21,8 @@ from dcnv3_tvm.testing.tolerances import LAYER
 TARGET = resolve_target("cuda-sm90")
 HOST = resolve_target("auto")
 SIZE = (36, 68)
+MOST_WEIGHTS = 2**23
+"""Products of H with more are those of an earlier stage, with more steps of the same tiles."""
 
 
 def inputs_of(function, rng):
@@ -39,7 +43,11 @@ def inputs_of(function, rng):
     [("internimage_t", "float16"), ("internimage_b", "float32"), ("internimage_h", "bfloat16")],
 )
 def test_every_kernel(variant, dtype, run_together, rng):
-    kernels = variant_kernels(variant, TARGET, dtype, size=SIZE)
+    kernels = [
+        kernel
+        for kernel in variant_kernels(variant, TARGET, dtype, size=SIZE)
+        if math.prod(int(size) for size in kernel.function.params[1].shape) <= MOST_WEIGHTS
+    ]
     named = {k.name: k.function.with_attr("global_symbol", k.name) for k in kernels}
     scheduled, rules = schedule_module(tvm.IRModule(named), TARGET)
     assert {name: found.rule for name, found in rules.items()} == {
