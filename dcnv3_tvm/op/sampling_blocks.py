@@ -194,14 +194,12 @@ def blocks(
 
     def index_of(row: Any, col: Any, b: Any, y: Any, x: Any, g: Any) -> Any:
         """Return what `pixels` holds of a relative row and column."""
-        row, col = (tirx.Cast(pixel_type, tirx.Cast("int32", place)) for place in (row, col))
-        pitch = tirx.Cast(pixel_type, w)
+        row, col, pitch = (tirx.Cast(pixel_type, value) for value in (_int32(row), _int32(col), w))
         if not gather:
-            row, col = (
-                place + tirx.Cast(pixel_type, base(pixel, axis))
-                for axis, (place, pixel) in enumerate(((row, y), (col, x)))
+            top, left = (
+                tirx.Cast(pixel_type, base(pixel, axis)) for axis, pixel in enumerate((y, x))
             )
-            return row * pitch + col
+            return (row + top) * pitch + (col + left)
         # All that is the same for every point apart, so that it is computed once.
         vectors = int64(spec.channels // vector)
         origin = (b * h + base(y, 0)) * w + base(x, 1)
@@ -412,6 +410,10 @@ def blocks(
                     Out[b, y, x, chan] = T.Cast(stored, value)
 
     return body
+
+
+def _int32(value: Any) -> Any:
+    return tirx.Cast("int32", value)
 
 
 def _is_one(value: Any) -> bool:

@@ -15,7 +15,7 @@ from dcnv3_tvm import gpu
 from dcnv3_tvm.op.stages import static
 from dcnv3_tvm.schedules.choices import ChoiceError
 
-VECTOR_BYTES: Final = 16
+VECTOR_BYTES: Final = gpu.ALIGNMENT
 """The widest access of a thread to memory."""
 
 
