@@ -49,6 +49,16 @@ def _extremum(
     return converter
 
 
+def _count_nonzero(node: Node, importer: Any) -> relax.Var:
+    # TVM has no converter, and none for what PyTorch decomposes it to where the tensor is boolean.
+    given = arguments(node, importer)
+    x = given["self"]
+    if dtype_of(x) != "bool":
+        x = relax.op.not_equal(x, constant(0, dtype_of(x)))
+    ones = importer.block_builder.emit(relax.op.astype(x, "int64"))
+    return importer.block_builder.emit(relax.op.sum(ones, axes_of(ones, given.get("dim"))))
+
+
 def _variance(node: Node, importer: Any) -> relax.Var:
     # TVM's own converter of the standard deviation takes no notice of the correction.
     given = arguments(node, importer)
@@ -119,6 +129,8 @@ REDUCTIONS: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "adaptive_max_pool2d.default": _adaptive_max_pool,
     "amax.default": _reduced(relax.op.max),
     "amin.default": _reduced(relax.op.min),
+    "count_nonzero.default": _count_nonzero,
+    "count_nonzero.dim_IntList": _count_nonzero,
     "max.dim": _extremum(relax.op.max, relax.op.argmax),
     "min.dim": _extremum(relax.op.min, relax.op.argmin),
     "prod.dim_int": _reduced(relax.op.prod),

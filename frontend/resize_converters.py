@@ -48,15 +48,20 @@ def _resize(method: _Method) -> Callable[[Node, Any], relax.Var]:
                 node,
                 'Use mode="nearest-exact" or "bilinear".',
             )
+        # Of aligned corners a single pixel is the first one, as it is of two; for one, TVM divides
+        # by zero.
+        single = [axis for axis, new in zip((2, 3), size, strict=True) if aligned and new == 1]
         result = relax.op.image.resize2d(
             x,
-            size,
+            tuple(2 if axis in single else new for axis, new in zip((2, 3), size, strict=True)),
             layout="NCHW",
             method=method.method,
             coordinate_transformation_mode="align_corners" if aligned else method.coordinates,
             rounding_method=method.rounding,
             cubic_alpha=-0.75,
         )
+        for axis in single:
+            result = relax.op.strided_slice(importer.block_builder.emit(result), [axis], [0], [1])
         return importer.block_builder.emit(result)
 
     return converter

@@ -25,6 +25,7 @@ from dcnv3_tvm.frontend.entry_points import (
     is_pyramid,
     pyramid_of,
 )
+from dcnv3_tvm.frontend.export_guards import check_guards
 from dcnv3_tvm.frontend.torch_conversion import convert
 from dcnv3_tvm.frontend.variants import InternImageConfig
 from dcnv3_tvm.imported import ImportedModel
@@ -230,6 +231,7 @@ def _import_entry(
     program = _export(entry_point, image, dynamic)
     _check_operators(program, prepared)
     function = _with_named_sizes(convert(program))
+    check_guards(program, tuple(image.shape), set(dynamic))
     kind = torch.export.graph_signature.InputKind.PARAMETER
     names = {
         spec.arg.name: str(spec.target).removeprefix(MODEL_PREFIX)
@@ -310,10 +312,10 @@ def _with_named_sizes(function: relax.Function) -> relax.Function:
     if bounds:
         known = {old.name: new.name for old, new in names.items()}
         raise ModelImportError(
-            "torch.export would take no larger image than this example allows",
+            "the exported model would take no larger image",
             got=", ".join(f"{known.get(name, name)} <= {most}" for name, most in bounds.items()),
-            hint="Give an example large enough that the smallest map has more than one pixel, or "
-            "import with fixed sizes.",
+            hint="Give an example large enough that the smallest map has more than one pixel. If "
+            "the model computes other things for larger ones, import it with fixed sizes.",
         )
     # torch.export assumes at least 2 everywhere, where a step of the code would differ for 1; what
     # is left in the graph holds for 1 as well.

@@ -67,6 +67,10 @@ def attend(**options):
 
 
 ANY_SIZE = {
+    "count_nonzero": lambda x: torch.count_nonzero(x > 0),
+    "count_nonzero along axes": lambda x: torch.count_nonzero(F.relu(x), (1, 3)),
+    "padding": lambda x: F.pad(x, (1, 2, 0, 3), value=0.5),
+    "padding, reflected": lambda x: F.pad(x, (1, 2, 2, 3), mode="reflect"),
     "amax": lambda x: x.amax(1),
     "amax of all": lambda x: x.amax(),
     "amin": lambda x: x.amin((2, 3), keepdim=True),
@@ -116,6 +120,8 @@ FIXED_SIZE = {
     "nearest by a half": lambda x: F.interpolate(x[..., :8], scale_factor=0.5),
     "bilinear to 4": resize(size=(4, 5), mode="bilinear"),
     "bilinear with corners": resize(size=(13, 17), mode="bilinear", align_corners=True),
+    "corners of one row": resize(size=(1, 17), mode="bilinear", align_corners=True),
+    "corners of one pixel": resize(size=(1, 1), mode="bicubic", align_corners=True),
     "bicubic with corners": resize(size=(13, 17), mode="bicubic", align_corners=True),
     "bilinear, antialiased": resize(size=(13, 17), mode="bilinear", antialias=True),
     "unfold with strides": lambda x: F.unfold(x, (2, 3), dilation=2, stride=2, padding=(1, 2)),
@@ -159,6 +165,7 @@ REFUSED = {
     "divisor_override": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), False),
     "shared heads": (attend(enable_gqa=True), False),
     "statistics of training": (nn.InstanceNorm2d(4, track_running_stats=True), False),
+    "depends on an open size": (lambda x: F.pad(x, (0, -x.shape[3] % 32)), True),
     "aten.topk": (lambda x: x.topk(2), False),
     "aten.sort": (lambda x: x.sort(), False),
     "aten.cumsum": (lambda x: x.cumsum(1), False),

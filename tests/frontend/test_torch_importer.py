@@ -423,3 +423,37 @@ def test_refuses_an_example_that_would_bound_the_size():
     with pytest.raises(ModelImportError, match=r"h <= 32.*large enough"):
         import_model(Pooled(), example=(1, 3, 32, 96), dynamic_size=True)
     import_model(Pooled(), example=(1, 3, 64, 96), dynamic_size=True)
+
+
+class Changing(nn.Module):
+    """A model that doubles some images first."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.classifier = twin.Classifier()
+        self.decide = decide
+
+    def forward(self, image):
+        return self.classifier(image * 2 if self.decide(*image.shape) else image)
+
+
+@pytest.mark.parametrize(
+    ("decide", "depends"),
+    [
+        (lambda *shape: shape[2] % 32, r"another size; .*where \(h % 32\) != 0"),
+        (lambda *shape: shape[3] % 2, r"another size; .*where \(w % 2\) == 0"),
+        (lambda *shape: shape[2] > 12, "another size; .*where h > 12"),
+        (lambda *shape: shape[2] > 4000, "no larger image; got h <= 4000"),
+        (lambda *shape: shape[2] == shape[3], "another size; .*where (h != w|w != h)"),
+        (lambda *shape: shape[2] * shape[3] > 300, r"another size; .*where (w\*h|h\*w) > 300"),
+        (lambda *shape: shape[0] > 3, "no larger image; got n <= 3"),
+    ],
+)
+def test_refuses_open_sizes_on_which_the_model_decides(decide, depends):
+    with pytest.raises(ModelImportError, match=depends):
+        import_model(Changing(decide), example=SHAPE, dynamic_batch=True, dynamic_size=True)
+
+
+def test_takes_decisions_on_sizes_that_are_fixed():
+    import_model(Changing(lambda *shape: shape[2] % 32), example=SHAPE, dynamic_batch=True)
+    import_model(Changing(lambda *shape: shape[0] > 3), example=SHAPE, dynamic_size=True)

@@ -1,0 +1,91 @@
+"""Whether an exported program holds for all sizes of the image, or only for some like the example.
+
+A model may take another way for another size (``if height % 32: pad``). ``torch.export`` follows
+the one of the example, and notes on what it depended. Nothing of that is left in the graph.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from torch.export import ExportedProgram
+
+from dcnv3_tvm.errors import ModelImportError
+
+_SIZE: Final = re.compile(r"L\['image'\]\.size\(\)\[(\d)\]")
+_AXES: Final = "nchw"
+
+_PROBES: Final = (*range(2, 132), 256, 257, 384, 510, 513, 800, 1023, 1333, 4096, 5001)
+"""Sizes at which a note is looked at: all remainders of the usual steps, small and large."""
+
+_FUNCTIONS: Final = {"math": math, "min": min, "max": max, "abs": abs, "int": int, "float": float}
+
+
+def check_guards(program: ExportedProgram, shape: tuple[int, ...], dynamic: set[int]) -> None:
+    """Refuse a program that holds only for some of the sizes that are to be open.
+
+    Notes that some map has more than one pixel are no reason: ``torch.export`` always makes them,
+    and what is left in the graph holds for one pixel as well.
+
+    Parameters
+    ----------
+    program : ExportedProgram
+        Of one argument, ``image``.
+    shape : tuple of int
+        Of the example.
+    dynamic : set of int
+        Its open axes.
+
+    Raises
+    ------
+    ModelImportError
+        With what the program depends on.
+    """
+    notes = [_SIZE.sub(lambda found: _AXES[int(found[1])], text) for text in _notes(program)]
+    depends = [note for note in notes if "L[" not in note and not _holds(note, shape, dynamic)]
+    if depends:
+        raise ModelImportError(
+            "the model computes other things for images of another size",
+            got=f"it was exported for sizes where {' and '.join(dict.fromkeys(depends))}",
+            hint="Import it with fixed sizes (dynamic_batch=False, dynamic_size=False), or without "
+            "the step that depends on the size, for example a padding, and do that outside.",
+        )
+
+
+def _notes(program: ExportedProgram) -> list[str]:
+    # PyTorch before 2.9 refuses such a model by itself.
+    return getattr(program, "_guards_code", None) or []
+
+
+def _holds(note: str, shape: tuple[int, ...], dynamic: set[int]) -> bool:
+    tree = ast.parse(note, mode="eval")
+    code = compile(tree, note, "eval")
+    return all(_value(code, sizes) or _is_single(tree, sizes) for sizes in _probes(shape, dynamic))
+
+
+def _probes(shape: tuple[int, ...], dynamic: set[int]) -> Iterator[dict[str, int]]:
+    example = dict(zip(_AXES, shape, strict=True))
+    for axis in sorted(dynamic):
+        for size in _PROBES:
+            yield example | {_AXES[axis]: size}
+
+
+def _value(code: Any, sizes: Mapping[str, int]) -> Any:
+    """Compute what ``torch.export`` wrote."""
+    return eval(code, {"__builtins__": {}, **_FUNCTIONS, **sizes})
+
+
+def _is_single(tree: ast.Expression, sizes: Mapping[str, int]) -> bool:
+    """Tell whether a size that a note speaks of is one (or none), of a map for example."""
+    for node in ast.walk(tree):
+        # A remainder of one says nothing of a size; neither does a number.
+        if not isinstance(node, ast.BinOp) or isinstance(node.op, ast.Mod):
+            continue
+        depends = any(isinstance(part, ast.Name) for part in ast.walk(node))
+        if depends and _value(compile(ast.Expression(node), "", "eval"), sizes) <= 1:
+            return True
+    return False
