@@ -31,12 +31,10 @@ LOWERING: Final = device_passes.PIPELINE
 
 _FORCE_SOURCE: Final = "TVM_COMPILE_FORCE_FALLBACK"
 
-# Division and exponentials by the units for special functions; fewer registers for a thread, so
-# that more threads are there at once, rarely at the price of some bytes in memory; operators of
-# half types, which the generated code uses.
+# Division and exponentials by the units for special functions; operators of half types, which the
+# generated code uses.
 _OPTIONS: Final = (
     "--use_fast_math",
-    "--ptxas-options=--register-usage-level=10",
     *(
         f"-U__CUDA_NO_{kind}__"
         for kind in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from typing import Final
 
 from tvm import s_tir, tirx
@@ -13,6 +13,7 @@ from dcnv3_tvm.op.sampling_blocks import vector_channels
 from dcnv3_tvm.op.stages import static
 from dcnv3_tvm.op.tensorir import KERNEL_ATTR, gathering, spec_of
 from dcnv3_tvm.schedules.choices import ChoiceError, Choices
+from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.threads import bind_blocks, divisors, unroll_all, vectorize_copy
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
@@ -35,7 +36,7 @@ _MAX_UNROLLED_POINTS: Final = 16
 """Beyond, the loop over the points stays a loop."""
 
 _PARTNERS: Final = (2, 4, 8)
-"""Threads that may be partners: those of shuffles are so many."""
+"""Threads that may be partners: shuffles are among so many."""
 
 _MOST_SUMS: Final = 32
 """Channels that a thread may sum, all its outputs together."""
@@ -85,7 +86,10 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
     store, total = sch.get_sblock("store"), sch.get_sblock("sum")
     # Before the loops are tiled: bounds are lost where a cache is made of a part of an output.
     copy = sch.cache_write(store, 0, "local")
-    thread, output, partners = _tile(sch, store, spec, choices)
+    sizes = (static(sch.get(loop).extent) for loop in sch.get_loops(store)[:3])
+    tile = _choose(spec, *sizes, choices)
+    partners = tile.work.partners
+    thread, output = _share_out(sch, store, spec, tile)
     sch.reverse_compute_at(copy, output, preserve_unit_loops=True)
     vectorize_copy(sch, copy, vector)
 
@@ -118,90 +122,134 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
         center = sch.get_sblock("center")
         _compute_at(sch, center, thread, 1)
         vectorize_copy(sch, center, vector)
-    return sch.mod["main"]
+    return bound_registers(sch.mod["main"], target, choices)
 
 
-def _tile(
-    sch: s_tir.Schedule, store: SBlockRV, spec: DCNv3Spec, choices: Choices
-) -> tuple[LoopRV, LoopRV, int]:
-    """Share out the loops of the last block among blocks and threads.
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What a thread takes.
 
-    Returns the innermost loop of threads, the innermost over the outputs of a thread, and how many
-    partners a thread has, itself included.
+    Parameters
+    ----------
+    vectors : int
+        Vectors of the channels of a group.
+    columns, groups : int
+        Outputs along these axes: as many as the thread has partners, itself included.
     """
-    batch, row, column, group, channel = sch.get_loops(store)
-    images, rows, columns = (static(sch.get(loop).extent) for loop in (batch, row, column))
+
+    vectors: int = 1
+    columns: int = 1
+    groups: int = 1
+
+    @property
+    def partners(self) -> int:
+        """Threads that share out the points of a group."""
+        return self.columns * self.groups
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """What a thread and a block take.
+
+    Parameters
+    ----------
+    work : _Work
+        What a thread takes.
+    groups, pixels : int
+        What a block takes.
+    """
+
+    work: _Work
+    groups: int
+    pixels: int
+
+
+def _choose(
+    spec: DCNv3Spec, images: int | None, rows: int | None, columns: int | None, choices: Choices
+) -> _Tile:
+    """Choose a tile of an output of so many images, rows and columns; None is an open size."""
     known = rows is not None and columns is not None
-    outputs = (images or 1) * (rows or _OPEN_SIDE) * (columns or _OPEN_SIDE)
     # Not more pixels of a block than an image has: where it knows that there is one row and one
     # column, TVM checks nothing, and the threads of pixels that are not there would store, too.
     image = (rows or _PIXELS[-1]) * (columns or _PIXELS[-1])
+    outputs = (images or 1) * (rows or _OPEN_SIDE) * (columns or _OPEN_SIDE)
     vector = vector_channels(spec)
     vectors = spec.group_channels // vector
-    # The vectors of a group that a thread takes, and the partners along columns and groups.
-    works = {"vector": (1, 1, 1)}
+    works = {"vector": _Work()}
     if vectors % 2 == 0:
-        works["vectors"] = (2, 1, 1)
+        works["vectors"] = _Work(vectors=2)
     if known and vectors in _PARTNERS and spec.group_channels <= _MOST_SUMS:
         if spec.group % vectors == 0:
-            works["partners"] = (1, 1, vectors)
+            works["partners"] = _Work(groups=vectors)
         elif columns is not None and columns % vectors == 0:
-            works["partners"] = (1, vectors, 1)
+            works["partners"] = _Work(columns=vectors)
 
-    def block(work: str) -> tuple[int, int]:
+    def block(work: _Work) -> tuple[int, int]:
         """Return how many groups and pixels a block takes by default."""
-        amount, along_columns, along_groups = works[work]
-        lanes = vectors // amount
+        lanes = vectors // work.vectors
         # All groups if possible: it takes instructions to find which part of them a block has.
-        groups = max(divisors(spec.group // along_groups, max(1, _THREADS // lanes)))
-        runs = columns and columns // along_columns
+        groups = max(divisors(spec.group // work.groups, max(1, _THREADS // lanes)))
+        runs = columns and columns // work.columns
         # With two pixels ptxas was seen to need fewer registers than with one.
         pixels = _run(rows, runs, max(2, _THREADS // (groups * lanes)))
-        return groups * along_groups, pixels * along_columns
+        return groups * work.groups, pixels * work.columns
 
     def is_whole(pixels: int) -> bool:
         return known and image % pixels == 0
 
-    def suits(work: str) -> bool:
-        enough = math.prod(works[work]) * vector * _FULL_GPU
-        whole = work != "partners" or is_whole(block(work)[1])
+    def suits(work: _Work) -> bool:
+        enough = work.vectors * work.partners * vector * _FULL_GPU
+        whole = work.partners == 1 or is_whole(block(work)[1])
         return whole and outputs * spec.channels >= enough
 
-    default = next((work for work in reversed(works) if suits(work)), "vector")
-    groups, pixels = block(default)
+    default = next((name for name in reversed(works) if suits(works[name])), "vector")
+    groups, pixels = block(works[default])
     powers = [number for number in _PIXELS if number <= image]
     whole = divisors(image, _PIXELS[-1]) if known else []
 
-    work = choices.pick("thread", list(works), default)
+    work = works[choices.pick("thread", list(works), default)]
     groups = choices.pick("groups", divisors(spec.group), groups)
     pixels = choices.pick("pixels", [*powers, *whole], pixels)
-    amount, along_columns, along_groups = works[work]
-    partners = along_columns * along_groups
-    if partners > 1 and (groups % along_groups or pixels % along_columns or not is_whole(pixels)):
+    if work.partners > 1 and (
+        groups % work.groups or pixels % work.columns or not is_whole(pixels)
+    ):
         raise ChoiceError(
             "partners need whole blocks",
             got=f"{groups} groups, {pixels} pixels of {image}",
-            allowed=f"multiples of {along_groups} and {along_columns}, and no pixel absent",
+            allowed=f"multiples of {work.groups} and {work.columns}, and no pixel absent",
         )
-    lane, *inner = sch.split(channel, [None, amount, vector])
-    slab, group, own_groups = sch.split(group, [None, groups // along_groups, along_groups])
-    column, own_columns = sch.split(column, [None, along_columns])
+    return _Tile(work, groups, pixels)
+
+
+def _share_out(
+    sch: s_tir.Schedule, store: SBlockRV, spec: DCNv3Spec, tile: _Tile
+) -> tuple[LoopRV, LoopRV]:
+    """Share out the loops of the last block among blocks and threads.
+
+    Returns the innermost loop of threads, and the innermost over the outputs of a thread.
+    """
+    work, vector = tile.work, vector_channels(spec)
+    batch, row, column, group, channel = sch.get_loops(store)
+    known = all(static(sch.get(loop).extent) is not None for loop in (row, column))
+    lane, *inner = sch.split(channel, [None, work.vectors, vector])
+    slab, group, own_groups = sch.split(group, [None, tile.groups // work.groups, work.groups])
+    column, own_columns = sch.split(column, [None, work.columns])
     if known:
-        place, pixel = sch.split(sch.fuse(row, column), [None, pixels // along_columns])
+        place, pixel = sch.split(sch.fuse(row, column), [None, tile.pixels // work.columns])
         outer, places = [batch], [slab, place]
     else:  # Pixels of one row: so a thread need not divide by what is not known.
-        place, pixel = sch.split(column, [None, pixels])
+        place, pixel = sch.split(column, [None, tile.pixels])
         outer, places = [batch, row], [place, slab]
     own = [own_columns, own_groups, *inner]
     sch.reorder(*outer, *places, pixel, group, lane, *own)
     unroll_all(sch, own)
     bind_blocks(sch, outer, places)
-    if partners > 1:
+    if work.partners > 1:
         sch.bind(sch.fuse(pixel, group), "threadIdx.y")
     else:
         lane = sch.fuse(pixel, group, lane)
     sch.bind(lane, "threadIdx.x")
-    return lane, own_groups, partners
+    return lane, own_groups
 
 
 def _run(rows: int | None, columns: int | None, wanted: int) -> int:

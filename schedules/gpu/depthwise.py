@@ -15,6 +15,7 @@ from dcnv3_tvm.gpu import WARP
 from dcnv3_tvm.op.normalization import in_runs
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels, vector_elements
 from dcnv3_tvm.schedules.gpu.threads import bind_blocks, unroll_all
 from dcnv3_tvm.targets import is_gpu
@@ -80,7 +81,7 @@ def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pri
     if normalized:
         shared.normalize(sch, pixel)
     _sum_window(sch, shared, pixel)
-    return sch.mod["main"]
+    return bound_registers(sch.mod["main"], target, choices)
 
 
 def _sum_window(sch: s_tir.Schedule, shared: Channels, pixel: LoopRV) -> None:

@@ -13,6 +13,7 @@ from dcnv3_tvm.op.gemm import FRAGMENT, FULL_GPU, KERNEL
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.choices import ChoiceError, Choices
 from dcnv3_tvm.schedules.gpu import tensor_core
+from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
 from dcnv3_tvm.schedules.gpu.threads import (
     VECTOR_BYTES,
@@ -90,7 +91,7 @@ def gemm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc
         _by_threads(sch, choices)
     else:
         _on_tensor_cores(sch, func, target, choices)
-    return sch.mod["main"]
+    return bound_registers(sch.mod["main"], target, choices)
 
 
 @dataclasses.dataclass(frozen=True)

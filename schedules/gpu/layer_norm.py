@@ -15,6 +15,7 @@ from tvm.tirx import IndexMap
 from dcnv3_tvm.gpu import WARP
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, unroll_all, vectorize_copy
 from dcnv3_tvm.spec import DTYPE_BYTES
 from dcnv3_tvm.targets import is_gpu
@@ -63,7 +64,7 @@ def layer_norm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pr
     shared.store(sch, epilogue, channel)
     shared.normalize(sch, row)
     _read(sch, shared, row)
-    return sch.mod["main"]
+    return bound_registers(sch.mod["main"], target, choices)
 
 
 def _read(sch: s_tir.Schedule, shared: Channels, row: LoopRV) -> None:

@@ -13,6 +13,7 @@ from dcnv3_tvm.op.mlp import KERNEL, ROWS, SLAB
 from dcnv3_tvm.op.stages import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu import tensor_core
+from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
 from dcnv3_tvm.schedules.gpu.threads import divisors, unroll_all
 from dcnv3_tvm.schedules.gpu.tiles import (
@@ -114,7 +115,7 @@ def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc 
         sch.annotate(step, "software_pipeline_stage", [0, last, last, last, 0, last])
         sch.annotate(step, "software_pipeline_order", [0, 2, 3, 4, 1, 5])
         sch.annotate(step, "software_pipeline_async_stages", [0])
-    return sch.mod["main"]
+    return bound_registers(sch.mod["main"], target, choices)
 
 
 def _weight(sch: s_tir.Schedule, product: SBlockRV, depth: LoopRV) -> tuple[SBlockRV, SBlockRV]:

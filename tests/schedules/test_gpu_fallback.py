@@ -145,7 +145,7 @@ def source(func):
 
 
 def kernels(code):
-    return len(set(re.findall(r"__global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\(", code)))
+    return len(set(re.findall(r"__global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\(", code)))
 
 
 def scheduled(module):

@@ -515,7 +515,7 @@ struct Turn {
 #define __device__ INLINE
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
 
 #define threadIdx emulated::thread_index

@@ -72,7 +72,7 @@ _PREDICATED: Final = "copy_or_clear"
 
 _ASM: Final = re.compile(r"(?:__asm__ __volatile__|asm volatile)\s*\(")
 _KERNEL: Final = re.compile(
-    r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\((.*)\) \{$', re.MULTILINE
+    r'^extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\((.*)\) \{$', re.MULTILINE
 )
 _LOOP: Final = re.compile(r"^( *for \(\w+ (\w+) = .*\{)$", re.MULTILINE)
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{},:]')

@@ -1,0 +1,63 @@
+"""For how many blocks of a kernel a multiprocessor must have room, which bounds its registers."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import tvm_ffi
+from tvm import tirx
+from tvm.target import Target
+
+from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.schedules.gpu.threads import launches
+from dcnv3_tvm.targets import gpu_architecture
+
+_MIN_BLOCKS: Final = "tirx.launch_bounds_min_blocks_per_sm"
+"""TVM's name for the second argument of CUDA's ``__launch_bounds__``."""
+
+_OPEN: Final = 0
+
+_CANDIDATES: Final = (_OPEN, 1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def bound_registers(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc:
+    """Decide for how many blocks of a scheduled kernel a multiprocessor must have room.
+
+    More blocks hide more of the time that loads take; but they share the registers, and what a
+    thread has no register for goes to memory. By default ptxas weighs the two.
+
+    Parameters
+    ----------
+    func : tvm.tirx.PrimFunc
+        One kernel, its loops bound to threads.
+    target : tvm.target.Target
+        The GPU.
+    choices : Choices
+        What to decide otherwise than by default.
+    """
+    wanted = choices.pick("min_blocks", _CANDIDATES, _OPEN)
+    if wanted == _OPEN:
+        return func
+    (extents,) = launches(func)
+    threads = math.prod(int(size) for axis, size in extents.items() if axis.startswith("threadIdx"))
+    architecture = gpu_architecture(target)
+    # A block can have too many threads for any to fit; that is refused later, for all rules.
+    blocks = max(1, min(wanted, architecture.blocks, architecture.threads // threads))
+
+    def bound(loop: tirx.For) -> tirx.For:
+        if loop.thread_binding is None or loop.thread_binding.thread_tag != "blockIdx.x":
+            return loop
+        # Inside the first loop of the kernel: what stands around it stays on the host.
+        body = tirx.AttrStmt(0, _MIN_BLOCKS, blocks, loop.body)
+        return tirx.For(
+            loop.loop_var,
+            loop.min,
+            loop.extent,
+            loop.kind,
+            body,
+            loop.thread_binding,
+            loop.annotations,
+        )
+
+    return func.with_body(tvm_ffi.structural_map(func.body, (tirx.For, bound)))
