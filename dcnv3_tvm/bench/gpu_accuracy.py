@@ -9,20 +9,39 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from dcnv3_tvm import frontend, targets
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler.compile import compile_artifact
-from dcnv3_tvm.testing.compare import Difference, difference, reference_outputs
+from dcnv3_tvm.testing.compare import (
+    Difference,
+    difference,
+    pytorch_outputs,
+    reference_outputs,
+)
 from dcnv3_tvm.testing.emulated_gpu import EmulatedGpu
 from dcnv3_tvm.testing.tolerances import model_tolerance
 from dcnv3_tvm.testing.weights import randomize_
 
 
 @dataclasses.dataclass(frozen=True)
-class AccuracyListing(Listing[Difference]):
+class Accuracy(Difference):
+    """How far one output is from the truth, and how far PyTorch's is.
+
+    Parameters
+    ----------
+    pytorch : float
+        The norm error of eager PyTorch with all tensors in the same type, on the processor.
+    """
+
+    pytorch: float
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyListing(Listing[Accuracy]):
     """Every output of an encoder against the truth.
 
     Parameters
@@ -39,6 +58,7 @@ class AccuracyListing(Listing[Difference]):
         "max error",
         "mean error",
         "norm error",
+        "PyTorch's",
         "max |reference|",
         "",
     )
@@ -59,6 +79,7 @@ class AccuracyListing(Listing[Difference]):
                 f"{row.maximum:.2e}",
                 f"{row.mean:.2e}",
                 f"{row.norm:.2e}",
+                f"{row.pytorch:.2e}",
                 f"{row.scale:.4g}",
                 "ok" if row.within(self.dtype) else "TOO FAR",
             )
@@ -110,6 +131,8 @@ def list_accuracy(
     image = np.random.default_rng(seed).standard_normal(shape, np.float32)
     on_step(f"{case.slug}: compute in float64")
     truth = reference_outputs(model, image)
+    on_step(f"{case.slug}: compute in {case.dtype} with PyTorch")
+    peer = pytorch_outputs(model, image, getattr(torch, case.dtype))
     on_step(f"{case.slug}: compile and run")
     arch = str(resolved.attrs["arch"])
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-") as folder, EmulatedGpu(arch) as gpu:
@@ -117,19 +140,19 @@ def list_accuracy(
         with gpu.compiling():
             compile_artifact(imported, path, target=target, dtype=case.dtype)
         found = gpu.run_model(path, [image])
-    rows = [
-        difference(f"{entry}/{tensor.name}", output, expected)
-        for entry, outputs in found.items()
-        for tensor, output, expected in zip(
-            imported.entries[entry].outputs, outputs, truth[entry], strict=True
-        )
-    ]
+    rows = []
+    for entry, outputs in found.items():
+        names = [f"{entry}/{tensor.name}" for tensor in imported.entries[entry].outputs]
+        for name, *arrays in zip(names, outputs, peer[entry], truth[entry], strict=True):
+            ours, theirs = (difference(name, array, arrays[-1]) for array in arrays[:-1])
+            rows.append(Accuracy(**vars(ours), pytorch=theirs.norm))
     return AccuracyListing(
         slug=case.slug,
         provenance=Provenance.here(threads=1),
         how=f"The artifact for {targets.target_slug(resolved)}, on a GPU that is emulated by the "
         "processor, against PyTorch in float64. Errors are relative to max |reference|, the norm "
-        f"error to its norm. Random weights and image, seed {seed}.",
+        "error to its norm; PyTorch's is that of eager PyTorch in the same type. Random weights "
+        f"and image, seed {seed}.",
         rows=tuple(rows),
         target=targets.target_slug(resolved),
         dtype=case.dtype,

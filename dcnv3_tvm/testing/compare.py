@@ -92,11 +92,34 @@ def reference_outputs(model: InternImage, image: np.ndarray) -> dict[str, list[n
     dict of str to list of numpy.ndarray
         Outputs of the entries ``"main"`` and ``"features"``.
     """
-    exact = copy.deepcopy(model).double()
-    batch = torch.from_numpy(np.asarray(image, np.float64))
-    with torch.no_grad(), ReferenceOperator():
-        main: Tensor | list[Tensor] = exact(batch)
-        pyramid = exact.forward_pyramid(batch)
+    with ReferenceOperator():
+        return pytorch_outputs(model, image, torch.float64)
+
+
+def pytorch_outputs(
+    model: InternImage, image: np.ndarray, dtype: torch.dtype
+) -> dict[str, list[np.ndarray]]:
+    """Run an InternImage eagerly with all weights and tensors in one type.
+
+    Parameters
+    ----------
+    model : InternImage
+        Unchanged.
+    image : numpy.ndarray
+        NCHW batch.
+    dtype : torch.dtype
+        The type.
+
+    Returns
+    -------
+    dict of str to list of numpy.ndarray
+        Outputs of the entries ``"main"`` and ``"features"``, in float64.
+    """
+    model = copy.deepcopy(model).to(dtype)
+    batch = torch.from_numpy(image).to(dtype)
+    with torch.no_grad():
+        main: Tensor | list[Tensor] = model(batch)
+        pyramid = model.forward_pyramid(batch)
     outputs = [main] if isinstance(main, Tensor) else main
     return {"main": [_array(t) for t in outputs], "features": [_array(t) for t in pyramid]}
 
@@ -140,4 +163,4 @@ def difference(name: str, output: np.ndarray, expected: np.ndarray) -> Differenc
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.numpy())
+    return np.ascontiguousarray(tensor.double().numpy())

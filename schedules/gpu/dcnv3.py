@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Final
 
 from tvm import s_tir, tirx
@@ -86,8 +87,8 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
     store, total = sch.get_sblock("store"), sch.get_sblock("sum")
     # Before the loops are tiled: bounds are lost where a cache is made of a part of an output.
     copy = sch.cache_write(store, 0, "local")
-    sizes = (static(sch.get(loop).extent) for loop in sch.get_loops(store)[:3])
-    tile = _choose(spec, *sizes, choices)
+    sizes = [static(sch.get(loop).extent) for loop in sch.get_loops(store)[:3]]
+    tile = _choose(spec, sizes, choices)
     partners = tile.work.partners
     thread, output = _share_out(sch, store, spec, tile)
     sch.reverse_compute_at(copy, output, preserve_unit_loops=True)
@@ -164,10 +165,9 @@ class _Tile:
     pixels: int
 
 
-def _choose(
-    spec: DCNv3Spec, images: int | None, rows: int | None, columns: int | None, choices: Choices
-) -> _Tile:
+def _choose(spec: DCNv3Spec, sizes: Sequence[int | None], choices: Choices) -> _Tile:
     """Choose a tile of an output of so many images, rows and columns; None is an open size."""
+    images, rows, columns = sizes
     known = rows is not None and columns is not None
     # Not more pixels of a block than an image has: where it knows that there is one row and one
     # column, TVM checks nothing, and the threads of pixels that are not there would store, too.

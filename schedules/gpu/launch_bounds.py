@@ -21,11 +21,13 @@ _OPEN: Final = 0
 _CANDIDATES: Final = (_OPEN, 1, 2, 3, 4, 6, 8, 12, 16)
 
 
-def bound_registers(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc:
+def bound_registers(
+    func: tirx.PrimFunc, target: Target, choices: Choices, default: int = _OPEN
+) -> tirx.PrimFunc:
     """Decide for how many blocks of a scheduled kernel a multiprocessor must have room.
 
     More blocks hide more of the time that loads take; but they share the registers, and what a
-    thread has no register for goes to memory. By default ptxas weighs the two.
+    thread has no register for goes to memory. Where nothing is decided, ptxas weighs the two.
 
     Parameters
     ----------
@@ -35,8 +37,10 @@ def bound_registers(func: tirx.PrimFunc, target: Target, choices: Choices) -> ti
         The GPU.
     choices : Choices
         What to decide otherwise than by default.
+    default : int
+        Blocks; 0 leaves it to ptxas.
     """
-    wanted = choices.pick("min_blocks", _CANDIDATES, _OPEN)
+    wanted = choices.pick("min_blocks", _CANDIDATES, default)
     if wanted == _OPEN:
         return func
     (extents,) = launches(func)

@@ -34,6 +34,10 @@ would read half of them, but a thread would need all its registers."""
 _STAGES: Final = 2
 """Slabs of weights in shared memory: one is multiplied while the other arrives."""
 
+_MIN_BLOCKS: Final = 2
+"""Blocks of four warps for which a multiprocessor has registers; of sm_120, ptxas was seen to make
+room for four, and to spill."""
+
 
 def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
     """Schedule the kernels of `dcnv3_tvm.op.mlp`.
@@ -115,7 +119,7 @@ def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc 
         sch.annotate(step, "software_pipeline_stage", [0, last, last, last, 0, last])
         sch.annotate(step, "software_pipeline_order", [0, 2, 3, 4, 1, 5])
         sch.annotate(step, "software_pipeline_async_stages", [0])
-    return bound_registers(sch.mod["main"], target, choices)
+    return bound_registers(sch.mod["main"], target, choices, _MIN_BLOCKS)
 
 
 def _weight(sch: s_tir.Schedule, product: SBlockRV, depth: LoopRV) -> tuple[SBlockRV, SBlockRV]:

@@ -84,6 +84,7 @@ def test_command(capsys, tmp_path):
     assert (data["measure"], data["tolerance"], data["ok"]) == ("norm", 1e-2, True)
     # Short products are seen.
     assert all(1e-4 < row["norm"] < 1e-2 for row in data["rows"])
+    assert all(1e-3 < row["pytorch"] < 1e-1 for row in data["rows"])
     with (tmp_path / "a.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 5
 

@@ -42,4 +42,5 @@ def test_no_more_blocks_than_there_can_be():
 
 def test_in_kernels_with_intrinsics():
     func = mlp.mlp((256,), 64, 256, 64, activation="gelu", residual=True, dtype="float16")
+    assert bounds(func) == "128, 2"
     assert bounds(func, min_blocks=3) == "128, 3"
