@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import torch
 from torch.export import ExportedProgram
+from torch.utils._sympy.printers import PythonPrinter
 
 from dcnv3_tvm.errors import ModelImportError
 
-_SIZE: Final = re.compile(r"L\['image'\]\.size\(\)\[(\d)\]")
 _AXES: Final = "nchw"
 
 _PROBES: Final = (*range(2, 132), 256, 257, 384, 510, 513, 800, 1023, 1333, 4096, 5001)
@@ -45,20 +46,41 @@ def check_guards(program: ExportedProgram, shape: tuple[int, ...], dynamic: set[
     ModelImportError
         With what the program depends on.
     """
-    notes = [_SIZE.sub(lambda found: _AXES[int(found[1])], text) for text in _notes(program)]
-    depends = [note for note in notes if "L[" not in note and not _holds(note, shape, dynamic)]
+    depends = [
+        f"{note} ({place})" if place else note
+        for note, place in _notes(program).items()
+        if not _holds(note, shape, dynamic)
+    ]
     if depends:
         raise ModelImportError(
             "the model computes other things for images of another size",
-            got=f"it was exported for sizes where {' and '.join(dict.fromkeys(depends))}",
+            got=f"it was exported for sizes where {' and '.join(depends)}",
             hint="Import it with fixed sizes (dynamic_batch=False, dynamic_size=False), or without "
             "the step that depends on the size, for example a padding, and do that outside.",
         )
 
 
-def _notes(program: ExportedProgram) -> list[str]:
-    # PyTorch before 2.9 refuses such a model by itself.
-    return getattr(program, "_guards_code", None) or []
+def _notes(program: ExportedProgram) -> dict[str, str]:
+    """Return the conditions on n, c, h and w under which the graph was made, and who set them."""
+    image = next(node for node in program.graph.nodes if node.name == "image").meta["val"]
+    print_python = PythonPrinter().doprint
+    axes: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    for axis, size in zip(_AXES, image.shape, strict=True):
+        if not isinstance(size, torch.SymInt):
+            continue
+        text = print_python(size.node.expr)
+        if text.isidentifier() and text not in axes:
+            axes[text] = axis
+        else:  # The sizes of the image depend on each other.
+            notes[f"{axis} == {text}"] = ""
+        guards = size.node.shape_env.guards  # the same of every size
+        notes |= {print_python(guard.expr): str(guard.sloc).strip("()") for guard in guards}
+
+    def with_axes(note: str) -> str:
+        return re.sub(r"\w+", lambda found: axes.get(found[0], found[0]), note)
+
+    return {with_axes(note): place for note, place in notes.items()}
 
 
 def _holds(note: str, shape: tuple[int, ...], dynamic: set[int]) -> bool:

@@ -440,13 +440,15 @@ class Changing(nn.Module):
 @pytest.mark.parametrize(
     ("decide", "depends"),
     [
-        (lambda *shape: shape[2] % 32, r"another size; .*where \(h % 32\) != 0"),
+        (lambda *shape: shape[2] % 32, r"where \(h % 32\) != 0 \(.*test_torch_importer.py:\d+"),
         (lambda *shape: shape[3] % 2, r"another size; .*where \(w % 2\) == 0"),
         (lambda *shape: shape[2] > 12, "another size; .*where h > 12"),
         (lambda *shape: shape[2] > 4000, "no larger image; got h <= 4000"),
         (lambda *shape: shape[2] == shape[3], "another size; .*where (h != w|w != h)"),
         (lambda *shape: shape[2] * shape[3] > 300, r"another size; .*where (w\*h|h\*w) > 300"),
         (lambda *shape: shape[0] > 3, "no larger image; got n <= 3"),
+        (lambda *shape: shape[2] == 18, "torch.export cannot trace"),
+        (lambda *shape: 9 * shape[3] == 13 * shape[2], "another size; .*where "),
     ],
 )
 def test_refuses_open_sizes_on_which_the_model_decides(decide, depends):

@@ -3,7 +3,10 @@ import pytest
 import tvm
 from tvm.target import Target
 
+from dcnv3_tvm.compiler import device_passes
+from dcnv3_tvm.compiler.cuda import cuda_sources
 from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.testing.tolerances import LAYER
 
@@ -28,12 +31,26 @@ def target(request):
 def scheduled():
     """Schedule one function; return its script and the rule that took it."""
 
-    def schedule(func, target: Target):
+    def script(func, target: Target):
         module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
         module, rules = schedule_module(module, target)
         return module["main"].script(), rules["main"].rule
 
-    return schedule
+    return script
+
+
+@pytest.fixture
+def cuda_code():
+    """Return the CUDA code of a scheduled function."""
+
+    def generate(func, target: Target):
+        module = tvm.IRModule({"main": tensorize(func).with_attr("global_symbol", "main")})
+        with device_passes.lowering():
+            built = tvm.compile(module, target=target, tir_pipeline=device_passes.PIPELINE)
+        (code,) = cuda_sources(built.mod)
+        return code[code.index('extern "C" __global__') :]
+
+    return generate
 
 
 @pytest.fixture

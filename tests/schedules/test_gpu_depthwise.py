@@ -1,11 +1,9 @@
 import re
 
 import pytest
-import tvm
 from tvm import tirx
 
 from dcnv3_tvm.op import normalization
-from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise
 from dcnv3_tvm.targets import resolve_target
@@ -136,16 +134,7 @@ def test_large_windows_and_strides_of_any_size(gpu, rng, assert_close):
     )
 
 
-def source(func):
-    """Return the CUDA code of a kernel, scheduled by its rule."""
-    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
-    module, rules = schedule_module(module, TARGET)
-    assert rules["main"].rule == "depthwise"
-    code = tvm.compile(module, target=TARGET).mod.imports[0].inspect_source()
-    return code[code.rindex('extern "C" __global__') :]
-
-
-def test_everything_stays_in_registers_and_moves_in_vectors():
+def test_everything_stays_in_registers_and_moves_in_vectors(cuda_code):
     func = normalization.depthwise(
         64,
         28,
@@ -159,7 +148,7 @@ def test_everything_stays_in_registers_and_moves_in_vectors():
         x_dtype="float16",
         out_dtype="float16",
     )
-    code = source(func)
+    code = cuda_code(depthwise(func, TARGET, Choices()), TARGET)
     assert "__shared__" not in code
     assert "__shfl_down_sync" in code
     # Four pixels of a row see six, in three rows.
@@ -170,11 +159,11 @@ def test_everything_stays_in_registers_and_moves_in_vectors():
 
 
 @pytest.mark.parametrize("pixels", [7, 16])
-def test_sums_over_several_warps_are_not_read_before_they_are_there(pixels):
+def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, pixels):
     func = normalization.depthwise(
         1, pixels, pixels, 4096, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6
     )
-    code = source(func)
+    code = cuda_code(depthwise(func, TARGET, Choices()), TARGET)
     for name in ("total", "square"):
         stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
         assert "__syncthreads();" in stored

@@ -3,44 +3,41 @@
 import re
 
 import pytest
-import tvm
 
 from dcnv3_tvm import schedules
-from dcnv3_tvm.compiler import device_passes
-from dcnv3_tvm.compiler.cuda import cuda_sources
 from dcnv3_tvm.op import mlp, normalization
-from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.targets import resolve_target
 
 TARGET = resolve_target("cuda-sm90")
 LAYER_NORM = normalization.layer_norm((4096,), 256, eps=1e-6, dtype="float16")
 
 
-def bounds(func, **decisions):
-    """Return what the CUDA source of a kernel says of its threads and blocks."""
-    scheduled = tensorize(schedules.schedule(func, TARGET, decisions).function)
-    module = tvm.IRModule({"main": scheduled.with_attr("global_symbol", "main")})
-    with device_passes.lowering():
-        built = tvm.compile(module, target=TARGET, tir_pipeline=device_passes.PIPELINE)
-    (source,) = cuda_sources(built.mod)
-    (found,) = set(re.findall(r"__launch_bounds__\(([\d, ]+)\)", source))
-    return found
+@pytest.fixture
+def bounds(cuda_code):
+    """Return what the CUDA code of a kernel says of its threads and blocks."""
+
+    def read(func, **decisions):
+        code = cuda_code(schedules.schedule(func, TARGET, decisions).function, TARGET)
+        (found,) = set(re.findall(r"__launch_bounds__\(([\d, ]+)\)", code))
+        return found
+
+    return read
 
 
-def test_by_default_ptxas_decides():
+def test_by_default_ptxas_decides(bounds):
     assert bounds(LAYER_NORM) == "128"
 
 
 @pytest.mark.parametrize(("given", "found"), [(1, 1), (12, 12), (16, 16)])
-def test_a_decision_reaches_the_compiler(given, found):
+def test_a_decision_reaches_the_compiler(bounds, given, found):
     assert bounds(LAYER_NORM, min_blocks=given) == f"128, {found}"
 
 
-def test_no_more_blocks_than_there_can_be():
+def test_no_more_blocks_than_there_can_be(bounds):
     assert bounds(LAYER_NORM, min_blocks=16, rows=32) == "1024, 2"
 
 
-def test_in_kernels_with_intrinsics():
+def test_in_kernels_with_intrinsics(bounds):
     func = mlp.mlp((256,), 64, 256, 64, activation="gelu", residual=True, dtype="float16")
     assert bounds(func) == "128, 2"
     assert bounds(func, min_blocks=3) == "128, 3"

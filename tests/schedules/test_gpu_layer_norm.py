@@ -1,10 +1,8 @@
 import numpy as np
 import pytest
-import tvm
 from tvm import tirx
 
 from dcnv3_tvm.op import normalization
-from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm
 from dcnv3_tvm.targets import resolve_target
@@ -89,18 +87,10 @@ def test_a_mean_far_from_zero_costs_no_accuracy(gpu, rng):
     assert np.abs(result - layers.layer_norm(x, one, zero, 1e-6)).max() < 4096 * 2.0**-22
 
 
-def source(func):
-    """Return the CUDA code of a kernel, scheduled by its rule."""
-    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
-    module, rules = schedule_module(module, TARGET)
-    assert rules["main"].rule == "layer_norm"
-    code = tvm.compile(module, target=TARGET).mod.imports[0].inspect_source()
-    return code[code.rindex('extern "C" __global__') :]
-
-
-def test_a_row_is_read_and_written_once_in_vectors():
+def test_a_row_is_read_and_written_once_in_vectors(cuda_code):
     types = {"x_dtype": "float16", "out_dtype": "float16"}
-    code = source(normalization.layer_norm((64, 49), 320, eps=1e-6, activation="gelu", **types))
+    func = normalization.layer_norm((64, 49), 320, eps=1e-6, activation="gelu", **types)
+    code = cuda_code(layer_norm(func, TARGET, Choices()), TARGET)
     # 40 vectors of 8 for 8 threads.
     assert code.count("(x_ptr +") == code.count("(out_ptr +") == 40 // 8
     assert all("uint4" in line for line in code.splitlines() if "out_ptr +" in line)
@@ -111,16 +101,18 @@ def test_a_row_is_read_and_written_once_in_vectors():
 
 
 @pytest.mark.parametrize(("channels", "warp"), [(64, True), (2560, True), (6144, False)])
-def test_sums_over_threads(channels, warp):
-    code = source(normalization.layer_norm((64, 49), channels, eps=1e-6, x_dtype="float16"))
+def test_sums_over_threads(cuda_code, channels, warp):
+    func = normalization.layer_norm((64, 49), channels, eps=1e-6, x_dtype="float16")
+    code = cuda_code(layer_norm(func, TARGET, Choices()), TARGET)
     assert "__shfl_down_sync" in code
     assert ("__syncthreads" not in code) == warp
     assert ("__shared__" not in code) == warp
 
 
 @pytest.mark.parametrize("channels", [4096, 6144])
-def test_sums_over_several_warps_are_not_read_before_they_are_there(channels):
-    code = source(normalization.layer_norm((64, 49), channels, eps=1e-6, x_dtype="float16"))
+def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, channels):
+    func = normalization.layer_norm((64, 49), channels, eps=1e-6, x_dtype="float16")
+    code = cuda_code(layer_norm(func, TARGET, Choices()), TARGET)
     for name in ("total", "square"):
         stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
         assert "__syncthreads();" in stored
