@@ -452,10 +452,13 @@ class Changing(nn.Module):
     ],
 )
 def test_refuses_open_sizes_on_which_the_model_decides(decide, depends):
+    open_sizes = {"dynamic_batch": True, "dynamic_size": True}
     with pytest.raises(ModelImportError, match=depends):
-        import_model(Changing(decide), example=SHAPE, dynamic_batch=True, dynamic_size=True)
+        import_model(Changing(decide), example=SHAPE, features="never", **open_sizes)
 
 
 def test_takes_decisions_on_sizes_that_are_fixed():
-    import_model(Changing(lambda *shape: shape[2] % 32), example=SHAPE, dynamic_batch=True)
-    import_model(Changing(lambda *shape: shape[0] > 3), example=SHAPE, dynamic_size=True)
+    by_height = Changing(lambda *shape: shape[2] % 32)
+    import_model(by_height, example=SHAPE, features="never", dynamic_batch=True)
+    by_batch = Changing(lambda *shape: shape[0] > 3)
+    import_model(by_batch, example=SHAPE, features="never", dynamic_size=True)
