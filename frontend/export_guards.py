@@ -64,18 +64,22 @@ def _notes(program: ExportedProgram) -> dict[str, str]:
     """Return the conditions on n, c, h and w under which the graph was made, and who set them."""
     image = next(node for node in program.graph.nodes if node.name == "image").meta["val"]
     print_python = PythonPrinter().doprint
+    sizes = {
+        axis: size.node
+        for axis, size in zip(_AXES, image.shape, strict=True)
+        if isinstance(size, torch.SymInt)
+    }
     axes: dict[str, str] = {}
     notes: dict[str, str] = {}
-    for axis, size in zip(_AXES, image.shape, strict=True):
-        if not isinstance(size, torch.SymInt):
-            continue
-        text = print_python(size.node.expr)
+    for axis, size in sizes.items():
+        text = print_python(size.expr)
         if text.isidentifier() and text not in axes:
             axes[text] = axis
         else:  # The sizes of the image depend on each other.
             notes[f"{axis} == {text}"] = ""
-        guards = size.node.shape_env.guards  # the same of every size
-        notes |= {print_python(guard.expr): str(guard.sloc).strip("()") for guard in guards}
+    for size in list(sizes.values())[:1]:  # all sizes have the same
+        for guard in size.shape_env.guards:
+            notes[print_python(guard.expr)] = str(guard.sloc).strip("()")
 
     def with_axes(note: str) -> str:
         return re.sub(r"\w+", lambda found: axes.get(found[0], found[0]), note)

@@ -50,10 +50,10 @@ def _resize(method: _Method) -> Callable[[Node, Any], relax.Var]:
             )
         # Of aligned corners a single pixel is the first one, as it is of two; for one, TVM divides
         # by zero.
-        single = [axis for axis, new in zip((2, 3), size, strict=True) if aligned and new == 1]
+        single = [axis for axis, new in enumerate(size, 2) if aligned and new == 1]
         result = relax.op.image.resize2d(
             x,
-            tuple(2 if axis in single else new for axis, new in zip((2, 3), size, strict=True)),
+            tuple(2 if axis in single else new for axis, new in enumerate(size, 2)),
             layout="NCHW",
             method=method.method,
             coordinate_transformation_mode="align_corners" if aligned else method.coordinates,

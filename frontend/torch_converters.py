@@ -229,19 +229,17 @@ def _grid_sample(node: Node, importer: Any) -> relax.Var:
     return importer.block_builder.emit(result)
 
 
-def _pad(own: str) -> Callable[[Node, Any], relax.Var]:
+def _pad(node: Node, importer: Any) -> relax.Var:
     # TVM pads by numbers only.
-    def converter(node: Node, importer: Any) -> relax.Var:
-        if not all(isinstance(width, int) for width in arguments(node, importer)["pad"]):
-            raise refused(
-                "a padding whose width depends on an open size",
-                node,
-                "Pad the image before it goes into the model, or import with fixed sizes.",
-            )
-        result: relax.Var = getattr(importer, own)(node)
-        return result
-
-    return converter
+    given = arguments(node, importer)
+    if not all(isinstance(width, int) for width in given["pad"]):
+        raise refused(
+            "a padding whose width depends on an open size",
+            node,
+            "Pad the image before it goes into the model, or import with fixed sizes.",
+        )
+    own = importer._pad if "mode" in given else importer._constant_pad_nd
+    return own(node)
 
 
 def _linspace(node: Node, importer: Any) -> relax.Expr:
@@ -324,7 +322,7 @@ CONVERTERS: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "avg_pool2d.default": _average_pool,
     "celu.default": _elu,
     "clamp_max.default": _clip("", "max"),
-    "constant_pad_nd.default": _pad("_constant_pad_nd"),
+    "constant_pad_nd.default": _pad,
     "elu.default": _elu,
     "grid_sampler_2d.default": _grid_sample,
     "group_norm.default": _group_norm,
@@ -333,7 +331,7 @@ CONVERTERS: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "instance_norm.default": _instance_norm,
     "layer_norm.default": _layer_norm,
     "linspace.default": _linspace,
-    "pad.default": _pad("_pad"),
+    "pad.default": _pad,
     "pixel_shuffle.default": _pixel_shuffle,
     "repeat_interleave.self_int": _repeat_interleave,
     "roll.default": _roll,

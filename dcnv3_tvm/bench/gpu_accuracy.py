@@ -143,9 +143,11 @@ def list_accuracy(
     rows = []
     for entry, outputs in found.items():
         names = [f"{entry}/{tensor.name}" for tensor in imported.entries[entry].outputs]
-        for name, *arrays in zip(names, outputs, peer[entry], truth[entry], strict=True):
-            ours, theirs = (difference(name, array, arrays[-1]) for array in arrays[:-1])
-            rows.append(Accuracy(**vars(ours), pytorch=theirs.norm))
+        for name, ours, theirs, expected in zip(
+            names, outputs, peer[entry], truth[entry], strict=True
+        ):
+            pytorch = difference(name, theirs, expected).norm
+            rows.append(Accuracy(**vars(difference(name, ours, expected)), pytorch=pytorch))
     return AccuracyListing(
         slug=case.slug,
         provenance=Provenance.here(threads=1),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import tvm_ffi
@@ -10,7 +9,7 @@ from tvm import tirx
 from tvm.target import Target
 
 from dcnv3_tvm.schedules.choices import Choices
-from dcnv3_tvm.schedules.gpu.threads import launches
+from dcnv3_tvm.schedules.gpu.threads import block_threads, launches
 from dcnv3_tvm.targets import gpu_architecture
 
 _MIN_BLOCKS: Final = "tirx.launch_bounds_min_blocks_per_sm"
@@ -44,8 +43,7 @@ def bound_registers(
     if wanted == _OPEN:
         return func
     (extents,) = launches(func)
-    threads = math.prod(int(size) for axis, size in extents.items() if axis.startswith("threadIdx"))
-    architecture = gpu_architecture(target)
+    threads, architecture = block_threads(extents), gpu_architecture(target)
     # A block can have too many threads for any to fit; that is refused later, for all rules.
     blocks = max(1, min(wanted, architecture.blocks, architecture.threads // threads))
 

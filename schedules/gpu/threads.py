@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import tvm_ffi
@@ -35,6 +35,15 @@ def launches(func: tirx.PrimFunc) -> list[dict[str, str]]:
     return kernels
 
 
+def block_threads(extents: Mapping[str, str]) -> int:
+    """Count the threads of a block, of one of `launches`."""
+    return math.prod(
+        int(extent)
+        for axis, extent in extents.items()
+        if axis.startswith("threadIdx") and extent.isdecimal()
+    )
+
+
 def check_launch(func: tirx.PrimFunc) -> None:
     """Refuse a scheduled function whose blocks ask for more threads than a GPU gives them.
 
@@ -44,11 +53,7 @@ def check_launch(func: tirx.PrimFunc) -> None:
         If it does.
     """
     for extents in launches(func):
-        threads = math.prod(
-            int(extent)
-            for axis, extent in extents.items()
-            if axis.startswith("threadIdx") and extent.isdecimal()
-        )
+        threads = block_threads(extents)
         if threads > gpu.BLOCK_THREADS:
             raise ChoiceError(
                 "a block has too many threads", got=threads, allowed=f"up to {gpu.BLOCK_THREADS}"
