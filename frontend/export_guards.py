@@ -23,7 +23,8 @@ _AXES: Final = "nchw"
 _PROBES: Final = (*range(2, 132), 256, 257, 384, 510, 513, 800, 1023, 1333, 4096, 5001)
 """Sizes at which a note is looked at: all remainders of the usual steps, small and large."""
 
-_FUNCTIONS: Final = {"math": math, "min": min, "max": max, "abs": abs, "int": int, "float": float}
+_NAMES: Final = {each.__name__: each for each in (math, torch, min, max, abs, int, float, round)}
+"""What the notes call."""
 
 
 def check_guards(program: ExportedProgram, shape: tuple[int, ...], dynamic: set[int]) -> None:
@@ -90,7 +91,12 @@ def _notes(program: ExportedProgram) -> dict[str, str]:
 def _holds(note: str, shape: tuple[int, ...], dynamic: set[int]) -> bool:
     tree = ast.parse(note, mode="eval")
     code = compile(tree, note, "eval")
-    return all(_value(code, sizes) or _is_single(tree, sizes) for sizes in _probes(shape, dynamic))
+    try:
+        return all(
+            _value(code, sizes) or _is_single(tree, sizes) for sizes in _probes(shape, dynamic)
+        )
+    except (NameError, AttributeError, TypeError, ArithmeticError):
+        return False  # It speaks of more than sizes, so nobody knows.
 
 
 def _probes(shape: tuple[int, ...], dynamic: set[int]) -> Iterator[dict[str, int]]:
@@ -102,16 +108,16 @@ def _probes(shape: tuple[int, ...], dynamic: set[int]) -> Iterator[dict[str, int
 
 def _value(code: Any, sizes: Mapping[str, int]) -> Any:
     """Compute what ``torch.export`` wrote."""
-    return eval(code, {"__builtins__": {}, **_FUNCTIONS, **sizes})
+    return eval(code, {"__builtins__": {}, **_NAMES, **sizes})
 
 
 def _is_single(tree: ast.Expression, sizes: Mapping[str, int]) -> bool:
     """Tell whether a size that a note speaks of is one (or none), of a map for example."""
     for node in ast.walk(tree):
-        # A remainder of one says nothing of a size; neither does a number.
-        if not isinstance(node, ast.BinOp) or isinstance(node.op, ast.Mod):
+        # A remainder or a ratio of one says nothing of a size; neither does a number.
+        if not isinstance(node, ast.BinOp) or isinstance(node.op, (ast.Mod, ast.Div)):
             continue
         depends = any(isinstance(part, ast.Name) for part in ast.walk(node))
-        if depends and _value(compile(ast.Expression(node), "", "eval"), sizes) <= 1:
+        if depends and _value(compile(ast.Expression(node), "", "eval"), sizes) in (0, 1):
             return True
     return False

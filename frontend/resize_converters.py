@@ -48,6 +48,12 @@ def _resize(method: _Method) -> Callable[[Node, Any], relax.Var]:
                 node,
                 'Use mode="nearest-exact" or "bilinear".',
             )
+        if aligned and not all(isinstance(new, int) for new in size):
+            raise refused(
+                "interpolation with align_corners=True to an open size",
+                node,
+                "Use align_corners=False, or import with fixed sizes.",
+            )
         # Of aligned corners a single pixel is the first one, as it is of two; for one, TVM divides
         # by zero.
         single = [axis for axis, new in enumerate(size, 2) if aligned and new == 1]

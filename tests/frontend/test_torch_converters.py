@@ -161,6 +161,10 @@ REFUSED = {
     "whole number of pixels": (resize(scale_factor=1.5), True),
     "not give a whole number": (resize(scale_factor=1.3), False),
     "from an open size to a fixed one": (resize(size=(13, 17)), True),
+    "with align_corners=True to an open size": (
+        resize(scale_factor=2, mode="bilinear", align_corners=True),
+        True,
+    ),
     "antialias": (resize(size=(3, 4), mode="bilinear", antialias=True), False),
     "divisor_override": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), False),
     "shared heads": (attend(enable_gqa=True), False),
