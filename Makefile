@@ -19,7 +19,7 @@ test: $(READY) lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tests/house/check_unpacked.py
+	$(BIN)/python tests/project/check_unpacked.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

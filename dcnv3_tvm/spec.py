@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 
-DTYPE_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _DTYPE_SLUGS: Final = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 MAX_KERNEL: Final = 15

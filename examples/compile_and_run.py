@@ -26,12 +26,12 @@ import torch
 
 import dcnv3_tvm as dt
 from dcnv3_tvm import frontend
-from dcnv3_tvm.frontend.variants import model_config
+from dcnv3_tvm.frontend.models.variants import model_config
 from dcnv3_tvm.progress import Progress
 from dcnv3_tvm.runtime import top_k
-from dcnv3_tvm.testing import tolerances
-from dcnv3_tvm.testing.compare import compare
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.verify import tolerances
+from dcnv3_tvm.verify.compare import compare
+from dcnv3_tvm.verify.random_weights import randomize_
 
 TOLERANCE = tolerances.MODEL["float32"]
 

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 from dcnv3_tvm.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.frontend.checkpoints import LoadReport, load_checkpoint
-    from dcnv3_tvm.frontend.internimage import DCNv3, InternImage
-    from dcnv3_tvm.frontend.registry import create_model
-    from dcnv3_tvm.frontend.torch_importer import import_model
-    from dcnv3_tvm.frontend.variants import InternImageConfig, list_models
+    from dcnv3_tvm.frontend.checkpoints.load import LoadReport, load_checkpoint
+    from dcnv3_tvm.frontend.models.internimage import DCNv3, InternImage
+    from dcnv3_tvm.frontend.models.registry import create_model
+    from dcnv3_tvm.frontend.models.variants import InternImageConfig, list_models
+    from dcnv3_tvm.frontend.torch.importer import import_model
 
 _HOMES = {
-    "DCNv3": "internimage",
-    "InternImage": "internimage",
-    "InternImageConfig": "variants",
-    "LoadReport": "checkpoints",
-    "create_model": "registry",
-    "import_model": "torch_importer",
-    "list_models": "variants",
-    "load_checkpoint": "checkpoints",
+    "DCNv3": "models.internimage",
+    "InternImage": "models.internimage",
+    "InternImageConfig": "models.variants",
+    "LoadReport": "checkpoints.load",
+    "create_model": "models.registry",
+    "import_model": "torch.importer",
+    "list_models": "models.variants",
+    "load_checkpoint": "checkpoints.load",
 }
 
 __all__ = [

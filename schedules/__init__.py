@@ -2,7 +2,7 @@
 
 A rule is a function ``rule(func, target, choices)`` that returns the scheduled function, or
 ``None`` when it does not know the kernel. One rule a file, in one folder a kind of target. What a
-tuner may decide otherwise, a rule asks of `dcnv3_tvm.schedules.choices.Choices`.
+tuner may decide otherwise, a rule asks of `dcnv3_tvm.schedules.space.Choices`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from tvm.s_tir.schedule import ScheduleError
 from tvm.target import Target
 
 from dcnv3_tvm.errors import CompileError
-from dcnv3_tvm.schedules.choices import Choice, ChoiceError, Choices
 from dcnv3_tvm.schedules.cpu.convolution import convolution
 from dcnv3_tvm.schedules.cpu.dcnv3 import dcnv3
 from dcnv3_tvm.schedules.cpu.depthwise import depthwise
 from dcnv3_tvm.schedules.cpu.dot_product import has_bfloat16_dot
 from dcnv3_tvm.schedules.cpu.fallback import fallback
 from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
-from dcnv3_tvm.schedules.cpu.linear import linear
-from dcnv3_tvm.schedules.cpu.tiling import linear_tile
-from dcnv3_tvm.schedules.database import Records
+from dcnv3_tvm.schedules.cpu.matmul import linear
+from dcnv3_tvm.schedules.cpu.register_tiles import linear_tile
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3 as gpu_dcnv3
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise as gpu_depthwise
 from dcnv3_tvm.schedules.gpu.fallback import fallback as gpu_fallback
@@ -35,6 +33,8 @@ from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm as gpu_layer_norm
 from dcnv3_tvm.schedules.gpu.mlp import mlp
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.gpu.threads import check_launch
+from dcnv3_tvm.schedules.records import Records
+from dcnv3_tvm.schedules.space import Choice, ChoiceError, Choices
 from dcnv3_tvm.targets import is_gpu, target_slug
 
 __all__ = [

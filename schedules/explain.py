@@ -10,8 +10,8 @@ from tvm.s_tir.schedule import ScheduleError
 from tvm.target import Target
 
 from dcnv3_tvm.schedules import rules_for
-from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.threads import launches
+from dcnv3_tvm.schedules.space import Choices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dcnv3_tvm.testing.emulated_gpu import EmulatedGpu
+from emulated_gpu import EmulatedGpu
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from dcnv3_tvm.bench.kernels import work_of
 from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler import pipeline
-from dcnv3_tvm.compiler.kernels import Kernel, called_kernels
-from dcnv3_tvm.frontend.internimage import InternImage
+from dcnv3_tvm.compiler.kernel_listing import Kernel, called_kernels
+from dcnv3_tvm.frontend.models.internimage import InternImage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.contestants import OURS, error_of
 from dcnv3_tvm.bench.problems import encoder_problem
 from dcnv3_tvm.compiler.compile import compile_artifact
-from dcnv3_tvm.frontend.internimage import InternImage
+from dcnv3_tvm.frontend.models.internimage import InternImage
 
 
 class Deployed:

@@ -10,8 +10,8 @@ from typing import Any, Final
 import numpy as np
 
 from dcnv3_tvm import targets
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.runtime import library
-from dcnv3_tvm.spec import DTYPE_BYTES
 
 _CHAINS: Final = 12
 """Independent sums a thread works on: more than the latency of a multiply-add needs."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from dcnv3_tvm import atomic, machine, targets
+from dcnv3_tvm import files, machine, targets
 from dcnv3_tvm.bench.budget import Allowance, Budget
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.contestants import OURS
@@ -162,7 +162,7 @@ class GpuBenchmark:
         self._results.mkdir(parents=True, exist_ok=True)
         for ending, content in contents.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            with atomic.file(self._results / f"{name}.{ending}") as temporary:
+            with files.atomic_file(self._results / f"{name}.{ending}") as temporary:
                 temporary.write_text(text, encoding="utf-8")
 
 

@@ -16,15 +16,10 @@ from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler.compile import compile_artifact
-from dcnv3_tvm.testing.compare import (
-    Difference,
-    difference,
-    pytorch_outputs,
-    reference_outputs,
-)
-from dcnv3_tvm.testing.emulated_gpu import EmulatedGpu
-from dcnv3_tvm.testing.tolerances import model_tolerance
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.verify.compare import Difference, difference, pytorch_outputs, reference_outputs
+from dcnv3_tvm.verify.random_weights import randomize_
+from dcnv3_tvm.verify.tolerances import model_tolerance
+from emulated_gpu import EmulatedGpu
 
 
 @dataclasses.dataclass(frozen=True)

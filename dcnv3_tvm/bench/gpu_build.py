@@ -30,7 +30,7 @@ def build(job: Job, folder: Path, target: str) -> Path:
     Parameters
     ----------
     job : DCNv3Spec or EncoderCase
-        An operator, or an encoder with the weights of `dcnv3_tvm.testing.weights.randomize_`.
+        An operator, or an encoder with the weights of `dcnv3_tvm.verify.random_weights.randomize_`.
     folder : Path
         Where results go.
     target : str
@@ -41,16 +41,16 @@ def build(job: Job, folder: Path, target: str) -> Path:
         return path
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(job, DCNv3Spec):
-        from dcnv3_tvm import atomic
+        from dcnv3_tvm import files
         from dcnv3_tvm.compiler.operator import compile_op
 
         code = compile_op(job, target=target).executable.code
-        with atomic.file(path) as temporary:
+        with files.atomic_file(path) as temporary:
             temporary.write_bytes(code)
     else:
         from dcnv3_tvm import frontend
         from dcnv3_tvm.compiler.compile import compile_artifact
-        from dcnv3_tvm.testing.weights import randomize_
+        from dcnv3_tvm.verify.random_weights import randomize_
 
         model = randomize_(frontend.create_model(job.variant, features_only=job.features), seed=0)
         imported = frontend.import_model(model, example=(job.batch, 3, *job.size))

@@ -23,11 +23,11 @@ from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.bench.report import CaseResult
 from dcnv3_tvm.bench.sampling import sampling_by
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.runtime.metadata import WEIGHTS
-from dcnv3_tvm.spec import DTYPE_BYTES
-from dcnv3_tvm.testing.tolerances import model_tolerance
-from dcnv3_tvm.testing.twin import twin_of
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.verify.pytorch_reference import twin_of
+from dcnv3_tvm.verify.random_weights import randomize_
+from dcnv3_tvm.verify.tolerances import model_tolerance
 
 PLAN: Final = Plan(rounds=5, calls=12, dropped=2, pause=0.03, burst_seconds=0.3)
 """How often an encoder is called."""

@@ -26,8 +26,8 @@ from dcnv3_tvm.bench.sampling import Geometry
 from dcnv3_tvm.compiler.operator import CompiledOperator, DeviceLibrary
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.tolerances import operator_bound
-from dcnv3_tvm.testing.twin import TwinOperator
+from dcnv3_tvm.verify.pytorch_reference import TwinOperator
+from dcnv3_tvm.verify.tolerances import operator_bound
 
 PLAN: Final = Plan(rounds=5, calls=20, dropped=4, pause=0.01, burst_seconds=0.15)
 """How often an operator is called; the pause is short, because a GPU has no threads that spin."""

@@ -18,10 +18,10 @@ from dcnv3_tvm.bench.kernels import work_of
 from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.problems import Array
 from dcnv3_tvm.bench.provenance import Provenance
-from dcnv3_tvm.compiler.kernels import Kernel, Tensor
-from dcnv3_tvm.op.tensors import numpy_dtype
-from dcnv3_tvm.testing.emulated_gpu import EmulatedGpu
-from dcnv3_tvm.testing.emulated_gpu.traffic import PRODUCT_FLOPS, SECTOR, Traffic
+from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor
+from dcnv3_tvm.dtypes import numpy_dtype
+from emulated_gpu import EmulatedGpu
+from emulated_gpu.traffic import PRODUCT_FLOPS, SECTOR, Traffic
 
 _WAVEFRONT: Final = 128
 """Bytes that a multiprocessor's L1 cache and shared memory deliver in a clock, together."""

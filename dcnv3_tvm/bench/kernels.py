@@ -20,12 +20,12 @@ from dcnv3_tvm.bench.problems import Array
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.compile import compile_model
-from dcnv3_tvm.compiler.kernels import Kernel, Tensor, called_kernels
-from dcnv3_tvm.op import gemm, mlp
+from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor, called_kernels
+from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.kernels import gemm, mlp
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.runtime import library
-from dcnv3_tvm.spec import DTYPE_BYTES
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.verify.random_weights import randomize_
 
 PRODUCTS: Final = ("linear", "convolution", gemm.KERNEL, mlp.KERNEL)
 """Kinds of kernels that are bound by arithmetic."""
@@ -283,7 +283,7 @@ def operations(kernel: Kernel) -> int:
 
 
 def _depth(kernel: Kernel) -> int:
-    """Count the products in a sum of a kernel of `dcnv3_tvm.op.gemm`, whose weight is filled up.
+    """Count the products in a sum of a kernel of `dcnv3_tvm.kernels.gemm`, whose weight is padded.
 
     Its convolutions have square windows.
     """

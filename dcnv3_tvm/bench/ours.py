@@ -12,7 +12,7 @@ from dcnv3_tvm.bench.problems import Problem
 from dcnv3_tvm.bench.sessions import Session, of_ours
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.operator import compile_op
-from dcnv3_tvm.frontend.internimage import InternImage
+from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.runtime import CompiledModel, library
 from dcnv3_tvm.spec import DCNv3Spec
 

@@ -16,12 +16,13 @@ from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.export import OnnxFile
 from dcnv3_tvm.bench.sessions import of_torch
-from dcnv3_tvm.frontend.internimage import InternImage
+from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
-from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
-from dcnv3_tvm.testing.tolerances import model_tolerance, operator_bound
-from dcnv3_tvm.testing.twin import TwinOperator, twin_of
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.verify.pytorch_reference import TwinOperator, twin_of
+from dcnv3_tvm.verify.random_weights import randomize_
+from dcnv3_tvm.verify.tolerances import model_tolerance, operator_bound
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor, nn
 
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.twin import TwinDCNv3, TwinOperator
+from dcnv3_tvm.verify.pytorch_reference import TwinDCNv3, TwinOperator
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -15,13 +15,16 @@ from tvm import tirx
 from tvm.target import Target
 
 from dcnv3_tvm.bench.cases import stage_specs
-from dcnv3_tvm.frontend.variants import InternImageConfig, model_config
-from dcnv3_tvm.op import gemm, mlp, normalization, products, tensorir
-from dcnv3_tvm.op.products import Epilogue
+from dcnv3_tvm.frontend.models.variants import InternImageConfig, model_config
+from dcnv3_tvm.kernels import gemm, matmul, mlp
+from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
+from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
+from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules import linear_tile
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
-from dcnv3_tvm.transform.lower_layers_gpu import MANY_SUMS
+from dcnv3_tvm.transform.lower_gpu import MANY_SUMS
 
 _BIAS = Epilogue(bias=True)
 _GELU = Epilogue(bias=True, activation="gelu")
@@ -106,7 +109,7 @@ def _block(
     yield VariantKernel(
         f"depthwise_{channels}",
         "depthwise",
-        normalization.depthwise(
+        depthwise_kernel(
             *places,
             channels,
             kernel_size=(window, window),
@@ -122,7 +125,7 @@ def _block(
     yield VariantKernel(
         f"layer_norm_{channels}",
         "layer_norm",
-        normalization.layer_norm(places, channels, eps=1e-6, x_dtype=x_stream, out_dtype=dtype),
+        layer_norm_kernel(places, channels, eps=1e-6, x_dtype=x_stream, out_dtype=dtype),
     )
     sampled = dataclasses.replace(spec, softmax=True, dtype=x_dtype or spec.dtype)
     yield VariantKernel(
@@ -166,7 +169,7 @@ def _linear(
         )
         return VariantKernel(name, "gemm", function)
     tile = linear_tile(outputs, target)
-    function = products.linear(places, inputs, outputs, tile=tile, epilogue=epilogue, dtype=dtype)
+    function = matmul.linear(places, inputs, outputs, tile=tile, epilogue=epilogue, dtype=dtype)
     return VariantKernel(name, "linear", function)
 
 
@@ -184,5 +187,5 @@ def _convolution(
         x_dtype = "float32" if inputs == 3 else None
         function = gemm.convolution(*sizes, **options, dtype=dtype, x_dtype=x_dtype)
         return VariantKernel(name, "gemm", function)
-    function = products.convolution(*sizes, **options, tile=linear_tile(outputs, target))
+    function = matmul.convolution(*sizes, **options, tile=linear_tile(outputs, target))
     return VariantKernel(name, "convolution", function)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm import atomic, gpu
+from dcnv3_tvm import files, gpu
 from dcnv3_tvm.bench import cases
 from dcnv3_tvm.bench.contestants import Peer, select_peers
 from dcnv3_tvm.bench.gpu_cases import PARTS, OperatorGroup, chosen
@@ -346,7 +346,7 @@ _KINDS: Final = {
 
 def _write(path: Path, text: str) -> None:
     try:
-        with atomic.file(path) as temporary:
+        with files.atomic_file(path) as temporary:
             Path(temporary).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError(

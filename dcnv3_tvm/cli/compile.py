@@ -14,7 +14,7 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.imported import ImportedModel
+    from dcnv3_tvm.imported_model import ImportedModel
 
 HELP: Final = "compile a model to a folder that runs without PyTorch"
 
@@ -125,8 +125,8 @@ def execute(arguments: argparse.Namespace) -> Result:
 def _check_compilation(name: str, arguments: argparse.Namespace) -> None:
     """Refuse what the compiler would refuse, before the model is built and imported."""
     from dcnv3_tvm.compiler.compile import check_dtype
-    from dcnv3_tvm.frontend.variants import model_config
-    from dcnv3_tvm.schedules.database import find_records
+    from dcnv3_tvm.frontend.models.variants import model_config
+    from dcnv3_tvm.schedules.records import find_records
     from dcnv3_tvm.targets import resolve_target
 
     if arguments.dynamic_size and not arguments.features_only:
@@ -140,13 +140,13 @@ def _import(
     name: str, checkpoint: Path | None, arguments: argparse.Namespace, progress: Progress
 ) -> ImportedModel:
     from dcnv3_tvm import frontend
-    from dcnv3_tvm.frontend.variants import model_config
+    from dcnv3_tvm.frontend.models.variants import model_config
 
     model = frontend.create_model(
         name, checkpoint=checkpoint, features_only=arguments.features_only
     )
     if arguments.random_weights is not None:
-        from dcnv3_tvm.testing.weights import randomize_
+        from dcnv3_tvm.verify.random_weights import randomize_
 
         randomize_(model, arguments.random_weights)
     resolution = model_config(name).resolution
@@ -171,7 +171,7 @@ def _preprocessing(settings: dict[str, Any], height: int, width: int) -> dict[st
 
 
 def _model_and_checkpoint(arguments: argparse.Namespace) -> tuple[str, Path | None]:
-    from dcnv3_tvm.frontend.variants import list_models, model_config
+    from dcnv3_tvm.frontend.models.variants import list_models, model_config
 
     path = Path(arguments.model)
     if not path.suffix and not path.is_file():

@@ -40,7 +40,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     from dcnv3_tvm import schedules, targets
     from dcnv3_tvm.bench.variant_kernels import variant_kernels
     from dcnv3_tvm.compiler.compile import check_dtype
-    from dcnv3_tvm.compiler.kernel_report import report
+    from dcnv3_tvm.compiler.cuda.assembler_report import report
     from dcnv3_tvm.schedules.explain import explain, launch
     from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> Result:
     """List the models whose name matches."""
-    from dcnv3_tvm.frontend.parameter_count import parameter_count
-    from dcnv3_tvm.frontend.variants import list_models, model_config
+    from dcnv3_tvm.frontend.models.parameter_count import parameter_count
+    from dcnv3_tvm.frontend.models.variants import list_models, model_config
 
     names = list_models(arguments.pattern)
     if not names:

@@ -8,14 +8,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm import atomic
+from dcnv3_tvm import files
 from dcnv3_tvm.cli.compile import parse_size
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.cli.tune import import_model
 from dcnv3_tvm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.schedules.database import Record, Records
+    from dcnv3_tvm.schedules.records import Record, Records
 
 HELP: Final = "show, check, merge, prune or export tuning records"
 
@@ -81,7 +81,7 @@ def execute(arguments: argparse.Namespace) -> Result:
 
 def _read(name: str) -> Records:
     """Read a folder, or what is shipped for a target."""
-    from dcnv3_tvm.schedules.database import SHIPPED, Records, holds_records, records_folder
+    from dcnv3_tvm.schedules.records import SHIPPED, Records, holds_records, records_folder
 
     for folder in (records_folder(Path(name)), SHIPPED / name):
         if holds_records(folder):
@@ -146,7 +146,7 @@ def _check(arguments: argparse.Namespace) -> Result:
 
 
 def _merge(arguments: argparse.Namespace) -> Result:
-    from dcnv3_tvm.schedules.database import Records
+    from dcnv3_tvm.schedules.records import Records
 
     read = [_read(name) for name in arguments.records]
     newest = max((records.about for records in read), key=lambda about: about.date)
@@ -173,7 +173,7 @@ def _merge(arguments: argparse.Namespace) -> Result:
 
 
 def _prune(arguments: argparse.Namespace) -> Result:
-    from dcnv3_tvm.schedules.database import Records
+    from dcnv3_tvm.schedules.records import Records
 
     records = Records.read(arguments.records)
     kept = Records.of(
@@ -196,7 +196,7 @@ def _export(arguments: argparse.Namespace) -> Result:
     about = dataclasses.asdict(records.about)
     about["all_trials"] = about.pop("trials")
     try:
-        with atomic.file(arguments.output) as path, path.open("w", newline="") as stream:
+        with files.atomic_file(arguments.output) as path, path.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, [*(rows[0] if rows else {}), *about])
             writer.writeheader()
             writer.writerows({**row, **about} for row in rows)

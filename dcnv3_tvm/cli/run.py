@@ -95,14 +95,14 @@ def _batch(model: CompiledModel, image: Path) -> np.ndarray:
 def _save(path: Path, maps: dict[str, np.ndarray]) -> Path:
     import numpy as np
 
-    from dcnv3_tvm import atomic
+    from dcnv3_tvm import files
     from dcnv3_tvm.errors import InvalidArgumentError
 
     if path.suffix != ".npz":
         path = path.with_name(f"{path.name}.npz")
     first: dict[str, Any] = {name: values[:1] for name, values in maps.items()}
     try:
-        with atomic.file(path) as temporary:
+        with files.atomic_file(path) as temporary:
             np.savez(temporary, allow_pickle=False, **first)
     except OSError as error:
         raise InvalidArgumentError(

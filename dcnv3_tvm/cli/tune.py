@@ -12,7 +12,7 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.imported import ImportedModel
+    from dcnv3_tvm.imported_model import ImportedModel
     from dcnv3_tvm.spec import DCNv3Spec
     from dcnv3_tvm.tuning.tune import TuneConfig
 
@@ -127,7 +127,7 @@ def _config(arguments: argparse.Namespace) -> TuneConfig:
 
 def _what(arguments: argparse.Namespace) -> list[ImportedModel | DCNv3Spec]:
     """Import the models and read the operators."""
-    from dcnv3_tvm.frontend.variants import model_config
+    from dcnv3_tvm.frontend.models.variants import model_config
     from dcnv3_tvm.spec import DCNv3Spec
 
     if arguments.batch < 1:
@@ -148,7 +148,7 @@ def _what(arguments: argparse.Namespace) -> list[ImportedModel | DCNv3Spec]:
 def import_model(name: str, batch: int, size: tuple[int, int] | None) -> ImportedModel:
     """Import a model for its kernels: its weights do not matter."""
     from dcnv3_tvm import frontend
-    from dcnv3_tvm.frontend.variants import model_config
+    from dcnv3_tvm.frontend.models.variants import model_config
 
     resolution = model_config(name).resolution
     example = (batch, 3, *(size or (resolution, resolution)))

@@ -43,7 +43,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             "the weights to compare with are not given",
             allowed="--checkpoint FILE or --random-weights SEED, as they were given to compile",
         )
-    from dcnv3_tvm.testing.tolerances import model_tolerance
+    from dcnv3_tvm.verify.tolerances import model_tolerance
 
     compiled = runtime.load(arguments.artifact, device=arguments.device)
     inputs = _inputs(compiled, arguments)
@@ -52,7 +52,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     with Progress(f"verify {compiled.metadata.name}") as progress:
         progress.step("build the PyTorch model")
         model = _model(compiled.metadata.config, arguments)
-        from dcnv3_tvm.testing.compare import compare
+        from dcnv3_tvm.verify.compare import compare
 
         rows = []
         for name, image in inputs.items():
@@ -116,12 +116,12 @@ def _inputs(compiled: CompiledModel, arguments: argparse.Namespace) -> dict[str,
 
 
 def _model(config: dict[str, Any], arguments: argparse.Namespace) -> Any:
-    from dcnv3_tvm.frontend.variants import VARIANTS
+    from dcnv3_tvm.frontend.models.variants import VARIANTS
 
     if config.get("variant") not in VARIANTS:
         raise InvalidArgumentError(
             "the artifact names no InternImage variant, so there is nothing to compare with",
-            hint="Compare a model of your own with dcnv3_tvm.testing.compare.",
+            hint="Compare a model of your own with dcnv3_tvm.verify.compare.",
         )
     try:
         from dcnv3_tvm import frontend
@@ -140,7 +140,7 @@ def _model(config: dict[str, Any], arguments: argparse.Namespace) -> Any:
             hint="Run: pip install 'dcnv3-tvm[torch]'",
         ) from error
     if arguments.random_weights is not None:
-        from dcnv3_tvm.testing.weights import randomize_
+        from dcnv3_tvm.verify.random_weights import randomize_
 
         randomize_(model, arguments.random_weights)
     return model

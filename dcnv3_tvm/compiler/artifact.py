@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dcnv3_tvm import atomic
-from dcnv3_tvm.compiler import card
+from dcnv3_tvm import files
+from dcnv3_tvm.compiler import artifact_readme
 from dcnv3_tvm.errors import ArtifactError, MissingDependencyError
 from dcnv3_tvm.runtime import weights as weights_file
 from dcnv3_tvm.runtime.library import installed_runtime
@@ -65,7 +65,7 @@ def write(
             hint="Run: pip install apache-tvm==0.27.0.post1",
         )
     try:
-        with atomic.folder(destination) as folder:
+        with files.atomic_folder(destination) as folder:
             if isinstance(library, bytes):
                 (folder / LIBRARY).write_bytes(library)
             else:
@@ -82,7 +82,7 @@ def write(
                 versions=metadata.versions or installed_versions(),
                 created=metadata.created or _now(),
             )
-            (folder / CARD).write_text(card.render(complete), encoding="utf-8")
+            (folder / CARD).write_text(artifact_readme.render(complete), encoding="utf-8")
             (folder / METADATA).write_text(complete.dumps(), encoding="utf-8")
     except OSError as error:
         raise ArtifactError(
@@ -109,7 +109,7 @@ def record_verification(folder: Path, verification: dict[str, Any]) -> None:
     """
     metadata = dataclasses.replace(read_metadata(folder), verification=verification)
     try:
-        with atomic.file(folder / METADATA) as path:
+        with files.atomic_file(folder / METADATA) as path:
             path.write_text(metadata.dumps(), encoding="utf-8")
     except OSError as error:
         raise ArtifactError(

@@ -14,13 +14,14 @@ import tvm
 from tvm import relax
 
 from dcnv3_tvm import schedules, targets
-from dcnv3_tvm.compiler import artifact, cuda, pipeline
+from dcnv3_tvm.compiler import artifact, pipeline
+from dcnv3_tvm.compiler.cuda import cuda_module
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
-from dcnv3_tvm.imported import ImportedModel
+from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.runtime import CompiledModel, load
 from dcnv3_tvm.runtime.loading import check_target
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
-from dcnv3_tvm.schedules.database import find_records
+from dcnv3_tvm.schedules.records import find_records
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 """Element types a model can be compiled for: those of the operands of its products. Sums, the
@@ -215,12 +216,12 @@ def build(module: tvm.IRModule, target: tvm.target.Target, library: Path, *, gra
     """
     on_gpu = targets.is_gpu(target)
     try:
-        with cuda.lowering(graph=graph) if on_gpu else contextlib.nullcontext():
+        with cuda_module.lowering(graph=graph) if on_gpu else contextlib.nullcontext():
             executable = relax.build(
                 module,
                 target,
                 relax_pipeline=pipeline.lower_passes(),
-                tir_pipeline=cuda.LOWERING if on_gpu else "default",
+                tir_pipeline=cuda_module.LOWERING if on_gpu else "default",
             )
     except RuntimeError as error:
         raise CompileError(
@@ -230,7 +231,7 @@ def build(module: tvm.IRModule, target: tvm.target.Target, library: Path, *, gra
         ) from error
     try:
         if on_gpu:
-            cuda.export(executable.mod, library, str(target.attrs["arch"]))
+            cuda_module.export(executable.mod, library, str(target.attrs["arch"]))
         else:
             executable.export_library(str(library))
     except (RuntimeError, OSError, ValueError) as error:

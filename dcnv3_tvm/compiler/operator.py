@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dcnv3_tvm import gpu, machine, targets
+from dcnv3_tvm.compiler import functional
 from dcnv3_tvm.errors import (
     CompileError,
     InvalidArgumentError,
     MissingDependencyError,
     TargetError,
 )
-from dcnv3_tvm.op import functional, tensors
-from dcnv3_tvm.runtime import library
+from dcnv3_tvm.runtime import dlpack, library
 from dcnv3_tvm.runtime.cuda import Gpu, load_runtime
 from dcnv3_tvm.spec import DCNv3Spec
 
@@ -83,9 +83,9 @@ class CompiledOperator:
         DeviceError
             If the GPU has too little free memory, or fails.
         """
-        tensors.kind_of({"x": x, "offset": offset, "mask": mask})
-        self._check_place(tensors.place_of(x))
-        shape = tensors.shape_of(x)
+        dlpack.kind_of({"x": x, "offset": offset, "mask": mask})
+        self._check_place(dlpack.place_of(x))
+        shape = dlpack.shape_of(x)
         fits = len(shape) == 4 and all(
             size == wanted or (wanted is None and size > 0)
             for size, wanted in zip(shape, self.spec.input_shape, strict=True)
@@ -104,15 +104,15 @@ class CompiledOperator:
 
     def call_checked(self, spec: DCNv3Spec, x: TensorT, offset: TensorT, mask: TensorT) -> TensorT:
         """Run the operator on tensors already checked against the static problem `spec`."""
-        kind, place = tensors.kind_of({"x": x}), tensors.place_of(x)
-        out: TensorT = tensors.empty(
+        kind, place = dlpack.kind_of({"x": x}), dlpack.place_of(x)
+        out: TensorT = dlpack.empty(
             kind, [int(size or 0) for size in spec.output_shape], spec.dtype, place
         )
-        if place != tensors.CPU:
+        if place != dlpack.CPU:
             self._run_on_gpu(kind, place, (x, offset, mask, out))
             return out
         library.use_threads(_threads())
-        self._function(*(tensors.to_kernel(kind, tensor) for tensor in (x, offset, mask, out)))
+        self._function(*(dlpack.to_kernel(kind, tensor) for tensor in (x, offset, mask, out)))
         return out
 
     def _run_on_gpu(self, kind: str, place: str, arguments: Sequence[Any]) -> None:
@@ -120,11 +120,11 @@ class CompiledOperator:
         function = self._function
         device = Gpu.of(index)
         with device.on_stream(device.stream_of(arguments[0])), device.own_errors():
-            function(*(tensors.to_kernel(kind, tensor) for tensor in arguments))
+            function(*(dlpack.to_kernel(kind, tensor) for tensor in arguments))
 
     def _check_place(self, place: str) -> None:
         on_gpu = targets.is_gpu(self.target)
-        if (place != tensors.CPU) != on_gpu:
+        if (place != dlpack.CPU) != on_gpu:
             raise InvalidArgumentError(
                 "the tensors are not where the operator computes",
                 got=place,
@@ -261,7 +261,7 @@ def _compile(spec: DCNv3Spec, target_text: str, database: str) -> CompiledOperat
 
     from dcnv3_tvm import schedules
     from dcnv3_tvm.op.tensorir import dcnv3
-    from dcnv3_tvm.schedules.database import find_records
+    from dcnv3_tvm.schedules.records import find_records
 
     auto = target_text == "auto"
     target = targets.resolve_target("auto") if auto else Target(target_text)
@@ -285,7 +285,7 @@ def _compile(spec: DCNv3Spec, target_text: str, database: str) -> CompiledOperat
 
 
 def _compile_for_gpu(function: Any, target: Target) -> DeviceLibrary:
-    from dcnv3_tvm.compiler.kernels import export_kernel
+    from dcnv3_tvm.compiler.kernel_listing import export_kernel
 
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-op-") as folder:
         path = Path(folder) / "op.so"

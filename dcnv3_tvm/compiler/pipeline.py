@@ -11,18 +11,18 @@ from tvm import relax
 
 from dcnv3_tvm import schedules
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError
-from dcnv3_tvm.imported import ImportedModel
-from dcnv3_tvm.op.legalize import LEGALIZATIONS
+from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.schedules import Scheduled
-from dcnv3_tvm.schedules.database import Records
+from dcnv3_tvm.schedules.records import Records
 from dcnv3_tvm.targets import is_gpu
 from dcnv3_tvm.transform.convert_layout import convert_layout
 from dcnv3_tvm.transform.fold_weights import fold_weights
 from dcnv3_tvm.transform.fuse_center_feature import fuse_center_feature
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
-from dcnv3_tvm.transform.lower_layers import lower_layers
-from dcnv3_tvm.transform.lower_layers_gpu import lower_layers_gpu
-from dcnv3_tvm.transform.program import Program
+from dcnv3_tvm.transform.ir import Program
+from dcnv3_tvm.transform.legalize import LEGALIZATIONS
+from dcnv3_tvm.transform.lower_cpu import lower_layers
+from dcnv3_tvm.transform.lower_gpu import lower_layers_gpu
 
 PHASES: Final = (
     "imported",

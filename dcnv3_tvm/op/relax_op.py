@@ -44,9 +44,10 @@ import tvm
 import tvm_ffi
 from tvm import relax, s_tir, tirx
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec, pair
+from dcnv3_tvm.spec import DCNv3Spec, pair
 
 OP_NAME: Final = "dcnv3_tvm.dcnv3"
 

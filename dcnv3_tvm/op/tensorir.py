@@ -1,4 +1,4 @@
-"""DCNv3 forward as TensorIR: unscheduled PrimFuncs, built of `dcnv3_tvm.op.sampling_blocks`."""
+"""DCNv3 forward as TensorIR: unscheduled PrimFuncs, built of `dcnv3_tvm.op.sampling`."""
 
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
 import dataclasses
@@ -10,13 +10,11 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from dcnv3_tvm import gpu
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op.sampling_blocks import blocks, extents_of, sizes_of
-from dcnv3_tvm.op.stages import int64
-from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
-
-KERNEL_ATTR = "dcnv3_tvm.kernel"
-"""Function attribute that names the kernel: ``"dcnv3"`` or ``"dcnv3_packed"``."""
+from dcnv3_tvm.op.expr import KERNEL_ATTR, int64
+from dcnv3_tvm.op.sampling import blocks, extents_of, sizes_of
+from dcnv3_tvm.spec import DCNv3Spec
 
 SPEC_ATTR = "dcnv3_tvm.spec"
 """Function attribute that holds the problem, as JSON; `spec_of` reads it."""

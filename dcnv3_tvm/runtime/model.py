@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dcnv3_tvm import atomic
+from dcnv3_tvm import files
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError
 from dcnv3_tvm.runtime import cuda, image, library, tensors
 from dcnv3_tvm.runtime.metadata import (
@@ -162,7 +162,7 @@ class CompiledModel:
         destination = Path(path)
         refuse_foreign(destination)
         try:
-            with atomic.folder(destination) as temporary:
+            with files.atomic_folder(destination) as temporary:
                 for name in (LIBRARY, WEIGHTS, *self.metadata.libraries, CARD, METADATA):
                     shutil.copyfile(self._folder / name, temporary / name)
                     expected = self.metadata.digests.get(name)

@@ -6,8 +6,7 @@ from typing import Final
 
 from tvm import relax
 
-from dcnv3_tvm.transform.calls import with_attributes
-from dcnv3_tvm.transform.program import Program, Rebuilder
+from dcnv3_tvm.transform.ir import Program, Rebuilder, with_attributes
 from dcnv3_tvm.transform.sink_transposes import sink_transposes
 
 _TO_CHANNELS_LAST: Final = [0, 2, 3, 1]

@@ -14,8 +14,7 @@ import tvm
 import tvm_ffi
 from tvm import relax
 
-from dcnv3_tvm.transform.program import count_uses
-from dcnv3_tvm.transform.shapes import dimensions, element_type
+from dcnv3_tvm.transform.ir import count_uses, dimensions, element_type
 
 _ACTIVATIONS: Final = {
     "relax.nn.gelu": "gelu",

@@ -12,8 +12,7 @@ from typing import Any, Final
 import numpy as np
 from tvm import relax
 
-from dcnv3_tvm.transform.program import Program, Rebuilder
-from dcnv3_tvm.transform.shapes import static_shape
+from dcnv3_tvm.transform.ir import Program, Rebuilder, static_shape
 
 
 def fold_weights(program: Program) -> Program:

@@ -16,8 +16,7 @@ from tvm import relax
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.transform.fuse_sampling import Projection, emit_merged, projection
-from dcnv3_tvm.transform.program import Program, Rebuilder
-from dcnv3_tvm.transform.shapes import dimensions
+from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions
 from dcnv3_tvm.transform.storage import packed_sampling
 
 _GATE: Final = (

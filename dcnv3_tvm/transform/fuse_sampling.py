@@ -13,8 +13,7 @@ import numpy as np
 from tvm import relax
 
 from dcnv3_tvm.op import relax_op, tensorir
-from dcnv3_tvm.transform.program import Program, Rebuilder
-from dcnv3_tvm.transform.shapes import dimensions, static_shape
+from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions, static_shape
 
 
 def fuse_sampling(program: Program) -> Program:

@@ -20,9 +20,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dcnv3_tvm.op.tensors import numpy_dtype
+from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.transform.find_layers import Layer
-from dcnv3_tvm.transform.shapes import dimensions
+from dcnv3_tvm.transform.ir import dimensions
 from dcnv3_tvm.transform.storage import packed_sampling
 
 PRODUCTS: Final = ("linear", "convolution")

@@ -8,10 +8,9 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dcnv3_tvm.op import products
+from dcnv3_tvm.kernels import matmul
 from dcnv3_tvm.transform.find_layers import Layer
-from dcnv3_tvm.transform.program import Rebuilder
-from dcnv3_tvm.transform.shapes import dimensions, element_type
+from dcnv3_tvm.transform.ir import Rebuilder, dimensions, element_type
 
 
 class LayerContext:
@@ -80,9 +79,9 @@ class LayerContext:
         return self.rebuilder.emit(relax.call_tir(function, given, ty), like=self.var)
 
 
-def epilogue_of(layer: Layer) -> products.Epilogue:
+def epilogue_of(layer: Layer) -> matmul.Epilogue:
     """Return what follows the sums of a product or a convolution."""
-    return products.Epilogue(
+    return matmul.Epilogue(
         bias=layer.bias is not None,
         activation=layer.activation,
         residual=layer.residual is not None,

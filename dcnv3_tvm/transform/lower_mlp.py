@@ -7,12 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 from tvm import relax
 
-from dcnv3_tvm.op import gemm, mlp
-from dcnv3_tvm.op.stages import product, static
+from dcnv3_tvm.kernels import gemm, mlp
+from dcnv3_tvm.op.expr import product, static
 from dcnv3_tvm.transform.find_layers import Layer
+from dcnv3_tvm.transform.ir import Rebuilder, count_uses, dimensions
 from dcnv3_tvm.transform.layer_context import LayerContext
-from dcnv3_tvm.transform.program import Rebuilder, count_uses
-from dcnv3_tvm.transform.shapes import dimensions
 
 
 def find_mlps(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tvm import relax
 
-from dcnv3_tvm.op import normalization
+from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
+from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
 from dcnv3_tvm.transform.layer_context import LayerContext, pair_of
 
 
@@ -12,7 +13,7 @@ def lower_depthwise(context: LayerContext) -> relax.Var:
     """Lower a depthwise convolution, with LayerNorm and activation behind it."""
     layer, weight = context.layer, context.weight
     batch, rows, columns, channels = context.sizes(layer.root.args[0])
-    kernel = normalization.depthwise(
+    kernel = depthwise_kernel(
         batch,
         rows,
         columns,
@@ -37,7 +38,7 @@ def lower_layer_norm(context: LayerContext) -> relax.Var:
     """Lower a LayerNorm, with activation and residual behind it."""
     layer = context.layer
     *lead, channels = context.sizes(layer.root.args[0])
-    kernel = normalization.layer_norm(
+    kernel = layer_norm_kernel(
         tuple(lead),
         channels,
         eps=float(layer.root.attrs.epsilon),

@@ -11,9 +11,7 @@ from typing import Any, Final
 import tvm_ffi
 from tvm import relax
 
-from dcnv3_tvm.transform.calls import transpose_axes, with_attributes
-from dcnv3_tvm.transform.program import Program, Rebuilder
-from dcnv3_tvm.transform.shapes import dimensions
+from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions, transpose_axes, with_attributes
 
 
 def sink_transposes(program: Program) -> Program:

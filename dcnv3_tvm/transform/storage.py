@@ -14,11 +14,11 @@ from typing import Final, NamedTuple
 import tvm
 from tvm import relax
 
+from dcnv3_tvm.kernels.matmul import PAIR
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.op.products import PAIR
+from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.transform.find_layers import Layer
-from dcnv3_tvm.transform.program import variables
-from dcnv3_tvm.transform.shapes import dimensions
+from dcnv3_tvm.transform.ir import dimensions, variables
 
 _OUTPUT_MULTIPLE: Final = 16
 """Sums in a vector register: with another number of output channels a product stays float32."""
@@ -39,7 +39,7 @@ def packed_sampling(call: relax.Expr, module: tvm.IRModule) -> tvm.tirx.PrimFunc
     if not isinstance(call, relax.Call) or getattr(call.op, "name", "") != "relax.call_tir":
         return None
     kernel = module[call.args[0]]
-    packed = kernel.attrs.get(tensorir.KERNEL_ATTR) == "dcnv3_packed"
+    packed = kernel.attrs.get(KERNEL_ATTR) == "dcnv3_packed"
     return kernel if packed else None
 
 

@@ -16,16 +16,16 @@ from tvm import tirx
 from tvm.target import Target
 
 from dcnv3_tvm import schedules, targets
-from dcnv3_tvm.compiler.kernels import ENTRY, Tensor, export_kernel
+from dcnv3_tvm.compiler.kernel_listing import ENTRY, Tensor, export_kernel
+from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.machine import usable_cores
 from dcnv3_tvm.op.reference import Float64Array
-from dcnv3_tvm.op.tensors import numpy_dtype
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.runtime.cuda import load_runtime
-from dcnv3_tvm.schedules.choices import Choice
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
-from dcnv3_tvm.testing.tolerances import LAYER
+from dcnv3_tvm.schedules.space import Choice
 from dcnv3_tvm.tuning.tracker import Address, tvm_rpc
+from dcnv3_tvm.verify.tolerances import LAYER
 
 _FIRST_CALLS: Final = 3
 _LEAST_CALLS: Final = 7

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from tvm.target import Target
 
-from dcnv3_tvm.schedules.choices import Choice
+from dcnv3_tvm.schedules.space import Choice
 from dcnv3_tvm.tuning import jobs
 from dcnv3_tvm.tuning.devices import Devices
 from dcnv3_tvm.tuning.pool import Job, Outcome, Pool

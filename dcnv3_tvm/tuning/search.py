@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from dcnv3_tvm.schedules.choices import Choice
+from dcnv3_tvm.schedules.space import Choice
 
 Decisions = Mapping[str, Choice]
 

@@ -15,8 +15,8 @@ from typing import Final
 
 from tvm.target import Target
 
-from dcnv3_tvm import atomic
-from dcnv3_tvm.schedules.database import INSIDE, About, Record, Records, tvm_version
+from dcnv3_tvm import files
+from dcnv3_tvm.schedules.records import INSIDE, About, Record, Records, tvm_version
 from dcnv3_tvm.targets import target_slug
 from dcnv3_tvm.tuning.journal import Journal, SessionError
 from dcnv3_tvm.tuning.laboratory import Candidate, Laboratory
@@ -199,7 +199,7 @@ class Session:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                with atomic.file(path) as temporary:
+                with files.atomic_file(path) as temporary:
                     temporary.write_text(json.dumps(dataclasses.asdict(self.setting), indent=2))
             there = Setting(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm import atomic
+from dcnv3_tvm import files
 from dcnv3_tvm.errors import MissingDependencyError
-from dcnv3_tvm.schedules.database import Records
+from dcnv3_tvm.schedules.records import Records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,19 +83,19 @@ def write_summary(summary: dict[str, Any], directory: Path) -> list[Path]:
         If they cannot be written.
     """
     path = directory / SUMMARY
-    with atomic.file(path) as temporary:
+    with files.atomic_file(path) as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    files = [path]
+    written = [path]
     try:
         figures = {"progress": _progress(summary), "shares": _shares(summary)}
     except MissingDependencyError:
-        return files
+        return written
     for name, figure in figures.items():
         for form in _FORMATS:
-            files.append(directory / f"{name}.{form}")
-            with atomic.file(files[-1]) as temporary:
+            written.append(directory / f"{name}.{form}")
+            with files.atomic_file(written[-1]) as temporary:
                 figure.savefig(temporary, format=form, dpi=120)
-    return files
+    return written
 
 
 def _figure() -> Figure:

@@ -12,15 +12,15 @@ from tvm.target import Target
 
 from dcnv3_tvm import schedules
 from dcnv3_tvm.compiler import pipeline
-from dcnv3_tvm.compiler.kernels import Tensor, called_kernels
+from dcnv3_tvm.compiler.kernel_listing import Tensor, called_kernels
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.schedules.choices import Choice
-from dcnv3_tvm.schedules.database import describe, workload_key
+from dcnv3_tvm.schedules.records import describe, workload_key
+from dcnv3_tvm.schedules.space import Choice
 from dcnv3_tvm.spec import DCNv3Spec
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.imported import ImportedModel
+    from dcnv3_tvm.imported_model import ImportedModel
 
 
 @dataclasses.dataclass(frozen=True)

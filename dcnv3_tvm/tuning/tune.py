@@ -26,7 +26,7 @@ from dcnv3_tvm.tuning.tasks import Task, merged, model_tasks, operator_task
 if TYPE_CHECKING:
     from tvm.target import Target
 
-    from dcnv3_tvm.imported import ImportedModel
+    from dcnv3_tvm.imported_model import ImportedModel
 
 TRIALS_PER_KERNEL: Final = 40
 """Trials of a session that is not told how many, by kernel, as far as there are schedules."""

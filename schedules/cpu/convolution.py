@@ -7,9 +7,8 @@ from typing import Final
 from tvm import s_tir, tirx
 from tvm.target import Target
 
-from dcnv3_tvm.op.stages import KERNEL_ATTR
-from dcnv3_tvm.schedules.choices import Choices
-from dcnv3_tvm.schedules.cpu.tiling import (
+from dcnv3_tvm.op.expr import KERNEL_ATTR
+from dcnv3_tvm.schedules.cpu.register_tiles import (
     copy_in_parallel,
     copy_in_task,
     numbered,
@@ -23,6 +22,7 @@ from dcnv3_tvm.schedules.cpu.tiling import (
     vector_unit,
     weights_stay_cached,
 )
+from dcnv3_tvm.schedules.space import Choices
 
 _ROW: Final = "row"
 """A task is an output row, and frames its input rows."""

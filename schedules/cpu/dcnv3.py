@@ -8,8 +8,8 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
-from dcnv3_tvm.op.tensorir import KERNEL_ATTR
-from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.op.expr import KERNEL_ATTR
+from dcnv3_tvm.schedules.space import Choices
 from dcnv3_tvm.targets import num_cores, vector_lanes
 
 _KERNELS: Final = ("dcnv3", "dcnv3_packed")

@@ -5,16 +5,16 @@ from __future__ import annotations
 from tvm import s_tir, tirx
 from tvm.target import Target
 
-from dcnv3_tvm.op.stages import KERNEL_ATTR, static
-from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.op.expr import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.cpu.layer_norm import normalize, rows_at_once
-from dcnv3_tvm.schedules.cpu.tiling import (
+from dcnv3_tvm.schedules.cpu.register_tiles import (
     copy_in_task,
     unroll_tile,
     vector_unit,
     vector_width,
     vectorize_innermost,
 )
+from dcnv3_tvm.schedules.space import Choices
 
 
 def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:

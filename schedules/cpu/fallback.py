@@ -10,10 +10,10 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV, ScheduleError
 from tvm.target import Target
 
-from dcnv3_tvm.op.stages import static
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.blocks import plain_axes, reduces
-from dcnv3_tvm.schedules.choices import Choices
-from dcnv3_tvm.schedules.cpu.tiling import VectorUnit, vector_unit, vector_width
+from dcnv3_tvm.schedules.cpu.register_tiles import VectorUnit, vector_unit, vector_width
+from dcnv3_tvm.schedules.space import Choices
 
 SERIAL_WORK: Final = 65536
 """Elements below which a loop is done before the other threads have woken up."""

@@ -8,17 +8,17 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
-from dcnv3_tvm.op.products import constant_factor
-from dcnv3_tvm.op.stages import KERNEL_ATTR, static
-from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.kernels.matmul import constant_factor
+from dcnv3_tvm.op.expr import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.cpu.lane_sum import sum_lanes
-from dcnv3_tvm.schedules.cpu.tiling import (
+from dcnv3_tvm.schedules.cpu.register_tiles import (
     unroll_tile,
     vector_unit,
     vector_width,
     vectorize_innermost,
     whole_tile,
 )
+from dcnv3_tvm.schedules.space import Choices
 
 ROWS: Final = 8
 """Most rows normalised side by side: their sums are independent and hide each other's latency."""

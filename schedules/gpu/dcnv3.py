@@ -10,12 +10,12 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
-from dcnv3_tvm.op.sampling_blocks import vector_channels
-from dcnv3_tvm.op.stages import static
-from dcnv3_tvm.op.tensorir import KERNEL_ATTR, gathering, spec_of
-from dcnv3_tvm.schedules.choices import ChoiceError, Choices
+from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.sampling import vector_channels
+from dcnv3_tvm.op.tensorir import gathering, spec_of
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.threads import bind_blocks, divisors, unroll_all, vectorize_copy
+from dcnv3_tvm.schedules.space import ChoiceError, Choices
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
 

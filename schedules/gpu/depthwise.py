@@ -12,12 +12,12 @@ from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
 from dcnv3_tvm.gpu import WARP
-from dcnv3_tvm.op.normalization import in_runs
-from dcnv3_tvm.op.stages import KERNEL_ATTR, static
-from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.kernels.depthwise import in_runs
+from dcnv3_tvm.op.expr import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels, vector_elements
 from dcnv3_tvm.schedules.gpu.threads import bind_blocks, unroll_all
+from dcnv3_tvm.schedules.space import Choices
 from dcnv3_tvm.targets import is_gpu
 
 _THREADS: Final = range(64, 513)

@@ -9,10 +9,10 @@ from tvm import s_tir
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.sym import Analyzer
 
-from dcnv3_tvm.op.stages import static
+from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.blocks import plain_axes
 from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, vectorize_copy
-from dcnv3_tvm.spec import DTYPE_BYTES
 
 _THREADS: Final = 256
 """Threads of a block."""

@@ -9,9 +9,9 @@ from tvm.s_tir.schedule import SBlockRV, ScheduleError
 from tvm.target import Target
 
 from dcnv3_tvm.schedules.blocks import plain_axes, reduces
-from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.elementwise import bind_elements, elementwise
 from dcnv3_tvm.schedules.gpu.reduction import reduction
+from dcnv3_tvm.schedules.space import Choices
 from dcnv3_tvm.targets import is_gpu
 
 

@@ -9,9 +9,9 @@ from typing import Any, Final
 from tvm import s_tir, tirx
 from tvm.target import Target
 
-from dcnv3_tvm.op.gemm import FRAGMENT, FULL_GPU, KERNEL
-from dcnv3_tvm.op.stages import KERNEL_ATTR, static
-from dcnv3_tvm.schedules.choices import ChoiceError, Choices
+from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.kernels.gemm import FRAGMENT, FULL_GPU, KERNEL
+from dcnv3_tvm.op.expr import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.gpu import tensor_core
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
@@ -30,7 +30,7 @@ from dcnv3_tvm.schedules.gpu.tiles import (
     vector_of,
     write_vectors,
 )
-from dcnv3_tvm.spec import DTYPE_BYTES
+from dcnv3_tvm.schedules.space import ChoiceError, Choices
 from dcnv3_tvm.targets import gpu_architecture, is_gpu
 
 _TILE: Final = 128
@@ -60,7 +60,7 @@ _QUAD: Final = 4
 
 
 def gemm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
-    """Schedule the kernels of `dcnv3_tvm.op.gemm`.
+    """Schedule the kernels of `dcnv3_tvm.kernels.gemm`.
 
     A block of threads computes a tile of the result. Step by step along the depth it copies the
     rows and weights it needs into shared memory, without a detour through registers where they

@@ -8,8 +8,8 @@ import tvm_ffi
 from tvm import tirx
 from tvm.target import Target
 
-from dcnv3_tvm.schedules.choices import Choices
 from dcnv3_tvm.schedules.gpu.threads import block_threads, launches
+from dcnv3_tvm.schedules.space import Choices
 from dcnv3_tvm.targets import gpu_architecture
 
 _MIN_BLOCKS: Final = "tirx.launch_bounds_min_blocks_per_sm"

@@ -12,12 +12,12 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 from tvm.tirx import IndexMap
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.gpu import WARP
-from dcnv3_tvm.op.stages import KERNEL_ATTR, static
-from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.op.expr import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, unroll_all, vectorize_copy
-from dcnv3_tvm.spec import DTYPE_BYTES
+from dcnv3_tvm.schedules.space import Choices
 from dcnv3_tvm.targets import is_gpu
 
 LANES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -8,10 +8,10 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
-from dcnv3_tvm.op.gemm import FRAGMENT
-from dcnv3_tvm.op.mlp import KERNEL, ROWS, SLAB
-from dcnv3_tvm.op.stages import KERNEL_ATTR, static
-from dcnv3_tvm.schedules.choices import Choices
+from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.kernels.gemm import FRAGMENT
+from dcnv3_tvm.kernels.mlp import KERNEL, ROWS, SLAB
+from dcnv3_tvm.op.expr import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.gpu import tensor_core
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
@@ -24,7 +24,7 @@ from dcnv3_tvm.schedules.gpu.tiles import (
     vector_of,
     write_vectors,
 )
-from dcnv3_tvm.spec import DTYPE_BYTES
+from dcnv3_tvm.schedules.space import Choices
 from dcnv3_tvm.targets import is_gpu
 
 _WARP_ROWS: Final = 2
@@ -40,7 +40,7 @@ room for four, and to spill."""
 
 
 def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
-    """Schedule the kernels of `dcnv3_tvm.op.mlp`.
+    """Schedule the kernels of `dcnv3_tvm.kernels.mlp`.
 
     A block takes up to 128 rows, which lie in shared memory, and goes through the hidden columns
     slab by slab. Each warp has rows of its own: it sums its part of a slab, applies bias and

@@ -12,7 +12,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV, ScheduleError
 from tvm.sym import Analyzer
 
 from dcnv3_tvm.gpu import WARP
-from dcnv3_tvm.op.stages import product, static
+from dcnv3_tvm.op.expr import product, static
 from dcnv3_tvm.schedules.blocks import plain_axes
 from dcnv3_tvm.schedules.gpu.elementwise import bind_elements
 

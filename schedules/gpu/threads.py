@@ -12,8 +12,8 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.op.stages import static
-from dcnv3_tvm.schedules.choices import ChoiceError
+from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.schedules.space import ChoiceError
 
 VECTOR_BYTES: Final = gpu.ALIGNMENT
 """The widest access of a thread to memory."""

@@ -9,12 +9,12 @@ from typing import Any, Final
 from tvm import s_tir
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.gpu import WARP
-from dcnv3_tvm.op.gemm import FRAGMENT
-from dcnv3_tvm.op.stages import static
+from dcnv3_tvm.kernels.gemm import FRAGMENT
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
 from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, unroll_all, vectorize_copy
-from dcnv3_tvm.spec import DTYPE_BYTES
 
 PAD_BYTES: Final = 16
 """Added to every row in shared memory, so that eight rows lie in different banks."""

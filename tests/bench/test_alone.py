@@ -14,7 +14,7 @@ from dcnv3_tvm.bench.memory import MemoryListing, MemoryRow
 from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.cli.bench_text import report_text
-from dcnv3_tvm.testing.toy import Toy
+from helpers.toy import Toy
 
 TINY = ("--variant", "test_internimage_pre_norm")
 

@@ -14,10 +14,11 @@ from dcnv3_tvm.bench.floors import Peaks
 from dcnv3_tvm.bench.kernels import operations, work_of
 from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.compiler.kernels import Kernel, Tensor
+from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op import gemm, mlp, tensorir
-from dcnv3_tvm.op.products import Epilogue
+from dcnv3_tvm.kernels import gemm, mlp
+from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.spec import DCNv3Spec
 
 TINY = "test_internimage_pre_norm"

@@ -12,8 +12,8 @@ from dcnv3_tvm.bench.extensions import DCNV3, DCNV4
 from dcnv3_tvm.bench.sampling import Geometry, sampling_by
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.specs import random_inputs
-from dcnv3_tvm.testing.twin import TwinOperator, dcnv3_core_pytorch
+from dcnv3_tvm.verify.pytorch_reference import TwinOperator, dcnv3_core_pytorch
+from helpers.specs import random_inputs
 
 SPEC = DCNv3Spec.of((2, 5, 6, 12), group=3, dtype="float64", offset_scale=1.5)
 

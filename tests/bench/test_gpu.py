@@ -31,7 +31,7 @@ from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.errors import TargetError
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.twin import TwinOperator
+from dcnv3_tvm.verify.pytorch_reference import TwinOperator
 
 TINY = "test_internimage_pre_norm"
 ENCODER = encoder_case(TINY, batch=2)

@@ -9,10 +9,10 @@ from dcnv3_tvm.bench.device_models import DeviceModel, OnChip
 from dcnv3_tvm.bench.floors import Peaks
 from dcnv3_tvm.bench.gpu_traffic import tabulate
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.compiler.kernels import Kernel, Tensor
-from dcnv3_tvm.op import gemm
-from dcnv3_tvm.op.products import Epilogue
-from dcnv3_tvm.testing.emulated_gpu.traffic import GlobalTraffic, SharedTraffic, Traffic
+from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor
+from dcnv3_tvm.kernels import gemm
+from dcnv3_tvm.kernels.matmul import Epilogue
+from emulated_gpu.traffic import GlobalTraffic, SharedTraffic, Traffic
 
 DEVICE = DeviceModel(
     "cuda-sm90",

@@ -11,7 +11,7 @@ from dcnv3_tvm.bench.floors import Peaks
 from dcnv3_tvm.bench.kernels import operations, tabulate
 from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.compiler.kernels import Kernel, Tensor
+from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules import has_bfloat16_dot
 from dcnv3_tvm.spec import DCNv3Spec

@@ -19,10 +19,10 @@ from dcnv3_tvm.bench.problems import encoder_problem, operator_problem
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime.library import default_threads
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.compare import reference_outputs
-from dcnv3_tvm.testing.specs import random_inputs
-from dcnv3_tvm.testing.twin import TwinOperator, twin_of
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.verify.compare import reference_outputs
+from dcnv3_tvm.verify.pytorch_reference import TwinOperator, twin_of
+from dcnv3_tvm.verify.random_weights import randomize_
+from helpers.specs import random_inputs
 
 TINY = "test_internimage_pre_norm"
 

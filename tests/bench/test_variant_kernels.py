@@ -9,7 +9,7 @@ from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.variant_kernels import variant_kernels
 from dcnv3_tvm.compiler.pipeline import run_pipeline
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.verify.random_weights import randomize_
 
 
 def _types(function):

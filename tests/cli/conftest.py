@@ -10,7 +10,7 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.testing.toy import Toy
+from helpers.toy import Toy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,7 @@ def test_run_times(cli, artifact_path, photo):
 
 
 def test_run_without_logits(cli, tmp_path, photo):
-    from dcnv3_tvm.testing.toy import Toy
+    from helpers.toy import Toy
 
     path = Toy.build(2, features_only=True).write(tmp_path / "maps")
     found = cli("run", path, photo, "--json")

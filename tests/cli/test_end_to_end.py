@@ -13,7 +13,7 @@ import pytest
 
 from dcnv3_tvm import runtime
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.testing import compare
+from dcnv3_tvm.verify import compare
 
 MODEL = "test_internimage_pre_norm"
 
@@ -132,7 +132,7 @@ def test_checkpoint_named_after_the_model(cli, classifier, photo, tmp_path):
     from safetensors.torch import save_file
 
     from dcnv3_tvm.frontend import create_model
-    from dcnv3_tvm.testing.weights import randomize_
+    from dcnv3_tvm.verify.random_weights import randomize_
 
     checkpoint = tmp_path / f"{MODEL}_tiny_32.safetensors"
     save_file(randomize_(create_model(MODEL), 3).state_dict(), checkpoint)

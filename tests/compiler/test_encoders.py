@@ -11,12 +11,12 @@ import dcnv3_tvm as dt
 from dcnv3_tvm import frontend, machine
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
-from dcnv3_tvm.frontend.variants import model_config
-from dcnv3_tvm.imported import ImportedModel
+from dcnv3_tvm.frontend.models.variants import model_config
+from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.compare import compare, reference_outputs
-from dcnv3_tvm.testing.programs import make_program
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.verify.compare import compare, reference_outputs
+from dcnv3_tvm.verify.random_weights import randomize_
+from helpers.programs import make_program
 
 TINY = frontend.list_models("test_internimage_*")
 CLIP = [name for name in TINY if model_config(name).clip_projector]

@@ -13,10 +13,10 @@ from dcnv3_tvm.bench.cases import encoder_case
 from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler.pipeline import run_pipeline
-from dcnv3_tvm.op import gemm
+from dcnv3_tvm.kernels import gemm
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.compare import difference, reference_outputs
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.verify.compare import difference, reference_outputs
+from dcnv3_tvm.verify.random_weights import randomize_
 
 PRE_NORM = "test_internimage_pre_norm"
 

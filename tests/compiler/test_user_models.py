@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from dcnv3_tvm import compile_artifact, compile_model, frontend
-from dcnv3_tvm.frontend.internimage import DCNv3
-from dcnv3_tvm.testing.compare import difference
-from dcnv3_tvm.testing.entries import entry_outputs
-from dcnv3_tvm.testing.weights import randomize_
+from dcnv3_tvm.frontend.models.internimage import DCNv3
+from dcnv3_tvm.verify.compare import difference
+from dcnv3_tvm.verify.entries import entry_outputs
+from dcnv3_tvm.verify.random_weights import randomize_
 
 SHAPE = (1, 3, 36, 52)
 OTHER_SHAPE = (2, 3, 41, 30)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 
 from dcnv3_tvm.op.reference import dcnv3_loops, dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.specs import random_inputs, specs
+from helpers.specs import random_inputs, specs
 
 
 @settings(

@@ -7,8 +7,8 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.specs import random_inputs
-from dcnv3_tvm.testing.tolerances import operator_bound
+from dcnv3_tvm.verify.tolerances import operator_bound
+from helpers.specs import random_inputs
 
 GROUP2 = {"group": 2}
 

@@ -9,15 +9,17 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tvm.ir import IRModule
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.op.reference import dcnv3_loops
 from dcnv3_tvm.schedules import schedule_module
-from dcnv3_tvm.spec import DTYPE_BYTES, DCNv3Spec
+from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.operator import check, run
-from dcnv3_tvm.testing.specs import Inputs, random_inputs, specs
-from dcnv3_tvm.testing.tolerances import operator_bound
+from dcnv3_tvm.verify.tolerances import operator_bound
+from helpers.operator import check, run
+from helpers.specs import Inputs, random_inputs, specs
 
 
 def compile_kernels(kernels):
@@ -174,6 +176,6 @@ def test_names_blocks_and_attributes(build):
         "sum",
         "store",
     ]
-    assert func.attrs[tensorir.KERNEL_ATTR] == build.__name__
+    assert func.attrs[KERNEL_ATTR] == build.__name__
     assert tensorir.spec_of(func) == spec
     assert func.attrs["global_symbol"] == build.__name__

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dcnv3_tvm.testing import emulated_gpu
-from dcnv3_tvm.testing.toy import Toy
+import emulated_gpu
+from helpers.toy import Toy
 
 
 @pytest.fixture(scope="session")

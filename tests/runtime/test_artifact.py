@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dcnv3_tvm import atomic, machine, runtime
+from dcnv3_tvm import files, machine, runtime
 from dcnv3_tvm.compiler import artifact
 from dcnv3_tvm.errors import ArtifactError, TargetError
 from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo, library
@@ -182,7 +182,7 @@ def test_interrupt_leaves_nothing_half_written(toy, artifact_path, tmp_path, mon
 
 
 def test_without_exchange_of_names(toy, artifact_path, image, monkeypatch):
-    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
     other = dataclasses.replace(toy, weights={"bias": toy.weights["bias"] + 1})
     other.write(artifact_path)
     np.testing.assert_array_equal(runtime.load(artifact_path)(image), other.main(image))
@@ -197,7 +197,7 @@ def test_without_exchange_of_names(toy, artifact_path, image, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", second_rename_fails)
-    with pytest.raises(OSError, match="full"), atomic.folder(artifact_path) as folder:
+    with pytest.raises(OSError, match="full"), files.atomic_folder(artifact_path) as folder:
         (folder / "half").write_text("x")
     assert contents(artifact_path) == before
 
@@ -207,14 +207,14 @@ def test_atomic_file(tmp_path):
     path.write_text("old")
 
     def stop_half_way():
-        with atomic.file(path) as temporary:
+        with files.atomic_file(path) as temporary:
             temporary.write_text("new")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         stop_half_way()
     assert path.read_text() == "old"
-    with atomic.file(path) as temporary:
+    with files.atomic_file(path) as temporary:
         assert temporary.suffix == ".npz"
         temporary.write_text("new")
     assert path.read_text() == "new"

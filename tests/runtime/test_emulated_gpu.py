@@ -273,8 +273,8 @@ def test_the_operator_runs_where_its_tensors_are(run):
     run("""
     import tvm
     import dcnv3_tvm as dt
-    from dcnv3_tvm.testing import operator as problems
-    from dcnv3_tvm.testing.specs import random_inputs
+    from helpers import operator as problems
+    from helpers.specs import random_inputs
 
     spec = dt.DCNv3Spec.of((1, 6, 5, 32), group=2, dtype="float16")
     inputs = random_inputs(spec, seed=1)

@@ -9,9 +9,9 @@ from dcnv3_tvm import gpu, runtime
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.testing.specs import random_inputs
-from dcnv3_tvm.testing.tolerances import operator_bound
-from dcnv3_tvm.testing.toy import Toy
+from dcnv3_tvm.verify.tolerances import operator_bound
+from helpers.specs import random_inputs
+from helpers.toy import Toy
 
 pytestmark = pytest.mark.skipif(
     not (gpu.devices() and torch.cuda.is_available()), reason="needs a GPU"
@@ -115,7 +115,7 @@ def test_operator_in_a_graph_of_pytorch(here):
 
 
 def test_operator_of_pytorch(here):
-    from dcnv3_tvm.op.torch_op import dcnv3
+    from dcnv3_tvm.pytorch.operator import dcnv3
 
     spec = DCNv3Spec.of((1, 9, 9, 64), group=4)
     tensors = tensors_of(spec, here)

@@ -3,12 +3,12 @@ import pytest
 import tvm
 from tvm.target import Target
 
-from dcnv3_tvm.compiler import device_passes
-from dcnv3_tvm.compiler.cuda import cuda_sources
+from dcnv3_tvm.compiler.cuda import device_pipeline
+from dcnv3_tvm.compiler.cuda.cuda_module import cuda_sources
 from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.tolerances import LAYER
+from dcnv3_tvm.verify.tolerances import LAYER
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +45,8 @@ def cuda_code():
 
     def generate(func, target: Target):
         module = tvm.IRModule({"main": tensorize(func).with_attr("global_symbol", "main")})
-        with device_passes.lowering():
-            built = tvm.compile(module, target=target, tir_pipeline=device_passes.PIPELINE)
+        with device_pipeline.lowering():
+            built = tvm.compile(module, target=target, tir_pipeline=device_pipeline.PIPELINE)
         (code,) = cuda_sources(built.mod)
         return code[code.index('extern "C" __global__') :]
 

@@ -1,5 +1,5 @@
 import dcnv3_tvm as dt
-from dcnv3_tvm.op import gemm
+from dcnv3_tvm.kernels import gemm
 from dcnv3_tvm.schedules import CPU_RULES, GPU_RULES
 from dcnv3_tvm.schedules.explain import explain, launch
 from dcnv3_tvm.targets import resolve_target

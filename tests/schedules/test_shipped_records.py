@@ -5,12 +5,12 @@ import collections
 import pytest
 
 from dcnv3_tvm import frontend, schedules
-from dcnv3_tvm.schedules import database
-from dcnv3_tvm.schedules.database import Records
+from dcnv3_tvm.schedules import records
+from dcnv3_tvm.schedules.records import Records
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.tuning.tasks import model_tasks
 
-FOLDERS = sorted(path.name for path in database.SHIPPED.iterdir())
+FOLDERS = sorted(path.name for path in records.SHIPPED.iterdir())
 
 
 def test_processors_have_records():
@@ -19,14 +19,14 @@ def test_processors_have_records():
 
 @pytest.mark.parametrize("slug", FOLDERS)
 def test_records_say_where_they_come_from(slug):
-    records = Records.read(database.SHIPPED / slug)
-    about = records.about
+    shipped = Records.read(records.SHIPPED / slug)
+    about = shipped.about
     assert about.target == slug
     assert about.hardware
     assert about.cores >= 1
     assert about.commit
-    assert about.trials >= len(records.by_workload) > 10
-    for record in records.by_workload.values():
+    assert about.trials >= len(shipped.by_workload) > 10
+    for record in shipped.by_workload.values():
         assert record.speedup >= 1.03
         assert record.trials >= 1
 
@@ -41,11 +41,11 @@ def imported():
 def test_rules_follow_the_records_for_t(slug, imported):
     """After a change of kernels or rules they are tuned again: see CONTRIBUTING.md."""
     target = resolve_target(slug)
-    records = database.find_records(target, "default")
+    found = records.find_records(target, "default")
     tasks = model_tasks(imported, target)
     assert len(tasks) == 40
     outcomes = collections.Counter(
-        schedules.schedule_by_record(task.function, target, records).record for task in tasks
+        schedules.schedule_by_record(task.function, target, found).record for task in tasks
     )
     assert outcomes.keys() == {schedules.HIT, schedules.MISS}
     assert outcomes[schedules.HIT] >= 3
@@ -53,6 +53,6 @@ def test_rules_follow_the_records_for_t(slug, imported):
 
 def test_processors_without_records_of_their_own_get_those_for_their_vectors():
     for name, slug in (("skylake-avx512", "cpu-x86-64-v4"), ("haswell", "cpu-x86-64-v3")):
-        records = database.find_records(resolve_target(f"cpu-{name}"), "default")
-        assert records is not None
-        assert records.about.target == slug
+        found = records.find_records(resolve_target(f"cpu-{name}"), "default")
+        assert found is not None
+        assert found.about.target == slug

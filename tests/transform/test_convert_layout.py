@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from dcnv3_tvm.testing.programs import make_program, operators, run_program
 from dcnv3_tvm.transform.convert_layout import convert_layout
+from helpers.programs import make_program, operators, run_program
 
 
 def _permutes(program):

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from dcnv3_tvm.testing.programs import make_program, operators, run_program
 from dcnv3_tvm.transform.fold_weights import fold_weights
+from helpers.programs import make_program, operators, run_program
 
 
 def _random(rng, *shape):

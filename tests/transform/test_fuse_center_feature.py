@@ -3,9 +3,9 @@ import pytest
 from tvm import relax
 
 from dcnv3_tvm.op import relax_op
-from dcnv3_tvm.testing.programs import make_program, operators, run_program
 from dcnv3_tvm.transform.fuse_center_feature import fuse_center_feature
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
+from helpers.programs import make_program, operators, run_program
 
 _SHAPE, _GROUP, _POINTS = (1, 5, 4, 8), 2, 9
 _CHANNELS = _SHAPE[-1]

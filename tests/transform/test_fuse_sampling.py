@@ -3,8 +3,8 @@ import pytest
 from tvm import relax
 
 from dcnv3_tvm.op import relax_op
-from dcnv3_tvm.testing.programs import make_program, operators, run_program
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
+from helpers.programs import make_program, operators, run_program
 
 _N, _H, _W, _C, _GROUP, _POINTS = 1, 5, 4, 8, 2, 9
 

@@ -7,9 +7,9 @@ from tvm import relax, tirx
 from dcnv3_tvm import frontend
 from dcnv3_tvm.compiler.pipeline import run_pipeline
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing.programs import make_program, run_program
-from dcnv3_tvm.testing.weights import randomize_
-from dcnv3_tvm.transform.lower_layers_gpu import lower_layers_gpu
+from dcnv3_tvm.transform.lower_gpu import lower_layers_gpu
+from dcnv3_tvm.verify.random_weights import randomize_
+from helpers.programs import make_program, run_program
 
 
 def _normalized_mlp(bb, x, gamma, beta, first, second):

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from dcnv3_tvm.testing.programs import make_program, operators, run_program
 from dcnv3_tvm.transform.fold_weights import fold_weights
 from dcnv3_tvm.transform.sink_transposes import sink_transposes
+from helpers.programs import make_program, operators, run_program
 
 FIRST = [0, 3, 1, 2]
 OP = relax.op

@@ -4,11 +4,11 @@ import pytest
 from tvm import relax
 
 from dcnv3_tvm.op import relax_op
-from dcnv3_tvm.testing.programs import make_program, operators
 from dcnv3_tvm.transform.find_layers import find_layers
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
-from dcnv3_tvm.transform.lower_layers import lower_layers
+from dcnv3_tvm.transform.lower_cpu import lower_layers
 from dcnv3_tvm.transform.storage import find_values, takes_bfloat16
+from helpers.programs import make_program, operators
 
 
 def _random(rng, *shape):

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
+import emulated_gpu
 from dcnv3_tvm import gpu
 from dcnv3_tvm.runtime import toolkit
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.testing import emulated_gpu
 from dcnv3_tvm.tuning import jobs
 from dcnv3_tvm.tuning.tasks import operator_task
 from dcnv3_tvm.tuning.tune import TuneConfig, estimate, tune

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from dcnv3_tvm.schedules.database import Records, RecordsError
-from dcnv3_tvm.tuning import simulated as faults
+from dcnv3_tvm.schedules.records import Records, RecordsError
 from dcnv3_tvm.tuning.journal import SessionError
 from dcnv3_tvm.tuning.laboratory import Candidate
 from dcnv3_tvm.tuning.summary import summarize, write_summary
+from helpers import simulated_device as faults
 
 
 def test_a_session_tries_all_and_keeps_the_best(session, simulated, tasks, lines):

@@ -1,0 +1,1 @@
+"""CUDA: lowering, nvcc, machine code, and what the assembler reports."""

@@ -1,0 +1,1 @@
+"""TensorIR definitions of the encoder kernels other than DCNv3."""

@@ -1,0 +1,1 @@
+"""DCNv3 for people who stay in PyTorch."""

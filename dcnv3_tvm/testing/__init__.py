@@ -1,1 +1,0 @@
-"""Helpers for tests, of this library and of those who build on it."""

@@ -1,0 +1,1 @@
+"""Compare compiled models with PyTorch: tolerances, references, random weights."""

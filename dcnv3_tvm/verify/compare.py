@@ -1,0 +1,166 @@
+"""Compare a compiled model with PyTorch in float64, with an operator that is not ours."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from dcnv3_tvm.frontend.models.internimage import InternImage
+from dcnv3_tvm.op.reference import dcnv3_reference
+from dcnv3_tvm.runtime import CompiledModel
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.verify.entries import entry_outputs
+from dcnv3_tvm.verify.tolerances import model_tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far one output is from the truth.
+
+    Parameters
+    ----------
+    output : str
+        Name of the entry and the output.
+    maximum, mean : float
+        Of the absolute differences, divided by `scale`; NaN where an element is not finite.
+    norm : float
+        Euclidean norm of the differences, divided by that of the truth.
+    scale : float
+        Largest absolute value of the truth.
+    """
+
+    output: str
+    maximum: float
+    mean: float
+    norm: float
+    scale: float
+
+    def within(self, dtype: str) -> bool:
+        """Whether every element is finite and close enough for a model compiled for `dtype`."""
+        measure, bound = model_tolerance(dtype)
+        return (self.norm if measure == "norm" else self.maximum) <= bound
+
+
+class ReferenceOperator(TorchFunctionMode):
+    """While entered, every ``torch.ops.dcnv3_tvm.dcnv3`` is the float64 NumPy reference."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func not in (torch.ops.dcnv3_tvm.dcnv3, torch.ops.dcnv3_tvm.dcnv3.default):
+            return func(*args, **(kwargs or {}))
+        x, offset, mask, kernel_size, stride, pad, dilation, group, scale, center, softmax = args
+        spec = DCNv3Spec.of(
+            x.shape,
+            group=group,
+            kernel_size=kernel_size,
+            stride=stride,
+            pad=pad,
+            dilation=dilation,
+            offset_scale=scale,
+            remove_center=center,
+            softmax=softmax,
+            dtype="float64",
+        )
+        result = dcnv3_reference(x.numpy(), offset.numpy(), mask.numpy(), spec)
+        return torch.from_numpy(result).to(x.dtype)
+
+
+def reference_outputs(model: InternImage, image: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """Run an InternImage in float64, with the reference operator.
+
+    Parameters
+    ----------
+    model : InternImage
+        Unchanged.
+    image : numpy.ndarray
+        NCHW batch.
+
+    Returns
+    -------
+    dict of str to list of numpy.ndarray
+        Outputs of the entries ``"main"`` and ``"features"``.
+    """
+    with ReferenceOperator():
+        return pytorch_outputs(model, image, torch.float64)
+
+
+def pytorch_outputs(
+    model: InternImage, image: np.ndarray, dtype: torch.dtype
+) -> dict[str, list[np.ndarray]]:
+    """Run an InternImage eagerly with all weights and tensors in one type.
+
+    Parameters
+    ----------
+    model : InternImage
+        Unchanged.
+    image : numpy.ndarray
+        NCHW batch.
+    dtype : torch.dtype
+        The type.
+
+    Returns
+    -------
+    dict of str to list of numpy.ndarray
+        Outputs of the entries ``"main"`` and ``"features"``, in float64.
+    """
+    model = copy.deepcopy(model).to(dtype)
+    batch = torch.from_numpy(image).to(dtype)
+    with torch.no_grad():
+        main: Tensor | list[Tensor] = model(batch)
+        pyramid = model.forward_pyramid(batch)
+    outputs = [main] if isinstance(main, Tensor) else main
+    return {"main": [_array(t) for t in outputs], "features": [_array(t) for t in pyramid]}
+
+
+def compare(
+    compiled: CompiledModel,
+    model: InternImage,
+    image: np.ndarray,
+    truth: dict[str, list[np.ndarray]] | None = None,
+) -> list[Difference]:
+    """Compare all outputs of all entries for one batch.
+
+    Parameters
+    ----------
+    compiled : CompiledModel
+        What is tested.
+    model : InternImage
+        The PyTorch model with the same weights.
+    image : numpy.ndarray
+        NCHW batch of the compiled model's input type.
+    truth : dict of str to list of numpy.ndarray, optional
+        What `reference_outputs` gave for the same model and batch, where it is there already.
+    """
+    truth = truth or reference_outputs(model, image)
+    found = entry_outputs(compiled, image)
+    return [
+        difference(f"{entry}/{tensor.name}", output, expected)
+        for entry, info in compiled.metadata.entries.items()
+        for tensor, output, expected in zip(info.outputs, found[entry], truth[entry], strict=True)
+    ]
+
+
+def difference(name: str, output: np.ndarray, expected: np.ndarray) -> Difference:
+    """Measure how far an output is from the truth."""
+    if output.shape != expected.shape:
+        return Difference(f"{name} {output.shape}", *[float("nan")] * 4)
+    scale = float(np.abs(expected).max())
+    errors = np.abs(output.astype(np.float64) - expected) / (scale or 1.0)
+    norm = float(np.linalg.norm(errors) / (np.linalg.norm(expected / (scale or 1.0)) or 1.0))
+    return Difference(name, float(errors.max()), float(errors.mean()), norm, scale)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.double().numpy())

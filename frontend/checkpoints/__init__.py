@@ -1,0 +1,1 @@
+"""Read checkpoint files, and load their weights into a model."""

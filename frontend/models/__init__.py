@@ -1,0 +1,1 @@
+"""InternImage in PyTorch: modules, variants, registry."""

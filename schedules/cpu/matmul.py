@@ -1,0 +1,79 @@
+"""Schedule of matrix products with packed weights."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tvm import s_tir, tirx
+from tvm.target import Target
+
+from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.schedules.cpu.dot_product import sum_pairs
+from dcnv3_tvm.schedules.cpu.register_tiles import (
+    largest_divisor,
+    numbered,
+    product_blocks,
+    row_tile,
+    row_tiles,
+    tile_columns,
+    unroll_tile,
+    unrolled_depth,
+    unspilled_rows,
+    vector_unit,
+    weights_stay_cached,
+)
+from dcnv3_tvm.schedules.space import Choices
+
+_ALL: Final = 0
+"""All row tiles: the tasks of a column tile of weights follow each other."""
+
+_BLOCKS: Final = (1, 2, 4, 8, 16, _ALL)
+"""Row tiles of a block among which a tuner may choose."""
+
+
+def linear(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+    """Give every task one register tile of sums, kept in registers over the whole of K.
+
+    Tasks run over the columns first while the weights fit the cache, else over the rows first, so
+    that a column tile of weights is read from memory once. A tuner may take blocks of row tiles
+    in between, whose operands stay in the cache while the weights pass by.
+    """
+    if func.attrs.get(KERNEL_ATTR) != "linear":
+        return None
+    weight = func.params[1]
+    dtype = str(weight.dtype)
+    unit = vector_unit(target)
+    resident = weights_stay_cached(weight)
+    row_bytes = int(func.params[0].shape[-1]) * DTYPE_BYTES[dtype]
+    sch = s_tir.Schedule(func)
+    for index, (sums, epilogue) in enumerate(product_blocks(sch)):
+        row, column = sch.get_loops(epilogue)
+        columns = tile_columns(sch, column, weight)
+        extent = sch.get(row).extent
+        rows = row_tile(extent, columns, unit, dtype, row_bytes)
+        rows = choices.pick(numbered("rows", index), row_tiles(extent), rows)
+        block = choices.pick(numbered("block", index), _BLOCKS, 1 if resident else _ALL)
+        row_outer, row_inner = sch.split(row, [None, rows])
+        column_outer, column_inner = sch.split(column, [None, columns])
+        order = [row_outer, column_outer] if block == 1 else [column_outer, row_outer]
+        if block not in (1, _ALL):
+            together = largest_divisor(static(sch.get(row_outer).extent) or 1, block)
+            first, second = sch.split(row_outer, [None, together])
+            order = [first, column_outer, second]
+        sch.reorder(*order, row_inner, column_inner)
+        task = sch.fuse(*order)
+        sch.parallel(task)
+        sch.compute_at(sums, task, preserve_unit_loops=True)
+        sch.set_scope(sums, 0, "local")
+        if dtype == "bfloat16":
+            sum_pairs(sch, sums, task)
+        else:
+            *_, tile_row, tile_column, depth = sch.get_loops(sums)
+            spilled = rows > unspilled_rows(columns, unit, dtype)
+            depth, tile_depth = unrolled_depth(sch, depth, choices, index, spilled=spilled)
+            sch.reorder(depth, tile_depth, tile_row, tile_column)
+            unroll_tile(sch, sums, [tile_depth, tile_row, tile_column], depth)
+        sch.unroll(row_inner)
+        sch.vectorize(column_inner)
+    return sch.mod["main"]

@@ -1,0 +1,215 @@
+"""`dcnv3` and `compile_op` on arrays of every kind, and on bad ones."""
+
+import gc
+import weakref
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import tvm
+
+from dcnv3_tvm import gpu
+from dcnv3_tvm.compiler.functional import dcnv3
+from dcnv3_tvm.compiler.operator import compile_op
+from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.errors import InvalidArgumentError, TargetError
+from dcnv3_tvm.op.reference import dcnv3_reference
+from dcnv3_tvm.runtime import dlpack
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.verify.tolerances import operator_bound
+from helpers.specs import random_inputs
+
+SHAPE, GROUP = (2, 7, 5, 6), 2
+DTYPES = pytest.mark.parametrize("dtype", DTYPE_BYTES)
+
+
+def problem(dtype="float32", **parameters):
+    spec = DCNv3Spec.of(SHAPE, group=GROUP, dtype=dtype, **parameters)
+    inputs = random_inputs(spec, seed=1)
+    return spec, (inputs.x, inputs.offset, inputs.mask)
+
+
+def assert_right(result, spec, arrays):
+    reference = dcnv3_reference(*arrays, spec)
+    error = np.abs(np.asarray(result).astype(np.float64) - reference)
+    assert np.all(error <= operator_bound(spec, *arrays, reference))
+
+
+def to_torch(array):
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def from_torch(tensor):
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+@DTYPES
+def test_numpy(dtype):
+    spec, arrays = problem(dtype)
+    result = dcnv3(*arrays, group=GROUP)
+    assert isinstance(result, np.ndarray)
+    assert result.dtype == arrays[0].dtype
+    assert_right(result, spec, arrays)
+
+
+@DTYPES
+def test_torch(dtype):
+    spec, arrays = problem(dtype)
+    result = dcnv3(*map(to_torch, arrays), group=GROUP)
+    assert isinstance(result, torch.Tensor)
+    assert result.dtype == getattr(torch, dtype)
+    assert result.is_contiguous()
+    assert_right(from_torch(result), spec, arrays)
+
+
+@DTYPES
+def test_tvm(dtype):
+    spec, arrays = problem(dtype)
+    result = dcnv3(*map(tvm.runtime.tensor, arrays), group=GROUP)
+    assert isinstance(result, tvm.runtime.Tensor)
+    assert_right(result.numpy(), spec, arrays)
+
+
+def test_every_parameter_arrives():
+    parameters = {
+        "kernel_size": (3, 5),
+        "stride": (2, 1),
+        "pad": (1, 2),
+        "dilation": (1, 2),
+        "offset_scale": 0.75,
+        "remove_center": True,
+        "softmax": True,
+    }
+    spec, arrays = problem(**parameters)
+    assert_right(dcnv3(*arrays, group=GROUP, **parameters), spec, arrays)
+
+
+def unaligned(array):
+    buffer = np.empty(array.nbytes + 64, np.uint8)
+    start = array.itemsize + -buffer.ctypes.data % 64
+    view = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        unaligned,
+        read_only,
+        np.asfortranarray,
+        lambda array: np.repeat(array, 2, axis=1)[:, ::2],
+        lambda array: array.astype(array.dtype.newbyteorder(">")),
+        lambda array: torch.from_numpy(array.transpose(0, 3, 1, 2).copy()).permute(0, 2, 3, 1),
+        lambda array: torch.from_numpy(array.copy()).requires_grad_(),
+    ],
+    ids=["unaligned", "read-only", "fortran", "strided", "big-endian", "permuted", "with-grad"],
+)
+def test_awkward_arrays(change):
+    spec, arrays = problem()
+    result = dcnv3(*(change(array) for array in arrays), group=GROUP)
+    assert_right(result, spec, arrays)
+
+
+@pytest.mark.parametrize("make", [np.copy, torch.from_numpy], ids=["numpy", "torch"])
+def test_contiguous_memory_is_shared(make):
+    array = make(np.arange(24, dtype=np.float32).reshape(2, 3, 4))
+    kind = dlpack.kind_of({"x": array})
+    argument = dlpack.to_kernel(kind, array)
+    array[0, 0, 0] = 100.0
+    assert np.from_dlpack(argument)[0, 0, 0] == 100.0
+
+
+def test_inputs_are_not_kept_alive():
+    _, arrays = problem()
+    x = torch.from_numpy(arrays[0].copy())
+    alive = weakref.ref(x)
+    dcnv3(x, *map(torch.from_numpy, arrays[1:]), group=GROUP)
+    del x
+    gc.collect()
+    assert alive() is None
+
+
+NHWC = r"NHWC is expected: an NCHW tensor needs {}\.permute\(0, 2, 3, 1\)"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, o, m: (x[:0], o[:0], m[:0]), r"x is empty; got shape \(0, 7, 5, 6\)"),
+        (lambda x, o, m: (x[0], o, m), r"x does not have four dimensions; got shape \(7, 5, 6\)"),
+        (lambda x, o, m: (x, o[0], m), r"offset does not have four .* \(7, 5, 36\)"),
+        (
+            lambda x, o, m: (x, o[..., :-1], m),
+            r"offset has the wrong shape; got shape \(2, 7, 5, 35\); allowed: shape \(2, 7, 5, 36",
+        ),
+        (lambda x, o, m: (x, o, m[:, 1:]), r"mask has the wrong shape; got shape \(2, 6, 5, 18\)"),
+        (lambda x, o, m: (x, o, m[:1]), r"mask has the wrong shape; got shape \(1, 7, 5, 18\)"),
+        (lambda x, o, m: (x, o.astype("f8"), m), "offset has another dtype .*; got float64"),
+        (lambda x, o, m: (x.astype(int), o, m), "x has a dtype that is not .*; got int64"),
+        (lambda x, o, m: (x, torch.from_numpy(o), m), "different kinds; got x: numpy, offset: to"),
+        (lambda x, o, m: (x.tolist(), o, m), "x is not a tensor; got builtins.list"),
+        (lambda x, o, m: tuple(torch.empty(a.shape, device="meta") for a in (x, o, m)), "cpu"),
+        (lambda x, o, m: (x, o.transpose(0, 3, 1, 2), m), NHWC.format("offset")),
+        (lambda x, o, m: (x.transpose(0, 3, 1, 2), o, m), NHWC.format("x")),
+    ],
+)
+def test_bad_tensors_are_refused_with_words(change, message):
+    _, arrays = problem()
+    with pytest.raises(InvalidArgumentError, match=message):
+        dcnv3(*change(*arrays), group=GROUP)
+
+
+def test_nchw_that_divides_gets_the_hint_too():
+    """Read as NHWC, (2, 8, 5, 4) has 4 channels, which 4 groups divide: the offsets betray it."""
+    spec = DCNv3Spec.of((2, 5, 4, 8), group=4)
+    inputs = random_inputs(spec)
+    with pytest.raises(InvalidArgumentError, match=NHWC.format("x")):
+        dcnv3(inputs.x.transpose(0, 3, 1, 2), inputs.offset, inputs.mask, group=4)
+
+
+@pytest.mark.skipif(bool(gpu.devices()), reason="needs a machine without a GPU")
+def test_the_gpu_of_another_machine_is_asked_for_by_its_architecture():
+    with pytest.raises(TargetError, match=r"has no NVIDIA GPU.*cuda-sm90"):
+        compile_op(problem()[0], "cuda")
+
+
+def test_compile_op_is_cached():
+    spec, arrays = problem()
+    operator = compile_op(spec)
+    assert compile_op(DCNv3Spec.of(SHAPE, group=GROUP)) is operator
+    assert operator.rule == "dcnv3"
+    assert compile_op(spec, "cpu-x86-64") is compile_op(spec, "llvm -mcpu=x86-64")
+    assert_right(operator(*arrays), spec, arrays)
+
+
+def test_compile_op_with_open_sizes():
+    operator = compile_op(DCNv3Spec.of((None, None, None, 6), group=GROUP))
+    for shape in ((2, 7, 5, 6), (1, 1, 9, 6)):
+        spec = DCNv3Spec.of(shape, group=GROUP)
+        inputs = random_inputs(spec)
+        arrays = (inputs.x, inputs.offset, inputs.mask)
+        assert_right(operator(*arrays), spec, arrays)
+    with pytest.raises(InvalidArgumentError, match="x has the wrong shape"):
+        operator(arrays[0][..., :4], *arrays[1:])
+    with pytest.raises(InvalidArgumentError, match="mask has the wrong shape"):
+        operator(*arrays[:2], arrays[2][:, :, 1:])
+
+
+@pytest.mark.parametrize("name", ["llvm -mtriple=aarch64-linux-gnu -mcpu=cortex-a76"])
+def test_an_operator_for_another_machine_does_not_run(name):
+    spec, arrays = problem()
+    operator = compile_op(spec, name)
+    with pytest.raises(TargetError, match="compiled for another machine; got cpu-cortex-a76"):
+        operator(*arrays)

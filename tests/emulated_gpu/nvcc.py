@@ -1,0 +1,249 @@
+"""The compiler of the emulated GPU: generated CUDA source to a library for the processor.
+
+It is called like nvcc, as far as `compiler.cuda.cuda_module` calls it, and writes what `driver.c`
+runs. Of PTX it knows the instructions that are in the table below.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+_OPTIONS: Final = (
+    "-std=c++17",
+    "-O0",
+    "-w",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-fno-gnu-unique",
+    "-fvisibility=hidden",
+    "-U_FORTIFY_SOURCE",
+    # What is not initialised is not zero, and a misaligned access is an illegal instruction.
+    "-ftrivial-auto-var-init=pattern",
+    "-fsanitize=alignment",
+    "-fsanitize-undefined-trap-on-error",
+)
+
+COUNTING: Final = "FAKE_TRAFFIC"
+"""If set in the environment, kernels count what they move: see `traffic.cpp`."""
+
+_COUNTING_OPTIONS: Final = (
+    "-DEMULATED_TRAFFIC",
+    "-O2",
+    # A copy of 16 bytes stays one, an access stays where it is written, and every call is one.
+    "-fno-tree-sra",
+    "-fno-store-merging",
+    "-fno-tree-vectorize",
+    "-fno-tree-loop-distribute-patterns",
+    "-fno-thread-jumps",
+    "-fno-crossjumping",
+    "-fno-tree-tail-merge",
+    "-fno-optimize-sibling-calls",
+    "-fno-threadsafe-statics",
+)
+_INSTRUMENTED: Final = "-fsanitize=thread"
+
+_INSTRUCTIONS: Final = (
+    (r"cp\.async\.wait_group (\d+);", "wait_for_copies"),
+    (r"cp\.async\.commit_group;", "commit_copies"),
+    (r"setp\.eq\.u32 p, %3, 1;.*@p cp\.async\.c[ag]\.shared\.global", "copy_or_clear"),
+    (r"cp\.async\.c[ag]\.shared\.global", "copy"),
+    (r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16", "load_matrix"),
+    (
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
+        "multiply<emulated::from_half>",
+    ),
+    (
+        r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
+        "multiply<emulated::from_bfloat>",
+    ),
+)
+"""Patterns of inline PTX, and the functions of `device.h` that do the same."""
+
+_OF_WARPS: Final = ("load_matrix", "multiply")
+_PREDICATED: Final = "copy_or_clear"
+
+_ASM: Final = re.compile(r"(?:__asm__ __volatile__|asm volatile)\s*\(")
+_KERNEL: Final = re.compile(
+    r'^extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\((.*)\) \{$', re.MULTILINE
+)
+_LOOP: Final = re.compile(r"^( *for \(\w+ (\w+) = .*\{)$", re.MULTILINE)
+_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{},:]')
+_KERNELS_A_PIECE: Final = 4
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compile one file; what is not understood ends it with a message."""
+    source = next(Path(word) for word in arguments if word.endswith(".cu"))
+    output = Path(arguments[arguments.index("-o") + 1])
+    counting = COUNTING in os.environ
+    pieces = translate(source.read_text(encoding="utf-8"), counting=counting)
+    compiler = os.environ.get("CXX", "g++")
+    here = Path(__file__).parent
+    options = [*_OPTIONS, *(_COUNTING_OPTIONS if counting else ()), f"-I{here}", "-c"]
+    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-emulated-") as folder:
+        files = {Path(folder) / f"piece{i}.cpp": piece for i, piece in enumerate(pieces)}
+        for file, text in files.items():
+            file.write_text(text, encoding="utf-8")
+        commands = {
+            file.with_suffix(".o"): [*options, *([_INSTRUMENTED] if counting else ()), str(file)]
+            for file in files
+        }
+        if counting:
+            commands[Path(folder) / "traffic.o"] = [*options, str(here / "traffic.cpp")]
+
+        def compile_piece(made: Path) -> int:
+            command = [compiler, *commands[made], "-o", str(made)]
+            return subprocess.run(command, check=False).returncode
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            if any(pool.map(compile_piece, commands)):
+                return 1
+        linked = list(map(str, commands))
+        # Functions that every piece has are the same in all.
+        command = [compiler, "-shared", "-Wl,-z,muldefs", "-o", str(output), *linked]
+        return subprocess.run(command, check=False).returncode
+
+
+def translate(source: str, *, counting: bool = False) -> list[str]:
+    """Turn CUDA source into sources of C++, a few kernels in each.
+
+    Parameters
+    ----------
+    source : str
+        As it is generated.
+    counting : bool
+        Whether threads are to know in which iteration of their loops they are.
+
+    Raises
+    ------
+    ValueError
+        If it has inline PTX that is not known.
+    """
+    heads = list(_KERNEL.finditer(source))
+    if not heads:
+        raise ValueError("the source has no kernels")
+    if counting:
+        source = _LOOP.sub(r"\1 emulated::Turn emulated_turn(\2);", source)
+        heads = list(_KERNEL.finditer(source))
+    begin = _language(source[: heads[0].start()])
+    stops = [*(head.start() for head in heads[1:]), len(source)]
+    kernels = [
+        _kernel(head, source[head.start() : stop]) for head, stop in zip(heads, stops, strict=True)
+    ]
+    step = _KERNELS_A_PIECE
+    return ["\n".join([begin, *kernels[i : i + step]]) for i in range(0, len(kernels), step)]
+
+
+def _kernel(head: re.Match[str], source: str) -> str:
+    """Translate a kernel, and add what runs it and the sizes of its parameters."""
+    name = head[1]
+    types = [
+        re.sub(r"\w+$", "", parameter.replace("__restrict__", "").strip()).strip()
+        for parameter in _split(head[2], ",")
+    ]
+    arguments = ", ".join(f"*({kind} *)p[{i}]" for i, kind in enumerate(types))
+    sizes = ", ".join(f"sizeof({kind})" for kind in types)
+    export = 'extern "C" __attribute__((visibility("default")))'
+    return f"""{_language(source)}
+{export} const char *emulated_{name}(const unsigned *c, void **p, int backwards,
+                                      unsigned most_blocks) {{
+  emulated::Launch config = {{{{c[0], c[1], c[2]}}, {{c[3], c[4], c[5]}}, c[6], backwards != 0,
+                             most_blocks}};
+  return emulated::run([](void **p) UNCOUNTED {{ {name}({arguments}); }}, config, p);
+}}
+{export} const int emulated_{name}_bytes[] = {{{sizes}, 0}};
+"""
+
+
+def _language(source: str) -> str:
+    source = re.sub(
+        r"^\s*#include <(?:cuda|mma|math_constants).*$", '#include "device.h"', source, flags=re.M
+    )
+    source = re.sub(
+        r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];",
+        r"\1 *\2 = (\1 *)emulated::shared;",
+        source,
+    )
+    source = re.sub(
+        r"__shared__ (alignas\(\d+\))",
+        r'\1 static __attribute__((section("emulated_shared")))',
+        source,
+    )
+    parts, last = [], 0
+    for found in _ASM.finditer(source):
+        end = _closing(source, found.end())
+        parts += [source[last : found.start()], _instruction(source[found.end() : end])]
+        last = end + 1
+    return "".join([*parts, source[last:]])
+
+
+def _instruction(statement: str) -> str:
+    """Turn the inside of ``asm(...)`` into a call."""
+    code, *operands = _split(statement, ":")
+    for pattern, name in _INSTRUCTIONS:
+        found = re.search(pattern, code, re.DOTALL)
+        if found is None:
+            continue
+        values = [
+            operand.partition('"')[2].partition('"')[2].strip()
+            for part in operands[:2]
+            for operand in _split(part, ",")
+        ]
+        if found.groups():
+            values = [found[1]]
+        if name == _PREDICATED:
+            values = values[:4]  # the last one is the zero that is stored otherwise
+        if name.startswith(_OF_WARPS):
+            values.insert(0, "__LINE__")
+        return f"emulated::{name}({', '.join(values)})"
+    raise ValueError(f"the emulated GPU does not know this PTX: {code.strip()}")
+
+
+def _closing(text: str, start: int) -> int:
+    """Return where the bracket closes that was opened before `start`."""
+    depth = 0
+    for place, character in _code(text, start):
+        if character in ")]}":
+            if depth == 0:
+                return place
+            depth -= 1
+        elif character in "([{":
+            depth += 1
+    raise ValueError("a bracket is not closed")
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at separators that are in no bracket and no string; nothing has no parts."""
+    parts, depth, last = [], 0, 0
+    for place, character in _code(text, 0):
+        if character in ")]}":
+            depth -= 1
+        elif character in "([{":
+            depth += 1
+        elif character == separator and depth == 0:
+            parts.append(text[last:place].strip())
+            last = place + 1
+    parts.append(text[last:].strip())
+    return parts if text.strip() else []
+
+
+def _code(text: str, start: int) -> Iterator[tuple[int, str]]:
+    """Go through the brackets and separators from `start` on that are in no string."""
+    for found in _TOKEN.finditer(text, start):
+        if found[0][0] != '"':
+            yield found.start(), found[0]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

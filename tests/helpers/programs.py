@@ -1,0 +1,83 @@
+"""Small Relax programs, built and run for tests of the transformations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import tvm
+from tvm import relax
+
+from dcnv3_tvm.signature import Entry, TensorInfo
+from dcnv3_tvm.transform.ir import Program
+
+Array = npt.NDArray[np.float32]
+
+
+def make_program(
+    build: Callable[..., relax.Expr],
+    inputs: Mapping[str, Sequence[int | str]],
+    weights: Mapping[str, Array],
+) -> Program:
+    """Build a program of one function, ``main``.
+
+    Parameters
+    ----------
+    build : callable
+        Takes a BlockBuilder, the inputs and the weights (as Relax variables, in order) and returns
+        the result.
+    inputs : mapping of str to shape
+        Float32 inputs; a string in a shape is a symbolic size.
+    weights : mapping of str to ndarray
+        Weights by name.
+    """
+    symbols: dict[str, tvm.tirx.Var] = {}
+
+    def size(value: int | str) -> int | tvm.tirx.Var:
+        if isinstance(value, int):
+            return value
+        return symbols.setdefault(value, tvm.tirx.Var(value, "int64"))
+
+    input_vars = [
+        relax.Var(name, relax.TensorType([size(value) for value in shape], "float32"))
+        for name, shape in inputs.items()
+    ]
+    weight_vars = [
+        relax.Var(name, relax.TensorType(array.shape, str(array.dtype)))
+        for name, array in weights.items()
+    ]
+    builder = relax.BlockBuilder()
+    with builder.function("main", [*input_vars, *weight_vars]):
+        with builder.dataflow():
+            result = build(builder, *input_vars, *weight_vars)
+            output = builder.emit_output(result)
+        builder.emit_func_output(output)
+    entry = Entry(
+        inputs=tuple(TensorInfo(name, tuple(shape), "float32") for name, shape in inputs.items()),
+        outputs=(),
+        weights=tuple(weights),
+    )
+    return Program(builder.get(), {"main": entry}, dict(weights))
+
+
+def run_program(program: Program, *inputs: Array) -> Array:
+    """Run ``main`` of a program through TVM's stock pipeline and return its only output."""
+    module = relax.transform.LegalizeOps()(program.module)
+    machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
+    arguments = [*inputs, *(program.weights[name] for name in program.entries["main"].weights)]
+    result = machine["main"](*(tvm.runtime.tensor(array) for array in arguments))
+    array: Array = result.numpy()
+    return array
+
+
+def operators(program: Program) -> list[str]:
+    """List the operators that ``main`` of a program calls, in order; a kernel by its name."""
+    names = []
+    for block in program.module["main"].body.blocks:
+        for binding in block.bindings:
+            call = binding.value
+            if isinstance(call, relax.Call):
+                kernel = call.op.name == "relax.call_tir"
+                names.append(call.args[0].name_hint if kernel else call.op.name)
+    return names

@@ -1,0 +1,178 @@
+"""A small artifact, compiled in a fraction of a second, to test everything around it."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dcnv3_tvm.machine import architecture
+from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo
+from dcnv3_tvm.signature import Entry, TensorInfo
+
+PREPROCESSING: Final = {
+    "resize": 8,
+    "crop": [8, 8],
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "interpolation": "bicubic",
+    "layout": "NCHW",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """relu(x) + bias as logits, x + bias and relu(x) as feature maps, of 8x8 images.
+
+    Parameters
+    ----------
+    code : bytes
+        The compiled library.
+    weights : dict of str to numpy.ndarray
+        The bias.
+    metadata : ArtifactMetadata
+        Without digests, versions and date.
+    """
+
+    code: bytes
+    weights: dict[str, np.ndarray]
+    metadata: ArtifactMetadata
+
+    @classmethod
+    def build(
+        cls,
+        batch: int | str = 1,
+        *,
+        features_only: bool = False,
+        arch: str | None = None,
+        cuda_graph: bool = True,
+    ) -> Toy:
+        """Compile it for any CPU of this architecture, or for a GPU.
+
+        Parameters
+        ----------
+        batch : int or str
+            Images in a call; a string leaves that to the run time.
+        features_only : bool
+            Return the feature maps from the entry ``"main"``, and no logits.
+        arch : str, optional
+            The GPU's architecture, such as ``"sm_90"``; `batch` is a number then.
+        cuda_graph : bool
+            Whether a GPU runs what lies between inputs and outputs as a CUDA graph.
+        """
+        import tvm
+
+        module, metadata = _module(batch, features_only), _metadata(batch, features_only)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.so"
+            if arch is None:
+                tvm.compile(module, tvm.target.Target("llvm")).export_library(str(path))
+            else:
+                metadata = _build_for_gpu(module, metadata, arch, path, cuda_graph)
+            code = path.read_bytes()
+        bias = np.random.default_rng(0).standard_normal((3, 8, 8)).astype(np.float32)
+        return cls(code, {"bias": bias}, metadata)
+
+    def main(self, x: np.ndarray) -> np.ndarray:
+        """Compute what the entry ``"main"`` should return, to the bit."""
+        result: np.ndarray = np.maximum(x, 0) + self.weights["bias"]
+        return result.reshape(x.shape[0], -1)
+
+    def write(self, destination: Path, **changes: Any) -> Path:
+        """Write the artifact, with other metadata where given, and return its folder."""
+        from dcnv3_tvm.compiler import artifact
+
+        artifact.write(
+            destination,
+            library=self.code,
+            weights=self.weights,
+            metadata=dataclasses.replace(self.metadata, **changes),
+        )
+        return destination
+
+
+def _build_for_gpu(
+    module: Any, metadata: ArtifactMetadata, arch: str, path: Path, cuda_graph: bool
+) -> ArtifactMetadata:
+    import tvm
+    from tvm import relax
+
+    from dcnv3_tvm import targets
+    from dcnv3_tvm.compiler import compile as compiler
+    from dcnv3_tvm.compiler import pipeline
+    from dcnv3_tvm.transform.ir import Program
+
+    target = targets.resolve_target(f"cuda -arch={arch}")
+    legal = relax.transform.LegalizeOps()(module)
+    scheduled = tvm.IRModule(
+        {
+            var: func.with_attr("num_input", 1)
+            if isinstance(func, relax.Function)
+            else _a_thread_an_element(func)
+            for var, func in legal.functions_items()
+        }
+    )
+    planned, activations = pipeline.plan_memory(Program(scheduled, metadata.entries, {}), target)
+    compiler.build(planned, target, path, graph=cuda_graph)
+    return dataclasses.replace(
+        metadata, target=compiler.target_info(target), activation_bytes=activations
+    )
+
+
+def _a_thread_an_element(func: Any) -> Any:
+    from tvm import s_tir
+
+    schedule = s_tir.Schedule(func)
+    for block in schedule.get_child_blocks(schedule.get_sblock("root")):
+        elements = schedule.fuse(*schedule.get_loops(block))
+        blocks, threads = schedule.split(elements, [None, 64])
+        schedule.bind(blocks, "blockIdx.x")
+        schedule.bind(threads, "threadIdx.x")
+    return schedule.mod["main"]
+
+
+def _module(batch: int | str, features_only: bool) -> Any:
+    import tvm
+    from tvm import relax
+
+    builder = relax.BlockBuilder()
+    size = tvm.tirx.Var(batch, "int64") if isinstance(batch, str) else batch
+
+    def parameters() -> tuple[Any, Any]:
+        x = relax.Var("image", relax.TensorType((size, 3, 8, 8), "float32"))
+        return x, relax.Var("bias", relax.TensorType((3, 8, 8), "float32"))
+
+    if not features_only:
+        x, bias = parameters()
+        with builder.function("main", [x, bias]):
+            with builder.dataflow():
+                summed = relax.op.add(relax.op.nn.relu(x), bias)
+                result = builder.emit_output(relax.op.reshape(summed, (size, 192)))
+            builder.emit_func_output(result)
+    x, bias = parameters()
+    with builder.function("main" if features_only else "features", [x, bias]):
+        with builder.dataflow():
+            result = builder.emit_output(relax.Tuple([relax.op.add(x, bias), relax.op.nn.relu(x)]))
+        builder.emit_func_output(result)
+    return builder.get()
+
+
+def _metadata(batch: int | str, features_only: bool) -> ArtifactMetadata:
+    shape = (batch, 3, 8, 8)
+    image = TensorInfo("image", shape, "float32", "NCHW")
+    maps = tuple(
+        TensorInfo(f"feature_{index}", shape, "float32", "NCHW", stride=4 * 2**index)
+        for index in range(2)
+    )
+    features = Entry((image,), maps, ("bias",))
+    main = Entry((image,), (TensorInfo("logits", (batch, 192), "float32"),), ("bias",))
+    return ArtifactMetadata(
+        name="toy",
+        entries={"main": features} if features_only else {"main": main, "features": features},
+        target=TargetInfo("llvm", f"{architecture()}-linux-gnu", slug="cpu-test", text="llvm"),
+        preprocessing=PREPROCESSING,
+        config={"variant": "toy", "depths": (1, 2)},
+    )

@@ -1,0 +1,161 @@
+"""The wheel and the source distribution hold what they should."""
+
+import importlib.metadata
+import importlib.resources
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = {
+    "dcnv3_tvm": "dcnv3_tvm",
+    "dcnv3_tvm/schedules": "schedules",
+    "dcnv3_tvm/frontend": "frontend",
+}
+"""Folder in the package, and where it is here."""
+
+NOT_SOURCES = shutil.ignore_patterns(
+    ".*", "build", "dist", "*.egg-info", "__pycache__", "*.py[cod]"
+)
+
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
+
+
+def package_files() -> set[str]:
+    return {
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for package, folder in SOURCES.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build both distributions from a copy of the sources, without touching the network."""
+    folder = tmp_path_factory.mktemp("packaging")
+    copy = folder / "sources"
+    shutil.copytree(ROOT, copy, ignore=NOT_SOURCES)
+    shutil.copytree(ROOT / ".ci", copy / ".ci")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for kind in ("sdist", "wheel"):
+        command = [sys.executable, "-c", BUILD.format(kind), str(folder)]
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> zipfile.ZipFile:
+    (path,) = built.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+@pytest.fixture(scope="module")
+def sdist_names(built: Path) -> set[str]:
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
+
+
+def test_the_package_list_is_the_folders():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = settings["tool"]["setuptools"]["packages"]
+    folders = {
+        path.rpartition("/")[0].replace("/", ".")
+        for path in package_files()
+        if path.endswith("/__init__.py")
+    }
+    assert set(listed) == folders
+    assert listed == sorted(listed)
+    assert len(listed) == len(set(listed))
+
+
+def test_every_folder_with_modules_is_a_package():
+    modules = {path.rpartition("/")[0] for path in package_files()}
+    packages = {
+        path.rpartition("/")[0] for path in package_files() if path.endswith("/__init__.py")
+    }
+    assert modules == packages
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile):
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    data = {name for name in names if not name.endswith(".py")}
+    assert names - data == package_files()
+    assert "dcnv3_tvm/py.typed" in data
+    unexpected = {name for name in data if not name.endswith((".json", ".jsonl", "py.typed"))}
+    sources = ("device.h", "driver.c", "traffic.cpp", "traffic.h")
+    assert unexpected == {f"dcnv3_tvm/testing/emulated_gpu/{name}" for name in sources}
+    records = {path.name for path in (ROOT / "schedules" / "records").iterdir()}
+    assert records
+    for target in records:
+        for file in ("about.json", "records.jsonl"):
+            assert f"dcnv3_tvm/schedules/records/{target}/{file}" in data
+
+
+def test_wheel_has_no_tests(wheel: zipfile.ZipFile):
+    top = {name.partition("/")[0] for name in wheel.namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"dcnv3_tvm"}
+    assert not [name for name in wheel.namelist() if "test_" in name or "conftest" in name]
+
+
+def test_wheel_says_what_it_is(wheel: zipfile.ZipFile):
+    import dcnv3_tvm
+
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = Parser().parsestr(wheel.read(name).decode())
+    assert metadata["Name"] == "dcnv3-tvm"
+    assert metadata["Version"] == dcnv3_tvm.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert [name for name in wheel.namelist() if name.endswith("/LICENSE")]
+    (name,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+    assert "dcnv3-tvm = dcnv3_tvm.cli:main" in wheel.read(name).decode()
+
+
+def test_requirements_without_extras_are_light(wheel: zipfile.ZipFile):
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    required = Parser().parsestr(wheel.read(name).decode()).get_all("Requires-Dist")
+    assert required is not None
+    always = [line for line in required if "extra ==" not in line]
+    assert not [line for line in always if line.startswith(("torch", "onnx", "scikit", "pytest"))]
+    # 0.1.15 of tvm-ffi crashes in TVM 0.27's JSON reader and writer.
+    (ffi,) = (line for line in always if line.startswith("apache-tvm-ffi"))
+    assert "<0.1.15" in ffi
+
+
+def test_sdist_holds_what_a_fresh_start_needs(sdist_names: set[str]):
+    needed = {"LICENSE", "Makefile", "MANIFEST.in", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    needed |= {"pyproject.toml", ".ci/run", "tests/project/test_packaging.py"}
+    for folder in ("tests", "examples", "dcnv3_tvm", "schedules", "frontend"):
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")}
+        assert files, folder
+        needed |= files
+    assert needed <= sdist_names
+    assert not [name for name in sdist_names if "__pycache__" in name]
+
+
+def test_installed_version_is_the_source():
+    import dcnv3_tvm
+
+    assert importlib.metadata.version("dcnv3-tvm") == dcnv3_tvm.__version__
+
+
+def test_mapped_folders_are_found_as_resources():
+    for name in ("schedules", "frontend"):
+        folder = importlib.resources.files(f"dcnv3_tvm.{name}")
+        assert folder.joinpath("__init__.py").is_file()

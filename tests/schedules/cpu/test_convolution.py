@@ -1,0 +1,103 @@
+import pytest
+from tvm import tirx
+
+from dcnv3_tvm.kernels import matmul
+from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.schedules import linear_tile
+from helpers import layers
+from helpers.layers import run_kernel
+
+
+def random(rng, *shape):
+    return rng.standard_normal(shape).astype("float32")
+
+
+def check(
+    rng,
+    assert_close,
+    target,
+    sizes,
+    channels,
+    given=None,
+    kernel=(3, 3),
+    stride=(2, 2),
+    pad=(1, 1),
+    dilation=(1, 1),
+    epilogue=None,
+):
+    """Compare the scheduled kernel at `sizes` with float64; `given` are symbolic sizes."""
+    epilogue = epilogue or Epilogue(bias=True)
+    inputs, outputs = channels
+    tile = linear_tile(outputs, target)
+    x = random(rng, *sizes, inputs)
+    weight = random(rng, outputs, inputs, *kernel) / (inputs * 9) ** 0.5
+    bias = random(rng, outputs)
+    where = {"stride": stride, "pad": pad, "dilation": dilation}
+    func = matmul.convolution(
+        *(given or sizes), *channels, kernel_size=kernel, tile=tile, epilogue=epilogue, **where
+    )
+    sums = layers.convolution(x, weight, **where)
+    residual = random(rng, *sums.shape)
+    arrays = [x, matmul.pack_convolution(weight, tile)]
+    arrays += [bias] if epilogue.bias else []
+    arrays += [residual] if epilogue.residual else []
+    result = run_kernel(func, arrays, sums.shape, target=target)
+    assert_close(result, layers.finish(epilogue, sums, bias, residual))
+
+
+@pytest.mark.parametrize("sizes", [(1, 28, 28), (2, 17, 35), (1, 1, 1), (1, 3, 40)])
+@pytest.mark.parametrize("channels", [(3, 32), (16, 40)])
+def test_stem_and_downsampling(rng, assert_close, host, sizes, channels):
+    check(rng, assert_close, host, sizes, channels)
+
+
+def test_weights_larger_than_the_cache(rng, assert_close, host):
+    full = Epilogue(bias=True, activation="gelu", residual=True)
+    check(rng, assert_close, host, (2, 13, 13), (128, 160), epilogue=full)
+
+
+@pytest.mark.parametrize("sizes", [(1, 14, 14), (2, 9, 13)])
+def test_symbolic_sizes(rng, assert_close, host, sizes):
+    n, h, w = (tirx.Var(name, "int64") for name in "nhw")
+    check(rng, assert_close, host, sizes, (8, 32), given=(n, *sizes[1:]))
+    check(rng, assert_close, host, sizes, (8, 32), given=(n, h, w))
+    check(rng, assert_close, host, sizes, (8, 40), given=(n, h, w))
+
+
+def test_odd_windows(rng, assert_close, host):
+    check(
+        rng,
+        assert_close,
+        host,
+        (1, 11, 12),
+        (5, 37),
+        kernel=(5, 2),
+        stride=(1, 3),
+        pad=(2, 0),
+        dilation=(1, 2),
+    )
+
+
+def test_other_instruction_sets(rng, assert_close, target):
+    check(rng, assert_close, target, (1, 14, 14), (8, 24))
+
+
+@pytest.mark.parametrize("channels", [(3, 32), (128, 256)])
+def test_sums_stay_in_registers(scheduled, host, channels):
+    func = matmul.convolution(
+        1,
+        28,
+        28,
+        *channels,
+        kernel_size=(3, 3),
+        stride=(2, 2),
+        pad=(1, 1),
+        tile=linear_tile(channels[1], host),
+    )
+    script, rule = scheduled(func, host)
+    assert rule == "convolution"
+    assert "T.parallel" in script
+    assert "T.vectorized" in script
+    assert 'scope="local"' in script
+    # No border test between the initialisation and the update of the sums.
+    assert "if_then_else" not in script[script.index("product_init") :]

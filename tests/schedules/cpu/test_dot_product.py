@@ -1,0 +1,124 @@
+"""Products of bfloat16 operands. The instruction is looked for everywhere, and run where it is."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tvm
+from tvm import tirx
+
+from dcnv3_tvm import machine
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.kernels import matmul
+from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.schedules import has_bfloat16_dot, schedule_module
+from dcnv3_tvm.targets import resolve_target
+from helpers import layers
+from helpers.layers import run_kernel
+
+FULL = Epilogue(bias=True, activation="gelu", residual=True)
+TARGET = "cpu-znver4"
+
+runs_here = pytest.mark.skipif(
+    bool(machine.missing_features(["avx512bf16"])), reason="this processor multiplies no bfloat16"
+)
+
+
+def narrow(rng, *shape):
+    return rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+
+
+def check(rng, assert_close, lead, sizes, inner, columns, *, epilogue=FULL, out_dtype=None):
+    x, weight = narrow(rng, *sizes, inner), narrow(rng, columns, inner)
+    bias = rng.standard_normal(columns).astype("float32")
+    residual = rng.standard_normal((*sizes, columns)).astype("float32")
+    func = matmul.linear(
+        lead, inner, columns, tile=32, epilogue=epilogue, dtype="bfloat16", out_dtype=out_dtype
+    )
+    given = [x, matmul.pack_linear(weight, 32)]
+    given += [bias] if epilogue.bias else []
+    given += [residual] if epilogue.residual else []
+    result = run_kernel(
+        func,
+        given,
+        residual.shape,
+        target=resolve_target(TARGET),
+        dtype=ml_dtypes.bfloat16 if out_dtype else "float32",
+    )
+    exact = x.astype("float64") @ weight.T.astype("float64")
+    reference = layers.finish(epilogue, exact, bias, residual)
+    if out_dtype:
+        # One rounding at the store, of a value that may itself be off in its last digits.
+        limit = 2.0**-8 * np.abs(reference) + 1e-5 * np.abs(reference).max()
+        assert (np.abs(result.astype("float64") - reference) <= limit).all()
+    else:
+        assert_close(result, reference)
+
+
+@runs_here
+@pytest.mark.parametrize("sizes", [(1,), (3,), (13,), (2, 7, 7), (17, 19), (1, 14, 28)])
+def test_any_number_of_rows(rng, assert_close, sizes):
+    check(rng, assert_close, sizes, sizes, 24, 48)
+
+
+@runs_here
+@pytest.mark.parametrize("inner", [2, 6, 512, 1024])
+@pytest.mark.parametrize("columns", [16, 32, 80, 112])
+def test_any_pairs_of_features_and_whole_vectors_of_columns(rng, assert_close, inner, columns):
+    check(rng, assert_close, (28,), (28,), inner, columns)
+
+
+@runs_here
+@pytest.mark.parametrize("sizes", [(1, 7, 7), (3, 7, 7), (2, 1, 1)])
+def test_symbolic_batch_and_symbolic_everything(rng, assert_close, sizes):
+    n, h, w = (tirx.Var(name, "int64") for name in "nhw")
+    check(rng, assert_close, (n, *sizes[1:]), sizes, 16, 64)
+    check(rng, assert_close, (n, h, w), sizes, 16, 64)
+
+
+@runs_here
+@pytest.mark.parametrize("epilogue", [Epilogue(), FULL])
+def test_the_output_may_be_bfloat16(rng, assert_close, epilogue):
+    check(rng, assert_close, (21,), (21,), 32, 48, epilogue=epilogue, out_dtype="bfloat16")
+
+
+@runs_here
+def test_weights_larger_than_the_cache(rng, assert_close):
+    check(rng, assert_close, (49,), (49,), 2048, 256)
+
+
+def compiled(rows, inner, columns):
+    func = matmul.linear((rows,), inner, columns, tile=32, dtype="bfloat16")
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    target = resolve_target(TARGET)
+    module, rules = schedule_module(module, target)
+    assert rules["main"].rule == "linear"
+    return tvm.compile(module, target=target).mod.inspect_source("asm")
+
+
+def test_the_inner_loop_is_nothing_but_dot_products():
+    assembly = compiled(56, 64, 32)
+    lines = assembly.splitlines()
+    dots = [number for number, line in enumerate(lines) if "vdpbf16ps" in line]
+    assert len(dots) == 2 * 14
+    loop = lines[dots[0] : dots[-1] + 1]
+    # The sums stay in registers: no store between the first dot product and the last.
+    assert not [line for line in loop if line.split()[0].startswith("vmov") and "), %" not in line]
+
+
+def test_targets_without_the_instruction():
+    assert has_bfloat16_dot(resolve_target(TARGET))
+    assert not has_bfloat16_dot(resolve_target("cpu-skylake-avx512"))
+    assert not has_bfloat16_dot(resolve_target("cpu-haswell"))
+
+
+def test_an_odd_number_of_input_features_is_refused():
+    with pytest.raises(InvalidArgumentError, match="in pairs"):
+        matmul.linear((4,), 7, 16, tile=16, dtype="bfloat16")
+
+
+def test_packing_lays_pairs_side_by_side(rng):
+    weight = narrow(rng, 40, 6)
+    packed = matmul.pack_linear(weight, 32)
+    assert packed.shape == (2, 3, 32, 2)
+    assert packed[1, 2, 7, 1] == weight[39, 5]
+    assert (packed[1, :, 8:] == 0).all()

@@ -1,0 +1,181 @@
+import re
+
+import pytest
+from tvm import tirx
+
+from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
+from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
+from dcnv3_tvm.schedules.gpu.depthwise import depthwise
+from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.targets import resolve_target
+from helpers import layers
+
+TARGET = resolve_target("cuda-sm90")
+TYPES = [
+    {"x_dtype": "float16", "out_dtype": "float16"},
+    {"x_dtype": "bfloat16", "out_dtype": "bfloat16"},
+    {"x_dtype": "float16", "out_dtype": "float32"},
+    {"x_dtype": "float32", "out_dtype": "bfloat16"},
+]
+
+
+def random(rng, shape, dtype="float32"):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def check(
+    gpu,
+    rng,
+    assert_close,
+    shape,
+    given=None,
+    kernel=(3, 3),
+    stride=(1, 1),
+    pad=(1, 1),
+    normalized=True,
+    activation="gelu",
+    **types,
+):
+    """Compare the scheduled kernel with float64."""
+    *sizes, channels = shape
+    x = random(rng, shape, types.get("x_dtype", "float32"))
+    weight = random(rng, (*kernel, channels))
+    bias, gamma, beta = (random(rng, (channels,)) for _ in range(3))
+    func = depthwise_kernel(
+        *(given or sizes),
+        channels,
+        kernel_size=kernel,
+        stride=stride,
+        pad=pad,
+        bias=True,
+        norm_eps=1e-6 if normalized else None,
+        activation=activation,
+        **types,
+    )
+    sums = layers.depthwise(x, weight, stride=stride, pad=pad) + bias
+    normal = layers.layer_norm(sums, gamma, beta, 1e-6) if normalized else sums
+    arrays = [x, weight, bias, *([gamma, beta] if normalized else [])]
+    dtype = types.get("out_dtype", "float32")
+    scheduled = depthwise(func, TARGET, Choices())
+    (result,) = gpu.run(scheduled, TARGET, arrays, [(sums.shape, dtype)])
+    assert_close(result.astype("float64"), layers.activation(activation, normal), dtype)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 14, 28, 64),
+        (2, 7, 7, 80),
+        (64, 14, 9, 16),
+        (1, 3, 1, 13),
+        (1, 1, 6, 24),
+        (3, 9, 11, 112),
+        (2, 3, 5, 1536),
+        (1, 2, 3, 2560),
+    ],
+)
+def test_sizes(gpu, rng, assert_close, shape):
+    check(gpu, rng, assert_close, shape)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()))
+@pytest.mark.parametrize("shape", [(2, 7, 5, 80), (128, 14, 13, 16), (1, 5, 6, 13)])
+def test_types(gpu, rng, assert_close, types, shape):
+    check(gpu, rng, assert_close, shape, **types)
+
+
+def test_without_normalisation(gpu, rng, assert_close):
+    check(gpu, rng, assert_close, (1, 7, 9, 32), normalized=False, activation=None)
+    check(gpu, rng, assert_close, (64, 13, 9, 96), normalized=False, **TYPES[0])
+
+
+def test_large_windows_and_strides(gpu, rng, assert_close):
+    check(gpu, rng, assert_close, (1, 11, 12, 16), kernel=(5, 5), pad=(2, 2), **TYPES[0])
+    check(gpu, rng, assert_close, (1, 9, 10, 16), kernel=(9, 9), pad=(4, 4))
+    check(
+        gpu,
+        rng,
+        assert_close,
+        (1, 11, 12, 16),
+        kernel=(2, 5),
+        stride=(2, 3),
+        pad=(0, 1),
+        **TYPES[1],
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 14, 14, 32), (3, 9, 5, 32)])
+def test_symbolic_sizes(gpu, rng, assert_close, shape):
+    n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
+    check(gpu, rng, assert_close, shape, given=(n, *shape[1:3]), **TYPES[0])
+    check(gpu, rng, assert_close, shape, given=(n, h, shape[2]), **TYPES[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 70, 24), (1, 1, 1, 2560), (3, 5, 1, 80)])
+def test_any_width(gpu, rng, assert_close, shape):
+    """More pixels in a row than a block takes, and fewer than a thread; all warps in one row."""
+    n, h, w = (tirx.Var(name, "int64") for name in "nhw")
+    check(gpu, rng, assert_close, shape, given=(n, h, w), **TYPES[0])
+    check(gpu, rng, assert_close, shape, given=(*shape[:2], w), normalized=False)
+
+
+def test_large_windows_and_strides_of_any_size(gpu, rng, assert_close):
+    shape, given = (2, 11, 13, 16), [tirx.Var(name, "int64") for name in "nhw"]
+    check(gpu, rng, assert_close, shape, given, kernel=(9, 9), pad=(4, 4))
+    check(
+        gpu,
+        rng,
+        assert_close,
+        shape,
+        given,
+        kernel=(2, 5),
+        stride=(2, 3),
+        pad=(0, 1),
+        **TYPES[1],
+    )
+
+
+def test_everything_stays_in_registers_and_moves_in_vectors(cuda_code):
+    func = depthwise_kernel(
+        64,
+        28,
+        28,
+        128,
+        kernel_size=(3, 3),
+        pad=(1, 1),
+        bias=True,
+        norm_eps=1e-6,
+        activation="gelu",
+        x_dtype="float16",
+        out_dtype="float16",
+    )
+    code = cuda_code(depthwise(func, TARGET, Choices()), TARGET)
+    assert "__shared__" not in code
+    assert "__shfl_down_sync" in code
+    # Four pixels of a row see six, in three rows.
+    assert code.count("= *(uint4*)(x_ptr + ") == 18
+    assert code.count("*(uint4*)(out_ptr + ") == 4
+    assert code.count("= *(float4*)(weight_ptr + ") == 9 * 2
+    assert not any(f"{name}_ptr[" in code for name in ("x", "out", "weight", "gamma", "beta"))
+
+
+@pytest.mark.parametrize("pixels", [7, 16])
+def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, pixels):
+    func = depthwise_kernel(
+        1, pixels, pixels, 4096, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6
+    )
+    code = cuda_code(depthwise(func, TARGET, Choices()), TARGET)
+    for name in ("total", "square"):
+        stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
+        assert "__syncthreads();" in stored
+        assert read
+    # TVM leaves out the barrier where the element depends on another thread index.
+    assert not re.search(r"(total|square)_shared_ptr\[[^]]*threadIdx", code)
+
+
+def test_what_does_not_fit_registers_and_other_kernels_are_refused():
+    options = {"kernel_size": (3, 3), "pad": (1, 1), "bias": True}
+    assert depthwise(depthwise_kernel(1, 4, 4, 65536, **options), TARGET, Choices()) is None
+    assert depthwise(layer_norm_kernel((3,), 16, eps=1e-6), TARGET, Choices()) is None
+    kernel = depthwise_kernel(1, 4, 4, 8, **options)
+    assert depthwise(kernel, resolve_target("cpu-znver4"), Choices()) is None

@@ -1,0 +1,145 @@
+import numpy as np
+import pytest
+import tvm
+
+from dcnv3_tvm.kernels import gemm as kernels
+from dcnv3_tvm.kernels.layer_norm import layer_norm
+from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.schedules.gpu.gemm import default_tile, gemm
+from dcnv3_tvm.schedules.gpu.tensorize import tensorize
+from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.targets import resolve_target
+from helpers import layers
+
+TARGET = resolve_target("cuda-sm90")
+DTYPES = ("float32", "float16", "bfloat16")
+GELU = Epilogue(bias=True, activation="gelu")
+RESIDUAL = Epilogue(bias=True, residual=True)
+
+
+def run(gpu, kernel, inputs, shape, dtype):
+    scheduled = tensorize(gemm(kernel, TARGET, Choices()))
+    (result,) = gpu.run(scheduled, TARGET, inputs, [(shape, dtype)])
+    return result
+
+
+def random(rng, shape, dtype):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+LINEAR = [
+    ((128,), 64, 64, Epilogue()),
+    ((3, 7, 9), 80, 112, GELU),
+    ((2, 5, 31), 160, 48, RESIDUAL),
+    ((1, 1), 96, 1000, Epilogue(bias=True)),
+    ((5,), 64, 112, RESIDUAL),
+    ((300,), 112, 448, GELU),
+    ((17,), 27, 10, RESIDUAL),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(run_together, assert_close, dtype, rng):
+    problems = {}
+    for lead, inputs, outputs, epilogue in LINEAR:
+        x, weight = random(rng, (*lead, inputs), dtype), random(rng, (outputs, inputs), dtype)
+        bias = random(rng, outputs, "float32")
+        residual = random(rng, (*lead, outputs), dtype)
+        kernel = kernels.linear(lead, inputs, outputs, epilogue=epilogue, dtype=dtype)
+        arrays = [x, kernels.pack(weight)]
+        arrays += [bias] if epilogue.bias else []
+        arrays += [residual] if epilogue.residual else []
+        name = "_".join(map(str, ("linear", *lead, inputs, outputs)))
+        product = x.astype(np.float64) @ weight.astype(np.float64).T
+        truth = layers.finish(epilogue, product, bias, residual)
+        scheduled = tensorize(gemm(kernel, TARGET, Choices()))
+        problems[name] = (scheduled, arrays, (truth.shape, dtype), truth)
+    for name, result, truth in run_together(TARGET, problems):
+        assert_close(result, truth, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_linear_with_a_stream_of_float32(gpu, assert_close, dtype, rng):
+    x = random(rng, (50, 64), "float32")
+    weight = random(rng, (96, 64), dtype)
+    bias, residual = random(rng, 96, "float32"), random(rng, (50, 96), "float32")
+    kernel = kernels.linear(
+        (50,),
+        64,
+        96,
+        epilogue=RESIDUAL,
+        dtype=dtype,
+        x_dtype="float32",
+        residual_dtype="float32",
+        out_dtype="float32",
+    )
+    result = run(gpu, kernel, [x, kernels.pack(weight), bias, residual], (50, 96), "float32")
+    product = x.astype(dtype).astype(np.float64) @ weight.astype(np.float64).T
+    assert_close(result, product + bias + residual, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("image", "outputs", "kernel_size", "stride", "pad"),
+    [
+        ((2, 9, 11, 40), 80, (3, 3), (2, 2), (1, 1)),
+        ((1, 12, 7, 3), 32, (3, 3), (2, 2), (1, 1)),
+        ((1, 8, 6, 16), 24, (5, 3), (1, 2), (0, 1)),
+        ((2, 6, 5, 64), 128, (3, 3), (1, 1), (1, 1)),
+    ],
+    ids=str,
+)
+def test_convolution(gpu, assert_close, image, outputs, kernel_size, stride, pad, dtype, rng):
+    x = random(rng, image, dtype)
+    weight = random(rng, (outputs, image[-1], *kernel_size), dtype)
+    bias = random(rng, outputs, "float32")
+    expected = layers.convolution(x, weight, stride=stride, pad=pad) + bias
+    kernel = kernels.convolution(
+        *image,
+        outputs,
+        kernel_size=kernel_size,
+        stride=stride,
+        pad=pad,
+        epilogue=Epilogue(bias=True),
+        dtype=dtype,
+    )
+    packed = kernels.pack(weight.transpose(0, 2, 3, 1))
+    assert_close(run(gpu, kernel, [x, packed, bias], expected.shape, dtype), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_any_number_of_rows(gpu, assert_close, dtype, rng):
+    n = tvm.tirx.Var("n", "int64")
+    kernel = kernels.linear((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
+    weight, bias = random(rng, (48, 64), dtype), random(rng, 48, "float32")
+    for rows in (1, 26, 77):
+        x = random(rng, (rows, 5, 64), dtype)
+        result = run(gpu, kernel, [x, kernels.pack(weight), bias], (rows, 5, 48), dtype)
+        product = x.astype(np.float64) @ weight.astype(np.float64).T
+        assert_close(result, layers.finish(GELU, product, bias), dtype)
+
+
+def test_tiles_cover_the_result_and_fit_the_memory():
+    for rows in (16, 64, 224, 832, 3200, 50176):
+        for columns in (64, 80, 112, 144, 192, 320, 432, 1008, 2048):
+            for depth in (64, 80, 112, 160, 288, 384, 2048):
+                tile = default_tile(rows, columns, depth, 99 * 1024)
+                high, wide = tile.warp_rows * tile.rows * 16, tile.warp_columns * tile.columns * 16
+                assert rows % high == columns % wide == depth % (16 * tile.depth) == 0
+                assert tile.warp_rows * tile.warp_columns <= 4
+                # Sums of a thread: they leave room for the factors in 255 registers.
+                assert tile.rows * tile.columns * 8 <= 160
+                assert tile.shared_bytes <= 99 * 1024
+
+
+def test_a_small_problem_is_cut_into_more_tiles():
+    large, small = default_tile(50176, 512, 128, 2**17), default_tile(832, 512, 128, 2**17)
+    assert small.rows * small.warp_rows * small.columns * small.warp_columns < (
+        large.rows * large.warp_rows * large.columns * large.warp_columns
+    )
+
+
+def test_others_are_refused():
+    product = kernels.linear((8,), 16, 16, dtype="float16")
+    assert gemm(product, resolve_target("cpu"), Choices()) is None
+    assert gemm(layer_norm((8,), 16, eps=1e-6), TARGET, Choices()) is None

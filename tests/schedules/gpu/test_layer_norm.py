@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+from tvm import tirx
+
+from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
+from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
+from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm
+from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.targets import resolve_target
+from helpers import layers
+
+TARGET = resolve_target("cuda-sm90")
+TYPES = [
+    {},
+    {"x_dtype": "float16", "out_dtype": "float16"},
+    {"x_dtype": "bfloat16", "residual_dtype": "bfloat16", "out_dtype": "bfloat16"},
+    {"x_dtype": "float16", "residual_dtype": "float32", "out_dtype": "float32"},
+    {"x_dtype": "float32", "residual_dtype": "float16", "out_dtype": "bfloat16"},
+]
+
+
+def random(rng, shape, dtype="float32"):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def run(gpu, func, inputs, shape, dtype):
+    (result,) = gpu.run(layer_norm(func, TARGET, Choices()), TARGET, inputs, [(shape, dtype)])
+    return result
+
+
+def check(gpu, rng, assert_close, shape, lead=None, **options):
+    """Compare the scheduled kernel with float64."""
+    dtypes = [options.get(f"{name}_dtype", "float32") for name in ("x", "residual", "out")]
+    x, residual = (random(rng, shape, dtype) for dtype in dtypes[:2])
+    gamma, beta = random(rng, shape[-1]), random(rng, shape[-1])
+    func = layer_norm_kernel(lead or shape[:-1], shape[-1], eps=1e-6, **options)
+    given = [x, gamma, beta, *([residual] if options.get("residual") else [])]
+    result = run(gpu, func, given, shape, dtypes[2])
+    reference = layers.activation(
+        options.get("activation"), layers.layer_norm(x, gamma, beta, 1e-6)
+    )
+    if options.get("residual"):
+        reference = reference + residual.astype("float64")
+    assert_close(result.astype("float64"), reference, dtypes[2])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 3, 5, 64),
+        (49, 80),
+        (13, 17),
+        (1, 1),
+        (1, 768),
+        (3, 112),
+        (2, 2560),
+        (3, 6144),
+        # Not a whole block.
+        (1, 4, 4, 16),
+        (3, 1, 2, 64),
+        (1, 1, 1, 64),
+    ],
+)
+def test_sizes(gpu, rng, assert_close, shape):
+    check(gpu, rng, assert_close, shape)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()) or "float32")
+@pytest.mark.parametrize("channels", [80, 13, 512])
+def test_types(gpu, rng, assert_close, types, channels):
+    check(gpu, rng, assert_close, (37, channels), activation="gelu", residual=True, **types)
+    check(gpu, rng, assert_close, (37, channels), **types)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 32), (1, 5, 32)])
+def test_symbolic_sizes(gpu, rng, assert_close, shape):
+    n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
+    check(gpu, rng, assert_close, shape, lead=(n, shape[1]))
+    check(gpu, rng, assert_close, shape, lead=(n, h), x_dtype="float16")
+
+
+def test_a_mean_far_from_zero_costs_no_accuracy(gpu, rng):
+    x = (rng.standard_normal((16, 64)) + 4096.0).astype("float32")
+    one, zero = np.ones(64, "float32"), np.zeros(64, "float32")
+    func = layer_norm_kernel((16,), 64, eps=1e-6)
+    result = run(gpu, func, [x, one, zero], x.shape, "float32")
+    # The mean itself is rounded to 2**-11 here; a variance from squares would be noise of order 1.
+    assert np.abs(result - layers.layer_norm(x, one, zero, 1e-6)).max() < 4096 * 2.0**-22
+
+
+def test_a_row_is_read_and_written_once_in_vectors(cuda_code):
+    types = {"x_dtype": "float16", "out_dtype": "float16"}
+    func = layer_norm_kernel((64, 49), 320, eps=1e-6, activation="gelu", **types)
+    code = cuda_code(layer_norm(func, TARGET, Choices()), TARGET)
+    # 40 vectors of 8 for 8 threads.
+    assert code.count("(x_ptr +") == code.count("(out_ptr +") == 40 // 8
+    assert all("uint4" in line for line in code.splitlines() if "out_ptr +" in line)
+    assert "x_ptr[" not in code
+    assert "out_ptr[" not in code
+    assert "gamma_ptr[" not in code
+    assert "beta_ptr[" not in code
+
+
+@pytest.mark.parametrize(("channels", "warp"), [(64, True), (2560, True), (6144, False)])
+def test_sums_over_threads(cuda_code, channels, warp):
+    func = layer_norm_kernel((64, 49), channels, eps=1e-6, x_dtype="float16")
+    code = cuda_code(layer_norm(func, TARGET, Choices()), TARGET)
+    assert "__shfl_down_sync" in code
+    assert ("__syncthreads" not in code) == warp
+    assert ("__shared__" not in code) == warp
+
+
+@pytest.mark.parametrize("channels", [4096, 6144])
+def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, channels):
+    func = layer_norm_kernel((64, 49), channels, eps=1e-6, x_dtype="float16")
+    code = cuda_code(layer_norm(func, TARGET, Choices()), TARGET)
+    for name in ("total", "square"):
+        stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
+        assert "__syncthreads();" in stored
+        assert read
+    # TVM leaves out the barrier where the element depends on another thread index.
+    assert "_shared_ptr[((int)threadIdx.y)]" not in code
+
+
+def test_what_does_not_fit_registers_and_other_kernels_are_refused():
+    assert layer_norm(layer_norm_kernel((3,), 16 * 12289, eps=1e-6), TARGET, Choices()) is None
+    kernel = depthwise_kernel(1, 4, 4, 8, kernel_size=(3, 3), pad=(1, 1), bias=True)
+    assert layer_norm(kernel, TARGET, Choices()) is None
+    kernel = layer_norm_kernel((3,), 16, eps=1e-6)
+    assert layer_norm(kernel, resolve_target("cpu-znver4"), Choices()) is None

@@ -1,0 +1,86 @@
+"""What NVIDIA's assembler makes of the GPU schedules, at the sizes of released models.
+
+No GPU is needed; these are the numbers that must not get worse.
+"""
+
+import dataclasses
+
+import pytest
+import tvm
+
+from dcnv3_tvm.bench.variant_kernels import variant_kernels
+from dcnv3_tvm.compiler.cuda.assembler_report import report
+from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.runtime.toolkit import find_nvcc
+from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.targets import gpu_architecture, resolve_target
+
+pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
+
+
+def compiled(func, target):
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    scheduled, _ = schedule_module(module, target)
+    (kernel,) = report(scheduled["main"], target)
+    assert kernel.spill_bytes == kernel.stack_bytes == 0
+    assert kernel.shared_bytes <= gpu_architecture(target).block_shared_bytes
+    return kernel
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 120), ("float32", 95), ("bfloat16", 140)])
+@pytest.mark.parametrize("shape", [(64, 56, 56, 128), (64, 7, 7, 1024)], ids=str)
+def test_instructions_per_channel(shape, dtype, most):
+    """The kernel is bound by them: softmax included, as a thread executes them for a channel."""
+    spec = DCNv3Spec.of(shape, group=shape[-1] // 16, dtype=dtype)
+    spec = dataclasses.replace(spec, softmax=True)
+    kernel = compiled(tensorir.dcnv3_packed(spec), resolve_target("cuda-sm90"))
+    channels = 16  # that a thread sums
+    assert kernel.instructions / channels <= most
+    assert kernel.load_bytes[-1] == 16
+    assert kernel.occupancy >= 0.4
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm90", "sm120"])
+def test_every_architecture(arch):
+    target = resolve_target(f"cuda-{arch}")
+    kernels = {
+        kernel.name: kernel.function
+        for kernel in variant_kernels("internimage_t", target, "float16", batch=64)
+    }
+    for name in ("linear_256_1024_gelu", "convolution_64_128"):
+        kernel = compiled(kernels[name], target)
+        assert kernel.tensor_cores
+        assert kernel.asynchronous
+        assert kernel.load_bytes == (16,)
+    for name in ("mlp_64_256_64_residual", "mlp_128_512_128_residual"):
+        kernel = compiled(kernels[name], target)
+        assert kernel.tensor_cores
+        assert kernel.asynchronous
+        # 4: the hidden columns' bias, of which each thread needs pairs. 8: the residual.
+        assert kernel.load_bytes == (4, 8, 16)
+    sampling = compiled(kernels["dcnv3_64"], target)
+    assert sampling.load_bytes[-1] == 16
+
+
+def test_channels_that_several_warps_share():
+    """With 256 threads for 320 vectors, few of which have a second one, it spilled."""
+    target = resolve_target("cuda-sm90")
+    kernels = variant_kernels("internimage_h", target, "float16")
+    compiled(next(k.function for k in kernels if k.name == "depthwise_2560"), target)
+
+
+@pytest.mark.parametrize(
+    ("variant", "dtype", "batch", "size"),
+    [
+        ("internimage_s", "bfloat16", 1, None),
+        ("internimage_t", "float32", 3, (225, 333)),
+    ],
+)
+@pytest.mark.slow
+def test_every_kernel_of_a_variant(variant, dtype, batch, size):
+    target = resolve_target("cuda-sm90")
+    for kernel in variant_kernels(variant, target, dtype, batch=batch, size=size):
+        result = compiled(kernel.function, target)
+        product = kernel.rule in ("gemm", "mlp") and dtype != "float32"
+        assert result.tensor_cores == product, kernel.name

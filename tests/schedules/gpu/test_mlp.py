@@ -1,0 +1,117 @@
+"""Two products in one kernel by its GPU schedule."""
+
+import numpy as np
+import pytest
+import tvm
+
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.kernels import gemm
+from dcnv3_tvm.kernels import mlp as kernels
+from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.schedules.gpu.mlp import mlp
+from dcnv3_tvm.schedules.gpu.tensorize import tensorize
+from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.targets import resolve_target
+from helpers import layers
+
+TARGET = resolve_target("cuda-sm90")
+HALF = ("float16", "bfloat16")
+
+
+def random(rng, shape, dtype, scale=1.0):
+    return (scale * rng.standard_normal(shape)).astype(dtype)
+
+
+def arguments(rng, lead, sizes, residual, dtypes):
+    """Inputs of a kernel as it takes them, and the result in float64 from the rounded ones."""
+    dtype, x_dtype, residual_dtype = dtypes
+    inputs, hidden, outputs = sizes
+    x = random(rng, (*lead, inputs), dtype).astype(x_dtype)
+    first = random(rng, (hidden, inputs), dtype, inputs**-0.5)
+    second = random(rng, (outputs, hidden), dtype, hidden**-0.5)
+    bias1, bias2 = random(rng, hidden, "float32"), random(rng, outputs, "float32")
+    added = [random(rng, (*lead, outputs), residual_dtype)] if residual else []
+    gelu = Epilogue(bias=True, activation="gelu")
+    wide = [array.astype(np.float64) for array in (x, first, second)]
+    middle = layers.finish(gelu, wide[0] @ wide[1].T, bias1)
+    middle = middle.astype(dtype).astype(np.float64)
+    expected = middle @ wide[2].T + bias2 + sum(array.astype(np.float64) for array in added)
+    return [x, gemm.pack(first), bias1, gemm.pack(second), bias2, *added], expected
+
+
+def run(gpu, kernel, inputs, shape, dtype, **decisions):
+    scheduled = tensorize(mlp(kernel, TARGET, Choices(decisions)))
+    (result,) = gpu.run(scheduled, TARGET, inputs, [(shape, dtype)])
+    return result
+
+
+SIZES = [
+    ((128,), (64, 256, 64)),
+    ((3, 7, 9), (80, 320, 80)),
+    ((1, 1), (128, 512, 128)),
+    ((300,), (112, 448, 112)),
+    ((2, 5, 31), (40, 32, 24)),
+    ((17,), (27, 96, 10)),
+]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_results(run_together, assert_close, dtype, rng):
+    problems = {}
+    for number, (lead, sizes) in enumerate(SIZES):
+        residual = number % 2 == 1
+        kernel = kernels.mlp(lead, *sizes, activation="gelu", residual=residual, dtype=dtype)
+        inputs, expected = arguments(rng, lead, sizes, residual, (dtype,) * 3)
+        name = "_".join(map(str, ("mlp", *lead, *sizes)))
+        scheduled = tensorize(mlp(kernel, TARGET, Choices()))
+        problems[name] = (scheduled, inputs, (expected.shape, dtype), expected)
+    for name, result, expected in run_together(TARGET, problems):
+        assert_close(result, expected, dtype, name)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("decisions", [{}, {"rows": 1, "stages": 3}], ids=["default", "other"])
+def test_a_stream_of_float32(gpu, assert_close, dtype, decisions, rng):
+    lead, sizes = (50, 3), (64, 128, 48)
+    kernel = kernels.mlp(
+        lead,
+        *sizes,
+        activation="gelu",
+        residual=True,
+        dtype=dtype,
+        x_dtype="float32",
+        residual_dtype="float32",
+        out_dtype="float32",
+    )
+    inputs, expected = arguments(rng, lead, sizes, True, (dtype, "float32", "float32"))
+    result = run(gpu, kernel, inputs, expected.shape, "float32", **decisions)
+    # A hidden number between two of the type may be rounded to the other one.
+    assert_close(result, expected, dtype)
+
+
+def test_any_number_of_rows(gpu, assert_close, rng):
+    n = tvm.tirx.Var("n", "int64")
+    sizes = (64, 96, 64)
+    kernel = kernels.mlp((n, 5), *sizes, activation="gelu", residual=True, dtype="float16")
+    for count in (1, 26, 77):
+        inputs, expected = arguments(rng, (count, 5), sizes, True, ("float16",) * 3)
+        result = run(gpu, kernel, inputs, expected.shape, "float16")
+        assert_close(result, expected, "float16")
+
+
+def test_what_one_kernel_pays_for():
+    rows = 64 * 56 * 56
+    assert kernels.pays(rows, 64, 256, 64)
+    assert kernels.pays(None, 128, 512, 128)
+    assert not kernels.pays(rows, 160, 640, 160)
+    assert not kernels.pays(rows, 64, 250, 64)
+    assert not kernels.pays(56 * 56, 64, 256, 64)
+
+
+def test_others_are_refused():
+    product = gemm.linear((8,), 16, 16, dtype="float16")
+    assert mlp(product, TARGET, Choices()) is None
+    both = kernels.mlp((8,), 16, 64, 16, activation="gelu", residual=False, dtype="float16")
+    assert mlp(both, resolve_target("cpu"), Choices()) is None
+    with pytest.raises(InvalidArgumentError, match="a multiple of 32"):
+        kernels.mlp((8,), 16, 40, 16, activation="gelu", residual=False, dtype="float16")

@@ -1,0 +1,181 @@
+"""Tuning records: written, read back, refused with words, and used by the compiler."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import dcnv3_tvm as dt
+from dcnv3_tvm import schedules
+from dcnv3_tvm.kernels import matmul
+from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.schedules import records
+from dcnv3_tvm.schedules.records import About, Record, Records, RecordsError
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.targets import resolve_target, target_slug
+
+ABOUT = About(
+    target=target_slug(resolve_target()),
+    tvm=records.tvm_version(),
+    hardware="a machine",
+    cores=2,
+    commit=None,
+    trials=10,
+    date="2026-01-01T00:00:00+00:00",
+)
+SPEC = DCNv3Spec.of((1, 8, 8, 32), group=2)
+LINEAR = matmul.linear((3, 13), 24, 64, tile=32)
+
+
+def record(func, decisions, seconds=1e-4):
+    return Record(
+        workload=records.workload_key(func),
+        kernel=records.describe(func),
+        rule="any",
+        decisions=decisions,
+        seconds=seconds,
+        default_seconds=2e-4,
+        trials=7,
+    )
+
+
+def test_records_are_read_back(tmp_path):
+    kept = Records.of(ABOUT, [record(LINEAR, {"rows": 3}), record(tensorir.dcnv3(SPEC), {})])
+    kept.write(tmp_path / "records")
+    assert Records.read(tmp_path / "records") == kept
+
+
+def test_of_two_records_the_faster_one_stays():
+    slow, fast = record(LINEAR, {"rows": 1}, 2e-4), record(LINEAR, {"rows": 3}, 1e-4)
+    for order in ([slow, fast], [fast, slow]):
+        assert list(Records.of(ABOUT, order).by_workload.values()) == [fast]
+
+
+def test_a_key_is_that_of_the_computation():
+    key = records.workload_key(LINEAR)
+    assert records.workload_key(LINEAR.with_attr("global_symbol", "other")) == key
+    assert records.workload_key(LINEAR.with_attr("op_pattern", 3)) == key
+    assert records.workload_key(matmul.linear((3, 13), 24, 64, tile=16)) != key
+    assert records.workload_key(matmul.linear((3, 14), 24, 64, tile=32)) != key
+
+
+def test_a_kernel_is_described():
+    assert records.describe(LINEAR) == "linear(3x13x24, 2x24x32) -> 3x13x64"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tvm": "0.0.1"}, "another version of TVM; got apache-tvm 0.0.1"),
+        ({"schema": 0}, "another form; got schema 0"),
+        ({"tries": 3}, "no tuning records to read"),
+    ],
+)
+def test_records_of_another_kind_are_refused(tmp_path, change, message):
+    Records.of(ABOUT, [record(LINEAR, {})]).write(tmp_path / "r")
+    path = tmp_path / "r" / "about.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(RecordsError, match=message):
+        Records.read(tmp_path / "r")
+
+
+def test_a_damaged_record_is_shown(tmp_path):
+    Records.of(ABOUT, [record(LINEAR, {})]).write(tmp_path / "r")
+    with (tmp_path / "r" / "records.jsonl").open("a") as stream:
+        stream.write('{"workload": "12\n')
+    with pytest.raises(
+        RecordsError, match=r"a tuning record is damaged; got '\{\"workload\": \"12'"
+    ):
+        Records.read(tmp_path / "r")
+
+
+def test_what_is_no_folder_of_records_is_not_replaced(tmp_path):
+    kept = Records.of(ABOUT, [record(LINEAR, {})])
+    kept.write(tmp_path)
+    kept.write(tmp_path)
+    (tmp_path / "session").mkdir()
+    kept.write(tmp_path / "session" / "records")
+    (tmp_path / "file").touch()
+    for taken in ("session", "file"):
+        with pytest.raises(RecordsError, match="holds no records, so it is not replaced"):
+            kept.write(tmp_path / taken)
+    assert (tmp_path / "session" / "records").is_dir()
+    assert (tmp_path / "file").is_file()
+
+
+def test_a_folder_without_records(tmp_path):
+    with pytest.raises(RecordsError, match="no tuning records to read"):
+        Records.read(tmp_path)
+    assert not records.holds_records(tmp_path)
+
+
+def test_records_are_found(tmp_path):
+    target = resolve_target()
+    kept = Records.of(ABOUT, [record(LINEAR, {})])
+    kept.write(tmp_path / "session" / "records")
+    kept.write(tmp_path / "plain")
+    for folder in ("session", "plain"):
+        assert records.find_records(target, tmp_path / folder) == kept
+    assert records.find_records(target, "none") is None
+    with pytest.raises(RecordsError, match="for another target"):
+        records.find_records(resolve_target("cuda-sm90"), tmp_path / "plain")
+
+
+def test_a_processor_without_records_of_its_own_takes_those_for_its_vectors(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "SHIPPED", tmp_path)
+    records._shipped.cache_clear()
+    generic = dataclasses.replace(ABOUT, target="cpu-x86-64-v4")
+    Records.of(generic, [record(LINEAR, {})]).write(tmp_path / generic.target)
+    try:
+        found = records.find_records(resolve_target("cpu-icelake-server"), "default")
+        assert found is not None
+        assert found.about.target == "cpu-x86-64-v4"
+        assert records.find_records(resolve_target("cpu-haswell"), "default") is None
+        assert records.find_records(resolve_target("cuda-sm90"), "default") is None
+    finally:
+        records._shipped.cache_clear()
+
+
+def test_a_record_decides_on_a_schedule():
+    target = resolve_target()
+    found = schedules.schedule_by_record(
+        LINEAR, target, Records.of(ABOUT, [record(LINEAR, {"rows": 3})])
+    )
+    assert found.record == schedules.HIT
+    assert (
+        found.function.script() == schedules.schedule(LINEAR, target, {"rows": 3}).function.script()
+    )
+    assert found.function.script() != schedules.schedule(LINEAR, target).function.script()
+
+
+@pytest.mark.parametrize(
+    ("decisions", "reason"),
+    [
+        ({"rows": 5}, "cannot have this rows; got 5"),
+        ({"colour": 1}, "no such decision; got colour"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused_with_words(decisions, reason):
+    target = resolve_target()
+    kept = Records.of(ABOUT, [record(LINEAR, decisions)])
+    found = schedules.schedule_by_record(LINEAR, target, kept)
+    assert reason in found.record
+    assert found.function.script() == schedules.schedule(LINEAR, target).function.script()
+
+
+def test_a_kernel_without_a_record():
+    found = schedules.schedule_by_record(LINEAR, resolve_target(), Records.of(ABOUT, []))
+    assert found.record == schedules.MISS
+
+
+def test_the_operator_uses_records(tmp_path, rng):
+    kernel = tensorir.dcnv3(SPEC)
+    Records.of(ABOUT, [record(kernel, {"task": "pixel", "stages": "group"})]).write(tmp_path / "r")
+    tuned = dt.compile_op(SPEC, database=tmp_path / "r")
+    plain = dt.compile_op(SPEC, database="none")
+    assert (tuned.record, plain.record) == ("hit", "")
+    x = rng.standard_normal(SPEC.input_shape, np.float32)
+    offset = rng.standard_normal(SPEC.offset_shape, np.float32)
+    mask = rng.standard_normal(SPEC.mask_shape, np.float32)
+    np.testing.assert_allclose(tuned(x, offset, mask), plain(x, offset, mask), rtol=0, atol=1e-5)

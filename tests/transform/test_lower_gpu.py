@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from tvm import relax, tirx
+
+from dcnv3_tvm.kernels import gemm
+from dcnv3_tvm.transform.lower_gpu import lower_layers_gpu
+from helpers.programs import make_program, operators, run_program
+
+
+def _random(rng, *shape):
+    return rng.standard_normal(shape).astype("float32")
+
+
+def _types(program):
+    """Element types of the parameters of each kernel, by the kernel's name."""
+    return {
+        var.name_hint: [str(param.dtype) for param in function.params]
+        for var, function in program.module.functions_items()
+        if isinstance(function, tirx.PrimFunc)
+    }
+
+
+def _block(bb, x, skip, first, second, bias):
+    """A product with GELU, and one whose result joins a stream, which a third reads."""
+    hidden = bb.emit(relax.op.nn.gelu(bb.emit(relax.op.matmul(x, first))))
+    value = bb.emit(relax.op.add(bb.emit(relax.op.matmul(hidden, second)), bias))
+    stream = bb.emit(relax.op.add(skip, value))
+    return bb.emit(relax.op.matmul(stream, first))
+
+
+def _program(rng):
+    weights = {
+        "first": _random(rng, 16, 48),
+        "second": _random(rng, 48, 16),
+        "bias": _random(rng, 16),
+    }
+    return make_program(_block, {"x": (5, 16), "skip": (5, 16)}, weights)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_results_agree(dtype, rng):
+    program = _program(rng)
+    inputs = _random(rng, 5, 16), _random(rng, 5, 16)
+    lowered = lower_layers_gpu(program, dtype)
+    relax.analysis.well_formed(lowered.module)
+    expected, result = run_program(program, *inputs), run_program(lowered, *inputs)
+    error = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
+    assert result.dtype == np.float32
+    assert np.linalg.norm(result - expected) <= error * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("dtype", "stream"), [("float16", "float16"), ("bfloat16", "float32")])
+def test_what_is_stored_in_which_type(dtype, stream, rng):
+    lowered = lower_layers_gpu(_program(rng), dtype)
+    assert _types(lowered) == {
+        # x, weight, out: what a model is given and gives is float32.
+        "linear_16_48_gelu": ["float32", dtype, dtype],
+        "linear_48_16_residual": [dtype, dtype, "float32", "float32", stream],
+        "linear_16_48": [stream, dtype, "float32"],
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("used_twice", [False, True])
+def test_two_products_become_one_kernel(dtype, used_twice, rng, monkeypatch):
+    monkeypatch.setattr(gemm, "FULL_GPU", 0)  # so that few rows are enough
+
+    def build(bb, x, first, bias1, second, bias2):
+        inner = bb.emit(relax.op.add(bb.emit(relax.op.matmul(x, first)), bias1))
+        hidden = bb.emit(relax.op.nn.gelu(inner))
+        result = bb.emit(relax.op.add(bb.emit(relax.op.matmul(hidden, second)), bias2))
+        result = bb.emit(relax.op.add(x, result))
+        return bb.emit(relax.op.concat([result, hidden], axis=-1)) if used_twice else result
+
+    weights = {
+        "first": _random(rng, 16, 64) / 4,
+        "bias1": _random(rng, 64),
+        "second": _random(rng, 64, 16) / 8,
+        "bias2": _random(rng, 16),
+    }
+    program = make_program(build, {"x": (3, 5, 16)}, weights)
+    lowered = lower_layers_gpu(program, dtype)
+    relax.analysis.well_formed(lowered.module)
+    x = _random(rng, 3, 5, 16)
+    expected, result = run_program(program, x), run_program(lowered, x)
+    error = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
+    assert np.linalg.norm(result - expected) <= error * np.linalg.norm(expected)
+    fused = not used_twice and dtype != "float32"
+    assert ("mlp_16_64_16_residual" in operators(lowered)) == fused
+
+
+def test_other_operators_read_float32(rng):
+    def build(bb, x, weight):
+        value = bb.emit(relax.op.matmul(x, weight))
+        return bb.emit(relax.op.mean(bb.emit(relax.op.exp(value)), axis=[1]))
+
+    program = make_program(build, {"x": (4, 16)}, {"weight": _random(rng, 16, 16) / 8})
+    lowered = lower_layers_gpu(program, "float16")
+    assert operators(lowered) == ["linear_16_16", "relax.astype", "relax.exp", "relax.mean"]
+    x = _random(rng, 4, 16)
+    np.testing.assert_allclose(run_program(lowered, x), run_program(program, x), rtol=4e-3)
