@@ -1,8 +1,8 @@
 """Schedules: TensorIR functions in, TensorIR functions that run fast on the target out.
 
-A rule is a function ``rule(func, target, choices)`` that returns the scheduled function, or
+A rule is a function ``rule(func, target, space)`` that returns the scheduled function, or
 ``None`` when it does not know the kernel. One rule a file, in one folder a kind of target. What a
-tuner may decide otherwise, a rule asks of `dcnv3_tvm.schedules.space.Choices`.
+tuner may decide otherwise, a rule asks of `dcnv3_tvm.schedules.space.SearchSpace`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dcnv3_tvm.schedules.gpu.mlp import mlp
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.gpu.threads import check_launch
 from dcnv3_tvm.schedules.records import Records
-from dcnv3_tvm.schedules.space import Choice, ChoiceError, Choices
+from dcnv3_tvm.schedules.space import Decision, DecisionError, SearchSpace
 from dcnv3_tvm.targets import is_gpu, target_slug
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
     "schedule_module",
 ]
 
-Rule = Callable[[tirx.PrimFunc, Target, Choices], tirx.PrimFunc | None]
+Rule = Callable[[tirx.PrimFunc, Target, SearchSpace], tirx.PrimFunc | None]
 
 CPU_RULES: Final[tuple[Rule, ...]] = (
     dcnv3,
@@ -99,7 +99,7 @@ class Scheduled:
         The scheduled function.
     rule : str
         Name of the rule that took it, or `UNSCHEDULED`.
-    space : dict of str to tuple of Choice
+    space : dict of str to tuple of Decision
         The decisions of the rule, and what each may be, its default first.
     record : str
         ``"hit"`` where a tuning record decided; else why none did: ``"miss"``, or what is wrong
@@ -108,7 +108,7 @@ class Scheduled:
 
     function: tirx.PrimFunc
     rule: str
-    space: Mapping[str, tuple[Choice, ...]]
+    space: Mapping[str, tuple[Decision, ...]]
     record: str = ""
 
 
@@ -120,7 +120,7 @@ MISS: Final = "miss"
 
 
 def schedule(
-    func: tirx.PrimFunc, target: Target, given: Mapping[str, Choice] | None = None
+    func: tirx.PrimFunc, target: Target, given: Mapping[str, Decision] | None = None
 ) -> Scheduled:
     """Schedule a kernel.
 
@@ -130,32 +130,32 @@ def schedule(
         Unscheduled.
     target : tvm.target.Target
         What it is compiled for.
-    given : mapping of str to Choice, optional
+    given : mapping of str to Decision, optional
         Decisions to take instead of the rule's own, by name.
 
     Raises
     ------
-    ChoiceError
+    DecisionError
         If the rule cannot take these decisions.
     CompileError
         If no rule takes a kernel for a GPU, where code without a schedule cannot run.
     """
     for rule in rules_for(target):
-        choices = Choices(given or {})
+        space = SearchSpace(given or {})
         try:
-            result = rule(func, target, choices)
+            result = rule(func, target, space)
             if result is not None and given and is_gpu(target):
                 check_launch(result)
         except ScheduleError as error:
             if given:
-                raise ChoiceError(
+                raise DecisionError(
                     f"the rule {rule.__name__} cannot schedule the kernel so",
                     got=", ".join(f"{name}={value}" for name, value in given.items()),
                 ) from error
             continue
         if result is not None:
-            choices.check_all_asked()
-            return Scheduled(_named_like(func, result), rule.__name__, choices.space)
+            space.check_all_asked()
+            return Scheduled(_named_like(func, result), rule.__name__, space.candidates)
     if is_gpu(target):
         raise CompileError(
             "no schedule rule takes this kernel",
@@ -173,7 +173,7 @@ def schedule_by_record(func: tirx.PrimFunc, target: Target, records: Records) ->
         return dataclasses.replace(found, record=MISS) if found.space else found
     try:
         found = schedule(func, target, record.decisions)
-    except ChoiceError as error:
+    except DecisionError as error:
         return dataclasses.replace(schedule(func, target), record=str(error))
     return dataclasses.replace(found, record=HIT)
 

@@ -11,7 +11,7 @@ from tvm.target import Target
 
 from dcnv3_tvm.schedules import rules_for
 from dcnv3_tvm.schedules.gpu.threads import launches
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def explain(func: tirx.PrimFunc, target: Target) -> tuple[list[Verdict], tirx.Pr
             verdicts.append(Verdict(name, False, "not asked: a rule before it takes the kernel"))
             continue
         try:
-            scheduled = rule(func, target, Choices())
+            scheduled = rule(func, target, SearchSpace())
         except ScheduleError as error:
             text = str(error).strip().splitlines()[-1]
             verdicts.append(Verdict(name, False, f"a step of the schedule fails: {text}"))

@@ -18,7 +18,7 @@ from tvm.target import Target, codegen
 from dcnv3_tvm import files
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.expr import KERNEL_ATTR, static
-from dcnv3_tvm.schedules.space import Choice
+from dcnv3_tvm.schedules.space import Decision
 from dcnv3_tvm.targets import is_gpu, target_slug, vector_bits
 
 SCHEMA: Final = 1
@@ -53,7 +53,7 @@ class Record:
         The kernel for people.
     rule : str
         Name of the schedule rule.
-    decisions : dict of str to Choice
+    decisions : dict of str to Decision
         What the rule decides; the default's where tuning found nothing better.
     seconds, default_seconds : float
         Median time of a call, so and with the rule's own decisions, measured in one session.
@@ -64,7 +64,7 @@ class Record:
     workload: str
     kernel: str
     rule: str
-    decisions: Mapping[str, Choice]
+    decisions: Mapping[str, Decision]
     seconds: float
     default_seconds: float
     trials: int

@@ -8,18 +8,18 @@ from typing import TypeVar
 
 from dcnv3_tvm.errors import CompileError
 
-Choice = int | str
+Decision = int | str
 """The value of a decision."""
 
-ChoiceT = TypeVar("ChoiceT", int, str)
+DecisionT = TypeVar("DecisionT", int, str)
 
 
-class ChoiceError(CompileError):
+class DecisionError(CompileError):
     """A decision given to a rule is none that it can take for the kernel."""
 
 
 @dataclasses.dataclass
-class Choices:
+class SearchSpace:
     """Answers to the questions of a rule, and what it asked.
 
     A rule asks for every decision by `pick`, which gives back its default unless another value was
@@ -28,56 +28,58 @@ class Choices:
 
     Parameters
     ----------
-    given : mapping of str to Choice
+    given : mapping of str to Decision
         Decisions to take instead of the rule's own, by name.
     """
 
-    given: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
-    space: dict[str, tuple[Choice, ...]] = dataclasses.field(default_factory=dict, init=False)
+    given: Mapping[str, Decision] = dataclasses.field(default_factory=dict)
+    candidates: dict[str, tuple[Decision, ...]] = dataclasses.field(
+        default_factory=dict, init=False
+    )
     """What each decision may be: the rule's default first."""
 
-    def pick(self, name: str, candidates: Sequence[ChoiceT], default: ChoiceT) -> ChoiceT:
+    def pick(self, name: str, candidates: Sequence[DecisionT], default: DecisionT) -> DecisionT:
         """Decide.
 
         Parameters
         ----------
         name : str
             Of the decision, unique in a rule.
-        candidates : sequence of Choice
+        candidates : sequence of Decision
             What it may be; `default` need not be among them.
-        default : Choice
+        default : Decision
             What the rule would do.
 
         Raises
         ------
-        ChoiceError
+        DecisionError
             If another value was given.
         """
-        others: tuple[Choice, ...] = tuple(
+        others: tuple[Decision, ...] = tuple(
             value for value in dict.fromkeys(candidates) if value != default
         )
-        self.space[name] = (default, *others)
+        self.candidates[name] = (default, *others)
         value = self.given.get(name, default)
-        if value not in self.space[name]:
-            raise ChoiceError(
+        if value not in self.candidates[name]:
+            raise DecisionError(
                 f"the schedule cannot have this {name}",
                 got=value,
-                allowed=", ".join(map(str, self.space[name])),
+                allowed=", ".join(map(str, self.candidates[name])),
             )
-        return value  # type: ignore[return-value]  # it is one of `space[name]`
+        return value  # type: ignore[return-value]  # it is one of `candidates[name]`
 
     def check_all_asked(self) -> None:
         """Refuse decisions that the rule did not ask for.
 
         Raises
         ------
-        ChoiceError
+        DecisionError
             If there are any.
         """
-        unknown = sorted(self.given.keys() - self.space.keys())
+        unknown = sorted(self.given.keys() - self.candidates.keys())
         if unknown:
-            raise ChoiceError(
+            raise DecisionError(
                 "the schedule makes no such decision",
                 got=", ".join(unknown),
-                allowed=", ".join(self.space) or "none",
+                allowed=", ".join(self.candidates) or "none",
             )

@@ -23,7 +23,7 @@ from dcnv3_tvm.op.reference import Float64Array
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.runtime.cuda import load_runtime
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
-from dcnv3_tvm.schedules.space import Choice
+from dcnv3_tvm.schedules.space import Decision
 from dcnv3_tvm.tuning.tracker import Address, tvm_rpc
 from dcnv3_tvm.verify.tolerances import LAYER
 
@@ -168,7 +168,7 @@ class Place:
 
 
 def build(
-    function: tirx.PrimFunc, target: Target, decisions: Mapping[str, Choice], path: Path
+    function: tirx.PrimFunc, target: Target, decisions: Mapping[str, Decision], path: Path
 ) -> None:
     """Schedule a kernel as decided, and compile it to a shared library.
 
@@ -178,7 +178,7 @@ def build(
         Unscheduled.
     target : tvm.target.Target
         What it is compiled for.
-    decisions : mapping of str to Choice
+    decisions : mapping of str to Decision
         Of its rule.
     path : Path
         The library.

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 
 from tvm.target import Target
 
-from dcnv3_tvm.schedules.space import Choice
+from dcnv3_tvm.schedules.space import Decision
 from dcnv3_tvm.tuning import jobs
 from dcnv3_tvm.tuning.devices import Devices
 from dcnv3_tvm.tuning.pool import Job, Outcome, Pool
@@ -29,12 +29,12 @@ class Candidate(NamedTuple):
     ----------
     task : Task
         The kernel.
-    decisions : dict of str to Choice
+    decisions : dict of str to Decision
         Of its rule.
     """
 
     task: Task
-    decisions: dict[str, Choice]
+    decisions: dict[str, Decision]
 
 
 class Laboratory:

@@ -9,9 +9,9 @@ import random
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from dcnv3_tvm.schedules.space import Choice
+from dcnv3_tvm.schedules.space import Decision
 
-Decisions = Mapping[str, Choice]
+Decisions = Mapping[str, Decision]
 
 _LISTED: Final = 4096
 """Schedules of a space that is listed as a whole; of a larger one random ones are drawn."""
@@ -33,17 +33,17 @@ class Search:
 
     Parameters
     ----------
-    space : mapping of str to sequence of Choice
+    space : mapping of str to sequence of Decision
         What each decision may be, the default first.
     seed : int
         Of the random numbers.
     """
 
-    def __init__(self, space: Mapping[str, tuple[Choice, ...]], seed: int = 0) -> None:
+    def __init__(self, space: Mapping[str, tuple[Decision, ...]], seed: int = 0) -> None:
         self._space = space
         self._random = random.Random(seed)
         self._known: dict[str, float] = {}
-        self._decisions: dict[str, dict[str, Choice]] = {}
+        self._decisions: dict[str, dict[str, Decision]] = {}
         self._proposed: set[str] = set()
 
     def tell(self, decisions: Decisions, seconds: float | None) -> None:
@@ -54,7 +54,7 @@ class Search:
         self._decisions[key] = dict(decisions)
 
     @property
-    def best(self) -> list[tuple[dict[str, Choice], float]]:
+    def best(self) -> list[tuple[dict[str, Decision], float]]:
         """Schedules that work, and their times, the fastest first."""
         order = sorted(
             (key for key, time in self._known.items() if time < math.inf),
@@ -71,11 +71,11 @@ class Search:
         time = self._known.get(key_of(decisions), math.inf)
         return time if time < math.inf else None
 
-    def propose(self, count: int) -> list[dict[str, Choice]]:
+    def propose(self, count: int) -> list[dict[str, Decision]]:
         """Return up to `count` schedules to try; fewer only when hardly any are left."""
-        chosen: list[dict[str, Choice]] = []
+        chosen: list[dict[str, Decision]] = []
 
-        def take(candidates: Iterator[dict[str, Choice]], most: int) -> None:
+        def take(candidates: Iterator[dict[str, Decision]], most: int) -> None:
             for decisions in candidates:
                 if len(chosen) >= most:
                     return
@@ -91,7 +91,7 @@ class Search:
         take(self._neighbours(), count)
         return chosen
 
-    def _neighbours(self) -> Iterator[dict[str, Choice]]:
+    def _neighbours(self) -> Iterator[dict[str, Decision]]:
         found = [
             {**best, name: value}
             for best, _ in self.best[:_PARENTS]
@@ -102,7 +102,7 @@ class Search:
         self._random.shuffle(found)
         return iter(found)
 
-    def _drawn(self) -> Iterator[dict[str, Choice]]:
+    def _drawn(self) -> Iterator[dict[str, Decision]]:
         names = list(self._space)
         if math.prod(map(len, self._space.values())) <= _LISTED:
             everything = list(itertools.product(*self._space.values()))

@@ -16,7 +16,7 @@ from dcnv3_tvm.compiler.kernel_listing import Tensor, called_kernels
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.records import describe, workload_key
-from dcnv3_tvm.schedules.space import Choice
+from dcnv3_tvm.schedules.space import Decision
 from dcnv3_tvm.spec import DCNv3Spec
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Task:
         Its inputs, and behind them its output.
     calls : int
         In one call of all that is tuned together.
-    space : dict of str to tuple of Choice
+    space : dict of str to tuple of Decision
         The decisions of the rule, and what each may be, its default first.
     """
 
@@ -51,7 +51,7 @@ class Task:
     function: tirx.PrimFunc
     arguments: tuple[Tensor, ...]
     calls: int
-    space: Mapping[str, tuple[Choice, ...]]
+    space: Mapping[str, tuple[Decision, ...]]
 
     @classmethod
     def of(
@@ -75,11 +75,11 @@ class Task:
         return math.prod(map(len, self.space.values()))
 
     @property
-    def default(self) -> dict[str, Choice]:
+    def default(self) -> dict[str, Decision]:
         """What the rule decides by itself."""
         return {name: values[0] for name, values in self.space.items()}
 
-    def allows(self, decisions: Mapping[str, Choice]) -> bool:
+    def allows(self, decisions: Mapping[str, Decision]) -> bool:
         """Whether these are decisions of the space."""
         return decisions.keys() == self.space.keys() and all(
             value in self.space[name] for name, value in decisions.items()

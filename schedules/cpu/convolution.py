@@ -22,7 +22,7 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vector_unit,
     weights_stay_cached,
 )
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 
 _ROW: Final = "row"
 """A task is an output row, and frames its input rows."""
@@ -34,7 +34,7 @@ _COLUMNS_FIRST: Final = "image, columns first"
 """The whole image is framed before; tasks run over the columns, and in them over the pixels."""
 
 
-def convolution(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Give every register tile a run of pixels of one output row, and its sums the registers.
 
     While the weights fit the cache, a task is an output row, which copies the input rows it needs
@@ -53,13 +53,13 @@ def convolution(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.P
     plans = (
         [_ROW, _ROWS_FIRST, _COLUMNS_FIRST] if len(parts) == 1 else [_ROWS_FIRST, _COLUMNS_FIRST]
     )
-    plan = choices.pick("plan", plans, plans[0] if resident else _COLUMNS_FIRST)
+    plan = space.pick("plan", plans, plans[0] if resident else _COLUMNS_FIRST)
     for index, (sums, epilogue) in enumerate(parts):
         batch, line, pixel, column = sch.get_loops(epilogue)
         columns = tile_columns(sch, column, weight)
         extent = sch.get(pixel).extent
         rows = row_tile(extent, columns, unit, dtype)
-        rows = choices.pick(numbered("rows", index), row_tiles(extent), rows)
+        rows = space.pick(numbered("rows", index), row_tiles(extent), rows)
         pixel_outer, pixel_inner = sch.split(pixel, [None, rows])
         column_outer, column_inner = sch.split(column, [None, columns])
         order = [batch, line, pixel_outer, column_outer]
@@ -76,7 +76,7 @@ def convolution(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.P
         sch.set_scope(sums, 0, "local")
         *_, tile_pixel, tile_column, high, wide, depth = sch.get_loops(sums)
         spilled = rows > unspilled_rows(columns, unit, dtype)
-        depth, tile_depth = unrolled_depth(sch, depth, choices, index, spilled=spilled)
+        depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
         sch.reorder(high, wide, depth, tile_depth, tile_pixel, tile_column)
         unroll_tile(sch, sums, [tile_depth, tile_pixel, tile_column], high)
         sch.unroll(pixel_inner)

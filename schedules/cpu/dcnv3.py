@@ -9,7 +9,7 @@ from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
 from dcnv3_tvm.op.expr import KERNEL_ATTR
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import num_cores, vector_lanes
 
 _KERNELS: Final = ("dcnv3", "dcnv3_packed")
@@ -33,7 +33,7 @@ _MAX_VECTORS: Final = 4
 """Accumulators of one pass over the points, in vector registers."""
 
 
-def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Schedule the DCNv3 kernels of `dcnv3_tvm.op.tensorir`.
 
     One thread takes whole output rows (pixels, where rows are few). At each pixel the coordinates,
@@ -48,7 +48,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
         Any unscheduled function.
     target : tvm.target.Target
         The target.
-    choices : Choices
+    space : SearchSpace
         What to decide otherwise than by default.
 
     Returns
@@ -71,17 +71,17 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
     images, rows = _extent(sch, batch), _extent(sch, row)
     few = images is not None and rows is not None and images * rows < 2 * num_cores(target)
     # Pixels are costlier tasks (each allocates its buffers), but enough of them for every core.
-    if choices.pick("task", ["pixel"] if few else ["row", "pixel"], "pixel" if few else "row") == (
+    if space.pick("task", ["pixel"] if few else ["row", "pixel"], "pixel" if few else "row") == (
         "pixel"
     ):
         task = pixel = sch.fuse(batch, row, col)
     else:
         task, pixel = sch.fuse(batch, row), col
     channels = _extent(sch, channel) or 1
-    tile = choices.pick("channels", channel_tiles(channels, lanes), channel_tile(channels, lanes))
+    tile = space.pick("channels", channel_tiles(channels, lanes), channel_tile(channels, lanes))
 
     groups = _extent(sch, group) or 1
-    together = choices.pick("groups", [n for n in (1, 2, 4) if groups % n == 0], 1)
+    together = space.pick("groups", [n for n in (1, 2, 4) if groups % n == 0], 1)
     group, _ = sch.split(group, [None, together])
     sch.compute_at(total, group, preserve_unit_loops=True)
     *_, inner, point, channel = sch.get_loops(total)
@@ -96,7 +96,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
         sch.unroll(point)
 
     # Of all groups at once, or of each group before it is summed, in a smaller buffer.
-    stages = {"pixel": pixel, "group": group}[choices.pick("stages", ["pixel", "group"], "pixel")]
+    stages = {"pixel": pixel, "group": group}[space.pick("stages", ["pixel", "group"], "pixel")]
     for name in _STAGES:
         if name in names:
             _schedule_stage(sch, name, stages)

@@ -14,10 +14,10 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vector_width,
     vectorize_innermost,
 )
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 
 
-def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Sum a run of neighbouring pixels at a time, and normalise them while they are in cache.
 
     A task is an output row; it copies the input rows it needs into their frame of zeros. The
@@ -31,7 +31,7 @@ def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pri
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
     normalized = len(sch.get_consumers(window)) > 1
     batch, line, pixel, _ = sch.get_loops(epilogue)
-    run, _ = sch.split(pixel, [None, rows_at_once(sch.get(pixel).extent, choices)])
+    run, _ = sch.split(pixel, [None, rows_at_once(sch.get(pixel).extent, space)])
     task = sch.fuse(batch, line)
     sch.parallel(task)
     if normalized:
@@ -44,7 +44,7 @@ def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pri
     *_, tile_pixel, channel, high, wide = sch.get_loops(window)
     channels = static(sch.get(channel).extent)
     widths = [vector_width(channels, vectors * lanes) for vectors in (1, 2, 4)]
-    width = choices.pick("channels", widths, widths[0])
+    width = space.pick("channels", widths, widths[0])
     channel, vector = sch.split(channel, [None, width])
     sch.reorder(channel, high, wide, tile_pixel, vector)
     sch.unroll(high)

@@ -13,7 +13,7 @@ from tvm.target import Target
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.blocks import plain_axes, reduces
 from dcnv3_tvm.schedules.cpu.register_tiles import VectorUnit, vector_unit, vector_width
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 
 SERIAL_WORK: Final = 65536
 """Elements below which a loop is done before the other threads have woken up."""
@@ -22,12 +22,12 @@ ENOUGH_TASKS: Final = 16
 """Tasks that share out well enough that the loop inside them need not be shared out too."""
 
 
-def fallback(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def fallback(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Inline what is elementwise, run outer loops in parallel and the innermost one in vectors.
 
     A block that resists is left as it is.
     """
-    del choices  # There is nothing to decide.
+    del space  # There is nothing to decide.
     sch = s_tir.Schedule(func)
     root = sch.get_sblock("root")
     for block in sch.get_child_blocks(root):

@@ -18,13 +18,13 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vectorize_innermost,
     whole_tile,
 )
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 
 ROWS: Final = 8
 """Most rows normalised side by side: their sums are independent and hide each other's latency."""
 
 
-def layer_norm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Normalise a few rows at a time, in parallel."""
     if func.attrs.get(KERNEL_ATTR) != "layer_norm":
         return None
@@ -33,18 +33,18 @@ def layer_norm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pr
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, _ = sch.get_loops(epilogue)
-    task, _ = sch.split(row, [None, rows_at_once(sch.get(row).extent, choices)])
+    task, _ = sch.split(row, [None, rows_at_once(sch.get(row).extent, space)])
     sch.parallel(task)
     normalize(sch, task, lanes, dtype)
     return sch.mod["main"]
 
 
-def rows_at_once(rows: Any, choices: Choices) -> int:
+def rows_at_once(rows: Any, space: SearchSpace) -> int:
     """Choose how many of `rows` to normalise side by side: a divisor, or one."""
     known = static(rows)
     default = whole_tile(known if known is not None else constant_factor(rows), ROWS) or 1
     divisors = [size for size in range(1, 2 * ROWS + 1) if (known or 0) % size == 0]
-    return choices.pick("rows", divisors if known is not None else [], default)
+    return space.pick("rows", divisors if known is not None else [], default)
 
 
 def normalize(sch: s_tir.Schedule, task: LoopRV, lanes: int, dtype: str) -> None:

@@ -23,7 +23,7 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vector_unit,
     weights_stay_cached,
 )
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 
 _ALL: Final = 0
 """All row tiles: the tasks of a column tile of weights follow each other."""
@@ -32,7 +32,7 @@ _BLOCKS: Final = (1, 2, 4, 8, 16, _ALL)
 """Row tiles of a block among which a tuner may choose."""
 
 
-def linear(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def linear(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Give every task one register tile of sums, kept in registers over the whole of K.
 
     Tasks run over the columns first while the weights fit the cache, else over the rows first, so
@@ -52,8 +52,8 @@ def linear(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFu
         columns = tile_columns(sch, column, weight)
         extent = sch.get(row).extent
         rows = row_tile(extent, columns, unit, dtype, row_bytes)
-        rows = choices.pick(numbered("rows", index), row_tiles(extent), rows)
-        block = choices.pick(numbered("block", index), _BLOCKS, 1 if resident else _ALL)
+        rows = space.pick(numbered("rows", index), row_tiles(extent), rows)
+        block = space.pick(numbered("block", index), _BLOCKS, 1 if resident else _ALL)
         row_outer, row_inner = sch.split(row, [None, rows])
         column_outer, column_inner = sch.split(column, [None, columns])
         order = [row_outer, column_outer] if block == 1 else [column_outer, row_outer]
@@ -71,7 +71,7 @@ def linear(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFu
         else:
             *_, tile_row, tile_column, depth = sch.get_loops(sums)
             spilled = rows > unspilled_rows(columns, unit, dtype)
-            depth, tile_depth = unrolled_depth(sch, depth, choices, index, spilled=spilled)
+            depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
             sch.reorder(depth, tile_depth, tile_row, tile_column)
             unroll_tile(sch, sums, [tile_depth, tile_row, tile_column], depth)
         sch.unroll(row_inner)

@@ -14,7 +14,7 @@ from tvm.target import Target
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.kernels.matmul import ROW_SLACK, constant_factor, needs_slack
 from dcnv3_tvm.op.expr import static
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import vector_bits
 
 RESIDENT_WEIGHTS: Final = 512 * 1024
@@ -135,7 +135,7 @@ def numbered(name: str, index: int) -> str:
 
 
 def unrolled_depth(
-    sch: s_tir.Schedule, depth: LoopRV, choices: Choices, index: int = 0, *, spilled: bool = False
+    sch: s_tir.Schedule, depth: LoopRV, space: SearchSpace, index: int = 0, *, spilled: bool = False
 ) -> list[LoopRV]:
     """Split off the steps of a reduction loop that are unrolled: one, if a tuner wants no more.
 
@@ -144,7 +144,7 @@ def unrolled_depth(
     extent = static(sch.get(depth).extent) or 1
     fitting = [steps for steps in (1, 2, 4, 8) if extent % steps == 0]
     default = max(steps for steps in fitting if steps <= 4) if spilled else 1
-    steps = choices.pick(numbered("unroll", index), fitting, default)
+    steps = space.pick(numbered("unroll", index), fitting, default)
     split: list[LoopRV] = sch.split(depth, [None, steps])
     return split
 

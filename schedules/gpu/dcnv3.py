@@ -15,7 +15,7 @@ from dcnv3_tvm.op.sampling import vector_channels
 from dcnv3_tvm.op.tensorir import gathering, spec_of
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.threads import bind_blocks, divisors, unroll_all, vectorize_copy
-from dcnv3_tvm.schedules.space import ChoiceError, Choices
+from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
 
@@ -48,7 +48,7 @@ _PER_POINT: Final = {"pixels": 1, "weights": 3, "corners": 1, "coordinates": 1}
 _PER_GROUP: Final = {"gate": 0, "softmax_sum": 1, "softmax_exp": 1, "softmax_max": 1}
 
 
-def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Schedule the DCNv3 kernels of `dcnv3_tvm.op.tensorir`.
 
     A block takes a run of pixels and some of the groups; a thread takes one or two vectors of the
@@ -70,7 +70,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
         Any unscheduled function.
     target : tvm.target.Target
         The target.
-    choices : Choices
+    space : SearchSpace
         What to decide otherwise than by default.
 
     Returns
@@ -88,7 +88,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
     # Before the loops are tiled: bounds are lost where a cache is made of a part of an output.
     copy = sch.cache_write(store, 0, "local")
     sizes = [static(sch.get(loop).extent) for loop in sch.get_loops(store)[:3]]
-    tile = _choose(spec, sizes, choices)
+    tile = _choose(spec, sizes, space)
     partners = tile.work.partners
     thread, output = _share_out(sch, store, spec, tile)
     sch.reverse_compute_at(copy, output, preserve_unit_loops=True)
@@ -123,7 +123,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFun
         center = sch.get_sblock("center")
         _compute_at(sch, center, thread, 1)
         vectorize_copy(sch, center, vector)
-    return bound_registers(sch.mod["main"], target, choices)
+    return bound_registers(sch.mod["main"], target, space)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Tile:
     pixels: int
 
 
-def _choose(spec: DCNv3Spec, sizes: Sequence[int | None], choices: Choices) -> _Tile:
+def _choose(spec: DCNv3Spec, sizes: Sequence[int | None], space: SearchSpace) -> _Tile:
     """Choose a tile of an output of so many images, rows and columns; None is an open size."""
     images, rows, columns = sizes
     known = rows is not None and columns is not None
@@ -207,13 +207,13 @@ def _choose(spec: DCNv3Spec, sizes: Sequence[int | None], choices: Choices) -> _
     powers = [number for number in _PIXELS if number <= image]
     whole = divisors(image, _PIXELS[-1]) if known else []
 
-    work = works[choices.pick("thread", list(works), default)]
-    groups = choices.pick("groups", divisors(spec.group), groups)
-    pixels = choices.pick("pixels", [*powers, *whole], pixels)
+    work = works[space.pick("thread", list(works), default)]
+    groups = space.pick("groups", divisors(spec.group), groups)
+    pixels = space.pick("pixels", [*powers, *whole], pixels)
     if work.partners > 1 and (
         groups % work.groups or pixels % work.columns or not is_whole(pixels)
     ):
-        raise ChoiceError(
+        raise DecisionError(
             "partners need whole blocks",
             got=f"{groups} groups, {pixels} pixels of {image}",
             allowed=f"multiples of {work.groups} and {work.columns}, and no pixel absent",

@@ -17,7 +17,7 @@ from dcnv3_tvm.op.expr import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels, vector_elements
 from dcnv3_tvm.schedules.gpu.threads import bind_blocks, unroll_all
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import is_gpu
 
 _THREADS: Final = range(64, 513)
@@ -49,7 +49,7 @@ _UNROLLED_WINDOW: Final = 49
 """Beyond, the loops over the window stay loops."""
 
 
-def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Schedule depthwise convolutions of channels-last tensors.
 
     A block takes a tile of pixels and all channels, a thread a run of pixels of some vectors of
@@ -61,27 +61,27 @@ def depthwise(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pri
     tile = _tile(func)
     if tile is None:
         return None
-    pixels = choices.pick("run", _RUNS, tile.run)
+    pixels = space.pick("run", _RUNS, tile.run)
     sch = s_tir.Schedule(in_runs(func, pixels))
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
     normalized = len(sch.get_consumers(window)) > 1
     batch, line, pixel, channel = sch.get_loops(epilogue)
     lines, runs = tile.lines, tile.runs
     if tile.lanes <= WARP:
-        lines = choices.pick("lines", _SIDES, lines)
-        runs = choices.pick("runs", _SIDES, runs)
+        lines = space.pick("lines", _SIDES, lines)
+        runs = space.pick("runs", _SIDES, runs)
     slab, line = sch.split(line, [None, lines])
     part, pixel, run = sch.split(pixel, [None, runs, pixels])
     sch.reorder(batch, slab, part, line, pixel, run)
     bind_blocks(sch, [batch, slab], [part])
     sch.bind(line, "threadIdx.z")
     sch.bind(pixel, "threadIdx.y")
-    shared = Channels.of(choices, tile.lanes, tile.vector)
+    shared = Channels.of(space, tile.lanes, tile.vector)
     shared.store(sch, epilogue, channel, [run])
     if normalized:
         shared.normalize(sch, pixel)
     _sum_window(sch, shared, pixel)
-    return bound_registers(sch.mod["main"], target, choices)
+    return bound_registers(sch.mod["main"], target, space)
 
 
 def _sum_window(sch: s_tir.Schedule, shared: Channels, pixel: LoopRV) -> None:

@@ -11,17 +11,17 @@ from tvm.target import Target
 from dcnv3_tvm.schedules.blocks import plain_axes, reduces
 from dcnv3_tvm.schedules.gpu.elementwise import bind_elements, elementwise
 from dcnv3_tvm.schedules.gpu.reduction import reduction
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import is_gpu
 
 
-def fallback(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def fallback(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Bring all of a function into one kernel; where that fails, each block into its own.
 
     What is elementwise is computed where it is read. No block stays without threads, which could
     not run: one that resists is left to a single thread.
     """
-    del choices  # There is nothing to decide.
+    del space  # There is nothing to decide.
     if not is_gpu(target):
         return None
     for schedule in (_together, _apart):

@@ -30,7 +30,7 @@ from dcnv3_tvm.schedules.gpu.tiles import (
     vector_of,
     write_vectors,
 )
-from dcnv3_tvm.schedules.space import ChoiceError, Choices
+from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.targets import gpu_architecture, is_gpu
 
 _TILE: Final = 128
@@ -59,7 +59,7 @@ _QUAD: Final = 4
 """Elements of float32 in a vector."""
 
 
-def gemm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def gemm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Schedule the kernels of `dcnv3_tvm.kernels.gemm`.
 
     A block of threads computes a tile of the result. Step by step along the depth it copies the
@@ -76,7 +76,7 @@ def gemm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc
         Any unscheduled function.
     target : tvm.target.Target
         The target.
-    choices : Choices
+    space : SearchSpace
         What to decide otherwise than by default.
 
     Returns
@@ -88,10 +88,10 @@ def gemm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc
         return None
     sch = s_tir.Schedule(func)
     if str(func.params[1].dtype) == "float32":
-        _by_threads(sch, choices)
+        _by_threads(sch, space)
     else:
-        _on_tensor_cores(sch, func, target, choices)
-    return bound_registers(sch.mod["main"], target, choices)
+        _on_tensor_cores(sch, func, target, space)
+    return bound_registers(sch.mod["main"], target, space)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,14 +163,14 @@ def default_tile(rows: int | None, columns: int, depth: int, shared_bytes: int) 
     return tile
 
 
-def _picked(choices: Choices, tile: Tile, columns: int, depth: int) -> Tile:
+def _picked(space: SearchSpace, tile: Tile, columns: int, depth: int) -> Tile:
     """Return what was chosen instead of a default tile, of `columns` and `depth` fragments."""
 
     def pick(name: str, most: int, total: int | None = None) -> int:
         default: int = getattr(tile, name)
         powers = [1 << power for power in range(most.bit_length())]
         fitting = [number for number in powers if total is None or total % number == 0]
-        return choices.pick(name, fitting, default)
+        return space.pick(name, fitting, default)
 
     step = pick("depth", 4, depth)
     return Tile(
@@ -180,7 +180,7 @@ def _picked(choices: Choices, tile: Tile, columns: int, depth: int) -> Tile:
         columns=pick("columns", 8, columns),
         depth=step,
         # One step needs no second place.
-        stages=min(choices.pick("stages", (2, 3, 4), tile.stages), depth // step),
+        stages=min(space.pick("stages", (2, 3, 4), tile.stages), depth // step),
     )
 
 
@@ -209,7 +209,7 @@ def _warps(high: int, wide: int) -> tuple[int, int]:
 
 
 def _on_tensor_cores(
-    sch: s_tir.Schedule, func: tirx.PrimFunc, target: Target, choices: Choices
+    sch: s_tir.Schedule, func: tirx.PrimFunc, target: Target, space: SearchSpace
 ) -> None:
     dtype = str(func.params[1].dtype)
     operand, product = sch.get_sblock("operand"), sch.get_sblock("product")
@@ -222,9 +222,9 @@ def _on_tensor_cores(
     if vector_of(sch, operand) == 1 and default.rows % 2 == 0:
         # What is copied one by one needs registers for as many places.
         default = dataclasses.replace(default, rows=default.rows // 2)
-    tile = _picked(choices, default, wide // FRAGMENT, deep // FRAGMENT)
+    tile = _picked(space, default, wide // FRAGMENT, deep // FRAGMENT)
     if tile != default and tile.shared_bytes > shared_bytes:
-        raise ChoiceError(
+        raise DecisionError(
             "a block has too much shared memory",
             got=f"{tile.shared_bytes} bytes",
             allowed=f"up to {shared_bytes}",
@@ -294,7 +294,7 @@ def _by_vectors(depth: Any, column: Any) -> tuple[Any, ...]:
     return depth, column % (2 * _QUAD) // _QUAD, column // (2 * _QUAD), column % _QUAD
 
 
-def _by_threads(sch: s_tir.Schedule, choices: Choices) -> None:
+def _by_threads(sch: s_tir.Schedule, space: SearchSpace) -> None:
     """Give each of 16x16 threads a piece of up to 8x8 neighbouring sums."""
     operand, product = sch.get_sblock("operand"), sch.get_sblock("product")
     epilogue = sch.get_sblock("epilogue")
@@ -302,9 +302,9 @@ def _by_threads(sch: s_tir.Schedule, choices: Choices) -> None:
     extents = [static(sch.get(loop).extent) for loop in (row, column, depth)]
     high, wide = _piece(extents[0], extents[1] or _THREADS)
     steps = _largest((extents[2] or FRAGMENT) // _QUAD, 8)
-    high = choices.pick("rows", _PIECES, high)
-    wide = choices.pick("columns", _PIECES, wide)
-    steps = choices.pick("depth", _PIECES, steps)
+    high = space.pick("rows", _PIECES, high)
+    wide = space.pick("columns", _PIECES, wide)
+    steps = space.pick("depth", _PIECES, steps)
     row, i, rows = sch.split(row, [None, _THREADS, high])
     column, j, columns = sch.split(column, [None, _THREADS, wide])
     step, depth, k = sch.split(depth, [None, steps, _QUAD])

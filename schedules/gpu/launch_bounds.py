@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.target import Target
 
 from dcnv3_tvm.schedules.gpu.threads import block_threads, launches
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import gpu_architecture
 
 _MIN_BLOCKS: Final = "tirx.launch_bounds_min_blocks_per_sm"
@@ -21,7 +21,7 @@ _CANDIDATES: Final = (_OPEN, 1, 2, 3, 4, 6, 8, 12, 16)
 
 
 def bound_registers(
-    func: tirx.PrimFunc, target: Target, choices: Choices, default: int = _OPEN
+    func: tirx.PrimFunc, target: Target, space: SearchSpace, default: int = _OPEN
 ) -> tirx.PrimFunc:
     """Decide for how many blocks of a scheduled kernel a multiprocessor must have room.
 
@@ -34,12 +34,12 @@ def bound_registers(
         One kernel, its loops bound to threads.
     target : tvm.target.Target
         The GPU.
-    choices : Choices
+    space : SearchSpace
         What to decide otherwise than by default.
     default : int
         Blocks; 0 leaves it to ptxas.
     """
-    wanted = choices.pick("min_blocks", _CANDIDATES, default)
+    wanted = space.pick("min_blocks", _CANDIDATES, default)
     if wanted == _OPEN:
         return func
     (extents,) = launches(func)

@@ -17,7 +17,7 @@ from dcnv3_tvm.gpu import WARP
 from dcnv3_tvm.op.expr import KERNEL_ATTR, static
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, unroll_all, vectorize_copy
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import is_gpu
 
 LANES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -36,7 +36,7 @@ _MOST_ELEMENTS: Final = 128
 """Elements of a row that a thread can take: more would not fit its registers."""
 
 
-def layer_norm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Schedule LayerNorm over contiguous channels.
 
     A row is read once, in vectors. The threads that share it are neighbours in a warp, or some
@@ -56,15 +56,15 @@ def layer_norm(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.Pr
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, channel = sch.get_loops(epilogue)
-    rows = choices.pick("rows", _ROWS, max(1, _THREADS // lanes)) if lanes <= WARP else 1
+    rows = space.pick("rows", _ROWS, max(1, _THREADS // lanes)) if lanes <= WARP else 1
     block, row = sch.split(row, [None, rows])
     sch.bind(block, "blockIdx.x")
     sch.bind(row, "threadIdx.y")
-    shared = Channels.of(choices, lanes, vector)
+    shared = Channels.of(space, lanes, vector)
     shared.store(sch, epilogue, channel)
     shared.normalize(sch, row)
     _read(sch, shared, row)
-    return bound_registers(sch.mod["main"], target, choices)
+    return bound_registers(sch.mod["main"], target, space)
 
 
 def _read(sch: s_tir.Schedule, shared: Channels, row: LoopRV) -> None:
@@ -109,11 +109,11 @@ class Channels:
     scope: str
 
     @classmethod
-    def of(cls, choices: Choices, lanes: int, vector: int) -> Channels:
+    def of(cls, space: SearchSpace, lanes: int, vector: int) -> Channels:
         """Choose the threads of a row, by default `lanes`."""
         warp = lanes <= WARP
         candidates = [count for count in LANES if (count <= WARP) == warp]
-        return cls(choices.pick("lanes", candidates, lanes), vector, "local" if warp else "shared")
+        return cls(space.pick("lanes", candidates, lanes), vector, "local" if warp else "shared")
 
     def split(self, sch: s_tir.Schedule, channel: LoopRV, inside: Sequence[LoopRV] = ()) -> LoopRV:
         """Give a loop over the channels to threads, and return the loop of a thread's vectors.

@@ -24,7 +24,7 @@ from dcnv3_tvm.schedules.gpu.tiles import (
     vector_of,
     write_vectors,
 )
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import is_gpu
 
 _WARP_ROWS: Final = 2
@@ -39,7 +39,7 @@ _MIN_BLOCKS: Final = 2
 room for four, and to spill."""
 
 
-def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc | None:
+def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Schedule the kernels of `dcnv3_tvm.kernels.mlp`.
 
     A block takes up to 128 rows, which lie in shared memory, and goes through the hidden columns
@@ -54,7 +54,7 @@ def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc 
         Any unscheduled function.
     target : tvm.target.Target
         The target.
-    choices : Choices
+    space : SearchSpace
         What to decide otherwise than by default.
 
     Returns
@@ -71,10 +71,10 @@ def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc 
     row, column, depth = sch.get_loops(product)
     high = max(d for d in divisors(static(sch.get(row).extent) or ROWS, ROWS) if d % FRAGMENT == 0)
     fitting = [tall for tall in (4, _WARP_ROWS, 1) if high % (tall * FRAGMENT) == 0]
-    tall = choices.pick("rows", fitting, next(tall for tall in fitting if tall <= _WARP_ROWS))
+    tall = space.pick("rows", fitting, next(tall for tall in fitting if tall <= _WARP_ROWS))
     warps = high // (tall * FRAGMENT)
     slabs = (static(sch.get(depth).extent) or SLAB) // SLAB
-    stages = min(choices.pick("stages", (2, 3), _STAGES), slabs)
+    stages = min(space.pick("stages", (2, 3), _STAGES), slabs)
 
     row, warp, rows, i = sch.split(row, [None, warps, tall, FRAGMENT])
     columns, j = sch.split(column, [None, FRAGMENT])
@@ -119,7 +119,7 @@ def mlp(func: tirx.PrimFunc, target: Target, choices: Choices) -> tirx.PrimFunc 
         sch.annotate(step, "software_pipeline_stage", [0, last, last, last, 0, last])
         sch.annotate(step, "software_pipeline_order", [0, 2, 3, 4, 1, 5])
         sch.annotate(step, "software_pipeline_async_stages", [0])
-    return bound_registers(sch.mod["main"], target, choices, _MIN_BLOCKS)
+    return bound_registers(sch.mod["main"], target, space, _MIN_BLOCKS)
 
 
 def _weight(sch: s_tir.Schedule, product: SBlockRV, depth: LoopRV) -> tuple[SBlockRV, SBlockRV]:

@@ -13,7 +13,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.op.expr import static
-from dcnv3_tvm.schedules.space import ChoiceError
+from dcnv3_tvm.schedules.space import DecisionError
 
 VECTOR_BYTES: Final = gpu.ALIGNMENT
 """The widest access of a thread to memory."""
@@ -49,13 +49,13 @@ def check_launch(func: tirx.PrimFunc) -> None:
 
     Raises
     ------
-    ChoiceError
+    DecisionError
         If it does.
     """
     for extents in launches(func):
         threads = block_threads(extents)
         if threads > gpu.BLOCK_THREADS:
-            raise ChoiceError(
+            raise DecisionError(
                 "a block has too many threads", got=threads, allowed=f"up to {gpu.BLOCK_THREADS}"
             )
 

@@ -14,7 +14,7 @@ from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.gpu import dcnv3 as sampling
 from dcnv3_tvm.schedules.gpu import depthwise, tensorize
 from dcnv3_tvm.schedules.gpu import gemm as products
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from emulated_gpu.nvcc import COUNTING
@@ -227,7 +227,7 @@ def half(rng, *shape):
 @pytest.fixture(scope="module")
 def rule_traffic(gpu):
     """One kernel of each rule, with the bytes of its arguments."""
-    rng, choices = np.random.default_rng(7), Choices()
+    rng, space = np.random.default_rng(7), SearchSpace()
     floats = np.ones(64, "float32")
     spec = dataclasses.replace(
         DCNv3Spec.of((2, 14, 14, 64), group=4, dtype="float16"), softmax=True
@@ -236,13 +236,13 @@ def rule_traffic(gpu):
     functions = {
         "gemm": tensorize.tensorize(
             products.gemm(
-                gemm.linear((392,), 64, 128, epilogue=Epilogue(), dtype="float16"), TARGET, choices
+                gemm.linear((392,), 64, 128, epilogue=Epilogue(), dtype="float16"), TARGET, space
             )
         ),
         "layer_norm": layer_norm_kernel(
             layer_norm_kernel((2, 14, 14), 64, eps=1e-6, x_dtype="float16", out_dtype="float16"),
             TARGET,
-            choices,
+            space,
         ),
         "depthwise": depthwise.depthwise(
             depthwise_kernel(
@@ -257,9 +257,9 @@ def rule_traffic(gpu):
                 out_dtype="float16",
             ),
             TARGET,
-            choices,
+            space,
         ),
-        "dcnv3": sampling.dcnv3(tensorir.dcnv3_packed(spec), TARGET, choices),
+        "dcnv3": sampling.dcnv3(tensorir.dcnv3_packed(spec), TARGET, space),
     }
     weight = np.ones((3, 3, 64), "float32")
     inputs = {

@@ -16,7 +16,7 @@ from dcnv3_tvm.kernels.matmul import Epilogue
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
-from dcnv3_tvm.schedules.space import ChoiceError, Choices
+from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 
@@ -24,26 +24,26 @@ GPU = resolve_target("cuda-sm90")
 
 
 def test_defaults_and_what_was_given():
-    choices = Choices({"rows": 3})
-    assert choices.pick("rows", [1, 2, 3], 2) == 3
-    assert choices.pick("order", ["a", "b"], "b") == "b"
-    assert choices.space == {"rows": (2, 1, 3), "order": ("b", "a")}
-    choices.check_all_asked()
+    space = SearchSpace({"rows": 3})
+    assert space.pick("rows", [1, 2, 3], 2) == 3
+    assert space.pick("order", ["a", "b"], "b") == "b"
+    assert space.candidates == {"rows": (2, 1, 3), "order": ("b", "a")}
+    space.check_all_asked()
 
 
 def test_a_default_need_not_be_a_candidate():
-    choices = Choices()
-    assert choices.pick("rows", [4, 8], 5) == 5
-    assert choices.space == {"rows": (5, 4, 8)}
+    space = SearchSpace()
+    assert space.pick("rows", [4, 8], 5) == 5
+    assert space.candidates == {"rows": (5, 4, 8)}
 
 
 def test_values_that_cannot_be_are_refused():
-    with pytest.raises(ChoiceError, match=r"this rows; got 5; allowed: 2, 1, 3"):
-        Choices({"rows": 5}).pick("rows", [1, 2, 3], 2)
-    choices = Choices({"columns": 5})
-    choices.pick("rows", [1], 1)
-    with pytest.raises(ChoiceError, match=r"no such decision; got columns; allowed: rows"):
-        choices.check_all_asked()
+    with pytest.raises(DecisionError, match=r"this rows; got 5; allowed: 2, 1, 3"):
+        SearchSpace({"rows": 5}).pick("rows", [1, 2, 3], 2)
+    space = SearchSpace({"columns": 5})
+    space.pick("rows", [1], 1)
+    with pytest.raises(DecisionError, match=r"no such decision; got columns; allowed: rows"):
+        space.check_all_asked()
 
 
 SPEC = DCNv3Spec.of((2, 7, 9, 64), group=4, softmax=True)
@@ -128,7 +128,7 @@ def test_every_decision_of_a_gpus_schedule_computes_the_same(name, gpu, rng, ass
     space = schedules.schedule(func, GPU).space
     scheduled = {}
     for number, decisions in enumerate(some_decisions(space, 24, name)):
-        with contextlib.suppress(ChoiceError):
+        with contextlib.suppress(DecisionError):
             found = schedules.schedule(func, GPU, decisions)
             scheduled[f"kernel{number}"] = tensorize(found.function)
             if len(scheduled) == 5:
@@ -145,7 +145,7 @@ def test_a_schedule_with_too_many_threads_is_refused():
     space = schedules.schedule(func, GPU).space
     assert 128 in space["rows"]
     assert 32 in space["lanes"]
-    with pytest.raises(ChoiceError, match="too many threads; got 4096; allowed: up to 1024"):
+    with pytest.raises(DecisionError, match="too many threads; got 4096; allowed: up to 1024"):
         schedules.schedule(func, GPU, {"rows": 128, "lanes": 32})
 
 
@@ -153,13 +153,15 @@ def test_a_tile_that_does_not_fit_shared_memory_is_refused():
     small = resolve_target("cuda-sm86")
     func = gemm.linear((1024,), 256, 128, dtype="float16")
     large = {"warp_rows": 4, "rows": 4, "warp_columns": 1, "columns": 8, "depth": 4, "stages": 4}
-    with pytest.raises(ChoiceError, match=r"too much shared memory; got \d+ bytes; allowed: up to"):
+    with pytest.raises(
+        DecisionError, match=r"too much shared memory; got \d+ bytes; allowed: up to"
+    ):
         schedules.schedule(func, small, large)
 
 
 def test_decisions_for_another_rule_are_refused():
     func = CPU_KERNELS["layer_norm"]
-    with pytest.raises(ChoiceError, match="no such decision; got task"):
+    with pytest.raises(DecisionError, match="no such decision; got task"):
         schedules.schedule(func, resolve_target(), {"task": "row"})
 
 
@@ -168,5 +170,5 @@ def test_pixels_are_the_only_tasks_where_rows_are_too_few_for_the_cores():
     few = resolve_target("llvm -mcpu=znver4 -num-cores=2")
     many = resolve_target("llvm -mcpu=znver4 -num-cores=64")
     assert schedules.schedule(func, few, {"task": "row"}).space["task"] == ("row", "pixel")
-    with pytest.raises(ChoiceError, match="this task; got row; allowed: pixel"):
+    with pytest.raises(DecisionError, match="this task; got row; allowed: pixel"):
         schedules.schedule(func, many, {"task": "row"})

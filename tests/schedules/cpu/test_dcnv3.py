@@ -13,7 +13,7 @@ from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime import dlpack
 from dcnv3_tvm.schedules.cpu.dcnv3 import channel_tile, dcnv3
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.tolerances import operator_bound
@@ -36,7 +36,9 @@ def loops_of(func):
 
 def test_structure():
     spec = DCNv3Spec.of((2, 56, 50, 64), group=4, softmax=True)
-    loops = loops_of(dcnv3(tensorir.dcnv3_packed(spec), resolve_target("cpu-znver4"), Choices()))
+    loops = loops_of(
+        dcnv3(tensorir.dcnv3_packed(spec), resolve_target("cpu-znver4"), SearchSpace())
+    )
     outer = [("PARALLEL", 112), ("SERIAL", 50), ("SERIAL", 4)]
     unrolled = [("UNROLLED", 2), ("UNROLLED", 2)]
     for stage in ("coordinates", "corners", "pixels", "softmax_exp"):
@@ -51,15 +53,19 @@ def test_structure():
 
 def test_few_rows_share_out_pixels():
     target = resolve_target("llvm -mcpu=znver4 -num-cores=8")
-    few = loops_of(dcnv3(tensorir.dcnv3(DCNv3Spec.of((1, 7, 7, 64), group=4)), target, Choices()))
+    few = loops_of(
+        dcnv3(tensorir.dcnv3(DCNv3Spec.of((1, 7, 7, 64), group=4)), target, SearchSpace())
+    )
     assert few["store"][0] == ("PARALLEL", 49)
-    many = loops_of(dcnv3(tensorir.dcnv3(DCNv3Spec.of((1, 16, 7, 64), group=4)), target, Choices()))
+    many = loops_of(
+        dcnv3(tensorir.dcnv3(DCNv3Spec.of((1, 16, 7, 64), group=4)), target, SearchSpace())
+    )
     assert many["store"][:2] == [("PARALLEL", 16), ("SERIAL", 7)]
 
 
 def test_large_kernels_are_not_unrolled():
     spec = DCNv3Spec.of((1, 8, 8, 16), group=1, kernel_size=7, pad=3)
-    loops = loops_of(dcnv3(tensorir.dcnv3(spec), resolve_target("cpu-znver4"), Choices()))
+    loops = loops_of(dcnv3(tensorir.dcnv3(spec), resolve_target("cpu-znver4"), SearchSpace()))
     assert ("SERIAL", 49) in loops["sum_update"]
     assert loops["coordinates"][-1] == ("VECTORIZED", 49)
 
@@ -94,9 +100,11 @@ def test_other_functions_and_targets_are_left():
                 v = T.axis.S(8, i)
                 A[v] = T.float32(0)
 
-    assert dcnv3(other, resolve_target("auto"), Choices()) is None
+    assert dcnv3(other, resolve_target("auto"), SearchSpace()) is None
     kernel = tensorir.dcnv3(DCNv3Spec.of((1, 4, 4, 8), group=2))
-    assert dcnv3(kernel, tvm.target.Target({"kind": "cuda", "arch": "sm_90"}), Choices()) is None
+    assert (
+        dcnv3(kernel, tvm.target.Target({"kind": "cuda", "arch": "sm_90"}), SearchSpace()) is None
+    )
 
 
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
@@ -106,7 +114,7 @@ def test_results_where_nothing_divides(name, channels, symbolic):
     target = resolve_target(name)
     spec = DCNv3Spec.of((3, 13, 11, 3 * channels), group=3, softmax=True, stride=(1, 2))
     built = dataclasses.replace(spec, batch=None, height=None, width=None) if symbolic else spec
-    scheduled = dcnv3(tensorir.dcnv3(built), target, Choices())
+    scheduled = dcnv3(tensorir.dcnv3(built), target, SearchSpace())
     executable = tvm.compile(IRModule({"main": scheduled}), target=target)
     inputs = random_inputs(spec, seed=channels)
     out = np.full(spec.output_shape, np.nan, np.float32)
@@ -122,7 +130,7 @@ def test_other_types(name, dtype):
     target = resolve_target(name)
     spec = DCNv3Spec.of((1, 9, 7, 34), group=2, dtype=dtype)
     executable = tvm.compile(
-        IRModule({"main": dcnv3(tensorir.dcnv3(spec), target, Choices())}), target=target
+        IRModule({"main": dcnv3(tensorir.dcnv3(spec), target, SearchSpace())}), target=target
     )
     inputs = random_inputs(spec)
     arrays = (inputs.x, inputs.offset, inputs.mask)

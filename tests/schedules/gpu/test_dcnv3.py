@@ -12,7 +12,7 @@ from dcnv3_tvm.gpu import ALIGNMENT
 from dcnv3_tvm.kernels import gemm
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
-from dcnv3_tvm.schedules.space import ChoiceError, Choices
+from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from helpers import operator
@@ -22,10 +22,10 @@ from helpers.specs import Inputs, random_inputs, specs
 TARGET = resolve_target("cuda-sm90")
 
 
-def run(gpu, kernel, spec, inputs, packed=False, gate=None, choices=None):
+def run(gpu, kernel, spec, inputs, packed=False, gate=None, space=None):
     arrays = operator.arguments(spec, inputs, packed, gate)
     outputs = [(operator.output_shape(spec, inputs), spec.dtype)]
-    (result,) = gpu.run(dcnv3(kernel, TARGET, choices or Choices()), TARGET, arrays, outputs)
+    (result,) = gpu.run(dcnv3(kernel, TARGET, space or SearchSpace()), TARGET, arrays, outputs)
     return result
 
 
@@ -55,7 +55,7 @@ def test_random_problems(run_together, dtype, data):
         kernel = tensorir.dcnv3_packed(spec) if packed else tensorir.dcnv3(spec)
         inputs = random_inputs(spec, seed=seed)
         problems[f"problem{seed}"] = (
-            dcnv3(kernel, TARGET, Choices()),
+            dcnv3(kernel, TARGET, SearchSpace()),
             operator.arguments(spec, inputs, packed),
             (operator.output_shape(spec, inputs), dtype),
             (spec, inputs),
@@ -115,30 +115,30 @@ def test_partners(gpu, shape, group, block, options, dtype):
     packed = "softmax" not in options
     spec = dataclasses.replace(spec, softmax=packed)
     groups, pixels = block
-    choices = Choices({"thread": "partners", "groups": groups, "pixels": pixels})
+    space = SearchSpace({"thread": "partners", "groups": groups, "pixels": pixels})
     known = dataclasses.replace(spec, batch=spec.batch or 2)
     inputs = random_inputs(known, seed=8)
     blended = known.output_size == (known.height, known.width) and packed
     gate = gate_for(known, inputs) if blended else None
     kernel = tensorir.dcnv3_packed(spec, center_feature=blended) if packed else tensorir.dcnv3(spec)
-    check(run(gpu, kernel, known, inputs, packed, gate, choices), known, inputs, gate)
-    scheduled = dcnv3(kernel, TARGET, Choices(choices.given))
+    check(run(gpu, kernel, known, inputs, packed, gate, space), known, inputs, gate)
+    scheduled = dcnv3(kernel, TARGET, SearchSpace(space.given))
     assert 'scope="warp"' in scheduled.script()
 
 
 def test_partners_without_whole_blocks_are_refused():
     spec = DCNv3Spec.of((1, 5, 7, 64), group=4, dtype="float16")
     for block in ({"groups": 1, "pixels": 1}, {"groups": 4, "pixels": 2}):
-        with pytest.raises(ChoiceError, match="partners need whole blocks"):
-            dcnv3(tensorir.dcnv3(spec), TARGET, Choices({"thread": "partners"} | block))
+        with pytest.raises(DecisionError, match="partners need whole blocks"):
+            dcnv3(tensorir.dcnv3(spec), TARGET, SearchSpace({"thread": "partners"} | block))
 
 
 def test_large_problems_get_partners():
     spec = DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16")
     for batch, thread in ((64, "partners"), (1, "vector")):
-        choices = Choices()
-        dcnv3(tensorir.dcnv3(dataclasses.replace(spec, batch=batch)), TARGET, choices)
-        assert choices.space["thread"][0] == thread
+        space = SearchSpace()
+        dcnv3(tensorir.dcnv3(dataclasses.replace(spec, batch=batch)), TARGET, space)
+        assert space.candidates["thread"][0] == thread
 
 
 def test_any_batch(gpu):
@@ -165,7 +165,7 @@ def test_any_size(gpu, given, options, dtype):
     spec = dataclasses.replace(
         DCNv3Spec.of((*given, 64), group=4, dtype=dtype, **options), softmax=True
     )
-    scheduled = dcnv3(tensorir.dcnv3_packed(spec), TARGET, Choices())
+    scheduled = dcnv3(tensorir.dcnv3_packed(spec), TARGET, SearchSpace())
     functions, cases, problems = {}, {}, {}
     for number, sizes in enumerate([(3, 5, 37), (1, 1, 9), (2, 4, 1), (1, 1, 1)]):
         known = (size or other for size, other in zip(given, sizes, strict=True))
@@ -182,22 +182,22 @@ def test_any_size(gpu, given, options, dtype):
 
 def test_one_launch_and_vectors():
     spec = DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16")
-    text = dcnv3(tensorir.dcnv3(spec), TARGET, Choices()).script()
+    text = dcnv3(tensorir.dcnv3(spec), TARGET, SearchSpace()).script()
     assert text.count('"blockIdx.x"') == 1
     assert "T.vectorized(T.int64(8))" in text
 
 
 def test_open_sizes_are_gathered_in_vectors():
     spec = DCNv3Spec.of((None, None, None, 64), group=4, dtype="float16")
-    text = dcnv3(tensorir.dcnv3(spec), TARGET, Choices()).script()
+    text = dcnv3(tensorir.dcnv3(spec), TARGET, SearchSpace()).script()
     assert (text.count('"blockIdx.x"'), text.count('"blockIdx.y"')) == (1, 1)
     assert "T.vectorized(T.int64(8))" in text
 
 
 def test_others_are_refused():
     kernel = tensorir.dcnv3(DCNv3Spec.of((1, 4, 4, 8), group=2))
-    assert dcnv3(kernel, resolve_target("cpu"), Choices()) is None
-    assert dcnv3(gemm.linear((8,), 16, 16, dtype="float16"), TARGET, Choices()) is None
+    assert dcnv3(kernel, resolve_target("cpu"), SearchSpace()) is None
+    assert dcnv3(gemm.linear((8,), 16, 16, dtype="float16"), TARGET, SearchSpace()) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -217,7 +217,7 @@ def test_nothing_outside_is_read(gpu, dtype):
 def test_copies_in_registers_are_aligned_for_vectors(dtype):
     spec = dataclasses.replace(DCNv3Spec.of((64, 56, 56, 64), group=4, dtype=dtype), softmax=True)
     for kernel in (tensorir.dcnv3_packed(spec), tensorir.dcnv3(spec)):
-        scheduled = s_tir.Schedule(dcnv3(kernel, TARGET, Choices()))
+        scheduled = s_tir.Schedule(dcnv3(kernel, TARGET, SearchSpace()))
         buffers = scheduled.get(scheduled.get_sblock("root")).alloc_buffers
         assert {buffer.name for buffer in buffers} >= {"Out_local", "patch_local"}
         assert all(buffer.data_alignment % ALIGNMENT == 0 for buffer in buffers)

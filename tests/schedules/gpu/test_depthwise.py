@@ -6,7 +6,7 @@ from tvm import tirx
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
 
@@ -56,7 +56,7 @@ def check(
     normal = layers.layer_norm(sums, gamma, beta, 1e-6) if normalized else sums
     arrays = [x, weight, bias, *([gamma, beta] if normalized else [])]
     dtype = types.get("out_dtype", "float32")
-    scheduled = depthwise(func, TARGET, Choices())
+    scheduled = depthwise(func, TARGET, SearchSpace())
     (result,) = gpu.run(scheduled, TARGET, arrays, [(sums.shape, dtype)])
     assert_close(result.astype("float64"), layers.activation(activation, normal), dtype)
 
@@ -149,7 +149,7 @@ def test_everything_stays_in_registers_and_moves_in_vectors(cuda_code):
         x_dtype="float16",
         out_dtype="float16",
     )
-    code = cuda_code(depthwise(func, TARGET, Choices()), TARGET)
+    code = cuda_code(depthwise(func, TARGET, SearchSpace()), TARGET)
     assert "__shared__" not in code
     assert "__shfl_down_sync" in code
     # Four pixels of a row see six, in three rows.
@@ -164,7 +164,7 @@ def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, p
     func = depthwise_kernel(
         1, pixels, pixels, 4096, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6
     )
-    code = cuda_code(depthwise(func, TARGET, Choices()), TARGET)
+    code = cuda_code(depthwise(func, TARGET, SearchSpace()), TARGET)
     for name in ("total", "square"):
         stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
         assert "__syncthreads();" in stored
@@ -175,7 +175,7 @@ def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, p
 
 def test_what_does_not_fit_registers_and_other_kernels_are_refused():
     options = {"kernel_size": (3, 3), "pad": (1, 1), "bias": True}
-    assert depthwise(depthwise_kernel(1, 4, 4, 65536, **options), TARGET, Choices()) is None
-    assert depthwise(layer_norm_kernel((3,), 16, eps=1e-6), TARGET, Choices()) is None
+    assert depthwise(depthwise_kernel(1, 4, 4, 65536, **options), TARGET, SearchSpace()) is None
+    assert depthwise(layer_norm_kernel((3,), 16, eps=1e-6), TARGET, SearchSpace()) is None
     kernel = depthwise_kernel(1, 4, 4, 8, **options)
-    assert depthwise(kernel, resolve_target("cpu-znver4"), Choices()) is None
+    assert depthwise(kernel, resolve_target("cpu-znver4"), SearchSpace()) is None

@@ -10,7 +10,7 @@ from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
 from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.schedules.gpu.fallback import fallback
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
 
@@ -255,7 +255,7 @@ def test_transposes_go_through_shared_memory(codes):
 def test_layer_norm(cuda_code, gpu, rng, assert_close, channels):
     x = rng.standard_normal((3, channels)).astype("float32")
     gamma, beta = (rng.standard_normal(channels).astype("float32") for _ in range(2))
-    func = fallback(layer_norm_kernel((3,), channels, eps=1e-6), TARGET, Choices())
+    func = fallback(layer_norm_kernel((3,), channels, eps=1e-6), TARGET, SearchSpace())
     result = run_kernel(gpu, func, [x, gamma, beta], x.shape)
     assert_close(result, layers.layer_norm(x, gamma, beta, 1e-6))
     code = cuda_code(func, TARGET)
@@ -271,7 +271,7 @@ def test_depthwise(gpu, rng, assert_close, normalized):
     options = {"kernel_size": (3, 3), "pad": (1, 1), "norm_eps": 1e-6 if normalized else None}
     func = depthwise_kernel(1, 4, 5, 24, bias=True, **options)
     given = [x, weight, zero, *([one, zero] if normalized else [])]
-    func = fallback(func, TARGET, Choices())
+    func = fallback(func, TARGET, SearchSpace())
     result = run_kernel(gpu, func, given, x.shape)
     sums = layers.depthwise(x, weight, stride=(1, 1), pad=(1, 1))
     assert_close(result, layers.layer_norm(sums, one, zero, 1e-6) if normalized else sums)
@@ -287,7 +287,7 @@ def test_blocks_of_any_kind_get_threads(cuda_code, gpu):
             for i in range(7):
                 out[i + 1] = out[i] + x[i + 1]
 
-    func = fallback(scan, TARGET, Choices())
+    func = fallback(scan, TARGET, SearchSpace())
     result = run_kernel(gpu, func, [np.ones(8, "float32")], (8,))
     np.testing.assert_array_equal(result, np.arange(1, 9))
     assert kernels(cuda_code(func, TARGET)) == 1
@@ -307,7 +307,7 @@ def test_several_results_are_several_kernels(cuda_code, gpu):
                     b[vi] = T.float32(0)
                 b[vi] = b[vi] + a[vi, vj]
 
-    func = fallback(both, TARGET, Choices())
+    func = fallback(both, TARGET, SearchSpace())
     outputs = [((8, 9), "float32"), ((8,), "float32")]
     doubled, sums = gpu.run(func, TARGET, [np.ones((8, 9), "float32")], outputs)
     np.testing.assert_array_equal(doubled, 2)
@@ -318,4 +318,4 @@ def test_several_results_are_several_kernels(cuda_code, gpu):
 def test_cpus_are_left_to_their_own():
     module = legalized(*CASES["add"][::2])
     func = next(f for f in module.functions.values() if isinstance(f, tirx.PrimFunc))
-    assert fallback(func, resolve_target("cpu-znver4"), Choices()) is None
+    assert fallback(func, resolve_target("cpu-znver4"), SearchSpace()) is None

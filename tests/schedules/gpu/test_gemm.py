@@ -7,7 +7,7 @@ from dcnv3_tvm.kernels.layer_norm import layer_norm
 from dcnv3_tvm.kernels.matmul import Epilogue
 from dcnv3_tvm.schedules.gpu.gemm import default_tile, gemm
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
 
@@ -18,7 +18,7 @@ RESIDUAL = Epilogue(bias=True, residual=True)
 
 
 def run(gpu, kernel, inputs, shape, dtype):
-    scheduled = tensorize(gemm(kernel, TARGET, Choices()))
+    scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
     (result,) = gpu.run(scheduled, TARGET, inputs, [(shape, dtype)])
     return result
 
@@ -52,7 +52,7 @@ def test_linear(run_together, assert_close, dtype, rng):
         name = "_".join(map(str, ("linear", *lead, inputs, outputs)))
         product = x.astype(np.float64) @ weight.astype(np.float64).T
         truth = layers.finish(epilogue, product, bias, residual)
-        scheduled = tensorize(gemm(kernel, TARGET, Choices()))
+        scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
         problems[name] = (scheduled, arrays, (truth.shape, dtype), truth)
     for name, result, truth in run_together(TARGET, problems):
         assert_close(result, truth, dtype, name)
@@ -141,5 +141,5 @@ def test_a_small_problem_is_cut_into_more_tiles():
 
 def test_others_are_refused():
     product = kernels.linear((8,), 16, 16, dtype="float16")
-    assert gemm(product, resolve_target("cpu"), Choices()) is None
-    assert gemm(layer_norm((8,), 16, eps=1e-6), TARGET, Choices()) is None
+    assert gemm(product, resolve_target("cpu"), SearchSpace()) is None
+    assert gemm(layer_norm((8,), 16, eps=1e-6), TARGET, SearchSpace()) is None

@@ -5,7 +5,7 @@ from tvm import tirx
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
 from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
 
@@ -24,7 +24,7 @@ def random(rng, shape, dtype="float32"):
 
 
 def run(gpu, func, inputs, shape, dtype):
-    (result,) = gpu.run(layer_norm(func, TARGET, Choices()), TARGET, inputs, [(shape, dtype)])
+    (result,) = gpu.run(layer_norm(func, TARGET, SearchSpace()), TARGET, inputs, [(shape, dtype)])
     return result
 
 
@@ -91,7 +91,7 @@ def test_a_mean_far_from_zero_costs_no_accuracy(gpu, rng):
 def test_a_row_is_read_and_written_once_in_vectors(cuda_code):
     types = {"x_dtype": "float16", "out_dtype": "float16"}
     func = layer_norm_kernel((64, 49), 320, eps=1e-6, activation="gelu", **types)
-    code = cuda_code(layer_norm(func, TARGET, Choices()), TARGET)
+    code = cuda_code(layer_norm(func, TARGET, SearchSpace()), TARGET)
     # 40 vectors of 8 for 8 threads.
     assert code.count("(x_ptr +") == code.count("(out_ptr +") == 40 // 8
     assert all("uint4" in line for line in code.splitlines() if "out_ptr +" in line)
@@ -104,7 +104,7 @@ def test_a_row_is_read_and_written_once_in_vectors(cuda_code):
 @pytest.mark.parametrize(("channels", "warp"), [(64, True), (2560, True), (6144, False)])
 def test_sums_over_threads(cuda_code, channels, warp):
     func = layer_norm_kernel((64, 49), channels, eps=1e-6, x_dtype="float16")
-    code = cuda_code(layer_norm(func, TARGET, Choices()), TARGET)
+    code = cuda_code(layer_norm(func, TARGET, SearchSpace()), TARGET)
     assert "__shfl_down_sync" in code
     assert ("__syncthreads" not in code) == warp
     assert ("__shared__" not in code) == warp
@@ -113,7 +113,7 @@ def test_sums_over_threads(cuda_code, channels, warp):
 @pytest.mark.parametrize("channels", [4096, 6144])
 def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, channels):
     func = layer_norm_kernel((64, 49), channels, eps=1e-6, x_dtype="float16")
-    code = cuda_code(layer_norm(func, TARGET, Choices()), TARGET)
+    code = cuda_code(layer_norm(func, TARGET, SearchSpace()), TARGET)
     for name in ("total", "square"):
         stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
         assert "__syncthreads();" in stored
@@ -123,8 +123,8 @@ def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, c
 
 
 def test_what_does_not_fit_registers_and_other_kernels_are_refused():
-    assert layer_norm(layer_norm_kernel((3,), 16 * 12289, eps=1e-6), TARGET, Choices()) is None
+    assert layer_norm(layer_norm_kernel((3,), 16 * 12289, eps=1e-6), TARGET, SearchSpace()) is None
     kernel = depthwise_kernel(1, 4, 4, 8, kernel_size=(3, 3), pad=(1, 1), bias=True)
-    assert layer_norm(kernel, TARGET, Choices()) is None
+    assert layer_norm(kernel, TARGET, SearchSpace()) is None
     kernel = layer_norm_kernel((3,), 16, eps=1e-6)
-    assert layer_norm(kernel, resolve_target("cpu-znver4"), Choices()) is None
+    assert layer_norm(kernel, resolve_target("cpu-znver4"), SearchSpace()) is None

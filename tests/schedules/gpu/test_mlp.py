@@ -10,7 +10,7 @@ from dcnv3_tvm.kernels import mlp as kernels
 from dcnv3_tvm.kernels.matmul import Epilogue
 from dcnv3_tvm.schedules.gpu.mlp import mlp
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
 
@@ -40,7 +40,7 @@ def arguments(rng, lead, sizes, residual, dtypes):
 
 
 def run(gpu, kernel, inputs, shape, dtype, **decisions):
-    scheduled = tensorize(mlp(kernel, TARGET, Choices(decisions)))
+    scheduled = tensorize(mlp(kernel, TARGET, SearchSpace(decisions)))
     (result,) = gpu.run(scheduled, TARGET, inputs, [(shape, dtype)])
     return result
 
@@ -63,7 +63,7 @@ def test_results(run_together, assert_close, dtype, rng):
         kernel = kernels.mlp(lead, *sizes, activation="gelu", residual=residual, dtype=dtype)
         inputs, expected = arguments(rng, lead, sizes, residual, (dtype,) * 3)
         name = "_".join(map(str, ("mlp", *lead, *sizes)))
-        scheduled = tensorize(mlp(kernel, TARGET, Choices()))
+        scheduled = tensorize(mlp(kernel, TARGET, SearchSpace()))
         problems[name] = (scheduled, inputs, (expected.shape, dtype), expected)
     for name, result, expected in run_together(TARGET, problems):
         assert_close(result, expected, dtype, name)
@@ -110,8 +110,8 @@ def test_what_one_kernel_pays_for():
 
 def test_others_are_refused():
     product = gemm.linear((8,), 16, 16, dtype="float16")
-    assert mlp(product, TARGET, Choices()) is None
+    assert mlp(product, TARGET, SearchSpace()) is None
     both = kernels.mlp((8,), 16, 64, 16, activation="gelu", residual=False, dtype="float16")
-    assert mlp(both, resolve_target("cpu"), Choices()) is None
+    assert mlp(both, resolve_target("cpu"), SearchSpace()) is None
     with pytest.raises(InvalidArgumentError, match="a multiple of 32"):
         kernels.mlp((8,), 16, 40, 16, activation="gelu", residual=False, dtype="float16")

@@ -13,7 +13,7 @@ import tvm
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.variant_kernels import variant_kernels
 from dcnv3_tvm.schedules import rules_for, schedule_module
-from dcnv3_tvm.schedules.space import Choices
+from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.tolerances import LAYER
 from helpers.guarded import GuardedOutput
@@ -76,6 +76,6 @@ def test_every_kernel_has_its_rule(variant, dtype):
         taken = next(
             rule.__name__
             for rule in rules_for(TARGET)
-            if rule(kernel.function, TARGET, Choices()) is not None
+            if rule(kernel.function, TARGET, SearchSpace()) is not None
         )
         assert taken == kernel.rule, kernel.name
