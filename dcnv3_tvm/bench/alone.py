@@ -19,14 +19,10 @@ import numpy as np
 
 from dcnv3_tvm.bench import sessions
 from dcnv3_tvm.bench.contestants import OURS
-from dcnv3_tvm.bench.measure import Plan, measure
 from dcnv3_tvm.errors import DCNv3Error
 
 _STATUS: Final = Path("/proc/self/status")
 _WATCHED: Final = ("torch", "tvm")
-
-PRODUCT_SIZE: Final = 512
-"""Rows and columns of the matrices that PyTorch multiplies between two calls of a model."""
 
 
 class AloneError(DCNv3Error):
@@ -145,44 +141,8 @@ def _peak() -> int:
     raise AloneError(f"{_STATUS} does not tell the peak memory", hint="This needs Linux.")
 
 
-def beside_torch(task: Task) -> dict[str, Any]:
-    """Time a model's calls alone, and each behind an operation of PyTorch, in turns.
-
-    PyTorch is imported first, as by who preprocesses with it. So are its own operations timed:
-    alone, and each behind a call of the model.
-
-    Returns
-    -------
-    dict of str to list of list of float
-        Seconds of the counted calls, by burst.
-    """
-    import torch
-
-    torch.set_num_threads(task.threads)
-    session = _session(task, _inputs(task))
-    matrix = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
-
-    def product() -> Any:
-        return matrix @ matrix
-
-    result = session.call()
-    timings = measure(
-        {
-            "alone": session.call,
-            "beside": session.call,
-            "product_alone": product,
-            "product_beside": product,
-        },
-        Plan(**task.settings["plan"]),
-        before={"beside": product, "product_beside": session.call},
-    )
-    np.savez(task.outputs, *session.outputs(result))
-    return {name: timing.bursts for name, timing in timings.items()}
-
-
 TASKS: Final[dict[str, Callable[[Task], dict[str, Any]]]] = {
     "peak_memory": peak_memory,
-    "beside_torch": beside_torch,
 }
 """What a process can be asked for, by name."""
 

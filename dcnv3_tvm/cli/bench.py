@@ -64,7 +64,7 @@ class _Kind:
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Measure, write the files, and show the table."""
-    for name in ("batch", "threads", "rounds", "trials", "blocks"):
+    for name in ("batch", "threads", "rounds"):
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
             raise InvalidArgumentError(f"--{name} is out of range", got=value, allowed="1 or more")
@@ -136,15 +136,6 @@ def _memory(
     return measure_memory(case, against=peers, threads=threads, on_step=on_step)
 
 
-def _beside_torch(
-    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
-) -> Listing[Any]:
-    case = _case(arguments)
-    with _requirements():
-        from dcnv3_tvm.bench.beside_torch import measure_beside_torch
-    return measure_beside_torch(case, threads=threads, rounds=arguments.rounds, on_step=on_step)
-
-
 def _floor(
     arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]
 ) -> Listing[Any]:
@@ -155,14 +146,6 @@ def _floor(
     return list_floors(case, device_model(arguments.device_model), on_step=on_step)
 
 
-def _trials(
-    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
-) -> Listing[Any]:
-    from dcnv3_tvm.tuning.rate import list_rates
-
-    return list_rates(arguments.trials, threads=threads, on_step=on_step)
-
-
 def _gpu_accuracy(
     arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]
 ) -> Listing[Any]:
@@ -170,17 +153,6 @@ def _gpu_accuracy(
     with _requirements():
         from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
     return list_accuracy(case, arguments.target, seed=arguments.seed, on_step=on_step)
-
-
-def _gpu_traffic(
-    arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]
-) -> Listing[Any]:
-    case = _case(arguments)
-    with _requirements():
-        from dcnv3_tvm.bench.device_models import device_model
-        from dcnv3_tvm.bench.gpu_traffic import list_traffic
-    device = device_model(arguments.device_model)
-    return list_traffic(case, device, most_blocks=arguments.blocks, on_step=on_step)
 
 
 def _gpu(arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]) -> GpuRun:
@@ -299,16 +271,6 @@ _KINDS: Final = {
         (declare.add_common, declare.add_features, declare.add_dtype, declare.add_against),
         _memory,
     ),
-    "beside-torch": _Kind(
-        "a compiled encoder behind operations of PyTorch in the same process, in several settings",
-        (declare.add_common, declare.add_features, declare.add_dtype, declare.add_rounds),
-        _beside_torch,
-    ),
-    "trials": _Kind(
-        "how many schedules a minute `tune` tries, beside TVM's own builder and runner",
-        (declare.add_trials,),
-        _trials,
-    ),
     "floor": _Kind(
         "what every kernel of an encoder takes on a GPU at least, computed without one",
         (declare.add_model, declare.add_features, declare.add_device_model, declare.add_csv),
@@ -318,17 +280,6 @@ _KINDS: Final = {
         "an encoder compiled for a GPU, on one that the processor emulates, against float64",
         (declare.add_model, declare.add_features, declare.add_accuracy, declare.add_csv),
         _gpu_accuracy,
-    ),
-    "gpu-traffic": _Kind(
-        "what every kernel of an encoder moves through a GPU's memory, on one that is emulated",
-        (
-            declare.add_model,
-            declare.add_features,
-            declare.add_device_model,
-            declare.add_blocks,
-            declare.add_csv,
-        ),
-        _gpu_traffic,
     ),
     "gpu": _Kind(
         "operator and encoders on this machine's GPU, beside PyTorch and the published extensions",

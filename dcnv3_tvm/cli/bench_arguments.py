@@ -124,25 +124,6 @@ def add_device_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_blocks(parser: argparse.ArgumentParser) -> None:
-    """Declare how much of a kernel is run."""
-    parser.add_argument(
-        "--blocks",
-        type=int,
-        default=16,
-        metavar="N",
-        help="of each kernel, that stand for all (default: %(default)s)",
-    )
-
-
-def add_trials(parser: argparse.ArgumentParser) -> None:
-    """Declare how many schedules are tried."""
-    parser.add_argument(
-        "--trials", type=int, default=64, metavar="N", help="schedules (default: %(default)s)"
-    )
-    add_csv(parser)
-
-
 def add_accuracy(parser: argparse.ArgumentParser) -> None:
     """Declare a GPU that need not be there, type and seed."""
     _add_gpu_dtype(parser)

@@ -1,4 +1,4 @@
-"""Contestants in processes of their own: memory, and calls beside PyTorch."""
+"""Contestants in processes of their own."""
 
 import json
 import os
@@ -6,9 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from dcnv3_tvm.bench import beside_torch
 from dcnv3_tvm.bench.alone import AloneError, Task, run_alone
-from dcnv3_tvm.bench.beside_torch import BesideRow
 from dcnv3_tvm.bench.contestants import OURS
 from dcnv3_tvm.bench.memory import MemoryListing, MemoryRow
 from dcnv3_tvm.bench.provenance import Provenance
@@ -44,16 +42,6 @@ def test_peak_memory_is_of_a_process_without_compiler(toy):
         np.testing.assert_array_equal(file["arr_0"], truth)
 
 
-def test_calls_beside_torch(toy):
-    plan = {"rounds": 2, "calls": 3, "dropped": 1, "pause": 0.0}
-    bursts = run_alone(toy[0]("beside_torch", plan=plan))
-    row = BesideRow.of("x", bursts)
-    assert {len(found) for found in bursts.values()} == {2}
-    # The product that stands before a call is not part of its time: it is two hundred times that.
-    assert row.beside < 0.5 * row.product_alone
-    assert 0 < row.lowest_speed <= row.speed
-
-
 def test_a_failing_process_says_why(toy):
     task = toy[0]("peak_memory", calls=1)
     gone = Task(**{**vars(task), "model": os.devnull})
@@ -68,18 +56,6 @@ def test_environment_of_a_process(toy, monkeypatch):
     with pytest.raises(AloneError, match="failed in a process of its own"):
         run_alone(task)
     assert run_alone(task, {"PYTHONHOME": ""})["bytes"]
-
-
-def test_speed_beside_torch():
-    bursts = {
-        "alone": [[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]],
-        "beside": [[2.0, 2.0], [2.5, 2.5], [1.25, 1.25]],
-        "product_alone": [[0.1]],
-        "product_beside": [[0.2]],
-    }
-    row = BesideRow.of("x", bursts)
-    assert (row.alone, row.beside, row.product_beside) == (1.0, 2.0, 0.2)
-    assert (row.speed, row.lowest_speed) == (0.8, 0.5)
 
 
 def test_wrong_outputs_are_told_beside_the_memory():
@@ -112,13 +88,3 @@ def test_memory_of_an_encoder(capsys):
     assert peaks["torch"] == max(peaks.values()) > 150e6
     # Neither holds PyTorch.
     assert max(peaks[OURS], peaks["onnxruntime"]) < 120e6
-
-
-@pytest.mark.slow
-def test_an_encoder_beside_torch(capsys, monkeypatch):
-    monkeypatch.setattr(beside_torch, "SETTINGS", ({}, {"OMP_WAIT_POLICY": "PASSIVE"}))
-    assert main(["bench", "beside-torch", *TINY, "--rounds", "1"]) == 0
-    shown = capsys.readouterr().out
-    assert "OMP_WAIT_POLICY=PASSIVE" in shown
-    assert "defaults" in shown
-    assert shown.count("%") == 4

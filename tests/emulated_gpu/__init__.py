@@ -13,7 +13,6 @@ speed, but can count what kernels move through memory: `EmulatedGpu.traffic`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import subprocess
@@ -27,8 +26,6 @@ from typing import Any, Final, TypeVar
 import numpy.typing as npt
 
 from dcnv3_tvm.environment import CUDA_HOME
-from emulated_gpu.nvcc import COUNTING
-from emulated_gpu.traffic import Traffic, traffic_of
 
 Array = npt.NDArray[Any]
 Output = tuple[tuple[int, ...], str]
@@ -40,11 +37,6 @@ _HERE: Final = Path(__file__).parent
 _DRIVER, _RUNTIME = "libcuda.so.1", "libcudart.so.13"
 _ARCH, _BACKWARDS = "FAKE_SM", "FAKE_BACKWARDS"
 """What the driver reads from the environment: the architecture, and the order of threads."""
-
-_BLOCKS, _MEMORY = "FAKE_BLOCKS", "FAKE_BYTES"
-"""Also: how many blocks of a launch are run at most, and the size of the memory."""
-
-_MOST_MEMORY: Final = 1 << 38
 
 
 def install(folder: Path) -> dict[str, str]:
@@ -171,40 +163,6 @@ class EmulatedGpu:
             first, second = self.call(_run_kernels, library, cases)
         return {name: _same(first[name], second[name]) for name in first}
 
-    def traffic(
-        self,
-        functions: Mapping[str, Any],
-        target: Any,
-        arguments: Mapping[str, tuple[Sequence[Array], Sequence[Output]]],
-        *,
-        most_blocks: int,
-    ) -> dict[str, Traffic]:
-        """Count what kernels, compiled together, move through memory.
-
-        Parameters
-        ----------
-        functions, target, arguments
-            As for `run_all`. Inputs matter where addresses depend on them.
-        most_blocks : int
-            Of a launch, so many are run at most, spread over its grid, and stand for all. Outputs
-            are incomplete then, and none are returned.
-
-        Returns
-        -------
-        dict of str to Traffic
-            Of each kernel, in one call.
-
-        Raises
-        ------
-        RuntimeError
-            If the kernel does what a GPU would not do, as far as a single order of threads shows.
-        """
-        with _set({COUNTING: "1"}), self._compiled(_module(functions), target) as library:
-            return {
-                name: self.call(_count, library, name, list(inputs), list(made), most_blocks)
-                for name, (inputs, made) in arguments.items()
-            }
-
     def run_module(self, module: Any, target: Any, inputs: Sequence[Array]) -> list[Array]:
         """Do as `run` does for the function ``main`` of a Relax module, scheduled.
 
@@ -322,22 +280,6 @@ def _run_kernels(
         return found
 
     return _in_both_orders(once)
-
-
-def _count(
-    library: Path, name: str, inputs: list[Array], outputs: list[Output], most_blocks: int
-) -> Traffic:
-    import tvm
-
-    driver = ctypes.CDLL(_DRIVER)
-    driver.fake_log.restype = ctypes.c_char_p
-    with _set({_BLOCKS: str(most_blocks), _MEMORY: str(_MOST_MEMORY)}):
-        module, gpu = _open(library)
-        given = [tvm.runtime.tensor(array, gpu) for array in inputs]
-        made = [tvm.runtime.empty(shape, dtype, gpu) for shape, dtype in outputs]
-        driver.fake_clear()
-        module[name](*given, *made)
-    return traffic_of(driver.fake_log().decode())
 
 
 def _run_main(library: Path, inputs: list[Array]) -> tuple[list[Array], list[Array]]:

@@ -23,8 +23,6 @@
 
 #include <type_traits>
 
-#include "traffic.h"
-
 /* Kernels are compiled without optimisation, which takes longer than they do. */
 #pragma GCC push_options
 #pragma GCC optimize("O2")
@@ -42,7 +40,6 @@ struct Launch {
   Dim grid, block;
   unsigned shared_bytes;
   bool backwards;
-  unsigned most_blocks; /* Of a larger grid only so many are run. */
 };
 
 struct Copy {
@@ -65,7 +62,6 @@ struct Thread {
   jmp_buf context;
   Copy copies[kMostCopies];
   unsigned copy_count, groups;
-  uint64_t turn; /* The iterations of loops that it is in. */
 
   Thread *warp();
   unsigned lanes() const;
@@ -185,7 +181,7 @@ inline bool run_block() {
   }
   for (unsigned i = 0; i < thread_count; ++i) {
     threads[i].state = State::kReady;
-    threads[i].copy_count = threads[i].groups = threads[i].turn = 0;
+    threads[i].copy_count = threads[i].groups = 0;
   }
   unsigned warps = (thread_count + kWarp - 1) / kWarp;
   for (;;) {
@@ -229,14 +225,6 @@ inline unsigned char *shared_memory(unsigned bytes) {
   return pages + kSharedBytes - (bytes + 63) / 64 * 64;
 }
 
-/* Block number `n` of those chosen from all: spread over the grid, but in no step that could always
- * hit the same border. */
-inline unsigned choose(unsigned n, unsigned chosen, unsigned blocks) {
-  uint64_t start = uint64_t{n} * blocks / chosen, stop = (uint64_t{n} + 1) * blocks / chosen;
-  double golden = 0.6180339887 * n;
-  return start + static_cast<uint64_t>((stop - start) * (golden - floor(golden)));
-}
-
 /* Run a kernel; returns what is wrong with it, or null. */
 inline const char *run(void (*function)(void **), const Launch &config, void **arguments) {
   static char stack[1 << 16];
@@ -262,17 +250,13 @@ inline const char *run(void (*function)(void **), const Launch &config, void **a
   sigaltstack(&own, &others);
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &action, &before[i]);
   unsigned blocks = grid.x * grid.y * grid.z;
-  unsigned chosen = launch.most_blocks < blocks ? launch.most_blocks : blocks;
-  begin_launch(blocks, chosen);
-  for (unsigned n = 0; n < chosen; ++n) {
-    unsigned b = choose(launch.backwards ? chosen - 1 - n : n, chosen, blocks);
+  for (unsigned n = 0; n < blocks; ++n) {
+    unsigned b = launch.backwards ? blocks - 1 - n : n;
     block_index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-    if (run_block()) {
-      end_block();
-      continue;
+    if (!run_block()) {
+      fibers = 0; /* They stopped in the middle of the kernel and cannot be reused. */
+      break;
     }
-    fibers = 0; /* They stand in the middle of the kernel. */
-    break;
   }
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &before[i], nullptr);
   sigaltstack(&others, nullptr);
@@ -303,24 +287,16 @@ inline unsigned char *shared_at(unsigned address, unsigned bytes) {
   return (fixed ? reinterpret_cast<unsigned char *>(__start_emulated_shared) : shared) + offset;
 }
 
-inline void copy_at(const void *place, unsigned to, const void *from, unsigned bytes) {
+inline void copy(unsigned to, const void *from, unsigned bytes) {
   Copy made = {shared_at(to, bytes), from, bytes, current->groups};
   if (reinterpret_cast<uintptr_t>(from) % bytes) fail("a copy reads from a misaligned address");
-  count(kGlobalCopy, place, from, bytes);
-  count(kSharedStore, place, made.to, bytes);
   if (launch.backwards) return do_copy(made);
   if (current->copy_count == kMostCopies) fail("too many copies are not waited for");
   current->copies[current->copy_count++] = made;
 }
 
-PLACED inline void copy(unsigned to, const void *from, unsigned bytes) {
-  copy_at(PLACE, to, from, bytes);
-}
-
-PLACED inline void copy_or_clear(unsigned to, const void *from, unsigned bytes, int predicate) {
-  if (predicate == 1) return copy_at(PLACE, to, from, bytes);
-  /* Another instruction of the same place, for the other threads. */
-  count(kSharedStore, static_cast<const char *>(PLACE) + 1, shared_at(to, bytes), bytes);
+inline void copy_or_clear(unsigned to, const void *from, unsigned bytes, int predicate) {
+  if (predicate == 1) return copy(to, from, bytes);
   memset(shared_at(to, bytes), 0, bytes);
 }
 
@@ -392,13 +368,13 @@ struct Number {
 
   Number() = default;
   template <class T, class = std::enable_if_t<std::is_arithmetic_v<T>>>
-  INLINE Number(T value) : bits(To(static_cast<float>(value))) {}
-  INLINE operator float() const { return From(bits); }
+  Number(T value) : bits(To(static_cast<float>(value))) {}
+  operator float() const { return From(bits); }
 
-  INLINE friend Number operator+(Number a, Number b) { return float(a) + float(b); }
-  INLINE friend Number operator-(Number a, Number b) { return float(a) - float(b); }
-  INLINE friend Number operator*(Number a, Number b) { return float(a) * float(b); }
-  INLINE friend Number operator/(Number a, Number b) { return float(a) / float(b); }
+  friend Number operator+(Number a, Number b) { return float(a) + float(b); }
+  friend Number operator-(Number a, Number b) { return float(a) - float(b); }
+  friend Number operator*(Number a, Number b) { return float(a) * float(b); }
+  friend Number operator/(Number a, Number b) { return float(a) / float(b); }
 };
 
 /* Instructions of a warp. */
@@ -412,11 +388,8 @@ struct Rows {
 inline void load_matrix(int line, unsigned &a, unsigned &b, unsigned &c, unsigned &d,
                         unsigned address) {
   Rows mine = {{}, shared_at(address, 16)};
-  together(line, &mine, [](void **all, unsigned lanes) UNCOUNTED {
-    const unsigned char *rows[kWarp];
+  together(line, &mine, [](void **all, unsigned lanes) {
     if (lanes < kWarp) fail("ldmatrix in a warp that is not full");
-    for (unsigned i = 0; i < kWarp; ++i) rows[i] = static_cast<Rows *>(all[i])->at;
-    count_rows(rows);
     for (unsigned i = 0; i < 4 * kWarp; ++i) {
       unsigned matrix = i / kWarp, lane = i % kWarp;
       const Rows *row = static_cast<Rows *>(all[8 * matrix + lane / 4]);
@@ -433,10 +406,9 @@ struct Factors {
 };
 
 template <float (*From)(uint16_t)>
-UNCOUNTED __attribute__((optimize("O3"))) void multiply_all(void **all, unsigned lanes) {
+__attribute__((optimize("O3"))) void multiply_all(void **all, unsigned lanes) {
   double a[16][16], b[16][8], sums[16][8] = {};
   if (lanes < kWarp) fail("mma in a warp that is not full");
-  count_product();
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     const Factors *mine = static_cast<Factors *>(all[lane]);
     unsigned outer = lane / 4, inner = lane % 4 * 2;
@@ -497,22 +469,12 @@ inline T shuffle(int line, unsigned mask, T value, unsigned source) {
   return mine.result;
 }
 
-/* An iteration of a loop: threads of a warp are in the same one whatever they left out before. */
-struct Turn {
-  uint64_t before;
-
-  INLINE Turn(int64_t number) : before(current->turn) {
-    current->turn = (before + number + 1) * 0x9e3779b97f4a7c15;
-  }
-  INLINE ~Turn() { current->turn = before; }
-};
-
 }  // namespace emulated
 
 /* The language. */
 
 #define __host__
-#define __device__ INLINE
+#define __device__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -546,7 +508,7 @@ using __half2 = half2;
 struct nv_bfloat162 {
   nv_bfloat16 x, y;
   nv_bfloat162() = default;
-  INLINE nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) : x(x), y(y) {}
+  nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) : x(x), y(y) {}
 };
 
 #define EMULATED_VECTORS(type, name)                                       \
@@ -556,19 +518,19 @@ struct nv_bfloat162 {
   struct alignas(4 * sizeof(type)) name##4 {                               \
     type x, y, z, w;                                                       \
   };                                                                       \
-  INLINE inline name##2 make_##name##2(type x, type y) { return {x, y}; }         \
-  INLINE inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }         \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMULATED_VECTORS(float, float)
 EMULATED_VECTORS(int, int)
 EMULATED_VECTORS(unsigned, uint)
 #undef EMULATED_VECTORS
 
-INLINE inline float __half2float(half value) { return value; }
-INLINE inline half __float2half(float value) { return value; }
-INLINE inline half __float2half_rn(float value) { return value; }
-INLINE inline float __bfloat162float(nv_bfloat16 value) { return value; }
-INLINE inline nv_bfloat16 __float2bfloat16(float value) { return value; }
-INLINE inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
+inline float __half2float(half value) { return value; }
+inline half __float2half(float value) { return value; }
+inline half __float2half_rn(float value) { return value; }
+inline float __bfloat162float(nv_bfloat16 value) { return value; }
+inline nv_bfloat16 __float2bfloat16(float value) { return value; }
+inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
 inline bool __hgt(float a, float b) { return a > b; }
 inline bool __hlt(float a, float b) { return a < b; }
 

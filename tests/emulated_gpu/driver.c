@@ -9,7 +9,6 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
-#include <inttypes.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -29,15 +28,12 @@ typedef struct {
 } Config;
 
 /* As `nvcc.py` makes them. */
-typedef const char *Run(const unsigned *config, void **parameters, int backwards,
-                        unsigned most_blocks);
-typedef const uint64_t *Traffic(int *numbers);
+typedef const char *Run(const unsigned *config, void **parameters, int backwards);
 
 typedef struct {
   char name[128];
   Run *run;                   /* NULL for machine code. */
   const int *parameter_bytes; /* Ends with 0. */
-  Traffic *traffic;           /* NULL where it is not counted. */
   unsigned most_shared;
 } Function;
 
@@ -144,7 +140,6 @@ int cuModuleGetFunction(Function **found, void *module, const char *name) {
     snprintf(symbol, sizeof symbol, "emulated_%s_bytes", name);
     function->parameter_bytes = dlsym(module, symbol);
     if (!function->run || !function->parameter_bytes) return NOT_FOUND;
-    function->traffic = (Traffic *)dlsym(module, "emulated_traffic");
   }
   return *found = function, OK;
 }
@@ -171,15 +166,7 @@ static int compute(Launch *launch) {
   if (launch->config[6] > function->most_shared) {
     wrong = "more shared memory than allowed";
   } else {
-    unsigned most_blocks = setting("FAKE_BLOCKS", UINT32_MAX);
-    wrong = function->run(launch->config, parameters, backwards, most_blocks);
-  }
-  if (function->traffic) {
-    int numbers;
-    const uint64_t *counted = function->traffic(&numbers);
-    say("traffic");
-    for (int i = 0; i < numbers; ++i) say(" %" PRIu64, counted[i]);
-    say("\n");
+    wrong = function->run(launch->config, parameters, backwards);
   }
   for (Block *block = blocks; block && !wrong; block = block->next) {
     const unsigned char *end = block->memory + block->size, *last = block->pages + block->mapped;

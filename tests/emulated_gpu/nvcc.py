@@ -31,25 +31,6 @@ _OPTIONS: Final = (
     "-fsanitize-undefined-trap-on-error",
 )
 
-COUNTING: Final = "FAKE_TRAFFIC"
-"""If set in the environment, kernels count what they move: see `traffic.cpp`."""
-
-_COUNTING_OPTIONS: Final = (
-    "-DEMULATED_TRAFFIC",
-    "-O2",
-    # A copy of 16 bytes stays one, an access stays where it is written, and every call is one.
-    "-fno-tree-sra",
-    "-fno-store-merging",
-    "-fno-tree-vectorize",
-    "-fno-tree-loop-distribute-patterns",
-    "-fno-thread-jumps",
-    "-fno-crossjumping",
-    "-fno-tree-tail-merge",
-    "-fno-optimize-sibling-calls",
-    "-fno-threadsafe-statics",
-)
-_INSTRUMENTED: Final = "-fsanitize=thread"
-
 _INSTRUCTIONS: Final = (
     (r"cp\.async\.wait_group (\d+);", "wait_for_copies"),
     (r"cp\.async\.commit_group;", "commit_copies"),
@@ -74,65 +55,45 @@ _ASM: Final = re.compile(r"(?:__asm__ __volatile__|asm volatile)\s*\(")
 _KERNEL: Final = re.compile(
     r'^extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\((.*)\) \{$', re.MULTILINE
 )
-_LOOP: Final = re.compile(r"^( *for \(\w+ (\w+) = .*\{)$", re.MULTILINE)
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{},:]')
 _KERNELS_A_PIECE: Final = 4
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Compile one file; what is not understood ends it with a message."""
+    """Compile one file; return a non-zero exit code if a compiler fails."""
     source = next(Path(word) for word in arguments if word.endswith(".cu"))
     output = Path(arguments[arguments.index("-o") + 1])
-    counting = COUNTING in os.environ
-    pieces = translate(source.read_text(encoding="utf-8"), counting=counting)
-    compiler = os.environ.get("CXX", "g++")
-    here = Path(__file__).parent
-    options = [*_OPTIONS, *(_COUNTING_OPTIONS if counting else ()), f"-I{here}", "-c"]
+    pieces = translate(source.read_text(encoding="utf-8"))
+    compiler = [os.environ.get("CXX", "g++"), *_OPTIONS, f"-I{Path(__file__).parent}"]
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-emulated-") as folder:
-        files = {Path(folder) / f"piece{i}.cpp": piece for i, piece in enumerate(pieces)}
-        for file, text in files.items():
+        files = [Path(folder) / f"piece{i}.cpp" for i in range(len(pieces))]
+        for file, text in zip(files, pieces, strict=True):
             file.write_text(text, encoding="utf-8")
-        commands = {
-            file.with_suffix(".o"): [*options, *([_INSTRUMENTED] if counting else ()), str(file)]
-            for file in files
-        }
-        if counting:
-            commands[Path(folder) / "traffic.o"] = [*options, str(here / "traffic.cpp")]
+        objects = [str(file.with_suffix(".o")) for file in files]
 
-        def compile_piece(made: Path) -> int:
-            command = [compiler, *commands[made], "-o", str(made)]
+        def compile_piece(file: Path) -> int:
+            command = [*compiler, "-c", str(file), "-o", str(file.with_suffix(".o"))]
             return subprocess.run(command, check=False).returncode
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            if any(pool.map(compile_piece, commands)):
+            if any(pool.map(compile_piece, files)):
                 return 1
-        linked = list(map(str, commands))
-        # Functions that every piece has are the same in all.
-        command = [compiler, "-shared", "-Wl,-z,muldefs", "-o", str(output), *linked]
+        # Functions that every piece defines are identical.
+        command = [compiler[0], "-shared", "-Wl,-z,muldefs", "-o", str(output), *objects]
         return subprocess.run(command, check=False).returncode
 
 
-def translate(source: str, *, counting: bool = False) -> list[str]:
-    """Turn CUDA source into sources of C++, a few kernels in each.
-
-    Parameters
-    ----------
-    source : str
-        As it is generated.
-    counting : bool
-        Whether threads are to know in which iteration of their loops they are.
+def translate(source: str) -> list[str]:
+    """Translate generated CUDA source into C++ sources with a few kernels each.
 
     Raises
     ------
     ValueError
-        If it has inline PTX that is not known.
+        If the source has no kernel, or inline PTX that is not in `_INSTRUCTIONS`.
     """
     heads = list(_KERNEL.finditer(source))
     if not heads:
         raise ValueError("the source has no kernels")
-    if counting:
-        source = _LOOP.sub(r"\1 emulated::Turn emulated_turn(\2);", source)
-        heads = list(_KERNEL.finditer(source))
     begin = _language(source[: heads[0].start()])
     stops = [*(head.start() for head in heads[1:]), len(source)]
     kernels = [
@@ -153,11 +114,9 @@ def _kernel(head: re.Match[str], source: str) -> str:
     sizes = ", ".join(f"sizeof({kind})" for kind in types)
     export = 'extern "C" __attribute__((visibility("default")))'
     return f"""{_language(source)}
-{export} const char *emulated_{name}(const unsigned *c, void **p, int backwards,
-                                      unsigned most_blocks) {{
-  emulated::Launch config = {{{{c[0], c[1], c[2]}}, {{c[3], c[4], c[5]}}, c[6], backwards != 0,
-                             most_blocks}};
-  return emulated::run([](void **p) UNCOUNTED {{ {name}({arguments}); }}, config, p);
+{export} const char *emulated_{name}(const unsigned *c, void **p, int backwards) {{
+  emulated::Launch config = {{{{c[0], c[1], c[2]}}, {{c[3], c[4], c[5]}}, c[6], backwards != 0}};
+  return emulated::run([](void **p) {{ {name}({arguments}); }}, config, p);
 }}
 {export} const int emulated_{name}_bytes[] = {{{sizes}, 0}};
 """
