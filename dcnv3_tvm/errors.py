@@ -77,4 +77,9 @@ class ImageError(DCNv3Error, ValueError):
 
 
 class MissingDependencyError(DCNv3Error, ImportError):
-    """An optional package is needed for the call and is not installed."""
+    """An optional package that the call needs is not installed."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -101,7 +101,7 @@ def runs_on(compiled: str, present: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Device:
+class GpuInfo:
     """A GPU of this machine.
 
     Parameters
@@ -126,7 +126,7 @@ class Device:
 
 
 @functools.cache
-def devices() -> tuple[Device, ...]:
+def devices() -> tuple[GpuInfo, ...]:
     """List the GPUs of this machine; none where there is no driver."""
     driver = _driver()
     count = ctypes.c_int(0)
@@ -135,7 +135,7 @@ def devices() -> tuple[Device, ...]:
     return tuple(_describe(driver, index) for index in range(count.value))
 
 
-def device(index: int = 0) -> Device:
+def device(index: int = 0) -> GpuInfo:
     """Return a GPU of this machine.
 
     Raises
@@ -183,7 +183,7 @@ def _driver() -> Any | None:
     return driver if driver.cuInit(0) == 0 else None
 
 
-def _describe(driver: Any, index: int) -> Device:
+def _describe(driver: Any, index: int) -> GpuInfo:
     handle = ctypes.c_int()
     driver.cuDeviceGet(ctypes.byref(handle), index)
     name = ctypes.create_string_buffer(_NAME_LENGTH)
@@ -196,7 +196,7 @@ def _describe(driver: Any, index: int) -> Device:
         driver.cuDeviceGetAttribute(ctypes.byref(value), number, handle)
         return value.value
 
-    return Device(
+    return GpuInfo(
         index=index,
         name=name.value.decode(),
         arch=f"sm_{attribute(_COMPUTE_MAJOR)}{attribute(_COMPUTE_MINOR)}",

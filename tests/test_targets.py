@@ -78,7 +78,7 @@ def test_the_gpu_of_a_machine_without_one(monkeypatch):
 
 
 def test_the_gpu_of_this_machine(monkeypatch):
-    here = gpu.Device(0, "NVIDIA A10", "sm_86", 24 * 2**30, 72)
+    here = gpu.GpuInfo(0, "NVIDIA A10", "sm_86", 24 * 2**30, 72)
     monkeypatch.setattr(gpu, "devices", lambda: (here,))
     assert target_slug(resolve_target("cuda")) == "cuda-sm86"
     with pytest.raises(

@@ -18,7 +18,7 @@ from dcnv3_tvm.compiler import artifact_readme
 from dcnv3_tvm.errors import ArtifactError, MissingDependencyError
 from dcnv3_tvm.runtime import weights as weights_file
 from dcnv3_tvm.runtime.library import installed_runtime
-from dcnv3_tvm.runtime.loading import digest_of, read_metadata
+from dcnv3_tvm.runtime.loading import read_metadata
 from dcnv3_tvm.runtime.metadata import (
     CARD,
     LIBRARY,
@@ -76,7 +76,7 @@ def write(
             complete = dataclasses.replace(
                 metadata,
                 digests={
-                    name: digest_of(folder / name)
+                    name: files.sha256(folder / name)
                     for name in (LIBRARY, WEIGHTS, *metadata.libraries)
                 },
                 versions=metadata.versions or installed_versions(),

@@ -19,6 +19,7 @@ from dcnv3_tvm.errors import (
     DeviceError,
     InvalidArgumentError,
     TargetError,
+    first_line,
 )
 from dcnv3_tvm.runtime import library, toolkit
 from dcnv3_tvm.runtime.metadata import CUDA_LIBRARY
@@ -221,7 +222,7 @@ class Gpu:
                 return None
             return DeviceError(
                 f"the GPU {self.name} failed",
-                got=library.first_line(error),
+                got=first_line(error),
                 hint="What failed may be an earlier operation; after an illegal access, every "
                 "later one of the process fails too.",
             )
@@ -231,7 +232,7 @@ class Gpu:
         got += [] if free is None else [f"free: {in_words(free)}"]
         return DeviceError(
             f"the GPU {self.name} has too little free memory",
-            got=", ".join(got) or library.first_line(error),
+            got=", ".join(got) or first_line(error),
             hint="Close other models and programs on it (torch.cuda.empty_cache() gives back what "
             "PyTorch keeps), or compile for a smaller batch.",
         )

@@ -21,7 +21,12 @@ from types import ModuleType
 from typing import Any, Final
 
 from dcnv3_tvm.environment import OMP_NUM_THREADS, TVM_LIBRARY_PATH, TVM_NUM_THREADS
-from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, MissingDependencyError
+from dcnv3_tvm.errors import (
+    ArtifactError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    first_line,
+)
 from dcnv3_tvm.machine import physical_cores, usable_cores
 from dcnv3_tvm.runtime.metadata import LIBRARY, RUNTIME_LIBRARY
 
@@ -215,11 +220,6 @@ def _unloadable() -> Iterator[None]:
             got=first_line(error),
             hint="Compile the model again for this machine.",
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, which in TVM's errors says it all."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def default_threads() -> int:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dcnv3_tvm import gpu
+from dcnv3_tvm import files, gpu
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
 from dcnv3_tvm.machine import architecture, missing_features
 from dcnv3_tvm.runtime import cuda, library, weights
@@ -86,7 +86,7 @@ def load(
         if verify_digests:
             _check_digest(LIBRARY, hashlib.sha256(code).hexdigest(), metadata)
             for name in metadata.libraries:
-                _check_digest(name, digest_of(folder / name), metadata)
+                _check_digest(name, files.sha256(folder / name), metadata)
         bundled = folder.resolve()
         tvm = metadata.versions.get("tvm", "")
         library.load_runtime(version=tvm, bundled=bundled / RUNTIME_LIBRARY)
@@ -232,15 +232,6 @@ def _device_index(target: TargetInfo, device: str | None) -> int | None:
             hint=f"Compile the model again with --target {other}.",
         )
     return int(number or 0) if asked == "cuda" else None
-
-
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_digest(name: str, digest: str, metadata: ArtifactMetadata) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dcnv3_tvm import files
-from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError
+from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
 from dcnv3_tvm.runtime import cuda, image, library, tensors
 from dcnv3_tvm.runtime.metadata import (
     CARD,
@@ -156,9 +156,6 @@ class CompiledModel:
         ArtifactError
             If `path` holds something else, cannot be written, or the copy differs.
         """
-        # Verifying needs hashlib alone, and loading imports this module.
-        from dcnv3_tvm.runtime.loading import digest_of
-
         destination = Path(path)
         refuse_foreign(destination)
         try:
@@ -166,7 +163,7 @@ class CompiledModel:
                 for name in (LIBRARY, WEIGHTS, *self.metadata.libraries, CARD, METADATA):
                     shutil.copyfile(self._folder / name, temporary / name)
                     expected = self.metadata.digests.get(name)
-                    if expected is not None and digest_of(temporary / name) != expected:
+                    if expected is not None and files.sha256(temporary / name) != expected:
                         raise ArtifactError(
                             f"{name} was changed after the model was loaded", got=self._folder
                         )
@@ -236,9 +233,7 @@ class CompiledModel:
             told = self._gpu.error(error, needed=needed)
             if told is not None:
                 return told
-        return InvalidArgumentError(
-            "the compiled model refuses the input", got=library.first_line(error)
-        )
+        return InvalidArgumentError("the compiled model refuses the input", got=first_line(error))
 
 
 def flatten(result: Any) -> list[Any]:
