@@ -68,7 +68,7 @@ def main() -> None:
 
     from dcnv3_tvm import compile_artifact, frontend
     from dcnv3_tvm.bench.cases import encoder_case
-    from dcnv3_tvm.bench.provenance import Provenance
+    from dcnv3_tvm.provenance import Provenance
 
     variables = {name for setting in SETTINGS for name in setting}
     rows: list[dict[str, Any]] = []

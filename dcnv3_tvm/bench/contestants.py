@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.provenance import installed_version
 
 if TYPE_CHECKING:
     from dcnv3_tvm.bench.problems import Array, Problem
@@ -96,7 +96,7 @@ class Peer:
     @property
     def missing(self) -> list[str]:
         """The packages that are not installed."""
-        return [package for package in self.packages if version(package) is None]
+        return [package for package in self.packages if installed_version(package) is None]
 
     def build(self, problem: Problem, threads: int) -> Contestant:
         """Make the contestant ready for a problem."""
@@ -185,14 +185,6 @@ def absent(peers: Iterable[Peer]) -> dict[str, str]:
     return {
         peer.name: f"not installed: {', '.join(peer.missing)}" for peer in peers if peer.missing
     }
-
-
-def version(package: str) -> str | None:
-    """Return the installed version of a distribution; None where there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def error_of(outputs: Sequence[Array], reference: Sequence[Array], measure: str = MAX) -> float:

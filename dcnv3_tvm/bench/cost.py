@@ -16,10 +16,10 @@ from dcnv3_tvm.bench.device_models import DeviceModel
 from dcnv3_tvm.bench.floors import Floors, Peaks
 from dcnv3_tvm.bench.kernels import work_of
 from dcnv3_tvm.bench.listing import Listing
-from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.kernel_listing import Kernel, called_kernels
 from dcnv3_tvm.frontend.models.internimage import InternImage
+from dcnv3_tvm.provenance import Provenance
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,9 @@ from dcnv3_tvm.bench.gpu_operator import PLAN as OPERATOR_PLAN
 from dcnv3_tvm.bench.gpu_operator import measure_operator
 from dcnv3_tvm.bench.gpu_report import Compilation, GpuRun
 from dcnv3_tvm.bench.measure import Plan
-from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.bench.report import CaseResult, Report, Row
 from dcnv3_tvm.bench.runner import first_line
+from dcnv3_tvm.provenance import Provenance
 
 _OPERATOR_SHARE: Final = 0.45
 _COMPILE_SHARES: Final = {"op": 0.12, "encoder": 0.35}

@@ -14,8 +14,8 @@ import torch
 from dcnv3_tvm import frontend, targets
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.listing import Listing
-from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler.compile import compile_artifact
+from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.verify.compare import Difference, difference, pytorch_outputs, reference_outputs
 from dcnv3_tvm.verify.random_weights import randomize_
 from dcnv3_tvm.verify.tolerances import model_tolerance

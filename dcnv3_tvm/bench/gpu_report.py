@@ -7,8 +7,8 @@ from typing import Any
 
 from dcnv3_tvm.bench.contestants import OURS
 from dcnv3_tvm.bench.listing import SCHEMA
-from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.bench.report import Report
+from dcnv3_tvm.provenance import Provenance
 
 
 @dataclasses.dataclass(frozen=True)

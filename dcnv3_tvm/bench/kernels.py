@@ -17,13 +17,13 @@ from dcnv3_tvm.bench.floors import Floors, Peaks, measure_peaks
 from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.measure import median_of_bursts
 from dcnv3_tvm.bench.problems import Array
-from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor, called_kernels
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.kernels import gemm, mlp
 from dcnv3_tvm.op.tensorir import spec_of
+from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.verify.random_weights import randomize_
 

@@ -8,7 +8,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
-from dcnv3_tvm.bench.provenance import Provenance
+from dcnv3_tvm.provenance import Provenance
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

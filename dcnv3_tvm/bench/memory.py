@@ -13,7 +13,7 @@ from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.contestants import OURS, Peer, absent
 from dcnv3_tvm.bench.deployed import Deployed
 from dcnv3_tvm.bench.listing import Listing
-from dcnv3_tvm.bench.provenance import Provenance
+from dcnv3_tvm.provenance import Provenance
 
 CALLS: Final = 3
 """Calls of the model: some runtimes set memory aside only after the first."""

@@ -9,7 +9,7 @@ from dcnv3_tvm.bench.contestants import MAX, OURS
 from dcnv3_tvm.bench.floors import Floors, Peaks
 from dcnv3_tvm.bench.listing import SCHEMA, csv_text
 from dcnv3_tvm.bench.measure import Plan, Quartiles
-from dcnv3_tvm.bench.provenance import Provenance
+from dcnv3_tvm.provenance import Provenance
 
 TABLE_HEADER: Final = ("", "ms", "quartiles", "best", "against ours", "quartiles", "error")
 

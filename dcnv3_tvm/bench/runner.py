@@ -12,8 +12,8 @@ from dcnv3_tvm.bench.contestants import MAX, OURS, Contestant, Peer, absent, err
 from dcnv3_tvm.bench.floors import Floors, Peaks, measure_peaks
 from dcnv3_tvm.bench.measure import Plan, measure
 from dcnv3_tvm.bench.problems import Problem, encoder_problem, operator_problem
-from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.bench.report import CaseResult, Report, Row
+from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.spec import DCNv3Spec
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import platform
 from typing import Any, Final
 
 from dcnv3_tvm.cli.result import Result, table
+from dcnv3_tvm.provenance import installed_version
 
 HELP: Final = "show versions, processor, GPUs, threads and environment variables"
 
@@ -36,7 +36,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     from dcnv3_tvm.runtime.library import default_threads
 
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    versions |= {name: _version(package) for name, package in _PACKAGES.items()}
+    versions |= {name: installed_version(package) for name, package in _PACKAGES.items()}
     features = machine.cpu_features()
     data: dict[str, Any] = {
         "versions": versions,
@@ -115,13 +115,6 @@ def version_warnings(versions: dict[str, str | None]) -> list[str]:
 def _release(version: str) -> tuple[int, ...]:
     parts = version.split(".")[:3]
     return tuple(int(part) for part in parts if part.isdecimal())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _auto_target() -> str | None:

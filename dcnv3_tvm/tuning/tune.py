@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm import machine, targets
-from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.compiler.compile import check_dtype
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.runtime.library import default_threads
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.tuning.devices import Devices, local_device, remote_devices

@@ -9,9 +9,9 @@ import pytest
 from dcnv3_tvm.bench.alone import AloneError, Task, run_alone
 from dcnv3_tvm.bench.contestants import OURS
 from dcnv3_tvm.bench.memory import MemoryListing, MemoryRow
-from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.cli.bench_text import report_text
+from dcnv3_tvm.provenance import Provenance
 from helpers.toy import Toy
 
 TINY = ("--variant", "test_internimage_pre_norm")

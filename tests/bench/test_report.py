@@ -11,11 +11,11 @@ import pytest
 from dcnv3_tvm.bench.contestants import OURS, PEERS, Contestant, error_of, select_peers
 from dcnv3_tvm.bench.floors import Floors, Peaks
 from dcnv3_tvm.bench.measure import Plan
-from dcnv3_tvm.bench.provenance import Provenance
 from dcnv3_tvm.bench.report import CSV_FIELDS, Report, Row, table_rows
 from dcnv3_tvm.bench.runner import compete
 from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.provenance import Provenance
 
 TRUTH = [np.linspace(-2.0, 2.0, 12).reshape(3, 4)]
 PEAKS = Peaks(flops=1e11, bytes=1e10, how="made up")

@@ -1,9 +1,10 @@
-"""Where numbers come from: processor, threads, versions, date, commit."""
+"""Provenance of a measurement: hardware, threads, versions, date, commit."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -12,7 +13,6 @@ from typing import Any, Final
 
 import dcnv3_tvm
 from dcnv3_tvm import machine
-from dcnv3_tvm.bench.contestants import version
 
 _PACKAGES: Final = {
     "tvm": "apache-tvm",
@@ -25,25 +25,25 @@ _PACKAGES: Final = {
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Circumstances of a measurement.
+    """Hardware and software that a measurement was taken with.
 
     Parameters
     ----------
     cpu : str
         Name of the processor.
     cores, threads : int
-        Physical cores this process may use; threads that each contestant computes with.
+        Physical cores available to this process; threads that each backend computes with.
     load : float
-        Load average of the minute before: others who compute at the same time disturb.
+        Load average over the last minute: other processes disturb the measurement.
     date : str
         UTC, ISO 8601.
     commit : str or None
-        Of the checkout the library is in, with ``+`` where files differ from it; None where it
-        is installed.
+        Git commit of the checkout, with ``+`` if it has uncommitted changes; None for an
+        installed package.
     versions : dict of str to str
-        Of what is installed.
+        Installed versions by package.
     gpu, driver : str or None
-        Name of the GPU that computed, and the version of its driver; None where none did.
+        Name and driver version of the GPU that was measured; None for a CPU measurement.
     """
 
     cpu: str
@@ -58,16 +58,16 @@ class Provenance:
 
     @classmethod
     def here(cls, threads: int, *, gpu: str | None = None, driver: str | None = None) -> Provenance:
-        """Describe this process."""
+        """Describe this machine and this process."""
         versions = {"dcnv3_tvm": dcnv3_tvm.__version__, "python": platform.python_version()}
-        found = {name: version(package) for name, package in _PACKAGES.items()}
+        found = {name: installed_version(package) for name, package in _PACKAGES.items()}
         return cls(
-            cpu=_cpu(),
+            cpu=cpu_description(),
             cores=machine.physical_cores(),
             threads=threads,
             load=round(os.getloadavg()[0], 2),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            commit=_commit(),
+            commit=git_commit(),
             versions=versions | {name: text for name, text in found.items() if text is not None},
             gpu=gpu,
             driver=driver,
@@ -75,7 +75,7 @@ class Provenance:
 
     @property
     def line(self) -> str:
-        """All of it in one line."""
+        """One-line description."""
         versions = ", ".join(f"{name} {text}" for name, text in self.versions.items())
         commit = f", commit {self.commit}" if self.commit else ""
         machine_text = f"{self.cpu}, {self.cores} cores, {self.threads} threads, load {self.load}"
@@ -84,7 +84,7 @@ class Provenance:
         return f"{machine_text}; {versions}; {self.date}{commit}"
 
     def columns(self) -> dict[str, Any]:
-        """Return the columns that lines of CSV end with."""
+        """Return the columns appended to every row of a CSV file."""
         device = {} if self.gpu is None else {"gpu": self.gpu, "driver": self.driver}
         return {
             "date": self.date,
@@ -96,18 +96,27 @@ class Provenance:
         } | device
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return values that JSON can represent."""
         return dataclasses.asdict(self)
 
 
-def _cpu() -> str:
-    """Name the processor, with LLVM's name of it: virtual machines hide the model."""
+def installed_version(package: str) -> str | None:
+    """Return the installed version of a distribution; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_description() -> str:
+    """Return the model name of the CPU and LLVM's name of it: virtual machines hide the model."""
     from dcnv3_tvm import targets
 
     return f"{machine.cpu_name()} ({targets.host_cpu()})"
 
 
-def _commit() -> str | None:
+def git_commit() -> str | None:
+    """Return the commit of the checkout this package is imported from; None if it is installed."""
     folder = Path(dcnv3_tvm.__file__).parent
     if not (folder.parent / ".git").exists():
         return None
