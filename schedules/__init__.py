@@ -23,8 +23,8 @@ from dcnv3_tvm.schedules.cpu.depthwise import depthwise
 from dcnv3_tvm.schedules.cpu.dot_product import has_bfloat16_dot
 from dcnv3_tvm.schedules.cpu.fallback import fallback
 from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
-from dcnv3_tvm.schedules.cpu.matmul import linear
-from dcnv3_tvm.schedules.cpu.register_tiles import linear_tile
+from dcnv3_tvm.schedules.cpu.matmul import matmul
+from dcnv3_tvm.schedules.cpu.register_tiles import weight_tile_width
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3 as gpu_dcnv3
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise as gpu_depthwise
 from dcnv3_tvm.schedules.gpu.fallback import fallback as gpu_fallback
@@ -46,18 +46,18 @@ __all__ = [
     "UNSCHEDULED",
     "Scheduled",
     "has_bfloat16_dot",
-    "linear_tile",
     "rules_for",
     "schedule",
     "schedule_by_record",
     "schedule_module",
+    "weight_tile_width",
 ]
 
 Rule = Callable[[tirx.PrimFunc, Target, SearchSpace], tirx.PrimFunc | None]
 
 CPU_RULES: Final[tuple[Rule, ...]] = (
     dcnv3,
-    linear,
+    matmul,
     convolution,
     depthwise,
     layer_norm,

@@ -22,12 +22,13 @@ from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor, called_kernels
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.kernels import gemm, mlp
+from dcnv3_tvm.kernels.gemm import SUMS, padded_depth
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.verify.random_weights import randomize_
 
-PRODUCTS: Final = ("linear", "convolution", gemm.KERNEL, mlp.KERNEL)
+PRODUCTS: Final = ("matmul", "convolution", gemm.KERNEL, mlp.KERNEL)
 """Kinds of kernels that are bound by arithmetic."""
 
 _BURST: Final = 0.01
@@ -264,7 +265,7 @@ def operations(kernel: Kernel) -> int:
     `DCNv3Spec.flops` counts it.
     """
     elements = math.prod(kernel.outputs[0].shape)
-    if kernel.kind == "linear":
+    if kernel.kind == "matmul":
         return 2 * elements * kernel.inputs[0].shape[-1]
     if kernel.kind == "convolution":
         # The weight is (tiles, kh, kw, ...).
@@ -288,9 +289,9 @@ def _depth(kernel: Kernel) -> int:
     Its convolutions have square windows.
     """
     x, weight = kernel.inputs[:2]
-    # `gemm.pack` turns weights of float32 round.
-    channels, filled = x.shape[-1], weight.shape[0 if weight.dtype == gemm.SUMS else -1]
-    if gemm.filled_depth(channels) == filled:
+    # `pack_gemm_weight` turns weights of float32 round.
+    channels, filled = x.shape[-1], weight.shape[0 if weight.dtype == SUMS else -1]
+    if padded_depth(channels) == filled:
         return channels
     return channels * math.isqrt(filled // channels) ** 2
 

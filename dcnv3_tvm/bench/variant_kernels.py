@@ -16,12 +16,15 @@ from tvm.target import Target
 
 from dcnv3_tvm.bench.cases import stage_specs
 from dcnv3_tvm.frontend.models.variants import InternImageConfig, model_config
-from dcnv3_tvm.kernels import gemm, matmul, mlp
+from dcnv3_tvm.kernels.convolution import convolution
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
+from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.gemm import gemm, implicit_gemm
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
-from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.kernels.matmul import matmul
+from dcnv3_tvm.kernels.mlp import mlp, pays
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.schedules import linear_tile
+from dcnv3_tvm.schedules import weight_tile_width
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
 from dcnv3_tvm.transform.lower_gpu import MANY_SUMS
@@ -89,21 +92,19 @@ def _block(
     hidden = int(channels * config.mlp_ratio)
     normed = not (config.post_norm or config.res_post_norm)
     stream = "float32" if normed and 2 * depth > MANY_SUMS else dtype
-    yield _linear(places, channels, channels, _BIAS, target, dtype)
-    yield _linear(places, channels, channels, _RESIDUAL, target, dtype, stream)
-    yield _linear(places, channels, packed, _BIAS, target, dtype)
+    yield _matmul(places, channels, channels, _BIAS, target, dtype)
+    yield _matmul(places, channels, channels, _RESIDUAL, target, dtype, stream)
+    yield _matmul(places, channels, packed, _BIAS, target, dtype)
     one_kernel = is_gpu(target) and dtype != "float32"
-    if one_kernel and mlp.pays(math.prod(places), channels, hidden, channels):
+    if one_kernel and pays(math.prod(places), channels, hidden, channels):
         yield VariantKernel(
             f"mlp_{channels}_{hidden}_{channels}_residual",
             "mlp",
-            mlp.mlp(
-                places, channels, hidden, channels, activation="gelu", residual=True, dtype=dtype
-            ),
+            mlp(places, channels, hidden, channels, activation="gelu", residual=True, dtype=dtype),
         )
     else:
-        yield _linear(places, channels, hidden, _GELU, target, dtype)
-        yield _linear(places, hidden, channels, _RESIDUAL, target, dtype, stream)
+        yield _matmul(places, channels, hidden, _GELU, target, dtype)
+        yield _matmul(places, hidden, channels, _RESIDUAL, target, dtype, stream)
     window = config.dw_kernel_size
     x_dtype = dtype if is_gpu(target) else None
     yield VariantKernel(
@@ -146,7 +147,7 @@ def _stem(spec: DCNv3Spec, target: Target, dtype: str, *, first: bool) -> Iterat
     yield _convolution(places, channels // 2, channels, epilogue, target, dtype)
 
 
-def _linear(
+def _matmul(
     places: tuple[int, int, int],
     inputs: int,
     outputs: int,
@@ -156,9 +157,9 @@ def _linear(
     stream: str | None = None,
 ) -> VariantKernel:
     words = [epilogue.activation, "residual" if epilogue.residual else None]
-    name = "_".join(["linear", str(inputs), str(outputs), *(word for word in words if word)])
+    name = "_".join(["matmul", str(inputs), str(outputs), *(word for word in words if word)])
     if is_gpu(target):
-        function = gemm.linear(
+        function = gemm(
             places,
             inputs,
             outputs,
@@ -168,9 +169,9 @@ def _linear(
             out_dtype=stream,
         )
         return VariantKernel(name, "gemm", function)
-    tile = linear_tile(outputs, target)
-    function = matmul.linear(places, inputs, outputs, tile=tile, epilogue=epilogue, dtype=dtype)
-    return VariantKernel(name, "linear", function)
+    tile = weight_tile_width(outputs, target)
+    function = matmul(places, inputs, outputs, tile=tile, epilogue=epilogue, dtype=dtype)
+    return VariantKernel(name, "matmul", function)
 
 
 def _convolution(
@@ -185,7 +186,7 @@ def _convolution(
     options: Any = {"kernel_size": (3, 3), "stride": (2, 2), "pad": (1, 1), "epilogue": epilogue}
     if is_gpu(target):
         x_dtype = "float32" if inputs == 3 else None
-        function = gemm.convolution(*sizes, **options, dtype=dtype, x_dtype=x_dtype)
+        function = implicit_gemm(*sizes, **options, dtype=dtype, x_dtype=x_dtype)
         return VariantKernel(name, "gemm", function)
-    function = matmul.convolution(*sizes, **options, tile=linear_tile(outputs, target))
+    function = convolution(*sizes, **options, tile=weight_tile_width(outputs, target))
     return VariantKernel(name, "convolution", function)

@@ -101,7 +101,9 @@ def run_pipeline(
         "lower_layers": lambda before: (
             lower_layers_gpu(before, dtype)
             if is_gpu(target)
-            else lower_layers(before, lambda outputs: schedules.linear_tile(outputs, target), dtype)
+            else lower_layers(
+                before, lambda outputs: schedules.weight_tile_width(outputs, target), dtype
+            )
         ),
         "legalize": lambda before: _legalized(before.transformed(_legalize())),
         # Rebuilt, so that the kernels of results are last.

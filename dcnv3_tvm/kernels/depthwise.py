@@ -11,8 +11,8 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from dcnv3_tvm.kernels.activations import activate
+from dcnv3_tvm.kernels.convolution import output_extent, pad_image
 from dcnv3_tvm.kernels.layer_norm import normalize
-from dcnv3_tvm.kernels.matmul import output_extent, padded
 from dcnv3_tvm.kernels.prim_func_builder import argument, compute, function
 from dcnv3_tvm.op.expr import cast, int64, unflatten
 
@@ -99,7 +99,7 @@ def depthwise(
         out = argument("out", [batch, out_height, out_width, channels], stored)
         if run is None:
             outputs, dilation = (out_height, out_width), (1, 1)
-            image = padded(x, outputs, kernel_size, stride, pad, dilation, dtype)
+            image = pad_image(x, outputs, kernel_size, stride, pad, dilation, dtype)
             columns: list[Any] = [out_width]
         else:
             # Written so that TVM sees, where the width is open, that the last pixel has a run.

@@ -26,7 +26,8 @@ import numpy.typing as npt
 from tvm import tirx
 
 from dcnv3_tvm.kernels.activations import activate
-from dcnv3_tvm.kernels.matmul import Epilogue, output_extent
+from dcnv3_tvm.kernels.convolution import output_extent
+from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.prim_func_builder import argument, compute, function
 from dcnv3_tvm.op.expr import cast, int64, product, static, unflatten
 
@@ -58,17 +59,17 @@ def row_unit(rows: Any) -> int:
     known = static(rows)
     if known is None:
         return _ROW_UNITS[0]
-    least = filled(known, _ROW_UNITS[-1])
-    return next(unit for unit in _ROW_UNITS if filled(known, unit) <= _ROW_WASTE * least)
+    least = round_up(known, _ROW_UNITS[-1])
+    return next(unit for unit in _ROW_UNITS if round_up(known, unit) <= _ROW_WASTE * least)
 
 
-def filled_depth(depth: int) -> int:
+def padded_depth(depth: int) -> int:
     """Return the depth, filled up so that it has a divisor a block can take at a time."""
-    return int(filled(depth, FRAGMENT if depth <= _SHORT_DEPTH else DEPTH_UNIT))
+    return int(round_up(depth, FRAGMENT if depth <= _SHORT_DEPTH else DEPTH_UNIT))
 
 
 @functools.lru_cache(maxsize=256)
-def linear(
+def gemm(
     lead: Sequence[Any],
     in_features: int,
     out_features: int,
@@ -97,7 +98,7 @@ def linear(
     Returns
     -------
     tvm.tirx.PrimFunc
-        Function of x (*lead, K), weight (as `pack` gives it), [bias (N,) in float32],
+        Function of x (*lead, K), weight (as `pack_gemm_weight` gives it), [bias (N,) in float32],
         [residual (*lead, N)], out (*lead, N); unscheduled.
     """
     lead = [int64(size) for size in lead]
@@ -117,7 +118,7 @@ def linear(
 
 
 @functools.lru_cache(maxsize=256)
-def convolution(
+def implicit_gemm(
     batch: Any,
     height: Any,
     width: Any,
@@ -152,7 +153,7 @@ def convolution(
     Returns
     -------
     tvm.tirx.PrimFunc
-        Function of x (N, H, W, C), weight (as `pack` gives it), [bias (O,) in float32],
+        Function of x (N, H, W, C), weight (as `pack_gemm_weight` gives it), [bias (O,) in float32],
         [residual (N, Ho, Wo, O)], out (N, Ho, Wo, O); unscheduled.
     """
     batch, height, width = int64(batch), int64(height), int64(width)
@@ -202,7 +203,7 @@ def _gemm(
     """
     dtype, x_dtype, residual_dtype, out_dtype = dtypes
     rows = product(lead)
-    all_columns, all_depth = filled(columns, FRAGMENT), filled_depth(depth)
+    all_columns, all_depth = round_up(columns, FRAGMENT), padded_depth(depth)
     with function(KERNEL) as builder:
         x = argument("x", shape, x_dtype)
         by_depth = dtype == SUMS
@@ -214,7 +215,7 @@ def _gemm(
         out = argument("out", out_shape, out_dtype)
         operand = add_operand(rows, depth, lambda row, k: gather(x, row, k), dtype)
         sums = compute(
-            "product",
+            "sums",
             [operand.shape[0], all_columns],
             lambda m, n, k: (
                 cast(SUMS, operand[m, k]) * cast(SUMS, weight[(k, n) if by_depth else (n, k)])
@@ -230,7 +231,7 @@ def add_operand(
     rows: Any, depth: int, gather: Callable[[Any, Any], tuple[Any, Any]], dtype: str
 ) -> Any:
     """Add the block ``operand``; ``gather(row, k)`` gives an element, and whether it exists."""
-    all_rows, all_depth = filled(rows, row_unit(rows)), filled_depth(depth)
+    all_rows, all_depth = round_up(rows, row_unit(rows)), padded_depth(depth)
 
     def element(row: Any, k: Any) -> Any:
         value, inside = gather(row, k)
@@ -273,7 +274,7 @@ def add_store(
     compute("store", places, lambda m, n: finished[m, n], dtype=out_dtype, into=out, at=position)
 
 
-def pack(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def pack_gemm_weight(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Fill up a weight for these kernels.
 
     Parameters
@@ -289,12 +290,12 @@ def pack(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """
     matrix = weight.reshape(weight.shape[0], -1)
     columns, depth = matrix.shape
-    packed = np.zeros((filled(columns, FRAGMENT), filled_depth(depth)), weight.dtype)
+    packed = np.zeros((round_up(columns, FRAGMENT), padded_depth(depth)), weight.dtype)
     packed[:columns, :depth] = matrix
     return np.ascontiguousarray(packed.T) if weight.dtype == SUMS else packed
 
 
-def filled(size: Any, unit: int) -> Any:
+def round_up(size: Any, unit: int) -> Any:
     """Return a size, filled up to a multiple of a unit."""
     known = static(size)
     if known is not None:

@@ -123,9 +123,9 @@ def mlp(
     lead = [int64(size) for size in lead]
     with function(KERNEL) as builder:
         x = argument("x", [*lead, inputs], x_dtype or dtype)
-        weight1 = argument("weight1", [hidden, gemm.filled_depth(inputs)], dtype)
+        weight1 = argument("weight1", [hidden, gemm.padded_depth(inputs)], dtype)
         bias1 = argument("bias1", [hidden], SUMS)
-        columns = gemm.filled(outputs, FRAGMENT)
+        columns = gemm.round_up(outputs, FRAGMENT)
         weight2 = argument("weight2", [columns, hidden], dtype)
         bias2 = argument("bias2", [outputs], SUMS)
         shape = [*lead, outputs]
@@ -138,7 +138,7 @@ def mlp(
         operand = gemm.add_operand(product(lead), inputs, element, dtype)
         rows, depth = operand.shape
         inner = compute(
-            "inner",
+            "hidden_sums",
             [rows, hidden],
             lambda m, n, k: cast(SUMS, operand[m, k]) * cast(SUMS, weight1[n, k]),
             reduce=[depth],
@@ -151,7 +151,7 @@ def mlp(
             dtype=dtype,
         )
         sums = compute(
-            "product",
+            "sums",
             [rows, columns],
             lambda m, n, k: cast(SUMS, between[m, k]) * cast(SUMS, weight2[n, k]),
             reduce=[hidden],

@@ -31,7 +31,7 @@ class Layer:
     Parameters
     ----------
     kind : str
-        ``"linear"``, ``"convolution"``, ``"depthwise"`` or ``"layer_norm"``.
+        ``"matmul"``, ``"convolution"``, ``"depthwise"`` or ``"layer_norm"``.
     root : relax.Call
         The operator it begins with.
     bias : relax.Var or None
@@ -96,7 +96,7 @@ def _begin(call: relax.Call, weights: set[relax.Var]) -> Layer | None:
     if weight not in weights or source in weights or element_type(source) != "float32":
         return None
     if name == "relax.matmul":
-        return Layer("linear", call) if weight.ty.ndim == 2 and source.ty.ndim > 1 else None
+        return Layer("matmul", call) if weight.ty.ndim == 2 and source.ty.ndim > 1 else None
     return _begin_convolution(call)
 
 
@@ -115,7 +115,7 @@ def _begin_convolution(call: relax.Call) -> Layer | None:
     if int(attrs.groups) == 1:
         pointwise = (height, width, top, left) == (1, 1, 0, 0)
         unit = all(int(step) == 1 for step in attrs.strides)
-        return Layer("linear" if pointwise and unit else "convolution", call)
+        return Layer("matmul" if pointwise and unit else "convolution", call)
     if int(attrs.groups) == channels == outputs:
         return Layer("depthwise", call)
     return None
@@ -150,7 +150,7 @@ def _add(
         same = dimensions(other)[0] == dimensions(source)[-1]
         return dataclasses.replace(layer, bias=other) if same else None
     same_shape = tvm_ffi.structural_equal(source.ty, other.ty)
-    if layer.kind in ("linear", "layer_norm") and same_shape:
+    if layer.kind in ("matmul", "layer_norm") and same_shape:
         return dataclasses.replace(layer, residual=other)
     return None
 

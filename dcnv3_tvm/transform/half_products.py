@@ -25,7 +25,7 @@ from dcnv3_tvm.transform.find_layers import Layer
 from dcnv3_tvm.transform.ir import dimensions
 from dcnv3_tvm.transform.storage import packed_sampling
 
-PRODUCTS: Final = ("linear", "convolution")
+PRODUCTS: Final = ("matmul", "convolution")
 """Kinds of layers that multiply factors of the type of the products."""
 
 _IMAGE: Final = 2.0**10

@@ -8,7 +8,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
-from dcnv3_tvm.kernels import matmul
+from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.transform.find_layers import Layer
 from dcnv3_tvm.transform.ir import Rebuilder, dimensions, element_type
 
@@ -79,9 +79,9 @@ class LayerContext:
         return self.rebuilder.emit(relax.call_tir(function, given, ty), like=self.var)
 
 
-def epilogue_of(layer: Layer) -> matmul.Epilogue:
+def epilogue_of(layer: Layer) -> Epilogue:
     """Return what follows the sums of a product or a convolution."""
-    return matmul.Epilogue(
+    return Epilogue(
         bias=layer.bias is not None,
         activation=layer.activation,
         residual=layer.residual is not None,

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from tvm import relax
 
-from dcnv3_tvm.kernels import matmul
+from dcnv3_tvm.kernels.convolution import convolution
+from dcnv3_tvm.kernels.matmul import matmul
+from dcnv3_tvm.kernels.packing import pack_convolution_weight, pack_matmul_weight
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.transform.find_layers import Layer, find_layers
 from dcnv3_tvm.transform.ir import Program, Rebuilder, element_type
@@ -40,7 +42,7 @@ def lower_layers(
     if dtype == "float32":
         values = Values(values.inner, set(), set())
     lower: dict[str, Callable[[LayerContext], relax.Var]] = {
-        "linear": lambda context: _lower_linear(context, tile_width),
+        "matmul": lambda context: _lower_matmul(context, tile_width),
         "convolution": lambda context: _lower_convolution(context, tile_width),
         "depthwise": lower_depthwise,
         "layer_norm": lower_layer_norm,
@@ -80,11 +82,11 @@ def _lower_sampling(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> r
     return rebuilder.emit(relax.call_tir(function, list(call.args[1].fields), ty), like=var)
 
 
-def _lower_linear(context: LayerContext, tile_width: Callable[[int], int]) -> relax.Var:
+def _lower_matmul(context: LayerContext, tile_width: Callable[[int], int]) -> relax.Var:
     layer, matrix = context.layer, context.matrix
     outputs, inputs = matrix.shape
     tile = tile_width(outputs)
-    kernel = matmul.linear(
+    kernel = matmul(
         context.sizes(layer.root.args[0])[:-1],
         inputs,
         outputs,
@@ -93,9 +95,9 @@ def _lower_linear(context: LayerContext, tile_width: Callable[[int], int]) -> re
         dtype=context.dtype,
         out_dtype=context.out_dtype,
     )
-    packed = context.packed(matmul.pack_linear(matrix.astype(context.dtype), tile))
+    packed = context.packed(pack_matmul_weight(matrix.astype(context.dtype), tile))
     return context.call(
-        kernel, f"linear_{inputs}_{outputs}", [context.source, packed, layer.bias, layer.residual]
+        kernel, f"matmul_{inputs}_{outputs}", [context.source, packed, layer.bias, layer.residual]
     )
 
 
@@ -104,7 +106,7 @@ def _lower_convolution(context: LayerContext, tile_width: Callable[[int], int]) 
     outputs, height, width, inputs = weight.shape
     tile = tile_width(outputs)
     batch, rows, columns, _ = context.sizes(layer.root.args[0])
-    kernel = matmul.convolution(
+    kernel = convolution(
         batch,
         rows,
         columns,
@@ -116,7 +118,7 @@ def _lower_convolution(context: LayerContext, tile_width: Callable[[int], int]) 
         tile=tile,
         epilogue=epilogue_of(layer),
     )
-    packed = context.packed(matmul.pack_convolution(weight.transpose(0, 3, 1, 2), tile))
+    packed = context.packed(pack_convolution_weight(weight.transpose(0, 3, 1, 2), tile))
     return context.call(
         kernel, f"convolution_{inputs}_{outputs}", [context.source, packed, layer.bias]
     )

@@ -20,7 +20,7 @@ from typing import Final
 import tvm
 from tvm import relax
 
-from dcnv3_tvm.kernels import gemm
+from dcnv3_tvm.kernels.gemm import gemm, implicit_gemm, pack_gemm_weight
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.transform.find_layers import Layer, find_layers
 from dcnv3_tvm.transform.half_products import PRODUCTS, half_products
@@ -184,10 +184,10 @@ def _lower_sampling(
     return rebuilder.emit(relax.call_tir(function, [x, offset_mask], ty), like=var)
 
 
-def _lower_linear(context: LayerContext, dtype: str) -> relax.Var:
+def _lower_matmul(context: LayerContext, dtype: str) -> relax.Var:
     layer, matrix = context.layer, context.matrix
     outputs, inputs = matrix.shape
-    kernel = gemm.linear(
+    kernel = gemm(
         context.sizes(layer.root.args[0])[:-1],
         inputs,
         outputs,
@@ -197,9 +197,9 @@ def _lower_linear(context: LayerContext, dtype: str) -> relax.Var:
         residual_dtype=context.residual_dtype,
         out_dtype=context.out_dtype,
     )
-    packed = context.packed(gemm.pack(matrix.astype(dtype)))
+    packed = context.packed(pack_gemm_weight(matrix.astype(dtype)))
     return context.call(
-        kernel, f"linear_{inputs}_{outputs}", [context.source, packed, layer.bias, layer.residual]
+        kernel, f"matmul_{inputs}_{outputs}", [context.source, packed, layer.bias, layer.residual]
     )
 
 
@@ -207,7 +207,7 @@ def _lower_convolution(context: LayerContext, dtype: str) -> relax.Var:
     layer, weight = context.layer, context.weight
     outputs, height, width, inputs = weight.shape
     batch, rows, columns, _ = context.sizes(layer.root.args[0])
-    kernel = gemm.convolution(
+    kernel = implicit_gemm(
         batch,
         rows,
         columns,
@@ -221,14 +221,14 @@ def _lower_convolution(context: LayerContext, dtype: str) -> relax.Var:
         x_dtype=context.dtype,
         out_dtype=context.out_dtype,
     )
-    packed = context.packed(gemm.pack(weight.astype(dtype)))
+    packed = context.packed(pack_gemm_weight(weight.astype(dtype)))
     return context.call(
         kernel, f"convolution_{inputs}_{outputs}", [context.source, packed, layer.bias]
     )
 
 
 _LOWER: Final[dict[str, Callable[[LayerContext, str], relax.Var]]] = {
-    "linear": _lower_linear,
+    "matmul": _lower_matmul,
     "convolution": _lower_convolution,
     "depthwise": lambda context, _: lower_depthwise(context),
     "layer_norm": lambda context, _: lower_layer_norm(context),

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from tvm import relax
 
-from dcnv3_tvm.kernels import gemm, mlp
+from dcnv3_tvm.kernels.gemm import pack_gemm_weight
+from dcnv3_tvm.kernels.mlp import mlp, pays
 from dcnv3_tvm.op.expr import product, static
 from dcnv3_tvm.transform.find_layers import Layer
 from dcnv3_tvm.transform.ir import Rebuilder, count_uses, dimensions
@@ -29,13 +30,13 @@ def find_mlps(
 
 
 def _fits(first: Layer, second: Layer, hidden: relax.Var, result: relax.Var) -> bool:
-    if any(layer.kind != "linear" or layer.bias is None for layer in (first, second)):
+    if any(layer.kind != "matmul" or layer.bias is None for layer in (first, second)):
         return False
     if first.activation is None or first.residual is not None or second.activation is not None:
         return False
     *lead, inputs = dimensions(first.root.args[0])
     widths = inputs, dimensions(hidden)[-1], dimensions(result)[-1]
-    return mlp.pays(static(product(lead)), *widths)
+    return pays(static(product(lead)), *widths)
 
 
 def lower_mlp(
@@ -52,7 +53,7 @@ def lower_mlp(
     outer = LayerContext(rebuilder, var, second, source, out_dtype)
     hidden, inputs = inner.matrix.shape
     outputs, _ = outer.matrix.shape
-    kernel = mlp.mlp(
+    kernel = mlp(
         inner.sizes(first.root.args[0])[:-1],
         inputs,
         hidden,
@@ -65,7 +66,8 @@ def lower_mlp(
         out_dtype=out_dtype,
     )
     weights = [
-        context.packed(gemm.pack(np.asarray(context.matrix, dtype))) for context in (inner, outer)
+        context.packed(pack_gemm_weight(np.asarray(context.matrix, dtype)))
+        for context in (inner, outer)
     ]
     arguments = [source, weights[0], first.bias, weights[1], second.bias, second.residual]
     return outer.call(kernel, f"mlp_{inputs}_{hidden}_{outputs}", arguments)

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import tvm
 from tvm import relax
 
-from dcnv3_tvm.kernels.matmul import PAIR
+from dcnv3_tvm.kernels.packing import PAIR
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.transform.find_layers import Layer
@@ -26,7 +26,7 @@ _OUTPUT_MULTIPLE: Final = 16
 
 def takes_bfloat16(layer: Layer) -> bool:
     """Whether a layer is a matrix product that can multiply bfloat16 operands in pairs."""
-    if layer.kind != "linear":
+    if layer.kind != "matmul":
         return False
     source, weight = layer.root.args
     inputs = dimensions(source)[-1]

@@ -9,7 +9,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.script import tirx as T
 from tvm.target import Target
 
-from dcnv3_tvm.kernels.matmul import PAIR
+from dcnv3_tvm.kernels.packing import PAIR
 from dcnv3_tvm.targets import target_features
 
 _DOT: Final = "dcnv3_tvm.dot_bf16_16x2"

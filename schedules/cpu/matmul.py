@@ -32,14 +32,14 @@ _BLOCKS: Final = (1, 2, 4, 8, 16, _ALL)
 """Row tiles of a block among which a tuner may choose."""
 
 
-def linear(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
     """Give every task one register tile of sums, kept in registers over the whole of K.
 
     Tasks run over the columns first while the weights fit the cache, else over the rows first, so
     that a column tile of weights is read from memory once. A tuner may take blocks of row tiles
     in between, whose operands stay in the cache while the weights pass by.
     """
-    if func.attrs.get(KERNEL_ATTR) != "linear":
+    if func.attrs.get(KERNEL_ATTR) != "matmul":
         return None
     weight = func.params[1]
     dtype = str(weight.dtype)

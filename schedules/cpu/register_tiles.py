@@ -55,7 +55,7 @@ def vector_unit(target: Target) -> VectorUnit:
     return VectorUnit(bits=bits, registers=32 if arm or bits == 512 else 16)
 
 
-def linear_tile(out_features: int, target: Target, dtype: str = "float32") -> int:
+def weight_tile_width(out_features: int, target: Target, dtype: str = "float32") -> int:
     """Return the columns of a register tile: two vectors, or one for a narrow product."""
     lanes = vector_unit(target).lanes(dtype)
     return lanes if out_features <= lanes else 2 * lanes
@@ -161,7 +161,7 @@ def whole_tile(extent: int, most: int) -> int | None:
 def product_blocks(sch: s_tir.Schedule) -> list[tuple[SBlockRV, SBlockRV]]:
     """Return the pairs (sums, epilogue) of blocks of a kernel of `dcnv3_tvm.kernels.matmul`."""
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
-    sums = [block for block in blocks if sch.get(block).name_hint.startswith("product")]
+    sums = [block for block in blocks if sch.get(block).name_hint.startswith("sums")]
     return [(block, sch.get_consumers(block)[0]) for block in sums]
 
 

@@ -212,7 +212,7 @@ def _on_tensor_cores(
     sch: s_tir.Schedule, func: tirx.PrimFunc, target: Target, space: SearchSpace
 ) -> None:
     dtype = str(func.params[1].dtype)
-    operand, product = sch.get_sblock("operand"), sch.get_sblock("product")
+    operand, product = sch.get_sblock("operand"), sch.get_sblock("sums")
     epilogue = sch.get_sblock("epilogue")
     row, column, depth = sch.get_loops(product)
     extents = [static(sch.get(loop).extent) for loop in (row, column, depth)]
@@ -296,7 +296,7 @@ def _by_vectors(depth: Any, column: Any) -> tuple[Any, ...]:
 
 def _by_threads(sch: s_tir.Schedule, space: SearchSpace) -> None:
     """Give each of 16x16 threads a piece of up to 8x8 neighbouring sums."""
-    operand, product = sch.get_sblock("operand"), sch.get_sblock("product")
+    operand, product = sch.get_sblock("operand"), sch.get_sblock("sums")
     epilogue = sch.get_sblock("epilogue")
     row, column, depth = sch.get_loops(product)
     extents = [static(sch.get(loop).extent) for loop in (row, column, depth)]

@@ -66,8 +66,8 @@ def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFun
         return None
     sch = s_tir.Schedule(func)
     dtype = str(func.params[1].dtype)
-    operand, inner, hidden = map(sch.get_sblock, ("operand", "inner", "hidden"))
-    product, epilogue = map(sch.get_sblock, ("product", "epilogue"))
+    operand, inner, hidden = map(sch.get_sblock, ("operand", "hidden_sums", "hidden"))
+    product, epilogue = map(sch.get_sblock, ("sums", "epilogue"))
     row, column, depth = sch.get_loops(product)
     high = max(d for d in divisors(static(sch.get(row).extent) or ROWS, ROWS) if d % FRAGMENT == 0)
     fitting = [tall for tall in (4, _WARP_ROWS, 1) if high % (tall * FRAGMENT) == 0]

@@ -16,8 +16,9 @@ from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.kernels import gemm, mlp
-from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.gemm import gemm, implicit_gemm, pack_gemm_weight
+from dcnv3_tvm.kernels.mlp import mlp
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.spec import DCNv3Spec
 
@@ -32,8 +33,8 @@ def kernel(function, *shapes, dtypes, calls=1):
 
 
 def product(rows, inputs, outputs, dtype, calls=1):
-    function = gemm.linear((rows,), inputs, outputs, epilogue=Epilogue(bias=True), dtype=dtype)
-    weight = gemm.pack(np.zeros((outputs, inputs), dtype)).shape
+    function = gemm((rows,), inputs, outputs, epilogue=Epilogue(bias=True), dtype=dtype)
+    weight = pack_gemm_weight(np.zeros((outputs, inputs), dtype)).shape
     return kernel(
         function,
         *((rows, inputs), weight, (outputs,), (rows, outputs)),
@@ -60,7 +61,7 @@ def test_every_device_model_says_where_its_rates_are_from():
 
 @pytest.mark.parametrize("inputs", [24, 40, 64])
 def test_both_products_of_an_mlp_count(inputs):
-    function = mlp.mlp((10,), inputs, 96, 20, activation="gelu", residual=False, dtype="float16")
+    function = mlp((10,), inputs, 96, 20, activation="gelu", residual=False, dtype="float16")
     shapes = [[int(size) for size in param.shape] for param in function.params]
     dtypes = [str(param.dtype) for param in function.params]
     found = kernel(function, *shapes, dtypes=dtypes)
@@ -80,10 +81,10 @@ def test_what_fills_up_a_product_does_not_count(inputs, dtype):
 @DTYPES
 @pytest.mark.parametrize("channels", [3, 8, 16, 32, 56, 80])
 def test_what_fills_up_a_convolution_does_not_count(channels, dtype):
-    function = gemm.convolution(
+    function = implicit_gemm(
         2, 9, 9, channels, 24, kernel_size=(3, 3), stride=(2, 2), pad=(1, 1), dtype=dtype
     )
-    weight = gemm.pack(np.zeros((24, 3, 3, channels), dtype)).shape
+    weight = pack_gemm_weight(np.zeros((24, 3, 3, channels), dtype)).shape
     found = kernel(function, (2, 9, 9, channels), weight, (2, 5, 5, 24), dtypes=(dtype,) * 3)
     assert operations(found) == 2 * 2 * 25 * 24 * 9 * channels
 

@@ -28,11 +28,11 @@ def kernel(rule, *shapes, calls=1, function=None, weight="float32"):
     return Kernel(f"{rule}_0", rule, function, tuple(tensors[:-1]), (tensors[-1],), calls)
 
 
-LINEAR = kernel("linear", (2, 5, 8), (2, 8, 16), (20,), (2, 5, 20), calls=3)
+MATMUL = kernel("matmul", (2, 5, 8), (2, 8, 16), (20,), (2, 5, 20), calls=3)
 
 
 def test_operations():
-    assert operations(LINEAR) == 2 * 10 * 8 * 20
+    assert operations(MATMUL) == 2 * 10 * 8 * 20
     convolution = kernel("convolution", (1, 9, 9, 4), (1, 3, 5, 4, 16), (1, 5, 4, 10))
     assert operations(convolution) == 2 * 20 * 10 * 3 * 5 * 4
     depthwise = kernel("depthwise", (1, 6, 7, 8), (3, 3, 8), (1, 6, 7, 8))
@@ -49,8 +49,8 @@ def test_operations_of_the_sampling_are_those_of_the_problem():
 
 def test_floors_shares_and_totals():
     norm = kernel("layer_norm", (4, 8), (8,), (4, 8))
-    rows, totals = tabulate([norm, LINEAR], {"linear_0": 6e-6, "layer_norm_0": 2e-6}, PEAKS)
-    assert [row.kernel for row in rows] == ["linear_0", "layer_norm_0"]
+    rows, totals = tabulate([norm, MATMUL], {"matmul_0": 6e-6, "layer_norm_0": 2e-6}, PEAKS)
+    assert [row.kernel for row in rows] == ["matmul_0", "layer_norm_0"]
     assert [row.share for row in rows] == pytest.approx([0.9, 0.1])
     traffic = 4 * (80 + 256 + 20 + 200)
     assert (rows[0].bytes, rows[0].flops) == (traffic, 3200)
@@ -59,7 +59,7 @@ def test_floors_shares_and_totals():
     assert rows[0].floor == rows[0].copy_floor
     assert rows[0].shapes == "2x5x8, 2x8x16, 20 -> 2x5x20"
     by_name = {total.name: total for total in totals}
-    assert list(by_name) == ["linear", "layer_norm", "products", "all"]
+    assert list(by_name) == ["matmul", "layer_norm", "products", "all"]
     assert by_name["products"].of_peak == pytest.approx(3200e-9 / 6e-6)
     assert by_name["all"].seconds == pytest.approx(20e-6)
     assert by_name["all"].calls == 4
@@ -67,9 +67,9 @@ def test_floors_shares_and_totals():
 
 
 def test_products_of_bfloat16_go_at_twice_the_rate():
-    short = kernel("linear", (2, 5, 8), (2, 4, 16, 2), (20,), (2, 5, 20), weight="bfloat16")
-    rows, _ = tabulate([short], {"linear_0": 1e-6}, PEAKS)
-    assert rows[0].flops == operations(LINEAR)
+    short = kernel("matmul", (2, 5, 8), (2, 4, 16, 2), (20,), (2, 5, 20), weight="bfloat16")
+    rows, _ = tabulate([short], {"matmul_0": 1e-6}, PEAKS)
+    assert rows[0].flops == operations(MATMUL)
     assert rows[0].arithmetic_floor == pytest.approx(3200 / 2e9)
     assert rows[0].bytes == 4 * (80 + 20 + 200) + 2 * 256
     assert "2x4x16x2 bfloat16" in rows[0].shapes
@@ -90,7 +90,7 @@ def test_kernels_of_an_encoder(capsys, tmp_path, monkeypatch, dtype):
         assert words in shown
     data = json.loads((tmp_path / "k.json").read_text())
     totals = {total["name"]: total for total in data["totals"]}
-    assert {"linear", "convolution", "dcnv3", "depthwise", "layer_norm"} < set(totals)
+    assert {"matmul", "convolution", "dcnv3", "depthwise", "layer_norm"} < set(totals)
     assert totals["all"]["seconds"] == pytest.approx(
         sum(row["calls"] * row["seconds"] for row in data["rows"])
     )

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.kernels.epilogue import Epilogue
 from helpers.guarded import GuardedOutput
 
 Array = npt.NDArray[Any]

@@ -3,11 +3,13 @@ import pytest
 from tvm import tirx
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.kernels import matmul
 from dcnv3_tvm.kernels.activations import ACTIVATIONS, activate
+from dcnv3_tvm.kernels.convolution import convolution
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
+from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
-from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.kernels.matmul import matmul, needs_slack
+from dcnv3_tvm.kernels.packing import column_parts, pack_convolution_weight, pack_matmul_weight
 from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.verify.tolerances import LAYER
 from helpers import layers
@@ -25,28 +27,28 @@ def assert_close(result, reference, dtype="float32"):
 
 @pytest.mark.parametrize("epilogue", [Epilogue(), Epilogue(True, "relu", True)])
 @pytest.mark.parametrize(("columns", "tile"), [(8, 4), (11, 4), (3, 16), (25, 16)])
-def test_linear_means_x_times_weight_transposed(rng, columns, tile, epilogue):
+def test_matmul_means_x_times_weight_transposed(rng, columns, tile, epilogue):
     x, weight = random(rng, 2, 3, 5), random(rng, columns, 5)
     bias, residual = random(rng, columns), random(rng, 2, 3, columns)
-    func = matmul.linear((2, 3), 5, columns, tile=tile, epilogue=epilogue)
-    given = [x, matmul.pack_linear(weight, tile)]
+    func = matmul((2, 3), 5, columns, tile=tile, epilogue=epilogue)
+    given = [x, pack_matmul_weight(weight, tile)]
     given += [bias, residual] if epilogue.bias else []
     result = run_kernel(func, given, (2, 3, columns), scheduled=False)
     assert_close(result, layers.finish(epilogue, x @ weight.T.astype("float64"), bias, residual))
 
 
-def test_linear_takes_float64(rng):
+def test_matmul_takes_float64(rng):
     x, weight = random(rng, 7, 5, dtype="float64"), random(rng, 6, 5, dtype="float64")
-    func = matmul.linear((7,), 5, 6, tile=4, dtype="float64")
-    result = run_kernel(func, [x, matmul.pack_linear(weight, 4)], (7, 6), scheduled=False)
+    func = matmul((7,), 5, 6, tile=4, dtype="float64")
+    result = run_kernel(func, [x, pack_matmul_weight(weight, 4)], (7, 6), scheduled=False)
     assert_close(result, x @ weight.T, "float64")
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_of_an_epilogue(rng, name):
     x, weight = random(rng, 30, 2) * 4, random(rng, 6, 2)
-    func = matmul.linear((30,), 2, 6, tile=4, epilogue=Epilogue(activation=name))
-    result = run_kernel(func, [x, matmul.pack_linear(weight, 4)], (30, 6), scheduled=False)
+    func = matmul((30,), 2, 6, tile=4, epilogue=Epilogue(activation=name))
+    result = run_kernel(func, [x, pack_matmul_weight(weight, 4)], (30, 6), scheduled=False)
     assert_close(result, layers.activation(name, x @ weight.T.astype("float64")))
 
 
@@ -65,11 +67,11 @@ def test_an_unknown_activation_is_refused_by_name():
 )
 def test_convolution_means_what_it_means_everywhere(rng, kernel, stride, pad, dilation):
     x, weight = random(rng, 2, 7, 9, 3), random(rng, 5, 3, *kernel)
-    func = matmul.convolution(
+    func = convolution(
         2, 7, 9, 3, 5, kernel_size=kernel, stride=stride, pad=pad, dilation=dilation, tile=4
     )
     reference = layers.convolution(x, weight, stride=stride, pad=pad, dilation=dilation)
-    packed = matmul.pack_convolution(weight, 4)
+    packed = pack_convolution_weight(weight, 4)
     assert_close(run_kernel(func, [x, packed], reference.shape, scheduled=False), reference)
 
 
@@ -78,8 +80,8 @@ def test_convolution_with_an_epilogue(rng):
     x, weight, bias = random(rng, 1, 4, 5, 3), random(rng, 6, 3, 3, 3), random(rng, 6)
     residual = random(rng, 1, 4, 5, 6)
     shape = {"stride": (1, 1), "pad": (1, 1)}
-    func = matmul.convolution(1, 4, 5, 3, 6, kernel_size=(3, 3), tile=4, epilogue=epilogue, **shape)
-    given = [x, matmul.pack_convolution(weight, 4), bias, residual]
+    func = convolution(1, 4, 5, 3, 6, kernel_size=(3, 3), tile=4, epilogue=epilogue, **shape)
+    given = [x, pack_convolution_weight(weight, 4), bias, residual]
     sums = layers.convolution(x, weight, **shape)
     reference = layers.finish(epilogue, sums, bias, residual)
     assert_close(run_kernel(func, given, residual.shape, scheduled=False), reference)
@@ -119,7 +121,7 @@ def test_layer_norm_takes_activation_and_residual(rng):
 
 def test_packing_keeps_every_weight_and_fills_up_with_zeros(rng):
     weight = random(rng, 6, 2, 3, 3)
-    packed = matmul.pack_convolution(weight, 4)
+    packed = pack_convolution_weight(weight, 4)
     assert packed.shape == (2, 3, 3, 2, 4)
     assert packed.flags.c_contiguous
     for channel in range(8):
@@ -131,7 +133,7 @@ def test_column_parts_cover_every_channel_once():
     for tile in (8, 16, 32):
         for channels in range(1, 100):
             covered = []
-            for part in matmul.column_parts(channels, tile):
+            for part in column_parts(channels, tile):
                 covered += range(part.start, part.start + part.width)
                 assert part.width % tile == 0 or part.width <= tile // 2
             assert covered == list(range(channels))
@@ -139,18 +141,18 @@ def test_column_parts_cover_every_channel_once():
 
 def test_slack_only_where_no_row_tile_divides():
     n = tirx.Var("n", "int64")
-    assert not matmul.needs_slack(3136)
-    assert not matmul.needs_slack(n * 49)
-    assert not matmul.needs_slack(3)
-    assert matmul.needs_slack(17 * 19)
-    assert matmul.needs_slack(n)
-    assert matmul.needs_slack(n * 17)
+    assert not needs_slack(3136)
+    assert not needs_slack(n * 49)
+    assert not needs_slack(3)
+    assert needs_slack(17 * 19)
+    assert needs_slack(n)
+    assert needs_slack(n * 17)
 
 
 @pytest.mark.parametrize(
     ("func", "name"),
     [
-        (matmul.linear((3,), 4, 4, tile=4), "linear"),
+        (matmul((3,), 4, 4, tile=4), "matmul"),
         (layer_norm_kernel((3,), 4, eps=1e-6), "layer_norm"),
     ],
 )

@@ -1,5 +1,5 @@
 import dcnv3_tvm as dt
-from dcnv3_tvm.kernels import gemm
+from dcnv3_tvm.kernels.gemm import gemm
 from dcnv3_tvm.schedules import CPU_RULES, GPU_RULES
 from dcnv3_tvm.schedules.explain import explain, launch
 from dcnv3_tvm.targets import resolve_target
@@ -41,7 +41,7 @@ def test_the_operator_on_a_cpu():
 
 def test_rules_before_the_one_that_takes_it_say_why_not():
     target = resolve_target("cuda-sm90")
-    verdicts, scheduled = explain(gemm.linear((256,), 64, 64, dtype="float16"), target)
+    verdicts, scheduled = explain(gemm((256,), 64, 64, dtype="float16"), target)
     first, second, *rest = verdicts
     assert (first.rule, first.taken) == ("dcnv3", False)
     assert first.reason == "it schedules other kernels"

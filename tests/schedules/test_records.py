@@ -8,7 +8,7 @@ import pytest
 
 import dcnv3_tvm as dt
 from dcnv3_tvm import schedules
-from dcnv3_tvm.kernels import matmul
+from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules import records
 from dcnv3_tvm.schedules.records import About, Record, Records, RecordsError
@@ -25,7 +25,7 @@ ABOUT = About(
     date="2026-01-01T00:00:00+00:00",
 )
 SPEC = DCNv3Spec.of((1, 8, 8, 32), group=2)
-LINEAR = matmul.linear((3, 13), 24, 64, tile=32)
+MATMUL = matmul((3, 13), 24, 64, tile=32)
 
 
 def record(func, decisions, seconds=1e-4):
@@ -41,27 +41,27 @@ def record(func, decisions, seconds=1e-4):
 
 
 def test_records_are_read_back(tmp_path):
-    kept = Records.of(ABOUT, [record(LINEAR, {"rows": 3}), record(tensorir.dcnv3(SPEC), {})])
+    kept = Records.of(ABOUT, [record(MATMUL, {"rows": 3}), record(tensorir.dcnv3(SPEC), {})])
     kept.write(tmp_path / "records")
     assert Records.read(tmp_path / "records") == kept
 
 
 def test_of_two_records_the_faster_one_stays():
-    slow, fast = record(LINEAR, {"rows": 1}, 2e-4), record(LINEAR, {"rows": 3}, 1e-4)
+    slow, fast = record(MATMUL, {"rows": 1}, 2e-4), record(MATMUL, {"rows": 3}, 1e-4)
     for order in ([slow, fast], [fast, slow]):
         assert list(Records.of(ABOUT, order).by_workload.values()) == [fast]
 
 
 def test_a_key_is_that_of_the_computation():
-    key = records.workload_key(LINEAR)
-    assert records.workload_key(LINEAR.with_attr("global_symbol", "other")) == key
-    assert records.workload_key(LINEAR.with_attr("op_pattern", 3)) == key
-    assert records.workload_key(matmul.linear((3, 13), 24, 64, tile=16)) != key
-    assert records.workload_key(matmul.linear((3, 14), 24, 64, tile=32)) != key
+    key = records.workload_key(MATMUL)
+    assert records.workload_key(MATMUL.with_attr("global_symbol", "other")) == key
+    assert records.workload_key(MATMUL.with_attr("op_pattern", 3)) == key
+    assert records.workload_key(matmul((3, 13), 24, 64, tile=16)) != key
+    assert records.workload_key(matmul((3, 14), 24, 64, tile=32)) != key
 
 
 def test_a_kernel_is_described():
-    assert records.describe(LINEAR) == "linear(3x13x24, 2x24x32) -> 3x13x64"
+    assert records.describe(MATMUL) == "matmul(3x13x24, 2x24x32) -> 3x13x64"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_kernel_is_described():
     ],
 )
 def test_records_of_another_kind_are_refused(tmp_path, change, message):
-    Records.of(ABOUT, [record(LINEAR, {})]).write(tmp_path / "r")
+    Records.of(ABOUT, [record(MATMUL, {})]).write(tmp_path / "r")
     path = tmp_path / "r" / "about.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(RecordsError, match=message):
@@ -81,7 +81,7 @@ def test_records_of_another_kind_are_refused(tmp_path, change, message):
 
 
 def test_a_damaged_record_is_shown(tmp_path):
-    Records.of(ABOUT, [record(LINEAR, {})]).write(tmp_path / "r")
+    Records.of(ABOUT, [record(MATMUL, {})]).write(tmp_path / "r")
     with (tmp_path / "r" / "records.jsonl").open("a") as stream:
         stream.write('{"workload": "12\n')
     with pytest.raises(
@@ -91,7 +91,7 @@ def test_a_damaged_record_is_shown(tmp_path):
 
 
 def test_what_is_no_folder_of_records_is_not_replaced(tmp_path):
-    kept = Records.of(ABOUT, [record(LINEAR, {})])
+    kept = Records.of(ABOUT, [record(MATMUL, {})])
     kept.write(tmp_path)
     kept.write(tmp_path)
     (tmp_path / "session").mkdir()
@@ -112,7 +112,7 @@ def test_a_folder_without_records(tmp_path):
 
 def test_records_are_found(tmp_path):
     target = resolve_target()
-    kept = Records.of(ABOUT, [record(LINEAR, {})])
+    kept = Records.of(ABOUT, [record(MATMUL, {})])
     kept.write(tmp_path / "session" / "records")
     kept.write(tmp_path / "plain")
     for folder in ("session", "plain"):
@@ -126,7 +126,7 @@ def test_a_processor_without_records_of_its_own_takes_those_for_its_vectors(tmp_
     monkeypatch.setattr(records, "SHIPPED", tmp_path)
     records._shipped.cache_clear()
     generic = dataclasses.replace(ABOUT, target="cpu-x86-64-v4")
-    Records.of(generic, [record(LINEAR, {})]).write(tmp_path / generic.target)
+    Records.of(generic, [record(MATMUL, {})]).write(tmp_path / generic.target)
     try:
         found = records.find_records(resolve_target("cpu-icelake-server"), "default")
         assert found is not None
@@ -140,13 +140,13 @@ def test_a_processor_without_records_of_its_own_takes_those_for_its_vectors(tmp_
 def test_a_record_decides_on_a_schedule():
     target = resolve_target()
     found = schedules.schedule_by_record(
-        LINEAR, target, Records.of(ABOUT, [record(LINEAR, {"rows": 3})])
+        MATMUL, target, Records.of(ABOUT, [record(MATMUL, {"rows": 3})])
     )
     assert found.record == schedules.HIT
     assert (
-        found.function.script() == schedules.schedule(LINEAR, target, {"rows": 3}).function.script()
+        found.function.script() == schedules.schedule(MATMUL, target, {"rows": 3}).function.script()
     )
-    assert found.function.script() != schedules.schedule(LINEAR, target).function.script()
+    assert found.function.script() != schedules.schedule(MATMUL, target).function.script()
 
 
 @pytest.mark.parametrize(
@@ -158,14 +158,14 @@ def test_a_record_decides_on_a_schedule():
 )
 def test_a_record_that_does_not_fit_is_refused_with_words(decisions, reason):
     target = resolve_target()
-    kept = Records.of(ABOUT, [record(LINEAR, decisions)])
-    found = schedules.schedule_by_record(LINEAR, target, kept)
+    kept = Records.of(ABOUT, [record(MATMUL, decisions)])
+    found = schedules.schedule_by_record(MATMUL, target, kept)
     assert reason in found.record
-    assert found.function.script() == schedules.schedule(LINEAR, target).function.script()
+    assert found.function.script() == schedules.schedule(MATMUL, target).function.script()
 
 
 def test_a_kernel_without_a_record():
-    found = schedules.schedule_by_record(LINEAR, resolve_target(), Records.of(ABOUT, []))
+    found = schedules.schedule_by_record(MATMUL, resolve_target(), Records.of(ABOUT, []))
     assert found.record == schedules.MISS
 
 

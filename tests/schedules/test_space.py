@@ -9,10 +9,13 @@ import tvm
 
 from dcnv3_tvm import schedules
 from dcnv3_tvm.compiler.kernel_listing import ENTRY
-from dcnv3_tvm.kernels import gemm, matmul, mlp
+from dcnv3_tvm.kernels.convolution import convolution
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
+from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.gemm import gemm
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
-from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.kernels.matmul import matmul
+from dcnv3_tvm.kernels.mlp import mlp
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
@@ -49,15 +52,15 @@ def test_values_that_cannot_be_are_refused():
 SPEC = DCNv3Spec.of((2, 7, 9, 64), group=4, softmax=True)
 
 CPU_KERNELS = {
-    "linear": matmul.linear((3, 13), 24, 64, tile=32, epilogue=Epilogue(bias=True)),
-    "linear_slack": matmul.linear((47,), 24, 75, tile=32),
-    "linear_residual": matmul.linear(
+    "matmul": matmul((3, 13), 24, 64, tile=32, epilogue=Epilogue(bias=True)),
+    "matmul_slack": matmul((47,), 24, 75, tile=32),
+    "matmul_residual": matmul(
         (4, 14), 64, 40, tile=32, epilogue=Epilogue(bias=True, residual=True)
     ),
-    "convolution": matmul.convolution(
+    "convolution": convolution(
         1, 15, 29, 8, 40, kernel_size=(3, 3), stride=(2, 2), pad=(1, 1), tile=32
     ),
-    "convolution_whole": matmul.convolution(
+    "convolution_whole": convolution(
         2, 12, 17, 8, 64, kernel_size=(3, 3), stride=(1, 1), pad=(1, 1), tile=32
     ),
     "depthwise": depthwise_kernel(
@@ -69,11 +72,9 @@ CPU_KERNELS = {
 }
 
 GPU_KERNELS = {
-    "gemm_half": gemm.linear((70,), 96, 128, epilogue=Epilogue(bias=True), dtype="float16"),
-    "gemm": gemm.linear(
-        (70,), 48, 64, epilogue=Epilogue(bias=True, residual=True), dtype="float32"
-    ),
-    "mlp": mlp.mlp((150,), 48, 96, 48, activation="gelu", residual=True, dtype="float16"),
+    "gemm_half": gemm((70,), 96, 128, epilogue=Epilogue(bias=True), dtype="float16"),
+    "gemm": gemm((70,), 48, 64, epilogue=Epilogue(bias=True, residual=True), dtype="float32"),
+    "mlp": mlp((150,), 48, 96, 48, activation="gelu", residual=True, dtype="float16"),
     "depthwise": depthwise_kernel(
         1, 9, 14, 96, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6, activation="gelu"
     ),
@@ -151,7 +152,7 @@ def test_a_schedule_with_too_many_threads_is_refused():
 
 def test_a_tile_that_does_not_fit_shared_memory_is_refused():
     small = resolve_target("cuda-sm86")
-    func = gemm.linear((1024,), 256, 128, dtype="float16")
+    func = gemm((1024,), 256, 128, dtype="float16")
     large = {"warp_rows": 4, "rows": 4, "warp_columns": 1, "columns": 8, "depth": 4, "stages": 4}
     with pytest.raises(
         DecisionError, match=r"too much shared memory; got \d+ bytes; allowed: up to"

@@ -45,8 +45,8 @@ def test_behind_a_norm(rng):
     _, lowered = _lowered(_weights(rng))
     assert _types(lowered) == {
         "layer_norm_16": ["float32", "float32", "float32", "float16"],
-        "linear_16_48_gelu": ["float16", "float16", "float16"],
-        "linear_48_16": ["float16", "float16", "float32"],
+        "matmul_16_48_gelu": ["float16", "float16", "float16"],
+        "matmul_48_16": ["float16", "float16", "float32"],
     }
 
 
@@ -56,8 +56,8 @@ def test_a_product_of_large_weights_ends_the_bound(rng):
     program, lowered = _lowered(weights)
     assert _types(lowered) == {
         "layer_norm_16": ["float32", "float32", "float32", "float16"],
-        "linear_16_48_gelu": ["float16", "float16", "bfloat16"],
-        "linear_48_16": ["bfloat16", "bfloat16", "float32"],
+        "matmul_16_48_gelu": ["float16", "float16", "bfloat16"],
+        "matmul_48_16": ["bfloat16", "bfloat16", "float32"],
     }
     x = rng.standard_normal((5, 16)).astype("float32")
     expected = run_program(program, x)
@@ -70,7 +70,7 @@ def test_what_has_no_bound_stays_in_bfloat16(rng):
         lambda bb, x, first: bb.emit(relax.op.matmul(x, first)), {"x": (5, 16)}, weights
     )
     lowered = lower_layers_gpu(program, "bfloat16")
-    assert _types(lowered) == {"linear_16_48": ["float32", "bfloat16", "float32"]}
+    assert _types(lowered) == {"matmul_16_48": ["float32", "bfloat16", "float32"]}
 
 
 def test_a_model():
@@ -92,7 +92,7 @@ def test_what_float16_cannot_hold_well_stays_in_bfloat16(name, factor, rng):
     if name == "gamma":
         weights["beta"] *= np.float32(min(1.0, factor))
     program, lowered = _lowered(weights)
-    assert _types(lowered)["linear_16_48_gelu"] == ["bfloat16"] * 3
+    assert _types(lowered)["matmul_16_48_gelu"] == ["bfloat16"] * 3
     x = rng.standard_normal((5, 16)).astype("float32")
     expected = run_program(program, x)
     assert np.linalg.norm(run_program(lowered, x) - expected) <= 1e-2 * np.linalg.norm(expected)
@@ -136,4 +136,4 @@ def test_images_of_any_size_with_their_channels_first(rng):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_only_in_bfloat16(dtype, rng):
     _, lowered = _lowered(_weights(rng), dtype)
-    assert _types(lowered)["linear_16_48_gelu"] == [dtype] * 3
+    assert _types(lowered)["matmul_16_48_gelu"] == [dtype] * 3

@@ -15,7 +15,7 @@ def _random(rng, *shape):
     return rng.standard_normal(shape).astype("float32")
 
 
-def _linear(bb, x, weight):
+def _matmul(bb, x, weight):
     return bb.emit(relax.op.matmul(x, weight))
 
 
@@ -47,15 +47,15 @@ def _weights(rng, *names):
 def test_what_only_products_read_is_stored_in_bfloat16(rng):
     def build(bb, x, square, gamma, beta):
         normal = _norm(bb, x, gamma, beta)
-        hidden = bb.emit(relax.op.nn.gelu(_linear(bb, normal, square)))
-        return bb.emit(relax.op.add(x, _linear(bb, hidden, square)))
+        hidden = bb.emit(relax.op.nn.gelu(_matmul(bb, normal, square)))
+        return bb.emit(relax.op.add(x, _matmul(bb, hidden, square)))
 
     program = make_program(build, {"x": (4, 16)}, _weights(rng, "square", "gamma", "beta"))
     lowered = _lowered(program)
     assert operators(lowered) == [
         "layer_norm_16",
-        "linear_16_16_gelu",
-        "linear_16_16_residual",
+        "matmul_16_16_gelu",
+        "matmul_16_16_residual",
     ]
     assert _types(lowered) == ["bfloat16", "bfloat16", "float32"]
     assert lowered.weights["square:packed"].dtype == ml_dtypes.bfloat16
@@ -64,7 +64,7 @@ def test_what_only_products_read_is_stored_in_bfloat16(rng):
 def test_a_value_needed_in_float32_is_converted_once_for_all_products(rng):
     def build(bb, x, square, gamma, beta):
         normal = _norm(bb, x, gamma, beta)
-        first, second = _linear(bb, normal, square), _linear(bb, normal, square)
+        first, second = _matmul(bb, normal, square), _matmul(bb, normal, square)
         return bb.emit(relax.op.add(bb.emit(relax.op.multiply(first, second)), normal))
 
     program = make_program(build, {"x": (4, 16)}, _weights(rng, "square", "gamma", "beta"))
@@ -72,16 +72,16 @@ def test_a_value_needed_in_float32_is_converted_once_for_all_products(rng):
     assert operators(lowered)[:4] == [
         "layer_norm_16",
         "relax.astype",
-        "linear_16_16",
-        "linear_16_16",
+        "matmul_16_16",
+        "matmul_16_16",
     ]
     assert _types(lowered)[:2] == ["float32", "bfloat16"]
 
 
 def test_a_result_of_the_model_stays_float32(rng):
     def build(bb, x, square):
-        hidden = _linear(bb, x, square)
-        return bb.emit(relax.Tuple([hidden, _linear(bb, hidden, square)]))
+        hidden = _matmul(bb, x, square)
+        return bb.emit(relax.Tuple([hidden, _matmul(bb, hidden, square)]))
 
     program = make_program(build, {"x": (4, 16)}, _weights(rng, "square"))
     types = _types(_lowered(program))
@@ -90,9 +90,9 @@ def test_a_result_of_the_model_stays_float32(rng):
 
 @pytest.mark.parametrize("shape", [(16, 21), (15, 16)])
 def test_a_product_that_fills_no_vectors_or_pairs_stays_float32(rng, shape):
-    program = make_program(_linear, {"x": (4, shape[0])}, {"weight": _random(rng, *shape)})
+    program = make_program(_matmul, {"x": (4, shape[0])}, {"weight": _random(rng, *shape)})
     lowered = _lowered(program)
-    assert operators(lowered) == [f"linear_{shape[0]}_{shape[1]}"]
+    assert operators(lowered) == [f"matmul_{shape[0]}_{shape[1]}"]
     assert _types(lowered) == ["float32"]
     (layer,) = find_layers(program.module["main"], 1).values()
     assert not takes_bfloat16(layer)
@@ -101,13 +101,13 @@ def test_a_product_that_fills_no_vectors_or_pairs_stays_float32(rng, shape):
 @pytest.mark.parametrize("offset_scale", [1.0, 2.0])
 def test_sampling_stores_bfloat16_and_reads_float32(rng, offset_scale):
     def build(bb, x, offset_weight, mask_weight, bias_offset, bias_mask, square):
-        offset = bb.emit(relax.op.add(_linear(bb, x, offset_weight), bias_offset))
-        logits = bb.emit(relax.op.add(_linear(bb, x, mask_weight), bias_mask))
+        offset = bb.emit(relax.op.add(_matmul(bb, x, offset_weight), bias_offset))
+        logits = bb.emit(relax.op.add(_matmul(bb, x, mask_weight), bias_mask))
         grouped = bb.emit(relax.op.reshape(logits, (1, 5, 4, 2, 9)))
         mask = bb.emit(relax.op.nn.softmax(grouped, axis=-1))
         mask = bb.emit(relax.op.reshape(mask, (1, 5, 4, 18)))
         sampled = bb.emit(relax_op.dcnv3(x, offset, mask, group=2, offset_scale=offset_scale))
-        return _linear(bb, sampled, square)
+        return _matmul(bb, sampled, square)
 
     weights = {
         "offset_weight": _random(rng, 16, 36),
@@ -121,17 +121,17 @@ def test_sampling_stores_bfloat16_and_reads_float32(rng, offset_scale):
     names, types = operators(lowered), _types(lowered)
     short = [name.rstrip("0123456789_") for name in names]
     if offset_scale == 1.0:
-        assert short == ["relax.astype", "linear", "dcnv3_packed", "linear"]
+        assert short == ["relax.astype", "matmul", "dcnv3_packed", "matmul"]
         assert types == ["bfloat16", "float32", "bfloat16", "float32"]
     else:
         # Errors of offsets would be magnified: their product stays in float32.
-        assert short == ["linear", "dcnv3_packed", "linear"]
+        assert short == ["matmul", "dcnv3_packed", "matmul"]
         assert types == ["float32", "bfloat16", "float32"]
 
 
 def test_values_inside_layers_are_not_stored(rng):
     def build(bb, x, square):
-        return bb.emit(relax.op.nn.gelu(_linear(bb, x, square)))
+        return bb.emit(relax.op.nn.gelu(_matmul(bb, x, square)))
 
     program = make_program(build, {"x": (4, 16)}, _weights(rng, "square"))
     function = program.module["main"]
@@ -144,7 +144,7 @@ def test_values_inside_layers_are_not_stored(rng):
 
 def test_rounded_operands_give_the_product_of_rounded_operands(rng):
     weights = _weights(rng, "square")
-    program = make_program(_linear, {"x": (4, 16)}, weights)
+    program = make_program(_matmul, {"x": (4, 16)}, weights)
     lowered = _lowered(program)
     packed = lowered.weights["square:packed"].astype("float32")
     # (tiles, K/2, tile, 2) back to (K, N)

@@ -4,7 +4,7 @@ import pytest
 
 from dcnv3_tvm import machine
 from dcnv3_tvm.compiler.kernel_listing import Tensor
-from dcnv3_tvm.kernels import matmul
+from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.tuning import jobs
@@ -48,7 +48,7 @@ def test_a_kernel_that_writes_nothing_is_found(task, target, tmp_path):
 @pytest.mark.skipif("avx512bf16" not in (machine.cpu_features() or ()), reason="needs avx512_bf16")
 def test_products_of_bfloat16(tmp_path):
     target = resolve_target()
-    function = matmul.linear((5, 7), 32, 64, tile=32, dtype="bfloat16")
+    function = matmul((5, 7), 32, 64, tile=32, dtype="bfloat16")
     arguments = tuple(
         Tensor(tuple(int(size) for size in buffer.shape), str(buffer.dtype))
         for buffer in function.params

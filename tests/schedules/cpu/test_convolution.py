@@ -1,9 +1,10 @@
 import pytest
 from tvm import tirx
 
-from dcnv3_tvm.kernels import matmul
-from dcnv3_tvm.kernels.matmul import Epilogue
-from dcnv3_tvm.schedules import linear_tile
+from dcnv3_tvm.kernels.convolution import convolution
+from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.packing import pack_convolution_weight
+from dcnv3_tvm.schedules import weight_tile_width
 from helpers import layers
 from helpers.layers import run_kernel
 
@@ -28,17 +29,17 @@ def check(
     """Compare the scheduled kernel at `sizes` with float64; `given` are symbolic sizes."""
     epilogue = epilogue or Epilogue(bias=True)
     inputs, outputs = channels
-    tile = linear_tile(outputs, target)
+    tile = weight_tile_width(outputs, target)
     x = random(rng, *sizes, inputs)
     weight = random(rng, outputs, inputs, *kernel) / (inputs * 9) ** 0.5
     bias = random(rng, outputs)
     where = {"stride": stride, "pad": pad, "dilation": dilation}
-    func = matmul.convolution(
+    func = convolution(
         *(given or sizes), *channels, kernel_size=kernel, tile=tile, epilogue=epilogue, **where
     )
     sums = layers.convolution(x, weight, **where)
     residual = random(rng, *sums.shape)
-    arrays = [x, matmul.pack_convolution(weight, tile)]
+    arrays = [x, pack_convolution_weight(weight, tile)]
     arrays += [bias] if epilogue.bias else []
     arrays += [residual] if epilogue.residual else []
     result = run_kernel(func, arrays, sums.shape, target=target)
@@ -84,7 +85,7 @@ def test_other_instruction_sets(rng, assert_close, target):
 
 @pytest.mark.parametrize("channels", [(3, 32), (128, 256)])
 def test_sums_stay_in_registers(scheduled, host, channels):
-    func = matmul.convolution(
+    func = convolution(
         1,
         28,
         28,
@@ -92,7 +93,7 @@ def test_sums_stay_in_registers(scheduled, host, channels):
         kernel_size=(3, 3),
         stride=(2, 2),
         pad=(1, 1),
-        tile=linear_tile(channels[1], host),
+        tile=weight_tile_width(channels[1], host),
     )
     script, rule = scheduled(func, host)
     assert rule == "convolution"
@@ -100,4 +101,4 @@ def test_sums_stay_in_registers(scheduled, host, channels):
     assert "T.vectorized" in script
     assert 'scope="local"' in script
     # No border test between the initialisation and the update of the sums.
-    assert "if_then_else" not in script[script.index("product_init") :]
+    assert "if_then_else" not in script[script.index("sums_init") :]

@@ -8,8 +8,9 @@ from tvm import tirx
 
 from dcnv3_tvm import machine
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.kernels import matmul
-from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.matmul import matmul
+from dcnv3_tvm.kernels.packing import pack_matmul_weight
 from dcnv3_tvm.schedules import has_bfloat16_dot, schedule_module
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
@@ -31,10 +32,10 @@ def check(rng, assert_close, lead, sizes, inner, columns, *, epilogue=FULL, out_
     x, weight = narrow(rng, *sizes, inner), narrow(rng, columns, inner)
     bias = rng.standard_normal(columns).astype("float32")
     residual = rng.standard_normal((*sizes, columns)).astype("float32")
-    func = matmul.linear(
+    func = matmul(
         lead, inner, columns, tile=32, epilogue=epilogue, dtype="bfloat16", out_dtype=out_dtype
     )
-    given = [x, matmul.pack_linear(weight, 32)]
+    given = [x, pack_matmul_weight(weight, 32)]
     given += [bias] if epilogue.bias else []
     given += [residual] if epilogue.residual else []
     result = run_kernel(
@@ -87,11 +88,11 @@ def test_weights_larger_than_the_cache(rng, assert_close):
 
 
 def compiled(rows, inner, columns):
-    func = matmul.linear((rows,), inner, columns, tile=32, dtype="bfloat16")
+    func = matmul((rows,), inner, columns, tile=32, dtype="bfloat16")
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     target = resolve_target(TARGET)
     module, rules = schedule_module(module, target)
-    assert rules["main"].rule == "linear"
+    assert rules["main"].rule == "matmul"
     return tvm.compile(module, target=target).mod.inspect_source("asm")
 
 
@@ -113,12 +114,12 @@ def test_targets_without_the_instruction():
 
 def test_an_odd_number_of_input_features_is_refused():
     with pytest.raises(InvalidArgumentError, match="in pairs"):
-        matmul.linear((4,), 7, 16, tile=16, dtype="bfloat16")
+        matmul((4,), 7, 16, tile=16, dtype="bfloat16")
 
 
 def test_packing_lays_pairs_side_by_side(rng):
     weight = narrow(rng, 40, 6)
-    packed = matmul.pack_linear(weight, 32)
+    packed = pack_matmul_weight(weight, 32)
     assert packed.shape == (2, 3, 32, 2)
     assert packed[1, 2, 7, 1] == weight[39, 5]
     assert (packed[1, :, 8:] == 0).all()

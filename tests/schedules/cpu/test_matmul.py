@@ -3,9 +3,10 @@ from tvm import tirx
 from tvm.target import Target
 
 from dcnv3_tvm import schedules
-from dcnv3_tvm.kernels import matmul
-from dcnv3_tvm.kernels.matmul import Epilogue
-from dcnv3_tvm.schedules import linear_tile
+from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.matmul import ROW_SLACK, matmul, needs_slack
+from dcnv3_tvm.kernels.packing import pack_matmul_weight
+from dcnv3_tvm.schedules import weight_tile_width
 from dcnv3_tvm.schedules.cpu.register_tiles import VectorUnit, row_tile, vector_unit
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
@@ -20,11 +21,11 @@ def random(rng, *shape):
 
 def check(rng, assert_close, lead, sizes, inner, columns, target, epilogue=FULL):
     """Compare the scheduled kernel for `lead`, at `sizes`, with float64."""
-    tile = linear_tile(columns, target)
+    tile = weight_tile_width(columns, target)
     x, weight = random(rng, *sizes, inner), random(rng, columns, inner) / inner**0.5
     bias, residual = random(rng, columns), random(rng, *sizes, columns)
-    func = matmul.linear(lead, inner, columns, tile=tile, epilogue=epilogue)
-    given = [x, matmul.pack_linear(weight, tile)]
+    func = matmul(lead, inner, columns, tile=tile, epilogue=epilogue)
+    given = [x, pack_matmul_weight(weight, tile)]
     given += [bias] if epilogue.bias else []
     given += [residual] if epilogue.residual else []
     result = run_kernel(func, given, residual.shape, target=target)
@@ -56,8 +57,8 @@ def test_weights_larger_than_the_cache(rng, assert_close, host):
 @pytest.mark.parametrize("sizes", [(2, 5, 7), (7, 7), (13,)])
 def test_other_instruction_sets(rng, assert_close, scheduled, target, sizes):
     check(rng, assert_close, sizes, sizes, 19, 75, target)
-    _, rule = scheduled(matmul.linear(sizes, 19, 75, tile=linear_tile(75, target)), target)
-    assert rule == "linear"
+    _, rule = scheduled(matmul(sizes, 19, 75, tile=weight_tile_width(75, target)), target)
+    assert rule == "matmul"
 
 
 def test_without_epilogue(rng, assert_close, host):
@@ -65,13 +66,13 @@ def test_without_epilogue(rng, assert_close, host):
 
 
 def test_sums_stay_in_registers(scheduled, host):
-    func = matmul.linear((3136,), 64, 256, tile=linear_tile(256, host))
+    func = matmul((3136,), 64, 256, tile=weight_tile_width(256, host))
     script, rule = scheduled(func, host)
-    assert rule == "linear"
+    assert rule == "matmul"
     assert "T.parallel" in script
     assert "T.vectorized" in script
     assert 'scope="local"' in script
-    assert script.index("product_init") < script.index("product_update")
+    assert script.index("sums_init") < script.index("sums_update")
 
 
 def test_a_row_tile_fills_the_registers_and_divides_the_rows():
@@ -100,8 +101,8 @@ def test_every_row_tile_is_whole_or_has_slack(unit):
     for columns in (1, unit.lanes("float32"), 2 * unit.lanes("float32")):
         for rows in range(1, 2000):
             tile = row_tile(rows, columns, unit, "float32")
-            assert tile <= matmul.ROW_SLACK + 1
-            assert rows % tile == 0 or matmul.needs_slack(rows)
+            assert tile <= ROW_SLACK + 1
+            assert rows % tile == 0 or needs_slack(rows)
 
 
 def test_vector_units_of_targets():
@@ -115,9 +116,9 @@ def test_vector_units_of_targets():
 
 
 def test_steps_along_the_depth_are_unrolled_where_sums_are_spilled():
-    func = matmul.linear((49,), 64, 64, tile=16)
+    func = matmul((49,), 64, 64, tile=16)
     narrow = schedules.schedule(func, resolve_target("cpu-haswell")).space
     assert (narrow["rows"][0], narrow["unroll"][0]) == (7, 4)
-    func = matmul.linear((49,), 64, 64, tile=32)
+    func = matmul((49,), 64, 64, tile=32)
     wide = schedules.schedule(func, resolve_target("cpu-znver4")).space
     assert (wide["rows"][0], wide["unroll"][0]) == (7, 1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tvm import s_tir
 
 from dcnv3_tvm.gpu import ALIGNMENT
-from dcnv3_tvm.kernels import gemm
+from dcnv3_tvm.kernels.gemm import gemm
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
 from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
@@ -197,7 +197,7 @@ def test_open_sizes_are_gathered_in_vectors():
 def test_others_are_refused():
     kernel = tensorir.dcnv3(DCNv3Spec.of((1, 4, 4, 8), group=2))
     assert dcnv3(kernel, resolve_target("cpu"), SearchSpace()) is None
-    assert dcnv3(gemm.linear((8,), 16, 16, dtype="float16"), TARGET, SearchSpace()) is None
+    assert dcnv3(gemm((8,), 16, 16, dtype="float16"), TARGET, SearchSpace()) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

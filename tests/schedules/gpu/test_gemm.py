@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import tvm
 
-from dcnv3_tvm.kernels import gemm as kernels
+from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.gemm import gemm as gemm_kernel
+from dcnv3_tvm.kernels.gemm import implicit_gemm, pack_gemm_weight
 from dcnv3_tvm.kernels.layer_norm import layer_norm
-from dcnv3_tvm.kernels.matmul import Epilogue
 from dcnv3_tvm.schedules.gpu.gemm import default_tile, gemm
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.space import SearchSpace
@@ -27,7 +28,7 @@ def random(rng, shape, dtype):
     return rng.standard_normal(shape).astype(dtype)
 
 
-LINEAR = [
+MATMUL = [
     ((128,), 64, 64, Epilogue()),
     ((3, 7, 9), 80, 112, GELU),
     ((2, 5, 31), 160, 48, RESIDUAL),
@@ -39,17 +40,17 @@ LINEAR = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear(run_together, assert_close, dtype, rng):
+def test_matmul(run_together, assert_close, dtype, rng):
     problems = {}
-    for lead, inputs, outputs, epilogue in LINEAR:
+    for lead, inputs, outputs, epilogue in MATMUL:
         x, weight = random(rng, (*lead, inputs), dtype), random(rng, (outputs, inputs), dtype)
         bias = random(rng, outputs, "float32")
         residual = random(rng, (*lead, outputs), dtype)
-        kernel = kernels.linear(lead, inputs, outputs, epilogue=epilogue, dtype=dtype)
-        arrays = [x, kernels.pack(weight)]
+        kernel = gemm_kernel(lead, inputs, outputs, epilogue=epilogue, dtype=dtype)
+        arrays = [x, pack_gemm_weight(weight)]
         arrays += [bias] if epilogue.bias else []
         arrays += [residual] if epilogue.residual else []
-        name = "_".join(map(str, ("linear", *lead, inputs, outputs)))
+        name = "_".join(map(str, ("matmul", *lead, inputs, outputs)))
         product = x.astype(np.float64) @ weight.astype(np.float64).T
         truth = layers.finish(epilogue, product, bias, residual)
         scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
@@ -59,11 +60,11 @@ def test_linear(run_together, assert_close, dtype, rng):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_linear_with_a_stream_of_float32(gpu, assert_close, dtype, rng):
+def test_matmul_with_a_stream_of_float32(gpu, assert_close, dtype, rng):
     x = random(rng, (50, 64), "float32")
     weight = random(rng, (96, 64), dtype)
     bias, residual = random(rng, 96, "float32"), random(rng, (50, 96), "float32")
-    kernel = kernels.linear(
+    kernel = gemm_kernel(
         (50,),
         64,
         96,
@@ -73,7 +74,7 @@ def test_linear_with_a_stream_of_float32(gpu, assert_close, dtype, rng):
         residual_dtype="float32",
         out_dtype="float32",
     )
-    result = run(gpu, kernel, [x, kernels.pack(weight), bias, residual], (50, 96), "float32")
+    result = run(gpu, kernel, [x, pack_gemm_weight(weight), bias, residual], (50, 96), "float32")
     product = x.astype(dtype).astype(np.float64) @ weight.astype(np.float64).T
     assert_close(result, product + bias + residual, "float32")
 
@@ -94,7 +95,7 @@ def test_convolution(gpu, assert_close, image, outputs, kernel_size, stride, pad
     weight = random(rng, (outputs, image[-1], *kernel_size), dtype)
     bias = random(rng, outputs, "float32")
     expected = layers.convolution(x, weight, stride=stride, pad=pad) + bias
-    kernel = kernels.convolution(
+    kernel = implicit_gemm(
         *image,
         outputs,
         kernel_size=kernel_size,
@@ -103,18 +104,18 @@ def test_convolution(gpu, assert_close, image, outputs, kernel_size, stride, pad
         epilogue=Epilogue(bias=True),
         dtype=dtype,
     )
-    packed = kernels.pack(weight.transpose(0, 2, 3, 1))
+    packed = pack_gemm_weight(weight.transpose(0, 2, 3, 1))
     assert_close(run(gpu, kernel, [x, packed, bias], expected.shape, dtype), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_any_number_of_rows(gpu, assert_close, dtype, rng):
     n = tvm.tirx.Var("n", "int64")
-    kernel = kernels.linear((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
+    kernel = gemm_kernel((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
     weight, bias = random(rng, (48, 64), dtype), random(rng, 48, "float32")
     for rows in (1, 26, 77):
         x = random(rng, (rows, 5, 64), dtype)
-        result = run(gpu, kernel, [x, kernels.pack(weight), bias], (rows, 5, 48), dtype)
+        result = run(gpu, kernel, [x, pack_gemm_weight(weight), bias], (rows, 5, 48), dtype)
         product = x.astype(np.float64) @ weight.astype(np.float64).T
         assert_close(result, layers.finish(GELU, product, bias), dtype)
 
@@ -140,6 +141,6 @@ def test_a_small_problem_is_cut_into_more_tiles():
 
 
 def test_others_are_refused():
-    product = kernels.linear((8,), 16, 16, dtype="float16")
+    product = gemm_kernel((8,), 16, 16, dtype="float16")
     assert gemm(product, resolve_target("cpu"), SearchSpace()) is None
     assert gemm(layer_norm((8,), 16, eps=1e-6), TARGET, SearchSpace()) is None

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from dcnv3_tvm import schedules
-from dcnv3_tvm.kernels import mlp
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
+from dcnv3_tvm.kernels.mlp import mlp
 from dcnv3_tvm.targets import resolve_target
 
 TARGET = resolve_target("cuda-sm90")
@@ -39,6 +39,6 @@ def test_no_more_blocks_than_there_can_be(bounds):
 
 
 def test_in_kernels_with_intrinsics(bounds):
-    func = mlp.mlp((256,), 64, 256, 64, activation="gelu", residual=True, dtype="float16")
+    func = mlp((256,), 64, 256, 64, activation="gelu", residual=True, dtype="float16")
     assert bounds(func) == "128, 2"
     assert bounds(func, min_blocks=3) == "128, 3"

@@ -48,7 +48,7 @@ def test_every_architecture(arch):
         kernel.name: kernel.function
         for kernel in variant_kernels("internimage_t", target, "float16", batch=64)
     }
-    for name in ("linear_256_1024_gelu", "convolution_64_128"):
+    for name in ("matmul_256_1024_gelu", "convolution_64_128"):
         kernel = compiled(kernels[name], target)
         assert kernel.tensor_cores
         assert kernel.asynchronous

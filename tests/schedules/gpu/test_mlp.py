@@ -5,9 +5,10 @@ import pytest
 import tvm
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.kernels import gemm
-from dcnv3_tvm.kernels import mlp as kernels
-from dcnv3_tvm.kernels.matmul import Epilogue
+from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.gemm import gemm, pack_gemm_weight
+from dcnv3_tvm.kernels.mlp import mlp as mlp_kernel
+from dcnv3_tvm.kernels.mlp import pays
 from dcnv3_tvm.schedules.gpu.mlp import mlp
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.space import SearchSpace
@@ -36,7 +37,7 @@ def arguments(rng, lead, sizes, residual, dtypes):
     middle = layers.finish(gelu, wide[0] @ wide[1].T, bias1)
     middle = middle.astype(dtype).astype(np.float64)
     expected = middle @ wide[2].T + bias2 + sum(array.astype(np.float64) for array in added)
-    return [x, gemm.pack(first), bias1, gemm.pack(second), bias2, *added], expected
+    return [x, pack_gemm_weight(first), bias1, pack_gemm_weight(second), bias2, *added], expected
 
 
 def run(gpu, kernel, inputs, shape, dtype, **decisions):
@@ -60,7 +61,7 @@ def test_results(run_together, assert_close, dtype, rng):
     problems = {}
     for number, (lead, sizes) in enumerate(SIZES):
         residual = number % 2 == 1
-        kernel = kernels.mlp(lead, *sizes, activation="gelu", residual=residual, dtype=dtype)
+        kernel = mlp_kernel(lead, *sizes, activation="gelu", residual=residual, dtype=dtype)
         inputs, expected = arguments(rng, lead, sizes, residual, (dtype,) * 3)
         name = "_".join(map(str, ("mlp", *lead, *sizes)))
         scheduled = tensorize(mlp(kernel, TARGET, SearchSpace()))
@@ -73,7 +74,7 @@ def test_results(run_together, assert_close, dtype, rng):
 @pytest.mark.parametrize("decisions", [{}, {"rows": 1, "stages": 3}], ids=["default", "other"])
 def test_a_stream_of_float32(gpu, assert_close, dtype, decisions, rng):
     lead, sizes = (50, 3), (64, 128, 48)
-    kernel = kernels.mlp(
+    kernel = mlp_kernel(
         lead,
         *sizes,
         activation="gelu",
@@ -92,7 +93,7 @@ def test_a_stream_of_float32(gpu, assert_close, dtype, decisions, rng):
 def test_any_number_of_rows(gpu, assert_close, rng):
     n = tvm.tirx.Var("n", "int64")
     sizes = (64, 96, 64)
-    kernel = kernels.mlp((n, 5), *sizes, activation="gelu", residual=True, dtype="float16")
+    kernel = mlp_kernel((n, 5), *sizes, activation="gelu", residual=True, dtype="float16")
     for count in (1, 26, 77):
         inputs, expected = arguments(rng, (count, 5), sizes, True, ("float16",) * 3)
         result = run(gpu, kernel, inputs, expected.shape, "float16")
@@ -101,17 +102,17 @@ def test_any_number_of_rows(gpu, assert_close, rng):
 
 def test_what_one_kernel_pays_for():
     rows = 64 * 56 * 56
-    assert kernels.pays(rows, 64, 256, 64)
-    assert kernels.pays(None, 128, 512, 128)
-    assert not kernels.pays(rows, 160, 640, 160)
-    assert not kernels.pays(rows, 64, 250, 64)
-    assert not kernels.pays(56 * 56, 64, 256, 64)
+    assert pays(rows, 64, 256, 64)
+    assert pays(None, 128, 512, 128)
+    assert not pays(rows, 160, 640, 160)
+    assert not pays(rows, 64, 250, 64)
+    assert not pays(56 * 56, 64, 256, 64)
 
 
 def test_others_are_refused():
-    product = gemm.linear((8,), 16, 16, dtype="float16")
+    product = gemm((8,), 16, 16, dtype="float16")
     assert mlp(product, TARGET, SearchSpace()) is None
-    both = kernels.mlp((8,), 16, 64, 16, activation="gelu", residual=False, dtype="float16")
+    both = mlp_kernel((8,), 16, 64, 16, activation="gelu", residual=False, dtype="float16")
     assert mlp(both, resolve_target("cpu"), SearchSpace()) is None
     with pytest.raises(InvalidArgumentError, match="a multiple of 32"):
-        kernels.mlp((8,), 16, 40, 16, activation="gelu", residual=False, dtype="float16")
+        mlp_kernel((8,), 16, 40, 16, activation="gelu", residual=False, dtype="float16")

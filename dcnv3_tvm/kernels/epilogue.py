@@ -1,0 +1,73 @@
+"""Epilogues: bias, activation and residual, applied to the sums of a kernel before the store."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dcnv3_tvm.kernels.activations import activate
+from dcnv3_tvm.kernels.packing import ColumnPart
+from dcnv3_tvm.kernels.prim_func_builder import argument, compute
+from dcnv3_tvm.op.expr import cast
+
+
+@dataclasses.dataclass(frozen=True)
+class Epilogue:
+    """What a kernel applies to its sums, in this order.
+
+    Parameters
+    ----------
+    bias : bool
+        Add a vector over the output channels.
+    activation : str or None
+        One of `dcnv3_tvm.kernels.activations.ACTIVATIONS`.
+    residual : bool
+        Add a tensor of the output's shape.
+    """
+
+    bias: bool = False
+    activation: str | None = None
+    residual: bool = False
+
+
+def declare_epilogue(
+    epilogue: Epilogue, shape: Sequence[Any], dtype: str, out_dtype: str
+) -> Callable[[ColumnPart, Any, Sequence[Any], Callable[..., list[Any]]], None]:
+    """Declare the parameters ``[bias], [residual], out`` of a kernel with packed weights.
+
+    The epilogue computes in `dtype`.
+
+    Returns
+    -------
+    callable
+        ``store(part, sums, extents, position)`` adds the epilogue block of a column part, whose
+        loops have the extents ``(*extents, part.width)``; ``position(*index)`` is the leading
+        index in the output.
+    """
+    bias = argument("bias", shape[-1:], dtype) if epilogue.bias else None
+    residual = argument("residual", shape, dtype) if epilogue.residual else None
+    out = argument("out", shape, out_dtype)
+
+    def value(total: Any, index: Sequence[Any]) -> Any:
+        if bias is not None:
+            total = total + bias[index[-1]]
+        total = activate(epilogue.activation, total)
+        return total if residual is None else total + residual[tuple(index)]
+
+    def store(
+        part: ColumnPart, sums: Any, extents: Sequence[Any], position: Callable[..., list[Any]]
+    ) -> None:
+        def at(*index: Any) -> list[Any]:
+            return [*position(*index[:-1]), part.start + index[-1]]
+
+        compute(
+            f"epilogue{part.suffix}",
+            [*extents, part.width],
+            lambda *index: cast(out_dtype, value(sums[index], at(*index))),
+            dtype=out_dtype,
+            into=out,
+            at=at,
+        )
+
+    return store
