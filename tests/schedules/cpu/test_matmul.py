@@ -6,6 +6,7 @@ from dcnv3_tvm import schedules
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.matmul import ROW_SLACK, matmul, needs_slack
 from dcnv3_tvm.kernels.packing import pack_matmul_weight
+from dcnv3_tvm.op.expr import product
 from dcnv3_tvm.schedules import weight_tile_width
 from dcnv3_tvm.schedules.cpu.register_tiles import VectorUnit, row_tile, vector_unit
 from dcnv3_tvm.targets import resolve_target
@@ -82,7 +83,7 @@ def test_a_row_tile_fills_the_registers_and_divides_the_rows():
         assert rows % tile == 0
         assert tile * 2 + 2 < 32
     n = tirx.Var("n", "int64")
-    assert row_tile(matmul.product([n, 56, 56]), 32, wide, "float32") == 14
+    assert row_tile(product([n, 56, 56]), 32, wide, "float32") == 14
     assert row_tile(3, 32, wide, "float32") == 3
     assert row_tile(n, 32, wide, "float32") == 14
 
