@@ -11,8 +11,8 @@ from tvm.sym import Analyzer
 from dcnv3_tvm.kernels.epilogue import Epilogue, declare_epilogue
 from dcnv3_tvm.kernels.matmul import ROW_SLACK, needs_slack
 from dcnv3_tvm.kernels.packing import column_parts
-from dcnv3_tvm.kernels.prim_func_builder import argument, compute, function
 from dcnv3_tvm.op.expr import cast, int64, static
+from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 
 @functools.lru_cache(maxsize=256)

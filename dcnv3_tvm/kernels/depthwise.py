@@ -13,8 +13,8 @@ from tvm.tirx.script import builder as T
 from dcnv3_tvm.kernels.activations import activate
 from dcnv3_tvm.kernels.convolution import output_extent, pad_image
 from dcnv3_tvm.kernels.layer_norm import normalize
-from dcnv3_tvm.kernels.prim_func_builder import argument, compute, function
 from dcnv3_tvm.op.expr import cast, int64, unflatten
+from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 OPTIONS_ATTR: Final = "dcnv3_tvm.depthwise"
 """Function attribute with the options of a depthwise convolution, as JSON."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from dcnv3_tvm.kernels.activations import activate
 from dcnv3_tvm.kernels.packing import ColumnPart
-from dcnv3_tvm.kernels.prim_func_builder import argument, compute
 from dcnv3_tvm.op.expr import cast
+from dcnv3_tvm.op.prim_func_builder import argument, compute
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,8 @@ from tvm import tirx
 from dcnv3_tvm.kernels.activations import activate
 from dcnv3_tvm.kernels.convolution import output_extent
 from dcnv3_tvm.kernels.epilogue import Epilogue
-from dcnv3_tvm.kernels.prim_func_builder import argument, compute, function
 from dcnv3_tvm.op.expr import cast, int64, product, static, unflatten
+from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 KERNEL: Final = "gemm"
 """Name of these kernels, the value of their attribute `stages.KERNEL_ATTR`."""

@@ -9,8 +9,8 @@ from typing import Any
 from tvm import tirx
 
 from dcnv3_tvm.kernels.activations import activate
-from dcnv3_tvm.kernels.prim_func_builder import argument, compute, function
 from dcnv3_tvm.op.expr import cast, int64, product, unflatten
+from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 
 @functools.lru_cache(maxsize=256)

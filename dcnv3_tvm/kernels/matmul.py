@@ -12,8 +12,8 @@ from tvm import tirx
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import Epilogue, declare_epilogue
 from dcnv3_tvm.kernels.packing import PAIR, column_parts
-from dcnv3_tvm.kernels.prim_func_builder import argument, compute, function
 from dcnv3_tvm.op.expr import cast, int64, product, static, unflatten
+from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 ROW_SLACK: Final = 15
 """Rows computed beyond the last, when no row tile divides their number.

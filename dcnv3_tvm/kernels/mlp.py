@@ -29,8 +29,8 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels import gemm
 from dcnv3_tvm.kernels.activations import activate
 from dcnv3_tvm.kernels.gemm import FRAGMENT, SUMS
-from dcnv3_tvm.kernels.prim_func_builder import argument, compute, function
 from dcnv3_tvm.op.expr import cast, int64, product, unflatten
+from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 KERNEL: Final = "mlp"
 """Name of these kernels, the value of their attribute `stages.KERNEL_ATTR`."""
