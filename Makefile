@@ -1,4 +1,5 @@
 # The two commands: `make demo` and `make test`. Both set everything up first, in .venv.
+# While working: `make check`, which leaves out the tests that are marked slow.
 # Needed: python3 (3.10 or newer), make, and g++, with which TVM links compiled models.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,18 +9,24 @@ READY := $(VENV)/.ready
 # The workers of pytest share the cores, so each of them computes with one thread.
 ONE_THREAD := OMP_NUM_THREADS=1 TVM_NUM_THREADS=1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test check lint format clean
 
 demo: $(READY)
 	$(BIN)/python examples/compile_and_run.py
 
-test: $(READY) lint
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
+test: lint
+	$(PYTEST)
+
+check: lint
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/project/check_unpacked.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
