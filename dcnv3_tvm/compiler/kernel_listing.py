@@ -14,7 +14,7 @@ from tvm.target import Target
 
 from dcnv3_tvm.compiler.cuda import cuda_module
 from dcnv3_tvm.op.expr import KERNEL_ATTR
-from dcnv3_tvm.schedules import Scheduled
+from dcnv3_tvm.schedules import ScheduledKernel
 from dcnv3_tvm.targets import is_gpu
 
 ENTRY: Final = "main"
@@ -66,7 +66,7 @@ class Kernel(NamedTuple):
 
 
 def called_kernels(
-    module: tvm.IRModule, taken: Mapping[str, Scheduled] = MappingProxyType({})
+    module: tvm.IRModule, taken: Mapping[str, ScheduledKernel] = MappingProxyType({})
 ) -> list[Kernel]:
     """List the kernels that the entry ``"main"`` of a module calls.
 
@@ -74,7 +74,7 @@ def called_kernels(
     ----------
     module : tvm.IRModule
         With fixed shapes.
-    taken : dict of str to Scheduled
+    taken : dict of str to ScheduledKernel
         How each kernel was scheduled, if they are.
     """
     calls: collections.Counter[str] = collections.Counter()

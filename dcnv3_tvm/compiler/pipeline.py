@@ -12,7 +12,7 @@ from tvm import relax
 from dcnv3_tvm import schedules
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError
 from dcnv3_tvm.imported_model import ImportedModel
-from dcnv3_tvm.schedules import Scheduled
+from dcnv3_tvm.schedules import ScheduledKernel
 from dcnv3_tvm.schedules.records import Records
 from dcnv3_tvm.targets import is_gpu
 from dcnv3_tvm.transform.convert_layout import convert_layout
@@ -50,7 +50,7 @@ def run_pipeline(
     records: Records | None = None,
     debug_dump: Path | None = None,
     on_phase: Callable[[str], None] | None = None,
-) -> tuple[Program, dict[str, Scheduled]]:
+) -> tuple[Program, dict[str, ScheduledKernel]]:
     """Lower an imported model to kernels scheduled for a target.
 
     Parameters
@@ -74,7 +74,7 @@ def run_pipeline(
     -------
     program : Program
         Relax functions that call scheduled kernels, and the weights as these want them.
-    kernels : dict of str to Scheduled
+    kernels : dict of str to ScheduledKernel
         How each kernel was scheduled.
 
     Raises
@@ -85,7 +85,7 @@ def run_pipeline(
         If `debug_dump` cannot be written to.
     """
     program = Program.of(imported)
-    kernels: dict[str, Scheduled] = {}
+    kernels: dict[str, ScheduledKernel] = {}
 
     def schedule(before: Program) -> Program:
         module, taken = schedules.schedule_module(before.module, target, records=records)

@@ -7,7 +7,6 @@ from typing import Final
 from tvm import s_tir, tirx
 from tvm.target import Target
 
-from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.schedules.cpu.register_tiles import (
     copy_in_parallel,
     copy_in_task,
@@ -22,6 +21,7 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vector_unit,
     weights_stay_cached,
 )
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
 _ROW: Final = "row"
@@ -34,15 +34,15 @@ _COLUMNS_FIRST: Final = "image, columns first"
 """The whole image is framed before; tasks run over the columns, and in them over the pixels."""
 
 
-def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Give every register tile a run of pixels of one output row, and its sums the registers.
 
     While the weights fit the cache, a task is an output row, which copies the input rows it needs
     into their frame of zeros. Else the whole image is framed first, and tasks run over the output
     channels first, so that a column tile of weights is read from memory once.
     """
-    if func.attrs.get(KERNEL_ATTR) != "convolution":
-        return None
+    if refusal := refuse_other_kernels(func, "convolution"):
+        return refusal
     weight = func.params[1]
     dtype = str(weight.dtype)
     unit = vector_unit(target)

@@ -8,7 +8,7 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
-from dcnv3_tvm.op.expr import KERNEL_ATTR
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import num_cores, vector_lanes
 
@@ -33,7 +33,7 @@ _MAX_VECTORS: Final = 4
 """Accumulators of one pass over the points, in vector registers."""
 
 
-def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule the DCNv3 kernels of `dcnv3_tvm.op.tensorir`.
 
     One thread takes whole output rows (pixels, where rows are few). At each pixel the coordinates,
@@ -53,13 +53,11 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
 
     Returns
     -------
-    tvm.tirx.PrimFunc or None
-        The scheduled function, or None if it is no DCNv3 kernel or the target is no CPU.
+    tvm.tirx.PrimFunc or Refusal
+        The scheduled function; a refusal of other kernels.
     """
-    if func.attrs is None or func.attrs.get(KERNEL_ATTR) not in _KERNELS:
-        return None
-    if target.kind.name != "llvm":
-        return None
+    if refusal := refuse_other_kernels(func, *_KERNELS):
+        return refusal
     sch = s_tir.Schedule(func)
     root = sch.get_sblock("root")
     names = {sch.get(block).name_hint for block in sch.get_child_blocks(root)}

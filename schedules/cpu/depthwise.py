@@ -5,7 +5,7 @@ from __future__ import annotations
 from tvm import s_tir, tirx
 from tvm.target import Target
 
-from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.layer_norm import normalize, rows_at_once
 from dcnv3_tvm.schedules.cpu.register_tiles import (
     copy_in_task,
@@ -14,17 +14,18 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vector_width,
     vectorize_innermost,
 )
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
 
-def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Sum a run of neighbouring pixels at a time, and normalise them while they are in cache.
 
     A task is an output row; it copies the input rows it needs into their frame of zeros. The
     window is unrolled, so that an input vector is loaded once for all the pixels that see it.
     """
-    if func.attrs.get(KERNEL_ATTR) != "depthwise":
-        return None
+    if refusal := refuse_other_kernels(func, "depthwise"):
+        return refusal
     dtype = str(func.params[1].dtype)
     lanes = vector_unit(target).lanes(dtype)
     sch = s_tir.Schedule(func)

@@ -13,6 +13,7 @@ from tvm.target import Target
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.blocks import plain_axes, reduces
 from dcnv3_tvm.schedules.cpu.register_tiles import VectorUnit, vector_unit, vector_width
+from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 
 SERIAL_WORK: Final = 65536
@@ -22,7 +23,7 @@ ENOUGH_TASKS: Final = 16
 """Tasks that share out well enough that the loop inside them need not be shared out too."""
 
 
-def fallback(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def fallback(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Inline what is elementwise, run outer loops in parallel and the innermost one in vectors.
 
     A block that resists is left as it is.

@@ -9,7 +9,7 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
 from dcnv3_tvm.kernels.matmul import constant_factor
-from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.lane_sum import sum_lanes
 from dcnv3_tvm.schedules.cpu.register_tiles import (
     unroll_tile,
@@ -18,16 +18,17 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vectorize_innermost,
     whole_tile,
 )
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
 ROWS: Final = 8
 """Most rows normalised side by side: their sums are independent and hide each other's latency."""
 
 
-def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Normalise a few rows at a time, in parallel."""
-    if func.attrs.get(KERNEL_ATTR) != "layer_norm":
-        return None
+    if refusal := refuse_other_kernels(func, "layer_norm"):
+        return refusal
     dtype = str(func.params[0].dtype)
     lanes = vector_unit(target).lanes(dtype)
     sch = s_tir.Schedule(func)

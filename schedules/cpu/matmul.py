@@ -8,7 +8,7 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.dot_product import sum_pairs
 from dcnv3_tvm.schedules.cpu.register_tiles import (
     largest_divisor,
@@ -23,6 +23,7 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vector_unit,
     weights_stay_cached,
 )
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
 _ALL: Final = 0
@@ -32,15 +33,15 @@ _BLOCKS: Final = (1, 2, 4, 8, 16, _ALL)
 """Row tiles of a block among which a tuner may choose."""
 
 
-def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Give every task one register tile of sums, kept in registers over the whole of K.
 
     Tasks run over the columns first while the weights fit the cache, else over the rows first, so
     that a column tile of weights is read from memory once. A tuner may take blocks of row tiles
     in between, whose operands stay in the cache while the weights pass by.
     """
-    if func.attrs.get(KERNEL_ATTR) != "matmul":
-        return None
+    if refusal := refuse_other_kernels(func, "matmul"):
+        return refusal
     weight = func.params[1]
     dtype = str(weight.dtype)
     unit = vector_unit(target)

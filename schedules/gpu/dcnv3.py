@@ -10,14 +10,14 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
-from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.op.sampling import vector_channels
 from dcnv3_tvm.op.tensorir import gathering, spec_of
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.threads import bind_blocks, divisors, unroll_all, vectorize_copy
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.targets import is_gpu
 
 _KERNELS: Final = ("dcnv3", "dcnv3_packed")
 
@@ -48,7 +48,7 @@ _PER_POINT: Final = {"pixels": 1, "weights": 3, "corners": 1, "coordinates": 1}
 _PER_GROUP: Final = {"gate": 0, "softmax_sum": 1, "softmax_exp": 1, "softmax_max": 1}
 
 
-def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule the DCNv3 kernels of `dcnv3_tvm.op.tensorir`.
 
     A block takes a run of pixels and some of the groups; a thread takes one or two vectors of the
@@ -75,11 +75,11 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
 
     Returns
     -------
-    tvm.tirx.PrimFunc or None
-        The scheduled function, or None if it is no DCNv3 kernel or the target is no GPU.
+    tvm.tirx.PrimFunc or Refusal
+        The scheduled function; a refusal of other kernels.
     """
-    if func.attrs is None or func.attrs.get(KERNEL_ATTR) not in _KERNELS or not is_gpu(target):
-        return None
+    if refusal := refuse_other_kernels(func, *_KERNELS):
+        return refusal
     spec = spec_of(func)
     sch = s_tir.Schedule(gathering(func))
     names = {sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))}

@@ -13,12 +13,12 @@ from tvm.target import Target
 
 from dcnv3_tvm.gpu import WARP
 from dcnv3_tvm.kernels.depthwise import in_runs
-from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels, vector_elements
 from dcnv3_tvm.schedules.gpu.threads import bind_blocks, unroll_all
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
-from dcnv3_tvm.targets import is_gpu
 
 _THREADS: Final = range(64, 513)
 """Threads of a block."""
@@ -35,8 +35,8 @@ _MOST_SUMS: Final = 64
 _MOST_VALUES: Final = 96
 """The same with a row of what the sums see."""
 
-_TOO_MANY_VALUES: Final = 192
-"""Values that do not fit the registers of a thread."""
+_MOST_REGISTER_VALUES: Final = 192
+"""Values that fit the registers of a thread."""
 
 _MOST_ROUNDED_UP: Final = 1.5
 """Vectors that several warps take in several turns, over those there are: where few of the threads
@@ -49,18 +49,18 @@ _UNROLLED_WINDOW: Final = 49
 """Beyond, the loops over the window stay loops."""
 
 
-def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule depthwise convolutions of channels-last tensors.
 
     A block takes a tile of pixels and all channels, a thread a run of pixels of some vectors of
     channels. Row by row of the window it loads the pixels that its run sees, zeros beyond the
     border, and adds them to sums in registers, where LayerNorm and activation find them.
     """
-    if func.attrs is None or func.attrs.get(KERNEL_ATTR) != "depthwise" or not is_gpu(target):
-        return None
+    if refusal := refuse_other_kernels(func, "depthwise"):
+        return refusal
     tile = _tile(func)
-    if tile is None:
-        return None
+    if isinstance(tile, Refusal):
+        return tile
     pixels = space.pick("run", _RUNS, tile.run)
     sch = s_tir.Schedule(in_runs(func, pixels))
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
@@ -126,8 +126,8 @@ class _Tile:
     vector: int
 
 
-def _tile(func: tirx.PrimFunc) -> _Tile | None:
-    """Choose what seems to take the least time; None if no choice fits the registers.
+def _tile(func: tirx.PrimFunc) -> _Tile | Refusal:
+    """Choose what seems to take the least time, if a choice fits the registers.
 
     The numbers come from machine code for several tiles: about 150 instructions a thread, 25 for
     LayerNorm and GELU of a channel, 8 for the address of a vector and whether it is in the image,
@@ -177,7 +177,12 @@ def _tile(func: tirx.PrimFunc) -> _Tile | None:
         and (lanes <= WARP or (lines == runs == 1 and few_idle(lanes)))
     ]
     best = min(tiles, key=cost)
-    return best if values(best) <= _TOO_MANY_VALUES else None
+    if values(best) > _MOST_REGISTER_VALUES:
+        return Refusal(
+            f"keeps at most {_MOST_REGISTER_VALUES} values in the registers of a thread; "
+            f"{channels} channels with a {high}x{wide} window need {values(best)}"
+        )
+    return best
 
 
 def _round_up(size: int, step: int) -> int:

@@ -11,26 +11,26 @@ from tvm.target import Target
 from dcnv3_tvm.schedules.blocks import plain_axes, reduces
 from dcnv3_tvm.schedules.gpu.elementwise import bind_elements, elementwise
 from dcnv3_tvm.schedules.gpu.reduction import reduction
+from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
-from dcnv3_tvm.targets import is_gpu
 
 
-def fallback(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def fallback(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Bring all of a function into one kernel; where that fails, each block into its own.
 
     What is elementwise is computed where it is read. No block stays without threads, which could
     not run: one that resists is left to a single thread.
     """
-    del space  # There is nothing to decide.
-    if not is_gpu(target):
-        return None
-    for schedule in (_together, _apart):
-        with contextlib.suppress(ScheduleError):
-            sch = s_tir.Schedule(func)
-            _inline(sch)
-            if schedule(sch):
-                return sch.mod["main"]
-    return None
+    del target, space  # There is nothing to decide.
+    with contextlib.suppress(ScheduleError):
+        sch = s_tir.Schedule(func)
+        _inline(sch)
+        if _together(sch):
+            return sch.mod["main"]
+    sch = s_tir.Schedule(func)
+    _inline(sch)
+    _apart(sch)
+    return sch.mod["main"]
 
 
 def _inline(sch: s_tir.Schedule) -> None:
@@ -62,7 +62,7 @@ def _together(sch: s_tir.Schedule) -> bool:
     return all(reduces(sch, block) for block in blocks) and reduction(sch, blocks, result)
 
 
-def _apart(sch: s_tir.Schedule) -> bool:
+def _apart(sch: s_tir.Schedule) -> None:
     """Give every block a kernel: an element a thread, or all of it in one thread."""
     for block in _blocks(sch):
         axes = plain_axes(sch, block)
@@ -75,4 +75,3 @@ def _apart(sch: s_tir.Schedule) -> bool:
         loops = sch.get_loops(block)
         if not loops or sch.get(loops[0]).thread_binding is None:
             sch.bind(sch.add_unit_loop(loops[0] if loops else block), "threadIdx.x")
-    return True

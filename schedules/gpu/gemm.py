@@ -11,7 +11,7 @@ from tvm.target import Target
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.kernels.gemm import FRAGMENT, FULL_GPU, KERNEL
-from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu import tensor_core
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
@@ -30,8 +30,9 @@ from dcnv3_tvm.schedules.gpu.tiles import (
     vector_of,
     write_vectors,
 )
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
-from dcnv3_tvm.targets import gpu_architecture, is_gpu
+from dcnv3_tvm.targets import gpu_architecture
 
 _TILE: Final = 128
 """Most rows of a tile, and most of its columns but for those that divide badly."""
@@ -59,7 +60,7 @@ _QUAD: Final = 4
 """Elements of float32 in a vector."""
 
 
-def gemm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def gemm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule the kernels of `dcnv3_tvm.kernels.gemm`.
 
     A block of threads computes a tile of the result. Step by step along the depth it copies the
@@ -81,11 +82,11 @@ def gemm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFu
 
     Returns
     -------
-    tvm.tirx.PrimFunc or None
-        The scheduled function, or None if it is no such kernel or the target is no GPU.
+    tvm.tirx.PrimFunc or Refusal
+        The scheduled function; a refusal of other kernels.
     """
-    if func.attrs is None or func.attrs.get(KERNEL_ATTR) != KERNEL or not is_gpu(target):
-        return None
+    if refusal := refuse_other_kernels(func, KERNEL):
+        return refusal
     sch = s_tir.Schedule(func)
     if str(func.params[1].dtype) == "float32":
         _by_threads(sch, space)

@@ -14,11 +14,11 @@ from tvm.tirx import IndexMap
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.gpu import WARP
-from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, unroll_all, vectorize_copy
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
-from dcnv3_tvm.targets import is_gpu
 
 LANES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """Numbers of threads that may share the channels."""
@@ -36,23 +36,27 @@ _MOST_ELEMENTS: Final = 128
 """Elements of a row that a thread can take: more would not fit its registers."""
 
 
-def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule LayerNorm over contiguous channels.
 
     A row is read once, in vectors. The threads that share it are neighbours in a warp, or some
     whole warps; each keeps its part in registers until it is stored.
     """
-    if func.attrs is None or func.attrs.get(KERNEL_ATTR) != "layer_norm" or not is_gpu(target):
-        return None
+    if refusal := refuse_other_kernels(func, "layer_norm"):
+        return refusal
     x, out = func.params[0], func.params[-1]
     channels = static(x.shape[-1])
     if channels is None:
-        return None
+        return Refusal(f"needs a static number of channels; got {x.shape[-1]}")
     vector = vector_elements(channels, [x, out])
     vectors = channels // vector
     lanes = _lanes(vectors, vector)
-    if -(-vectors // lanes) * vector > _MOST_ELEMENTS:
-        return None
+    elements = -(-vectors // lanes) * vector
+    if elements > _MOST_ELEMENTS:
+        return Refusal(
+            f"keeps at most {_MOST_ELEMENTS} elements of a row in the registers of a thread; "
+            f"{channels} channels need {elements}"
+        )
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, channel = sch.get_loops(epilogue)

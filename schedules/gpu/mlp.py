@@ -11,7 +11,7 @@ from tvm.target import Target
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.kernels.gemm import FRAGMENT
 from dcnv3_tvm.kernels.mlp import KERNEL, ROWS, SLAB
-from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu import tensor_core
 from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
@@ -24,8 +24,8 @@ from dcnv3_tvm.schedules.gpu.tiles import (
     vector_of,
     write_vectors,
 )
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
-from dcnv3_tvm.targets import is_gpu
 
 _WARP_ROWS: Final = 2
 """Fragments of rows of a warp: a weight that it reads is multiplied so often. With twice as many it
@@ -39,7 +39,7 @@ _MIN_BLOCKS: Final = 2
 room for four, and to spill."""
 
 
-def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | None:
+def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule the kernels of `dcnv3_tvm.kernels.mlp`.
 
     A block takes up to 128 rows, which lie in shared memory, and goes through the hidden columns
@@ -59,11 +59,11 @@ def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFun
 
     Returns
     -------
-    tvm.tirx.PrimFunc or None
-        The scheduled function, or None if it is no such kernel or the target is no GPU.
+    tvm.tirx.PrimFunc or Refusal
+        The scheduled function; a refusal of other kernels.
     """
-    if func.attrs is None or func.attrs.get(KERNEL_ATTR) != KERNEL or not is_gpu(target):
-        return None
+    if refusal := refuse_other_kernels(func, KERNEL):
+        return refusal
     sch = s_tir.Schedule(func)
     dtype = str(func.params[1].dtype)
     operand, inner, hidden = map(sch.get_sblock, ("operand", "hidden_sums", "hidden"))

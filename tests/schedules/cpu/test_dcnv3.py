@@ -13,6 +13,7 @@ from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime import dlpack
 from dcnv3_tvm.schedules.cpu.dcnv3 import channel_tile, dcnv3
+from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
@@ -91,7 +92,7 @@ def test_channel_tile(channels, lanes, tile):
     assert channel_tile(channels, lanes) == tile
 
 
-def test_other_functions_and_targets_are_left():
+def test_refuses_other_functions():
     @T.prim_func(s_tir=True)
     def other(a: T.handle):
         A = T.match_buffer(a, (8,), "float32")
@@ -100,10 +101,8 @@ def test_other_functions_and_targets_are_left():
                 v = T.axis.S(8, i)
                 A[v] = T.float32(0)
 
-    assert dcnv3(other, resolve_target("auto"), SearchSpace()) is None
-    kernel = tensorir.dcnv3(DCNv3Spec.of((1, 4, 4, 8), group=2))
-    assert (
-        dcnv3(kernel, tvm.target.Target({"kind": "cuda", "arch": "sm_90"}), SearchSpace()) is None
+    assert dcnv3(other, resolve_target("auto"), SearchSpace()) == Refusal(
+        "schedules kernels 'dcnv3' and 'dcnv3_packed'; this is a stock operator"
     )
 
 

@@ -12,6 +12,7 @@ from dcnv3_tvm.gpu import ALIGNMENT
 from dcnv3_tvm.kernels.gemm import gemm
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
+from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
@@ -194,10 +195,11 @@ def test_open_sizes_are_gathered_in_vectors():
     assert "T.vectorized(T.int64(8))" in text
 
 
-def test_others_are_refused():
-    kernel = tensorir.dcnv3(DCNv3Spec.of((1, 4, 4, 8), group=2))
-    assert dcnv3(kernel, resolve_target("cpu"), SearchSpace()) is None
-    assert dcnv3(gemm((8,), 16, 16, dtype="float16"), TARGET, SearchSpace()) is None
+def test_refuses_other_kernels():
+    other = gemm((8,), 16, 16, dtype="float16")
+    assert dcnv3(other, TARGET, SearchSpace()) == Refusal(
+        "schedules kernels 'dcnv3' and 'dcnv3_packed'; this is 'gemm'"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -6,6 +6,7 @@ from tvm import tirx
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise
+from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
@@ -173,9 +174,15 @@ def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, p
     assert not re.search(r"(total|square)_shared_ptr\[[^]]*threadIdx", code)
 
 
-def test_what_does_not_fit_registers_and_other_kernels_are_refused():
-    options = {"kernel_size": (3, 3), "pad": (1, 1), "bias": True}
-    assert depthwise(depthwise_kernel(1, 4, 4, 65536, **options), TARGET, SearchSpace()) is None
-    assert depthwise(layer_norm_kernel((3,), 16, eps=1e-6), TARGET, SearchSpace()) is None
-    kernel = depthwise_kernel(1, 4, 4, 8, **options)
-    assert depthwise(kernel, resolve_target("cpu-znver4"), SearchSpace()) is None
+def test_refuses_channels_that_do_not_fit_registers():
+    kernel = depthwise_kernel(1, 4, 4, 65536, kernel_size=(3, 3), pad=(1, 1), bias=True)
+    assert depthwise(kernel, TARGET, SearchSpace()) == Refusal(
+        "keeps at most 192 values in the registers of a thread; "
+        "65536 channels with a 3x3 window need 268"
+    )
+
+
+def test_refuses_other_kernels():
+    assert depthwise(layer_norm_kernel((3,), 16, eps=1e-6), TARGET, SearchSpace()) == Refusal(
+        "schedules kernel 'depthwise'; this is 'layer_norm'"
+    )

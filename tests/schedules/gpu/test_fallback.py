@@ -313,9 +313,3 @@ def test_several_results_are_several_kernels(cuda_code, gpu):
     np.testing.assert_array_equal(doubled, 2)
     np.testing.assert_array_equal(sums, 18)
     assert kernels(cuda_code(func, TARGET)) == 2
-
-
-def test_cpus_are_left_to_their_own():
-    module = legalized(*CASES["add"][::2])
-    func = next(f for f in module.functions.values() if isinstance(f, tirx.PrimFunc))
-    assert fallback(func, resolve_target("cpu-znver4"), SearchSpace()) is None

@@ -8,6 +8,7 @@ from dcnv3_tvm.kernels.gemm import implicit_gemm, pack_gemm_weight
 from dcnv3_tvm.kernels.layer_norm import layer_norm
 from dcnv3_tvm.schedules.gpu.gemm import default_tile, gemm
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
+from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
@@ -140,7 +141,7 @@ def test_a_small_problem_is_cut_into_more_tiles():
     )
 
 
-def test_others_are_refused():
-    product = gemm_kernel((8,), 16, 16, dtype="float16")
-    assert gemm(product, resolve_target("cpu"), SearchSpace()) is None
-    assert gemm(layer_norm((8,), 16, eps=1e-6), TARGET, SearchSpace()) is None
+def test_refuses_other_kernels():
+    assert gemm(layer_norm((8,), 16, eps=1e-6), TARGET, SearchSpace()) == Refusal(
+        "schedules kernel 'gemm'; this is 'layer_norm'"
+    )

@@ -5,6 +5,7 @@ from tvm import tirx
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
 from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm
+from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
@@ -122,9 +123,16 @@ def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, c
     assert "_shared_ptr[((int)threadIdx.y)]" not in code
 
 
-def test_what_does_not_fit_registers_and_other_kernels_are_refused():
-    assert layer_norm(layer_norm_kernel((3,), 16 * 12289, eps=1e-6), TARGET, SearchSpace()) is None
+def test_refuses_rows_that_do_not_fit_registers():
+    kernel = layer_norm_kernel((3,), 16 * 12289, eps=1e-6)
+    assert layer_norm(kernel, TARGET, SearchSpace()) == Refusal(
+        "keeps at most 128 elements of a row in the registers of a thread; "
+        "196624 channels need 49156"
+    )
+
+
+def test_refuses_other_kernels():
     kernel = depthwise_kernel(1, 4, 4, 8, kernel_size=(3, 3), pad=(1, 1), bias=True)
-    assert layer_norm(kernel, TARGET, SearchSpace()) is None
-    kernel = layer_norm_kernel((3,), 16, eps=1e-6)
-    assert layer_norm(kernel, resolve_target("cpu-znver4"), SearchSpace()) is None
+    assert layer_norm(kernel, TARGET, SearchSpace()) == Refusal(
+        "schedules kernel 'layer_norm'; this is 'depthwise'"
+    )

@@ -11,6 +11,7 @@ from dcnv3_tvm.kernels.mlp import mlp as mlp_kernel
 from dcnv3_tvm.kernels.mlp import pays
 from dcnv3_tvm.schedules.gpu.mlp import mlp
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
+from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
@@ -109,10 +110,11 @@ def test_what_one_kernel_pays_for():
     assert not pays(56 * 56, 64, 256, 64)
 
 
-def test_others_are_refused():
-    product = gemm((8,), 16, 16, dtype="float16")
-    assert mlp(product, TARGET, SearchSpace()) is None
-    both = mlp_kernel((8,), 16, 64, 16, activation="gelu", residual=False, dtype="float16")
-    assert mlp(both, resolve_target("cpu"), SearchSpace()) is None
+def test_refuses_other_kernels():
+    other = gemm((8,), 16, 16, dtype="float16")
+    assert mlp(other, TARGET, SearchSpace()) == Refusal("schedules kernel 'mlp'; this is 'gemm'")
+
+
+def test_hidden_columns_must_fill_slabs():
     with pytest.raises(InvalidArgumentError, match="a multiple of 32"):
         mlp_kernel((8,), 16, 40, 16, activation="gelu", residual=False, dtype="float16")
