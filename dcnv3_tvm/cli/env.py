@@ -87,13 +87,13 @@ def execute(arguments: argparse.Namespace) -> Result:
 def _cuda() -> dict[str, str | None]:
     """Tell what there is to run and to compile code for GPUs with."""
     from dcnv3_tvm import gpu
-    from dcnv3_tvm.runtime import toolkit
+    from dcnv3_tvm.runtime import cuda_toolkit
 
     version = gpu.driver_version()
     tools = {
-        "CUDA runtime": toolkit.find_cudart(),
-        "nvcc": toolkit.find_nvcc(),
-        "NVRTC": toolkit.find_nvrtc(),
+        "CUDA runtime": cuda_toolkit.find_cudart(),
+        "nvcc": cuda_toolkit.find_nvcc(),
+        "NVRTC": cuda_toolkit.find_nvrtc(),
     }
     return {
         "NVIDIA driver": None if version is None else "for CUDA {}.{}".format(*version),

@@ -1,4 +1,4 @@
-"""From an imported model to an artifact that is loaded and ready to run."""
+"""Compile an imported model to an artifact, or to a model ready to be called."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tvm import relax
 
 from dcnv3_tvm import schedules, targets
 from dcnv3_tvm.compiler import artifact, pipeline
-from dcnv3_tvm.compiler.cuda import cuda_module
+from dcnv3_tvm.compiler.cuda import device_pipeline
+from dcnv3_tvm.compiler.cuda.export import export_executable
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.runtime import CompiledModel, load
@@ -24,8 +25,8 @@ from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
 from dcnv3_tvm.schedules.records import find_records
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
-"""Element types a model can be compiled for: those of the operands of its products. Sums, the
-model's inputs and its outputs are float32."""
+"""Element types of matmul operands that a model can be compiled for. Accumulators, the model's
+inputs and its outputs are float32."""
 
 
 def compile_model(
@@ -38,48 +39,48 @@ def compile_model(
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> CompiledModel:
-    """Compile an imported model.
+    """Compile an imported model for this machine.
 
     Parameters
     ----------
     imported : ImportedModel
-        What `dcnv3_tvm.frontend.import_model` gave.
+        From `dcnv3_tvm.frontend.import_model` or `import_onnx`.
     target : str or tvm.target.Target
-        ``"auto"`` is this machine's processor; ``"cpu-znver4"`` or ``"llvm -mcpu=..."`` another;
-        ``"cuda"`` is this machine's GPU, ``"cuda-sm90"`` another.
+        ``"auto"`` is this machine's CPU and ``"cuda"`` its GPU. ``"cpu-znver4"``,
+        ``"cuda-sm90"`` and ``"llvm -mcpu=..."`` name one.
     dtype : str
-        ``"float32"``; on GPUs ``"float16"`` and ``"bfloat16"`` as well; on processors with
-        ``avx512_bf16``, ``"bfloat16"`` for products with operands of bfloat16 and sums of float32.
-        Inputs and outputs stay float32.
+        Element type of the matmul operands: ``"float32"``; on GPUs also ``"float16"`` and
+        ``"bfloat16"``; on CPUs with ``avx512_bf16`` also ``"bfloat16"``. Inputs and outputs are
+        float32.
     database : str or path
-        Tuning records, which decide on schedules where they have a kernel: ``"default"``, this
-        package's own for the target; ``"none"``; or a folder that `dcnv3-tvm tune` wrote.
+        Tuning records to schedule kernels with: ``"default"`` for those shipped with this package,
+        ``"none"``, or a folder written by `dcnv3-tvm tune`.
     cuda_graph : bool
-        On a GPU, launch the kernels of a model of fixed sizes together, as a CUDA graph that is
-        captured in the first call.
+        On a GPU, capture the kernels of a model with static shapes into a CUDA graph in the first
+        call, and replay it afterwards.
     debug_dump : path, optional
         Folder for the module after each phase of the pipeline, as TVMScript.
     on_phase : callable, optional
-        Called with the name of each phase before it runs, for showing progress.
+        Called with the name of each phase before it runs, to show progress.
 
     Returns
     -------
     CompiledModel
-        Ready to be called where the target is this machine; `save` writes it to a folder.
+        Loaded; `save` writes it to a folder.
 
     Raises
     ------
     CompileError
         If the model has operators that cannot be compiled.
     InvalidArgumentError
-        If `dtype` is none that models are compiled for, or `debug_dump` cannot be written to.
+        If `dtype` is not supported on any target, or `debug_dump` cannot be written to.
     TargetError
-        If the target is unknown, does not compute in `dtype`, or is not this machine
-        (`compile_artifact` compiles for others).
+        If the target is unknown, does not support `dtype`, or is not this machine
+        (use `compile_artifact` for another machine).
     RecordsError
-        If the folder `database` holds no records, or records for another target or version of TVM.
+        If `database` holds no records, or records for another target or version of TVM.
     """
-    # Not only when it is compiled: that takes minutes.
+    # Loading checks the target as well, but after minutes of compilation.
     check_target(target_info(targets.resolve_target(target)))
     folder = tempfile.TemporaryDirectory(prefix="dcnv3-tvm-")
     destination = Path(folder.name) / "artifact"
@@ -107,19 +108,19 @@ def compile_artifact(
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> ArtifactMetadata:
-    """Compile an imported model into an artifact's folder, for this machine or another.
+    """Compile an imported model to an artifact folder, for this machine or another.
 
     Parameters
     ----------
     imported, target, dtype, database, cuda_graph, debug_dump, on_phase
         As in `compile_model`.
     destination : path
-        The folder to write; an artifact that is there is replaced when the new one is whole.
+        Folder to write. An artifact in it is replaced once the new one is complete.
 
     Returns
     -------
     ArtifactMetadata
-        What the artifact says about itself.
+        The artifact's metadata.
 
     Raises
     ------
@@ -157,7 +158,7 @@ def compile_artifact(
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-build-") as folder:
         library = Path(folder) / "model.so"
         static = activation_bytes.keys() == program.entries.keys()
-        build(planned, resolved, library, graph=cuda_graph and static)
+        build_library(planned, resolved, library, cuda_graph=cuda_graph and static)
         if on_phase is not None:
             on_phase("write")
         artifact.write(destination, library=library, weights=program.weights, metadata=metadata)
@@ -165,63 +166,65 @@ def compile_artifact(
 
 
 def check_dtype(dtype: str, target: tvm.target.Target) -> None:
-    """Refuse a dtype that products are not made for on a target.
+    """Check that matmuls with operands of a dtype are supported on a target.
 
     Raises
     ------
     InvalidArgumentError
-        If they are made for it on no target.
+        If no target supports the dtype.
     TargetError
-        With what the target takes instead.
+        If this target does not.
     """
     if dtype not in DTYPES:
         raise InvalidArgumentError(
-            "models are not compiled for this dtype", got=repr(dtype), allowed=", ".join(DTYPES)
+            "models cannot be compiled for this dtype", got=repr(dtype), allowed=", ".join(DTYPES)
         )
     if targets.is_gpu(target) or dtype == "float32":
         return
     if dtype == "float16":
         raise TargetError(
-            "processors do not compute in float16 here",
+            "float16 is not supported on CPUs",
             got=targets.target_slug(target),
-            allowed="float32 and bfloat16 on processors; float16 on GPUs, such as cuda-sm90",
+            allowed="float32 and bfloat16 on CPUs; float16 on GPUs, such as cuda-sm90",
         )
     if not schedules.has_bfloat16_dot(target):
         raise TargetError(
-            "the target multiplies no bfloat16",
+            "bfloat16 is not supported by the target",
             got=targets.target_slug(target),
-            allowed="a GPU, or a processor with avx512_bf16: cpu-znver4, cpu-cooperlake",
+            allowed="a GPU, or a CPU with avx512_bf16: cpu-znver4, cpu-cooperlake",
             hint='Compile with dtype="float32" (--dtype float32).',
         )
 
 
-def build(module: tvm.IRModule, target: tvm.target.Target, library: Path, *, graph: bool) -> None:
-    """Build a module whose memory is planned into a shared library.
+def build_library(
+    module: tvm.IRModule, target: tvm.target.Target, library: Path, *, cuda_graph: bool
+) -> None:
+    """Build a module with planned memory to a shared library.
 
     Parameters
     ----------
     module : tvm.IRModule
-        Relax functions and scheduled kernels.
+        From `pipeline.plan_memory`.
     target : tvm.target.Target
-        What they are scheduled for.
+        The target its kernels are scheduled for.
     library : Path
         The file to write.
-    graph : bool
-        Capture what is between inputs and outputs into CUDA graphs, on a GPU.
+    cuda_graph : bool
+        On a GPU, capture the kernels between inputs and outputs into CUDA graphs.
 
     Raises
     ------
     CompileError
-        If TVM or a compiler behind it fails.
+        If TVM, nvcc or the linker fails.
     """
     on_gpu = targets.is_gpu(target)
     try:
-        with cuda_module.lowering(graph=graph) if on_gpu else contextlib.nullcontext():
+        with device_pipeline.lowering(graph=cuda_graph) if on_gpu else contextlib.nullcontext():
             executable = relax.build(
                 module,
                 target,
-                relax_pipeline=pipeline.lower_passes(),
-                tir_pipeline=cuda_module.LOWERING if on_gpu else "default",
+                relax_pipeline=pipeline.lower_to_vm(),
+                tir_pipeline=device_pipeline.PIPELINE if on_gpu else "default",
             )
     except RuntimeError as error:
         raise CompileError(
@@ -231,14 +234,14 @@ def build(module: tvm.IRModule, target: tvm.target.Target, library: Path, *, gra
         ) from error
     try:
         if on_gpu:
-            cuda_module.export(executable.mod, library, str(target.attrs["arch"]))
+            export_executable(executable.mod, library, str(target.attrs["arch"]))
         else:
             executable.export_library(str(library))
     except (RuntimeError, OSError, ValueError) as error:
         raise CompileError(
             "the compiled code cannot be linked to a library",
             got=str(error).strip().splitlines()[0],
-            hint="TVM calls the C++ compiler g++ (or $CXX) for this: install one.",
+            hint="TVM links with the C++ compiler g++ (or $CXX): install one.",
         ) from error
 
 

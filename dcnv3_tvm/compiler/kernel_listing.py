@@ -12,7 +12,7 @@ import tvm
 from tvm import relax, tirx
 from tvm.target import Target
 
-from dcnv3_tvm.compiler.cuda import cuda_module
+from dcnv3_tvm.compiler.cuda.export import export_module
 from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.schedules import ScheduledKernel
 from dcnv3_tvm.targets import is_gpu
@@ -120,7 +120,7 @@ def export_kernel(
     """
     module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
     if is_gpu(target):
-        cuda_module.build(module, target, path)
+        export_module(module, target, path)
     else:
         tvm.compile(module, target=target).export_library(str(path))
 

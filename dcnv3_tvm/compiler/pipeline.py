@@ -1,4 +1,4 @@
-"""The way of a model from its import to scheduled kernels, in numbered phases."""
+"""The numbered phases from an imported model to scheduled kernels, and on to TVM's VM."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ PHASES: Final = (
     "fuse",
     "schedule",
 )
-"""Names of the phases, in order; a dump of phase i is the file ``0i-name.py``."""
+"""Names of the phases in order. The dump of phase i is the file ``0i-name.py``."""
 
-_KEPT: Final = frozenset({"relax.call_tir", "relax.reshape", "relax.shape_of"})
-"""Operators that TVM's virtual machine runs without a kernel."""
+_VM_OPERATORS: Final = frozenset({"relax.call_tir", "relax.reshape", "relax.shape_of"})
+"""Operators that TVM's virtual machine executes without a kernel."""
 
 
 def run_pipeline(
@@ -56,15 +56,15 @@ def run_pipeline(
     Parameters
     ----------
     imported : ImportedModel
-        What an importer gave.
+        From an importer.
     target : tvm.target.Target
-        What to schedule for.
+        Target to schedule for.
     dtype : str
-        Element type of the operands of products: float32, bfloat16, on GPUs float16 too.
+        Element type of matmul operands: float32, bfloat16, or on GPUs float16.
     until : str
         Last phase to run, one of `PHASES`.
     records : Records, optional
-        Tuning records, which decide on schedules.
+        Tuning records to schedule kernels with.
     debug_dump : Path, optional
         Folder for the module after each phase, as TVMScript.
     on_phase : callable, optional
@@ -73,7 +73,7 @@ def run_pipeline(
     Returns
     -------
     program : Program
-        Relax functions that call scheduled kernels, and the weights as these want them.
+        Relax functions that call scheduled kernels, and the weights in the layout these take.
     kernels : dict of str to ScheduledKernel
         How each kernel was scheduled.
 
@@ -84,39 +84,50 @@ def run_pipeline(
     InvalidArgumentError
         If `debug_dump` cannot be written to.
     """
-    program = Program.of(imported)
     kernels: dict[str, ScheduledKernel] = {}
 
-    def schedule(before: Program) -> Program:
-        module, taken = schedules.schedule_module(before.module, target, records=records)
-        kernels.update(taken)
-        return Program(module, before.entries, before.weights)
+    def lower(program: Program) -> Program:
+        if is_gpu(target):
+            return lower_layers_gpu(program, dtype)
+        return lower_layers(
+            program, lambda outputs: schedules.weight_tile_width(outputs, target), dtype
+        )
 
-    steps: dict[str, Callable[[Program], Program]] = {
-        "imported": lambda before: before,
-        "convert_layout": convert_layout,
-        "fold_weights": fold_weights,
-        "fuse_sampling": fuse_sampling,
-        "fuse_center_feature": fuse_center_feature,
-        "lower_layers": lambda before: (
-            lower_layers_gpu(before, dtype)
-            if is_gpu(target)
-            else lower_layers(
-                before, lambda outputs: schedules.weight_tile_width(outputs, target), dtype
-            )
-        ),
-        "legalize": lambda before: _legalized(before.transformed(_legalize())),
-        # Rebuilt, so that the kernels of results are last.
-        "fuse": lambda before: before.transformed(_fuse()).rebuilt(lambda *_: None),
-        "schedule": schedule,
-    }
+    def schedule(program: Program) -> Program:
+        module, scheduled = schedules.schedule_module(program.module, target, records=records)
+        kernels.update(scheduled)
+        return Program(module, program.entries, program.weights)
+
+    phases: tuple[Callable[[Program], Program], ...] = (
+        # 0. The import as it is, for the dump.
+        lambda program: program,
+        # 1. NCHW to NHWC.
+        convert_layout,
+        # 2. Constant folding of everything that depends on weights alone.
+        fold_weights,
+        # 3. Softmax into DCNv3; its offset and mask projections to one matmul.
+        fuse_sampling,
+        # 4. Center-feature scaling (InternImage-H and G) into DCNv3.
+        fuse_center_feature,
+        # 5. Layers that this package has kernels for to the target's variant of these.
+        lower,
+        # 6. The remaining operators to TVM's kernels.
+        _legalize,
+        # 7. Elementwise kernels into their producers.
+        _fuse,
+        # 8. Loops of every kernel, by rule and tuning record.
+        schedule,
+    )
+    program = Program.of(imported)
     with target:
-        for number, name in enumerate(PHASES[: PHASES.index(until) + 1]):
+        for number, (name, phase) in enumerate(zip(PHASES, phases, strict=True)):
             if on_phase is not None:
                 on_phase(name)
-            program = steps[name](program)
+            program = phase(program)
             if debug_dump is not None:
                 _dump(program.module, debug_dump / f"{number:02d}-{name}.py")
+            if name == until:
+                break
     return program.with_plain_names(), kernels
 
 
@@ -126,63 +137,66 @@ def _dump(module: tvm.IRModule, path: Path) -> None:
         path.write_text(module.script(show_meta=True), encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError(
-            "the module cannot be written where debug_dump says",
-            got=f"{error.strerror} ({path})",
+            "the module cannot be written to debug_dump", got=f"{error.strerror} ({path})"
         ) from error
 
 
-def _legalize() -> tvm.transform.Pass:
-    return tvm.transform.Sequential(
-        [
-            relax.transform.DecomposeOpsForInference(),
-            relax.transform.CanonicalizeBindings(),
-            relax.transform.LegalizeOps(LEGALIZATIONS),
-        ]
+def _legalize(program: Program) -> Program:
+    """Lower all operators to kernels, or raise an error that lists those without one."""
+    legalized = program.transformed(
+        tvm.transform.Sequential(
+            [
+                relax.transform.DecomposeOpsForInference(),
+                relax.transform.CanonicalizeBindings(),
+                relax.transform.LegalizeOps(LEGALIZATIONS),
+            ]
+        )
     )
-
-
-def _legalized(program: Program) -> Program:
-    """Refuse a program that still calls operators for which TVM found no kernel."""
-    left = []
-    for name in program.entries:
-        for block in program.module[name].body.blocks:
+    unsupported = []
+    for name in legalized.entries:
+        for block in legalized.module[name].body.blocks:
             for binding in block.bindings:
                 call = binding.value
                 operator = getattr(call.op, "name", "") if isinstance(call, relax.Call) else ""
-                if operator.startswith(("relax.", "dcnv3_tvm.")) and operator not in _KEPT:
-                    left.append(f"{operator} in {name}: {call.ty}")
-    if left:
+                if operator.startswith(("relax.", "dcnv3_tvm.")) and operator not in _VM_OPERATORS:
+                    unsupported.append(f"{operator} in {name}: {call.ty}")
+    if unsupported:
         raise CompileError(
             "these operators cannot be lowered to kernels",
-            got="; ".join(left[:5]),
-            hint="Where a shape is not known before run time, import the model with a fixed image "
-            "size; otherwise write them with other PyTorch functions.",
+            got="; ".join(unsupported[:5]),
+            hint="If a shape is unknown at compile time, import the model with a fixed image "
+            "size; otherwise replace them by other PyTorch functions.",
         )
-    return program
+    return legalized
 
 
-def _fuse() -> tvm.transform.Pass:
-    return tvm.transform.Sequential(
-        [
-            # A reshape stays a view of the same memory, so that nothing is fused into a copy.
-            relax.transform.RewriteDataflowReshape(),
-            relax.transform.AnnotateTIROpPattern(),
-            relax.transform.FuseOps(),
-            relax.transform.FuseTIR(),
-            relax.transform.DeadCodeElimination(),
-        ]
+def _fuse(program: Program) -> Program:
+    fused = program.transformed(
+        tvm.transform.Sequential(
+            [
+                # A reshape becomes a view of the same memory; otherwise it would be fused as a
+                # copy.
+                relax.transform.RewriteDataflowReshape(),
+                relax.transform.AnnotateTIROpPattern(),
+                relax.transform.FuseOps(),
+                relax.transform.FuseTIR(),
+                relax.transform.DeadCodeElimination(),
+            ]
+        )
     )
+    # Rebuilding moves the kernels of results to the end.
+    return fused.rebuilt(lambda *_: None)
 
 
 def plan_memory(program: Program, target: tvm.target.Target) -> tuple[tvm.IRModule, dict[str, int]]:
-    """Give every intermediate result its place in memory, shared by those that never meet.
+    """Plan the storage of intermediate results, reused where lifetimes do not overlap.
 
     Returns
     -------
     module : tvm.IRModule
-        With the storage of each function.
-    sizes : dict of str to int
-        Bytes of that storage by entry; an entry with sizes known only at run time is left out.
+        With storage allocated in each function.
+    activation_bytes : dict of str to int
+        Size of that storage by entry. Entries with dynamic shapes are left out.
     """
     passes = tvm.transform.Sequential(
         [
@@ -194,12 +208,12 @@ def plan_memory(program: Program, target: tvm.target.Target) -> tuple[tvm.IRModu
     )
     with target:
         module = passes(program.module)
-    sizes = {name: _storage(module[name]) for name in program.entries}
+    sizes = {name: _storage_bytes(module[name]) for name in program.entries}
     return module, {name: size for name, size in sizes.items() if size is not None}
 
 
-def _storage(function: relax.Function) -> int | None:
-    """Add up the planned storage of a function; None where a size is known only at run time."""
+def _storage_bytes(function: relax.Function) -> int | None:
+    """Return the planned storage of a function; None if a size is dynamic."""
     total = 0
     for block in function.body.blocks:
         for binding in block.bindings:
@@ -213,13 +227,13 @@ def _storage(function: relax.Function) -> int | None:
     return total
 
 
-def lower_passes() -> tvm.transform.Pass:
-    """Return the passes from planned memory to a program for TVM's virtual machine."""
+def lower_to_vm() -> tvm.transform.Pass:
+    """Return the passes from planned memory to a program of TVM's virtual machine."""
     return tvm.transform.Sequential(
         [
-            # Does something where `cuda.lowering` asks for it. A kernel that reads an input or
-            # writes an output stays outside of the graph, because they are elsewhere in each call;
-            # weights are known to stay by the attribute num_input of a function.
+            # Has an effect under `device_pipeline.lowering(graph=True)`. Kernels that read an input
+            # or write an output stay outside of the graph, because these move between calls. The
+            # attribute num_input of a function says that its other parameters do not.
             relax.transform.RewriteCUDAGraph(),
             relax.transform.LowerAllocTensor(),
             relax.transform.KillAfterLastUse(),

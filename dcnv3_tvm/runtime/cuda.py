@@ -21,7 +21,7 @@ from dcnv3_tvm.errors import (
     TargetError,
     first_line,
 )
-from dcnv3_tvm.runtime import library, toolkit
+from dcnv3_tvm.runtime import cuda_toolkit, library
 from dcnv3_tvm.runtime.metadata import CUDA_LIBRARY
 from dcnv3_tvm.runtime.tensors import total_bytes
 
@@ -277,7 +277,7 @@ def load_runtime(bundled: Path | None = None) -> None:
         if loaded():
             return
         _check_driver()
-        toolkit.cudart()
+        cuda_toolkit.load_cudart()
         installed = library.installed_runtime()
         candidates = [] if installed is None else [installed[0].with_name(CUDA_LIBRARY)]
         candidates += [] if bundled is None else [bundled]
@@ -295,11 +295,11 @@ def load_runtime(bundled: Path | None = None) -> None:
 def _check_driver() -> None:
     gpu.device()
     version = gpu.driver_version()
-    if version is not None and version < toolkit.VERSION:
+    if version is not None and version < cuda_toolkit.VERSION:
         raise TargetError(
             "the driver of the GPU is too old",
             got="one for CUDA {}.{}".format(*version),
-            allowed="CUDA {}.{} or newer".format(*toolkit.VERSION),
+            allowed="CUDA {}.{} or newer".format(*cuda_toolkit.VERSION),
             hint=f"Install an NVIDIA driver of release {_DRIVER_RELEASE} or newer.",
         )
 
@@ -326,4 +326,4 @@ def _refuse_capture() -> None:
 
 def _forget_error() -> None:
     """Clear the error that CUDA keeps for the thread, or the next to ask would take it for his."""
-    toolkit.cudart().cudaGetLastError()
+    cuda_toolkit.load_cudart().cudaGetLastError()

@@ -1,7 +1,7 @@
-"""TVM's runtime library in this process: find it, load it once, open compiled code with it.
+"""Load TVM's runtime library into this process, and open compiled code with it.
 
-TVM's Python package is never imported here; where it is imported already, or later, the process
-still holds a single runtime library.
+TVM's Python package is never imported here. If it is imported before or afterwards, the process
+still holds one runtime library.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from dcnv3_tvm.errors import (
 )
 from dcnv3_tvm.machine import physical_cores, usable_cores
 from dcnv3_tvm.runtime.metadata import LIBRARY, RUNTIME_LIBRARY
+from dcnv3_tvm.tvm_workarounds.process import set_max_concurrency, without_torch
 
 CPU: Final = (1, 0)
-"""DLPack's type and number of the processor."""
+"""DLPack's device type and index of the CPU."""
 
 _POOLED_ALLOCATOR: Final = 2
 _SHARE_ALL_CORES: Final = -3
-
-_SET_MAX_CONCURRENCY: Final = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
 
 _thread_state = threading.local()
 _lock = threading.Lock()
@@ -44,7 +43,7 @@ _loaded_version: str | None = None
 
 
 def tvm_ffi() -> ModuleType:
-    """Import tvm_ffi without its side effect of importing PyTorch.
+    """Import tvm_ffi, but not PyTorch with it.
 
     Raises
     ------
@@ -54,25 +53,18 @@ def tvm_ffi() -> ModuleType:
     loaded = sys.modules.get("tvm_ffi")
     if loaded is not None:
         return loaded
-    hide_torch = "torch" not in sys.modules
-    if hide_torch:
-        # tvm_ffi imports PyTorch wherever it is installed: a second and 200 MB we do not need.
-        # PyTorch's tensors are taken all the same when it is imported later.
-        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
-        return importlib.import_module("tvm_ffi")
+        with without_torch():
+            return importlib.import_module("tvm_ffi")
     except ImportError as error:
         raise MissingDependencyError(
             "apache-tvm-ffi, which runs compiled models, is not installed",
             hint="Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'",
         ) from error
-    finally:
-        if hide_torch:
-            sys.modules.pop("torch", None)
 
 
 def installed_runtime() -> tuple[Path, str] | None:
-    """Return path and TVM version of the installed runtime library; None when there is none."""
+    """Return the path and TVM version of the installed runtime library; None without one."""
     try:
         found = importlib.util.find_spec("tvm")
         version = importlib.metadata.version("apache-tvm")
@@ -91,21 +83,21 @@ def installed_runtime() -> tuple[Path, str] | None:
 
 
 def load_runtime(*, version: str, bundled: Path) -> None:
-    """Make sure that this process holds TVM's runtime library, once.
+    """Load TVM's runtime library, unless this process holds one already.
 
-    Taken in this order: what is loaded already, the installed TVM's, the artifact's own.
+    The installed TVM's library is preferred to the copy in the artifact.
 
     Parameters
     ----------
     version : str
         TVM version the artifact needs.
     bundled : Path
-        The artifact's own copy.
+        The copy in the artifact.
 
     Raises
     ------
     ArtifactError
-        If the version in the process is another one, or no library can be loaded.
+        If the process holds another version, or no library can be loaded.
     """
     global _loaded_version
     ffi = tvm_ffi()
@@ -120,7 +112,7 @@ def load_runtime(*, version: str, bundled: Path) -> None:
     _check_version(_loaded_version, version)
     if ffi.get_global_func("runtime.NumThreads", allow_missing=True) is None:
         raise ArtifactError(
-            f"{RUNTIME_LIBRARY} is no TVM runtime library",
+            f"{RUNTIME_LIBRARY} is not a TVM runtime library",
             hint="Compile the model again, or reinstall apache-tvm.",
         )
 
@@ -137,7 +129,7 @@ def _check_version(found: str, needed: str) -> None:
 
     if release(found) != release(needed):
         raise ArtifactError(
-            "the artifact was compiled with another TVM than this process runs",
+            "the artifact was compiled with another version of TVM than this process has loaded",
             got=f"TVM {found}",
             allowed=f"TVM {needed}",
             hint=f"Compile the model again, or run: pip install apache-tvm=={needed}",
@@ -145,7 +137,7 @@ def _check_version(found: str, needed: str) -> None:
 
 
 def load_global(path: Path) -> None:
-    """Load one of TVM's runtime libraries, its symbols seen by those loaded after it.
+    """Load a library of TVM's runtime, with its symbols visible to libraries loaded later.
 
     Raises
     ------
@@ -158,15 +150,15 @@ def load_global(path: Path) -> None:
         raise ArtifactError(
             f"TVM's runtime library {path.name} cannot be loaded",
             got=error,
-            hint="It is made for Linux on the processor architecture of the artifact.",
+            hint="It is built for Linux and the processor architecture of the artifact.",
         ) from error
 
 
 def open_library(code: bytes) -> Any:
-    """Open compiled code.
+    """Open a compiled shared library.
 
-    It is loaded from a private copy: a path that was loaded before gives the old code again for as
-    long as the process lives, and a mapped file that is overwritten kills it.
+    A private copy is loaded: ``dlopen`` returns the old code for a path it has loaded before, and
+    overwriting a mapped file kills the process.
 
     Parameters
     ----------
@@ -182,19 +174,19 @@ def open_library(code: bytes) -> Any:
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-") as folder:
         path = os.path.join(folder, LIBRARY)
         Path(path).write_bytes(code)
-        with _unloadable():
+        with _load_errors():
             return ffi.load_module(path)
 
 
 def open_executable(code: bytes, device: tuple[int, int] = CPU) -> Any:
-    """Open compiled code and return its virtual machine, ready to be called on a device.
+    """Open a compiled model and return its virtual machine, initialized on a device.
 
     Parameters
     ----------
     code : bytes
         Content of a ``model.so``.
     device : (int, int)
-        DLPack's type and number.
+        DLPack's device type and index.
 
     Raises
     ------
@@ -202,16 +194,16 @@ def open_executable(code: bytes, device: tuple[int, int] = CPU) -> Any:
         If it cannot be loaded.
     """
     module = open_library(code)
-    # The machine keeps literals on the processor, where shapes are computed, too.
-    places = [(*place, _POOLED_ALLOCATOR) for place in dict.fromkeys((device, CPU))]
-    with _unloadable():
+    # The CPU is added for a GPU model, because shapes are computed there.
+    devices = [(*place, _POOLED_ALLOCATOR) for place in dict.fromkeys((device, CPU))]
+    with _load_errors():
         machine = module["vm_load_executable"]()
-        machine["vm_initialization"](*(number for place in places for number in place))
+        machine["vm_initialization"](*(number for place in devices for number in place))
     return machine
 
 
 @contextlib.contextmanager
-def _unloadable() -> Iterator[None]:
+def _load_errors() -> Iterator[None]:
     try:
         yield
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
@@ -223,9 +215,10 @@ def _unloadable() -> Iterator[None]:
 
 
 def default_threads() -> int:
-    """Return the threads a model uses unless told otherwise.
+    """Return the number of threads a model uses by default.
 
-    TVM by itself takes half of the logical cores, also where a core has a single thread.
+    It is ``TVM_NUM_THREADS``, else ``OMP_NUM_THREADS``, else the number of physical cores.
+    See tvm_workarounds: thread-pool-default.
     """
     for variable in (TVM_NUM_THREADS, OMP_NUM_THREADS):
         value = (variable.value or "").strip()
@@ -235,10 +228,10 @@ def default_threads() -> int:
 
 
 def use_threads(count: int) -> None:
-    """Let TVM's parallel loops, called from the present thread, use `count` threads.
+    """Run TVM's parallel loops, when called from this thread, on `count` threads.
 
-    TVM keeps one thread pool for every calling thread, whose greatest size is fixed when it is
-    first used: where another user of TVM was first, it may stay smaller.
+    TVM has one thread pool per calling thread, and fixes its maximum size on first use. If TVM was
+    used from this thread before, fewer threads may be available.
 
     Raises
     ------
@@ -252,12 +245,8 @@ def use_threads(count: int) -> None:
             "threads is out of range", got=count, allowed="an integer of at least 1"
         )
     ffi = tvm_ffi()
-    # No packed function sets the size of a pool that is yet to be made; this C++ function does.
-    set_concurrency = getattr(ctypes.CDLL(None), _SET_MAX_CONCURRENCY, None)
-    if set_concurrency is not None:
-        set_concurrency(ctypes.c_int(max(count, default_threads())))
-    # Left to itself TVM pins every thread but the caller's to a core, on which the caller's may run
-    # as well, while another core is idle: now and then for half a second.
+    set_max_concurrency(max(count, default_threads()))
+    # No thread is pinned. See tvm_workarounds: thread-pool-affinity.
     cores = [str(core) for core in sorted(usable_cores())]
     ffi.get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, count, cores)
     _thread_state.count = count

@@ -170,8 +170,11 @@ def test_bad_usage(cli, arguments, words, tmp_path, monkeypatch):
         (("--target", "toaster"), "target is unknown"),
         (("--target", "cuda-sm75"), "not scheduled for this GPU architecture"),
         (("--dtype", "float8"), "allowed: float32, bfloat16, float16"),
-        (("--target", "cpu-haswell", "--dtype", "bfloat16"), "multiplies no bfloat16"),
-        (("--target", "cpu", "--dtype", "float16"), "do not compute in float16"),
+        (
+            ("--target", "cpu-haswell", "--dtype", "bfloat16"),
+            "bfloat16 is not supported by the target",
+        ),
+        (("--target", "cpu", "--dtype", "float16"), "float16 is not supported on CPUs"),
         (("--database", "nowhere"), "nowhere"),
         (("--dynamic-size",), "needs a fixed image size"),
         (("--dynamic-size", "--features-only", "--database", "nowhere"), "nowhere"),

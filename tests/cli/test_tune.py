@@ -138,7 +138,7 @@ def test_a_dry_run_writes_nothing(cli, tmp_path, monkeypatch):
         (["dcnv3-nany-h9-w9-c32-g2-k3-s1-p1-d1-f32", "--work-dir", "w"], "for fixed sizes"),
         ([OPERATOR, "--work-dir", "w", "--trials", "0"], "trials is out of range"),
         ([OPERATOR, "--work-dir", "w", "--batch", "0"], "--batch is out of range"),
-        ([OPERATOR, "--work-dir", "w", "--dtype", "float16"], "do not compute in float16"),
+        ([OPERATOR, "--work-dir", "w", "--dtype", "float16"], "float16 is not supported on CPUs"),
         ([OPERATOR, "--work-dir", "w", "--target", "cuda-sm90"], "cannot be measured on this"),
         ([OPERATOR, "--work-dir", "w", "--rpc", "here"], "servers are not named"),
         ([OPERATOR, "--work-dir", "w", "--rpc", "here", "--rpc-key", "k"], "--rpc is no address"),

@@ -204,12 +204,12 @@ class EmulatedGpu:
     @contextlib.contextmanager
     def _compiled(self, module: Any, target: Any) -> Iterator[Path]:
         """Compile a module to a library that is there while entered."""
-        from dcnv3_tvm.compiler.cuda import cuda_module
+        from dcnv3_tvm.compiler.cuda.export import export_module
 
         with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-kernels-") as folder:
             library = Path(folder) / "kernels.so"
             with self.compiling():
-                cuda_module.build(module, target, library)
+                export_module(module, target, library)
             yield library
 
 

@@ -1,6 +1,6 @@
 """The compiler of the emulated GPU: generated CUDA source to a library for the processor.
 
-It is called like nvcc, as far as `compiler.cuda.cuda_module` calls it, and writes what `driver.c`
+It is called like nvcc, as far as `compiler.cuda.nvcc` calls it, and writes what `driver.c`
 runs. Of PTX it knows the instructions that are in the table below.
 """
 

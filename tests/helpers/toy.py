@@ -116,7 +116,7 @@ def _build_for_gpu(
         }
     )
     planned, activations = pipeline.plan_memory(Program(scheduled, metadata.entries, {}), target)
-    compiler.build(planned, target, path, graph=cuda_graph)
+    compiler.build_library(planned, target, path, cuda_graph=cuda_graph)
     return dataclasses.replace(
         metadata, target=compiler.target_info(target), activation_bytes=activations
     )

@@ -10,7 +10,7 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from dcnv3_tvm import cli
-from dcnv3_tvm.runtime import toolkit
+from dcnv3_tvm.runtime import cuda_toolkit
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -59,7 +59,7 @@ def test_blocks_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     found = [block for block in blocks(page) if block.runs]
-    if any("cuda" in block.code for block in found) and toolkit.find_nvcc() is None:
+    if any("cuda" in block.code for block in found) and cuda_toolkit.find_nvcc() is None:
         pytest.skip("the page compiles for a GPU, which takes nvcc")
     monkeypatch.chdir(tmp_path)
     shutil.copy(load_sample_images().filenames[0], tmp_path / "photo.jpg")

@@ -9,7 +9,7 @@ import torch
 
 from dcnv3_tvm import gpu, runtime
 from dcnv3_tvm.errors import DeviceError, InvalidArgumentError, MissingDependencyError, TargetError
-from dcnv3_tvm.runtime import TargetInfo, cuda, library, toolkit
+from dcnv3_tvm.runtime import TargetInfo, cuda, cuda_toolkit, library
 from dcnv3_tvm.runtime.loading import check_target
 from dcnv3_tvm.runtime.tensors import Arguments
 from dcnv3_tvm.signature import TensorInfo
@@ -103,15 +103,15 @@ def test_no_runtime_library_of_cuda(monkeypatch, tmp_path):
     def refuse(path, *_):
         raise OSError(path)
 
-    monkeypatch.setattr(toolkit.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(cuda_toolkit.ctypes, "CDLL", refuse)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    toolkit._cudart.cache_clear()
+    cuda_toolkit._cudart.cache_clear()
     try:
-        assert toolkit.find_cudart() is None
+        assert cuda_toolkit.find_cudart() is None
         with pytest.raises(MissingDependencyError, match=r"pip install 'nvidia-cuda-runtime>=13"):
-            toolkit.cudart()
+            cuda_toolkit.load_cudart()
     finally:
-        toolkit._cudart.cache_clear()
+        cuda_toolkit._cudart.cache_clear()
 
 
 def test_parts_of_cuda_are_found(monkeypatch, tmp_path):
@@ -123,9 +123,9 @@ def test_parts_of_cuda_are_found(monkeypatch, tmp_path):
     (home / "bin" / "nvcc").touch(mode=0o755)
     monkeypatch.setenv("CUDA_HOME", str(home))
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert toolkit.find_nvcc() == home / "bin" / "nvcc"
-    assert toolkit.find_nvrtc() == package / "lib" / "libnvrtc.so.13"
-    assert toolkit.find_headers() == [package / "include", package / "include" / "cccl"]
+    assert cuda_toolkit.find_nvcc() == home / "bin" / "nvcc"
+    assert cuda_toolkit.find_nvrtc() == package / "lib" / "libnvrtc.so.13"
+    assert cuda_toolkit.find_headers() == [package / "include", package / "include" / "cccl"]
 
 
 class FakeGpu(cuda.Gpu):

@@ -4,7 +4,6 @@ import tvm
 from tvm.target import Target
 
 from dcnv3_tvm.compiler.cuda import device_pipeline
-from dcnv3_tvm.compiler.cuda.cuda_module import cuda_sources
 from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.targets import resolve_target
@@ -47,7 +46,7 @@ def cuda_code():
         module = tvm.IRModule({"main": tensorize(func).with_attr("global_symbol", "main")})
         with device_pipeline.lowering():
             built = tvm.compile(module, target=target, tir_pipeline=device_pipeline.PIPELINE)
-        (code,) = cuda_sources(built.mod)
+        (code,) = device_pipeline.cuda_sources(built.mod)
         return code[code.index('extern "C" __global__') :]
 
     return generate

@@ -9,7 +9,7 @@ import pytest
 
 import emulated_gpu
 from dcnv3_tvm import gpu
-from dcnv3_tvm.runtime import toolkit
+from dcnv3_tvm.runtime import cuda_toolkit
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.tuning import jobs
@@ -19,7 +19,7 @@ from dcnv3_tvm.tuning.tune import TuneConfig, estimate, tune
 SPEC = DCNv3Spec.of((2, 14, 14, 64), group=4, dtype="float16")
 
 
-@pytest.mark.skipif(toolkit.find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(cuda_toolkit.find_nvcc() is None, reason="needs nvcc")
 def test_a_candidate_is_compiled_without_a_gpu(tmp_path):
     target = resolve_target("cuda-sm90")
     task = operator_task(SPEC, target)

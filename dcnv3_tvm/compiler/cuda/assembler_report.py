@@ -1,13 +1,12 @@
-"""What NVIDIA's assembler says of a scheduled kernel: no GPU is needed to ask it.
+"""Registers, memory, instructions and occupancy of GPU kernels, from nvcc and ptxas.
 
-Needs nvcc, which is called as for an artifact. Instructions are counted in the machine code, of
-which every one takes 16 bytes on the architectures of `dcnv3_tvm.gpu`; in a kernel without loops
-that is what a thread executes at most.
+Kernels are lowered and compiled as for an artifact; no GPU is needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import struct
 import tempfile
@@ -15,17 +14,22 @@ from pathlib import Path
 from typing import Final
 
 import tvm
+import tvm_ffi
 from tvm import tirx
+from tvm.ir import instrument
 from tvm.target import Target
-from tvm.tirx import compilation_pipeline
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.compiler.cuda import cuda_module, device_pipeline
+from dcnv3_tvm.compiler.cuda import device_pipeline
+from dcnv3_tvm.compiler.cuda.nvcc import run_nvcc
 from dcnv3_tvm.errors import CompileError
-from dcnv3_tvm.runtime import toolkit
+from dcnv3_tvm.runtime import cuda_toolkit
 from dcnv3_tvm.targets import gpu_architecture
+from dcnv3_tvm.tvm_workarounds.device_passes import merge_conditionals
 
 _INSTRUCTION_BYTES: Final = 16
+"""Size of a machine instruction on all architectures of `dcnv3_tvm.gpu`."""
+
 _OPCODE_MASK: Final = 0xFFF
 _NOP, _BRANCH_TO_ITSELF = 0x918, 0x947
 _NAME: Final = "main"
@@ -33,28 +37,29 @@ _NAME: Final = "main"
 
 @dataclasses.dataclass(frozen=True)
 class KernelReport:
-    """One kernel for one architecture.
+    """Resource usage of one kernel on one architecture.
 
     Parameters
     ----------
     registers : int
-        32-bit registers of a thread.
+        32-bit registers per thread.
     spill_bytes, stack_bytes : int
-        Memory of a thread for values that have no register, and for arrays.
+        Local memory per thread for spilled registers, and for arrays.
     shared_bytes : int
-        Shared memory of a block.
+        Shared memory per block, static and dynamic.
     threads : int
-        Threads of a block.
+        Threads per block.
     instructions : int
-        Machine instructions, without padding.
+        Machine instructions without padding. In a kernel without loops, this bounds what a thread
+        executes.
     load_bytes : tuple of int
-        Widths of the loads from global memory, copies into shared memory included; rising.
+        Widths of the loads from global memory, including ``cp.async``, in ascending order.
     tensor_cores : bool
-        Whether it multiplies on tensor cores.
+        Whether the kernel uses tensor cores.
     asynchronous : bool
-        Whether it copies into shared memory without a detour through registers.
+        Whether the kernel copies to shared memory with ``cp.async``.
     occupancy : float
-        Threads that a multiprocessor holds at once, as a fraction of the most it can.
+        Resident threads per SM as a fraction of the maximum.
     """
 
     registers: int
@@ -70,69 +75,95 @@ class KernelReport:
 
 
 def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
-    """Compile a scheduled function for a GPU and report each kernel in it.
+    """Compile a scheduled function for a GPU and report each of its kernels.
 
     Parameters
     ----------
     func : tvm.tirx.PrimFunc
-        Scheduled, intrinsics in place.
+        Scheduled and tensorized.
     target : tvm.target.Target
         A GPU.
 
     Raises
     ------
     CompileError
-        If nvcc is not there, or refuses the source.
+        If nvcc is not installed, or reports an error.
     """
-    nvcc = toolkit.find_nvcc()
+    nvcc = cuda_toolkit.find_nvcc()
     if nvcc is None:
         raise CompileError(
-            "a report needs nvcc, which is not installed",
+            "a kernel report needs nvcc, which is not installed",
             hint="Install the CUDA 13 toolkit: its bin/nvcc on the PATH, or CUDA_HOME set.",
         )
     arch = str(target.attrs["arch"])
     module = tvm.IRModule({_NAME: func.with_attr("global_symbol", _NAME)})
-    with device_pipeline.lowering():
-        shared = _shared_bytes(module, target)
+    shared = _SharedMemory()
+    with device_pipeline.lowering(instruments=[shared]):
         executable = tvm.compile(module, target=target, tir_pipeline=device_pipeline.PIPELINE)
-    source = "\n".join(cuda_module.cuda_sources(executable.mod))
+    source = "\n".join(device_pipeline.cuda_sources(executable.mod))
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-") as folder:
-        ptx, log, cubin = _assemble(nvcc, source, arch, Path(folder))
-    sizes = _instructions(cubin)
-    reports = []
-    for name, text in _functions(ptx).items():
-        said = log[name]
-        found = re.search(r"\.maxntid (\d+)", text)
-        threads = int(found[1]) if found else gpu.WARP
-        reports.append(_report(text, said, threads, sizes[name], shared.get(name, 0), target))
-    return reports
+        ptx, logs, cubin = _assemble(nvcc, source, arch, Path(folder))
+    sizes = _count_instructions(cubin)
+    return [
+        _report(text, logs[name], sizes[name], shared.dynamic_bytes.get(name, 0), target)
+        for name, text in _split_kernels(ptx).items()
+    ]
+
+
+@instrument.pass_instrument
+class _SharedMemory:
+    """Record the dynamic shared memory of each kernel, which TVM passes at launch."""
+
+    def __init__(self) -> None:
+        self.dynamic_bytes: dict[str, int] = {}
+
+    def run_after_pass(self, module: tvm.IRModule, info: tvm.transform.PassInfo) -> None:
+        if info.name == merge_conditionals.info.name:  # which runs on device functions alone
+            for var, kernel in module.functions_items():
+                self.dynamic_bytes[var.name_hint] = _dynamic_shared_bytes(kernel)
 
 
 def _report(
-    ptx: str, said: str, threads: int, instructions: int, dynamic: int, target: Target
+    ptx: str, log: str, instructions: int, dynamic_shared: int, target: Target
 ) -> KernelReport:
-    def number(pattern: str) -> int:
-        found = re.search(pattern, said)
-        return int(found[1]) if found else 0
+    def number(pattern: str, text: str = log, default: int = 0) -> int:
+        found = re.search(pattern, text)
+        return int(found[1]) if found else default
 
-    registers, static = number(r"Used (\d+) registers"), number(r"(\d+) bytes smem")
+    registers = number(r"Used (\d+) registers")
+    shared = number(r"(\d+) bytes smem") + dynamic_shared
+    threads = number(r"\.maxntid (\d+)", ptx, gpu.WARP)
     return KernelReport(
         registers=registers,
         spill_bytes=number(r"(\d+) bytes spill stores"),
         stack_bytes=number(r"(\d+) bytes stack frame"),
-        shared_bytes=static + dynamic,
+        shared_bytes=shared,
         threads=threads,
         instructions=instructions,
         load_bytes=_load_bytes(ptx),
         tensor_cores="mma.sync" in ptx,
         asynchronous="cp.async" in ptx,
-        occupancy=_occupancy(threads, registers, static + dynamic, gpu_architecture(target)),
+        occupancy=_occupancy(threads, registers, shared, gpu_architecture(target)),
     )
+
+
+def _dynamic_shared_bytes(kernel: tirx.PrimFunc) -> int:
+    total = 0
+
+    def add(allocation: tirx.AllocBuffer) -> None:
+        nonlocal total
+        buffer = allocation.buffer
+        if buffer.scope() == "shared.dyn":
+            elements = math.prod(int(size) for size in buffer.shape)
+            total += elements * tvm.DataType(str(buffer.dtype)).itemsize
+
+    tvm_ffi.structural_walk(kernel.body, (tirx.AllocBuffer, add))
+    return total
 
 
 def _occupancy(threads: int, registers: int, shared: int, arch: gpu.Architecture) -> float:
     warps = -(-threads // gpu.WARP)
-    # Registers are given to warps in units of 256.
+    # Registers are allocated to warps in units of 256.
     warp_registers = -(-registers * gpu.WARP // 256) * 256
     blocks = min(
         arch.blocks,
@@ -152,46 +183,33 @@ def _load_bytes(ptx: str) -> tuple[int, ...]:
     return tuple(sorted(widths | {int(width) for width in copies}))
 
 
-def _shared_bytes(module: tvm.IRModule, target: Target) -> dict[str, int]:
-    """Dynamic shared memory of the kernels, as TVM's passes lay it out."""
-    pipeline, *_ = compilation_pipeline.get_tir_pipeline("s_tir")
-    lowered = pipeline(tirx.transform.BindTarget(target)(module))
-    return {
-        var.name_hint: sum(
-            int(size)
-            for size in re.findall(r'\((\d+),\), "uint8", scope="shared.dyn"', function.script())
-        )
-        for var, function in lowered.functions_items()
-    }
-
-
 def _assemble(
     nvcc: Path, source: str, arch: str, folder: Path
 ) -> tuple[str, dict[str, str], bytes]:
-    """Return PTX code, what ptxas said of each kernel, and machine code."""
-    more = ("--ptxas-options=-v", "--keep", f"--keep-dir={folder}")
-    log = cuda_module.run_nvcc(nvcc, source, arch, folder, more)
-    said = re.split(r"Compiling entry function '(\w+)'", log)
-    texts = dict(zip(said[1::2], said[2::2], strict=True))
-    return (folder / "kernels.ptx").read_text(), texts, (folder / "kernels.cubin").read_bytes()
+    """Return the PTX, ptxas's log for each kernel, and the cubin."""
+    options = ("--ptxas-options=-v", "--keep", f"--keep-dir={folder}")
+    log = run_nvcc(nvcc, source, arch, folder, options)
+    parts = re.split(r"Compiling entry function '(\w+)'", log)
+    logs = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return (folder / "kernels.ptx").read_text(), logs, (folder / "kernels.cubin").read_bytes()
 
 
-def _functions(ptx: str) -> dict[str, str]:
+def _split_kernels(ptx: str) -> dict[str, str]:
     parts = re.split(r"\.entry (\w+)\(", ptx)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def _instructions(cubin: bytes) -> dict[str, int]:
-    """Count the instructions of every function in an ELF file of machine code."""
+def _count_instructions(cubin: bytes) -> dict[str, int]:
+    """Count the instructions of each kernel in a cubin, which is a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     entry_size, count, names = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry_size) for i in range(count)]
     strings = headers[names][4]
-    found = {}
+    counts = {}
     for name, _, _, _, offset, size in headers:
         end = cubin.index(b"\0", strings + name)
-        label = cubin[strings + name : end].decode()
-        if label.startswith(".text."):
+        section = cubin[strings + name : end].decode()
+        if section.startswith(".text."):
             code = cubin[offset : offset + size]
             opcodes = [
                 int.from_bytes(code[at : at + 2], "little") & _OPCODE_MASK
@@ -199,5 +217,5 @@ def _instructions(cubin: bytes) -> dict[str, int]:
             ]
             while opcodes and opcodes[-1] in (_NOP, _BRANCH_TO_ITSELF):
                 opcodes.pop()
-            found[label.removeprefix(".text.")] = len(opcodes)
-    return found
+            counts[section.removeprefix(".text.")] = len(opcodes)
+    return counts

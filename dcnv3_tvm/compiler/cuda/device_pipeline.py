@@ -1,52 +1,63 @@
-"""How TVM lowers kernels for a GPU: its pipeline for S-TIR, one pass repeated and one added."""
+"""The pipeline from scheduled TensorIR to CUDA source."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import tvm
 from tvm import tirx
 from tvm.tirx import compilation_pipeline
 
-from dcnv3_tvm.compiler.cuda.join_branches import join_branches
+from dcnv3_tvm.tvm_workarounds.device_code import keep_cuda_source
+from dcnv3_tvm.tvm_workarounds.device_passes import lower_warp_memory, merge_conditionals
 
 PIPELINE: Final = "dcnv3_tvm.cuda"
-"""Name of the pipeline, for ``tir_pipeline`` of ``tvm.compile`` and ``relax.build``."""
-
-_WARP_BUFFERS: Final = 16
-"""Most buffers of a kernel that are spread over the threads of a warp.
-
-Those of `dcnv3_tvm.schedules.gpu.mlp`: factors and sums of two products, and the factors once more
-for each step behind the loop of its pipeline, of which there are at most two. DCNv3 has ten."""
-
-_CONFIG: Final = {
-    # Copies from global to shared memory that bypass registers.
-    "tirx.use_async_copy": True,
-    # The pass hides from LowerWarpMemory which thread an index belongs to; nvcc does the same work.
-    "tirx.disable_cse_tir": True,
-}
+"""Name of the pipeline, for the `tir_pipeline` of ``tvm.compile`` and ``relax.build``."""
 
 
 @contextlib.contextmanager
-def lowering() -> Iterator[None]:
-    """Set the options of TVM's passes that kernels for GPUs need, for the time of a build."""
-    with tvm.transform.PassContext(config=_CONFIG):
+def lowering(*, graph: bool = False, instruments: Sequence[Any] = ()) -> Iterator[None]:
+    """Set the environment and the pass options that a build for GPUs needs.
+
+    Parameters
+    ----------
+    graph : bool
+        Let ``RewriteCUDAGraph`` capture parts of Relax functions into CUDA graphs.
+    instruments : sequence of tvm.ir.instrument.PassInstrument
+        Observers of the passes.
+    """
+    config = {
+        # Copy from global to shared memory with cp.async.
+        "tirx.use_async_copy": True,
+        # See tvm_workarounds: lower-warp-memory. nvcc eliminates common subexpressions itself.
+        "tirx.disable_cse_tir": True,
+        "relax.backend.use_cuda_graph": graph,
+    }
+    with (
+        keep_cuda_source(),
+        tvm.transform.PassContext(config=config, instruments=list(instruments)),
+    ):
         yield
 
 
+def cuda_sources(module: Any) -> list[str]:
+    """Return the CUDA source in a compiled module and in the modules it imports."""
+    own = [str(module.inspect_source("cuda"))] if module.kind == "cuda" else []
+    return own + [source for part in module.imports for source in cuda_sources(part)]
+
+
 def _factory() -> tuple[Any, Any, Any]:
-    pipeline, host, _ = compilation_pipeline.get_tir_pipeline("s_tir")
-    return pipeline, host, _device_passes
+    pipeline, host_passes, _ = compilation_pipeline.get_tir_pipeline("s_tir")
+    return pipeline, host_passes, _device_passes
 
 
 def _device_passes() -> tvm.transform.Pass:
     return tvm.transform.Sequential(
         [
-            # It lowers one buffer and leaves those declared after it.
-            *[tirx.transform.LowerWarpMemory() for _ in range(_WARP_BUFFERS)],
-            join_branches,
+            lower_warp_memory,
+            merge_conditionals,
             tirx.transform.StmtSimplify(),
             tirx.transform.LowerIntrin(),
         ]

@@ -11,7 +11,7 @@ import tvm
 from dcnv3_tvm.bench.variant_kernels import variant_kernels
 from dcnv3_tvm.compiler.cuda.assembler_report import report
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.runtime.toolkit import find_nvcc
+from dcnv3_tvm.runtime.cuda_toolkit import find_nvcc
 from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import gpu_architecture, resolve_target

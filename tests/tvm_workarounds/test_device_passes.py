@@ -3,18 +3,18 @@ import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
-from dcnv3_tvm.compiler.cuda.join_branches import join_branches
+from dcnv3_tvm.tvm_workarounds.device_passes import merge_conditionals
 
 
-def joined(func):
-    """Return the statements of a function after the pass, loops opened."""
-    body = join_branches(tvm.IRModule({"main": func}))["main"].body
+def merged_statements(func):
+    """Return the statements in the loop of a function after the pass."""
+    body = merge_conditionals(tvm.IRModule({"main": func}))["main"].body
     while isinstance(body, tirx.For | tirx.AttrStmt):
         body = body.body
     return list(body) if isinstance(body, tirx.SeqStmt) else [body]
 
 
-def test_same_condition():
+def test_adjacent_statements_with_equal_conditions_are_merged():
     @T.prim_func(s_tir=True)
     def func(a: T.Buffer((8,), "float32"), b: T.Buffer((8,), "float32"), n: T.int64):
         for i in range(T.int64(8)):
@@ -29,14 +29,14 @@ def test_same_condition():
             if i < n + T.int64(1):
                 a[i] = T.float32(4)
 
-    first, between, *others = joined(func)
+    first, between, *others = merged_statements(func)
     assert isinstance(first, tirx.IfThenElse)
     assert [type(part) for part in first.then_case] == [tirx.BufferStore] * 3
     assert isinstance(between, tirx.BufferStore)
     assert [type(other) for other in others] == [tirx.IfThenElse] * 2
 
 
-def test_one_statement_is_left():
+def test_sequence_merged_to_one_statement():
     @T.prim_func(s_tir=True)
     def func(a: T.Buffer((8,), "float32"), n: T.int64):
         for i in range(T.int64(8)):
@@ -45,12 +45,12 @@ def test_one_statement_is_left():
             if i < n:
                 a[i] = a[i] + T.float32(1)
 
-    (only,) = joined(func)
+    (only,) = merged_statements(func)
     assert len(list(only.then_case)) == 2
 
 
 @pytest.mark.parametrize("kind", ["memory", "call", "else"])
-def test_what_is_not_joined(kind):
+def test_not_merged(kind):
     @T.prim_func(s_tir=True)
     def memory(a: T.Buffer((8,), "float32")):
         for i in range(T.int64(8)):
@@ -77,4 +77,4 @@ def test_what_is_not_joined(kind):
             if i < n:
                 a[i] = T.float32(3)
 
-    assert len(joined({"memory": memory, "call": call, "else": otherwise}[kind])) == 2
+    assert len(merged_statements({"memory": memory, "call": call, "else": otherwise}[kind])) == 2

@@ -1,4 +1,7 @@
-"""Where the parts of CUDA are that this library uses: system, toolkit, or NVIDIA's packages."""
+"""Find the parts of the CUDA toolkit: nvcc, NVRTC, headers, runtime library.
+
+They come from the system, a toolkit folder, or NVIDIA's Python packages.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from dcnv3_tvm.environment import CUDA_HOME
 from dcnv3_tvm.errors import MissingDependencyError
 
 VERSION: Final = (13, 0)
-"""The oldest CUDA that runs with TVM's library, which is made for its major version."""
+"""Oldest supported CUDA. TVM's GPU runtime library is linked against CUDA 13."""
 
 _CUDART: Final = "libcudart.so.13"
 _NVRTC: Final = "libnvrtc.so.13"
@@ -24,7 +27,7 @@ _HEADERS: Final = ("cuda_fp16.h", "cuda/std/cstdint")
 
 
 def find_nvcc() -> Path | None:
-    """Find CUDA's compiler: in ``CUDA_HOME``, on the ``PATH`` or in ``/usr/local/cuda``."""
+    """Find nvcc in ``CUDA_HOME``, on the ``PATH`` or in ``/usr/local/cuda``."""
     own = [os.path.join(CUDA_HOME.value, "bin", "nvcc")] if CUDA_HOME.value else []
     for command in (*own, "nvcc", f"{_DEFAULT_HOME}/bin/nvcc"):
         found = shutil.which(command)
@@ -34,12 +37,12 @@ def find_nvcc() -> Path | None:
 
 
 def find_nvrtc() -> Path | None:
-    """Find CUDA's compiler that is a library."""
+    """Find the runtime compilation library NVRTC."""
     return next(iter(_libraries(_NVRTC)), None)
 
 
 def find_headers() -> list[Path] | None:
-    """Find the folders with all headers that NVRTC needs, of one CUDA."""
+    """Find the include folders NVRTC needs, all from one CUDA installation."""
     for root in _roots():
         folders = [root / "include", root / "include" / "cccl"]
         if all(any((folder / name).exists() for folder in folders) for name in _HEADERS):
@@ -48,13 +51,13 @@ def find_headers() -> list[Path] | None:
 
 
 def find_cudart() -> str | None:
-    """Find CUDA's runtime library: its name where the system finds it, else its path."""
+    """Find the CUDA runtime library: its name if the loader finds it, otherwise its path."""
     found = _cudart()
     return None if found is None else found[0]
 
 
-def cudart() -> ctypes.CDLL:
-    """Load CUDA's runtime library; TVM's finds it by its name once it is loaded.
+def load_cudart() -> ctypes.CDLL:
+    """Load the CUDA runtime library, so that TVM's GPU library can link to it by name.
 
     Raises
     ------
@@ -85,7 +88,7 @@ def _libraries(name: str) -> list[Path]:
 
 
 def _roots() -> list[Path]:
-    """List the folders that hold libraries and headers of a CUDA: of packages, then of toolkits."""
+    """List CUDA installations: NVIDIA's Python packages first, then toolkit folders."""
     spec = importlib.util.find_spec("nvidia")
     packages = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
     homes = [CUDA_HOME.value] if CUDA_HOME.value else []

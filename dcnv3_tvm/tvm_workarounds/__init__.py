@@ -1,0 +1,41 @@
+"""Defects of TVM, and the code that exists only because of them.
+
+`DEFECTS` describes those seen in apache-tvm 0.27.0.post1 with apache-tvm-ffi 0.1.14. The modules
+of this package hold the workarounds that are functions: `device_passes` and `device_code` need
+TVM's compiler, `process` does not. A workaround that has to stay where it is, such as a line of a
+schedule, has a comment ``See tvm_workarounds: NAME``. Converters of the PyTorch importer that TVM
+lacks or gets wrong are in `dcnv3_tvm.frontend.torch.converters`, one comment each.
+
+When the TVM version changes, check each entry and delete what is fixed.
+"""
+
+from collections.abc import Mapping
+from typing import Final
+
+DEFECTS: Final[Mapping[str, str]] = {
+    # Lowering for GPUs
+    "lower-warp-memory": "LowerWarpMemory lowers one buffer of scope warp per run and leaves those "
+    "allocated after it (as in https://github.com/apache/tvm/issues/5366). It also fails if "
+    "CommonSubexprElim or loop unrolling has hidden which index is the thread's.",
+    "tail-guards": "Where the last thread block is partial, every statement of a kernel gets a "
+    "guard of its own with the same condition, and no pass merges them. nvcc does not always; "
+    "then loads wait for the branch before them.",
+    "cuda-source": "CUDA source is compiled at build time only if TVM's runtime finds a GPU, and "
+    "for that GPU. Otherwise the library holds source that is compiled when it is loaded. There "
+    "is no option to compile for the target's architecture.",
+    # Runtime
+    "ffi-torch": "Importing tvm_ffi imports PyTorch wherever it is installed, which takes a second "
+    "and 200 MB. PyTorch tensors are accepted without it if PyTorch is imported later.",
+    "ffi-json": "TVM 0.27 with apache-tvm-ffi 0.1.15 crashes when it reads or writes JSON.",
+    "thread-pool-size": "The maximum size of a thread pool is fixed when it is created, from the "
+    "environment; no packed function sets it, only the C++ function SetMaxConcurrency.",
+    "thread-pool-default": "The default number of threads is half of the logical cores, also on "
+    "processors with one thread per core.",
+    "thread-pool-affinity": "The thread pool pins each worker to a core, but not the calling "
+    "thread, which may run on a worker's core while another core is idle, for up to 0.5 s.",
+    "cuda-last-error": "After a failed CUDA call, TVM does not clear the error that CUDA keeps for "
+    "the thread; the next caller of cudaGetLastError, such as PyTorch, takes it for its own.",
+    "cuda-current-device": "TVM changes the thread's current CUDA device and does not restore it; "
+    "and launching a captured CUDA graph does not select its device.",
+}
+"""Description of each defect, by the name that comments refer to."""

@@ -1,0 +1,69 @@
+"""Passes for GPU kernels that repeat or complete passes of TVM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import ir, tirx
+
+
+@tvm.transform.module_pass(opt_level=0, name="dcnv3_tvm.LowerWarpMemory")
+def lower_warp_memory(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
+    """Lower all buffers of scope ``"warp"`` (defect ``lower-warp-memory``)."""
+    for _ in range(max(map(_count_warp_buffers, module.functions.values()), default=0)):
+        module = tirx.transform.LowerWarpMemory()(module)
+    return module
+
+
+def _count_warp_buffers(func: tirx.PrimFunc) -> int:
+    scopes: list[str] = []
+    tvm_ffi.structural_walk(
+        func.body, (tirx.AllocBuffer, lambda allocation: scopes.append(allocation.buffer.scope()))
+    )
+    return scopes.count("warp")
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="dcnv3_tvm.MergeConditionals")
+def merge_conditionals(func: tirx.PrimFunc, _module: Any, _context: Any) -> tirx.PrimFunc:
+    """Rewrite ``if c: a`` followed by ``if c: b`` to ``if c: a; b`` (defect ``tail-guards``).
+
+    Only conditions on variables are merged: ``a`` may change what a condition reads from memory.
+    """
+    return func.with_body(tvm_ffi.structural_map(func.body, (tirx.SeqStmt, _merge)))
+
+
+def _merge(sequence: tirx.SeqStmt) -> tirx.Stmt:
+    merged: list[tirx.Stmt] = []
+    for statement in sequence:
+        last = merged[-1] if merged else None
+        if last is not None and _same_condition(last, statement):
+            both = tirx.SeqStmt([*_statements(last.then_case), *_statements(statement.then_case)])
+            merged[-1] = tirx.IfThenElse(last.condition, both, None)
+        else:
+            merged.append(statement)
+    if len(merged) == len(sequence):
+        return sequence
+    return tirx.SeqStmt(merged) if len(merged) > 1 else merged[0]
+
+
+def _statements(statement: tirx.Stmt) -> list[tirx.Stmt]:
+    return list(statement) if isinstance(statement, tirx.SeqStmt) else [statement]
+
+
+def _same_condition(first: tirx.Stmt, second: tirx.Stmt) -> bool:
+    return (
+        isinstance(first, tirx.IfThenElse)
+        and isinstance(second, tirx.IfThenElse)
+        and first.else_case is None
+        and second.else_case is None
+        and tvm_ffi.structural_equal(first.condition, second.condition)
+        and _only_variables(first.condition)
+    )
+
+
+def _only_variables(condition: ir.Expr) -> bool:
+    """Return whether a condition neither reads memory nor calls a function."""
+    opaque = (ir.TensorLoad, ir.Call)
+    return tvm_ffi.structural_walk(condition, (opaque, tvm_ffi.VisitInterrupt)) is None
