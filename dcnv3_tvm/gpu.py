@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import math
 from typing import Any, Final
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import TargetError
 
 _DRIVER: Final = "libcuda.so.1"
@@ -44,19 +46,31 @@ class Architecture:
 
 
 RESERVED_SHARED: Final = 1024
-"""Shared memory that the system takes from every block."""
+"""Bytes of shared memory that the system reserves in every block."""
 
-ALIGNMENT: Final = 16
-"""Bytes. A thread loads as many at once, from addresses that are multiples of it."""
+SM_REGISTERS: Final = 65536
+"""32-bit registers of a multiprocessor, in all `ARCHITECTURES`."""
 
-REGISTERS: Final = 65536
-"""32-bit registers of a multiprocessor, in all architectures listed."""
+MAX_BLOCK_THREADS: Final = 1024
+"""Most threads of a block, in all `ARCHITECTURES`."""
 
-WARP: Final = 32
+WARP_SIZE: Final = 32
 """Threads of a warp."""
 
-BLOCK_THREADS: Final = 1024
-"""Most threads of a block, in all architectures listed."""
+VECTOR_BYTES: Final = 16
+"""Bytes of the widest load or store of a thread, and the alignment of its address."""
+
+FRAGMENT: Final = 16
+"""Rows, columns and depth of the tiles that tensor cores multiply."""
+
+FULL_GPU_BLOCKS: Final = 132
+"""Blocks that give every multiprocessor of a large GPU one."""
+
+FULL_GPU_THREADS: Final = 2**17
+"""Threads that occupy a large GPU once; with fewer in total, each should do less."""
+
+BANDWIDTH_THREADS: Final = 2**15
+"""Threads that saturate the memory bandwidth of a large GPU."""
 
 ARCHITECTURES: Final = {
     "sm_80": Architecture(threads=2048, blocks=32, shared_bytes=164 * 1024),
@@ -69,6 +83,25 @@ ARCHITECTURES: Final = {
 }
 """Architectures that kernels are scheduled for: those with tensor cores for bfloat16 and copies
 into shared memory that bypass registers."""
+
+
+def vector_elements(extent: int, *dtypes: str) -> int:
+    """Return how many neighbouring elements of an axis one load or store moves.
+
+    Parameters
+    ----------
+    extent : int
+        Length of the axis, of which the result is a divisor.
+    *dtypes : str
+        Element types of the tensors; the smallest one counts.
+
+    Examples
+    --------
+    >>> vector_elements(64, "float32"), vector_elements(20, "float16", "float32")
+    (4, 4)
+    """
+    smallest = min(DTYPE_BYTES.get(dtype, VECTOR_BYTES) for dtype in dtypes)
+    return math.gcd(extent, VECTOR_BYTES // smallest)
 
 
 def runs_on(compiled: str, present: str) -> bool:
@@ -163,7 +196,7 @@ def device(index: int = 0) -> GpuInfo:
 def kernel_ready(tensor: Any) -> Any:
     """Return a PyTorch tensor on a GPU as kernels take it: contiguous and aligned."""
     dense = tensor.detach().contiguous()
-    return dense.clone() if dense.data_ptr() % ALIGNMENT else dense
+    return dense.clone() if dense.data_ptr() % VECTOR_BYTES else dense
 
 
 def driver_version() -> tuple[int, int] | None:

@@ -22,10 +22,10 @@ from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3 as gpu_dcnv3
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise as gpu_depthwise
 from dcnv3_tvm.schedules.gpu.fallback import fallback as gpu_fallback
 from dcnv3_tvm.schedules.gpu.gemm import gemm
+from dcnv3_tvm.schedules.gpu.launch import check_launch
 from dcnv3_tvm.schedules.gpu.layer_norm import layer_norm as gpu_layer_norm
 from dcnv3_tvm.schedules.gpu.mlp import mlp
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
-from dcnv3_tvm.schedules.gpu.threads import check_launch
 from dcnv3_tvm.schedules.records import Records
 from dcnv3_tvm.schedules.rule import Refusal, Rule
 from dcnv3_tvm.schedules.space import Decision, DecisionError, SearchSpace
@@ -139,7 +139,7 @@ def apply_rules(
             continue
         if decisions and is_gpu(target):
             check_launch(result)
-        space.check_all_asked()
+        space.check_all_used()
         return ScheduledKernel(
             _named_like(func, result), rule.__name__, space.candidates, refusals=refusals
         )

@@ -126,7 +126,7 @@ def verdicts(kernel: ScheduledKernel, target: Target) -> tuple[Verdict, ...]:
 
 def launch(scheduled: tirx.PrimFunc) -> str:
     """Describe the launch of a function scheduled for a GPU: blocks and threads of each kernel."""
-    from dcnv3_tvm.schedules.gpu.threads import launches
+    from dcnv3_tvm.schedules.gpu.launch import launches
 
     return ", then ".join(map(_shape, launches(scheduled))) or "no kernel"
 

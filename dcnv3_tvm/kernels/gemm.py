@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import tirx
 
+from dcnv3_tvm.gpu import FRAGMENT
 from dcnv3_tvm.kernels.activations import activate
 from dcnv3_tvm.kernels.convolution import output_extent
 from dcnv3_tvm.kernels.epilogue import Epilogue
@@ -37,17 +38,11 @@ KERNEL: Final = "gemm"
 SUMS: Final = "float32"
 """Element type of sums, bias and activation, whatever the type of the product."""
 
-FRAGMENT: Final = 16
-"""Rows, columns and depth that a tensor core multiplies at once."""
-
 DEPTH_UNIT: Final = 32
 """Multiple that a depth is filled up to, unless it is short and a multiple of `FRAGMENT`."""
 
 VECTOR: Final = 8
 """Most elements that are copied at once."""
-
-FULL_GPU: Final = 132
-"""Tiles that give every multiprocessor of a large GPU one."""
 
 _SHORT_DEPTH: Final = 128
 _ROW_UNITS: Final = (128, 64, 32, 16)

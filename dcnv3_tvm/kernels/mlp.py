@@ -25,10 +25,12 @@ from typing import Any, Final
 
 from tvm import tirx
 
+from dcnv3_tvm import gpu
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.gpu import FRAGMENT
 from dcnv3_tvm.kernels import gemm
 from dcnv3_tvm.kernels.activations import activate
-from dcnv3_tvm.kernels.gemm import FRAGMENT, SUMS
+from dcnv3_tvm.kernels.gemm import SUMS
 from dcnv3_tvm.op.expr import cast, int64, product, unflatten
 from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
@@ -67,7 +69,7 @@ def pays(rows: int | None, inputs: int, hidden: int, outputs: int) -> bool:
     inputs, hidden, outputs : int
         Columns that go in, between, and come out.
     """
-    large = rows is None or rows >= gemm.FULL_GPU * ROWS
+    large = rows is None or rows >= gpu.FULL_GPU_BLOCKS * ROWS
     return large and hidden % SLAB == 0 and max(inputs, outputs) <= WIDEST
 
 

@@ -31,14 +31,12 @@ Extents and loop variables are int64, so that more than 2**31 elements are addre
 """
 
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
-import math
 from typing import Any, Final, NamedTuple
 
 from tvm import tirx
 from tvm.script import tirx as T
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.expr import int64
 from dcnv3_tvm.op.math import exp
@@ -69,7 +67,7 @@ def extents_of(spec: DCNv3Spec) -> tuple[Any, Any, Any]:
 
 def vector_channels(spec: DCNv3Spec) -> int:
     """Return how many channels of a group a thread of a GPU loads at once."""
-    return math.gcd(spec.group_channels, gpu.ALIGNMENT // DTYPE_BYTES[spec.dtype])
+    return gpu.vector_elements(spec.group_channels, spec.dtype)
 
 
 def sizes_of(spec: DCNv3Spec) -> Sizes:

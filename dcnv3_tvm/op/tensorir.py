@@ -190,7 +190,7 @@ def _alignment(dtype: str, *, gather: bool) -> int:
     TVM would assume 64, and crash on an array of NumPy or a slice of one. GPUs get vectors, from
     tensors that are aligned for them, into copies in registers that TVM aligns like the tensors.
     """
-    return gpu.ALIGNMENT if gather else DTYPE_BYTES[dtype]
+    return gpu.VECTOR_BYTES if gather else DTYPE_BYTES[dtype]
 
 
 def _finish(func: tirx.PrimFunc, name: str, spec: DCNv3Spec) -> tirx.PrimFunc:

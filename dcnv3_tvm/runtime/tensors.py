@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.gpu import ALIGNMENT as ALIGNMENT_ON_GPU
-from dcnv3_tvm.gpu import kernel_ready
+from dcnv3_tvm.gpu import VECTOR_BYTES, kernel_ready
 from dcnv3_tvm.runtime.library import tvm_ffi
 from dcnv3_tvm.signature import TensorInfo
 
@@ -169,11 +168,11 @@ class _Array:
         """Return the TVM tensor of one that is on the GPU, over the same memory where possible."""
         if self.kind == "torch":
             return tvm_ffi().from_dlpack(kernel_ready(self.value))
-        if not self.value.is_contiguous() or self.value.data_ptr() % ALIGNMENT_ON_GPU:
+        if not self.value.is_contiguous() or self.value.data_ptr() % VECTOR_BYTES:
             raise InvalidArgumentError(
                 "a tensor is not contiguous, or not aligned",
                 got=f"address {self.value.data_ptr():#x}, strides {self.value.strides}",
-                allowed=f"contiguous, at a multiple of {ALIGNMENT_ON_GPU} bytes",
+                allowed=f"contiguous, at a multiple of {VECTOR_BYTES} bytes",
             )
         return self.value
 

@@ -10,11 +10,12 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
+from dcnv3_tvm import gpu
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.op.sampling import vector_channels
 from dcnv3_tvm.op.tensorir import gathering, spec_of
-from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
-from dcnv3_tvm.schedules.gpu.threads import bind_blocks, divisors, unroll_all, vectorize_copy
+from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.loops import bind_blocks, divisors, unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
@@ -26,9 +27,6 @@ _THREADS: Final = 128
 
 _PIXELS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 """Pixels of a block among which a tuner may choose."""
-
-_FULL_GPU: Final = 2**17
-"""Threads that fill a large GPU once; where there are fewer, each takes less."""
 
 _OPEN_SIDE: Final = 64
 """Rows or columns where they are known only at run time."""
@@ -198,7 +196,7 @@ def _choose(spec: DCNv3Spec, sizes: Sequence[int | None], space: SearchSpace) ->
         return known and image % pixels == 0
 
     def suits(work: _Work) -> bool:
-        enough = work.vectors * work.partners * vector * _FULL_GPU
+        enough = work.vectors * work.partners * vector * gpu.FULL_GPU_THREADS
         whole = work.partners == 1 or is_whole(block(work)[1])
         return whole and outputs * spec.channels >= enough
 

@@ -11,12 +11,12 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
-from dcnv3_tvm.gpu import WARP
+from dcnv3_tvm.gpu import FULL_GPU_THREADS, WARP_SIZE, vector_elements
 from dcnv3_tvm.kernels.depthwise import in_runs
 from dcnv3_tvm.op.expr import static
-from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
-from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels, vector_elements
-from dcnv3_tvm.schedules.gpu.threads import bind_blocks, unroll_all
+from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels
+from dcnv3_tvm.schedules.gpu.loops import bind_blocks, unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
@@ -42,9 +42,6 @@ _MOST_ROUNDED_UP: Final = 1.5
 """Vectors that several warps take in several turns, over those there are: where few of the threads
 have a vector in the last turn, ptxas was seen to spill."""
 
-_FULL_GPU: Final = 2**17
-"""Threads that fill a large GPU once."""
-
 _UNROLLED_WINDOW: Final = 49
 """Beyond, the loops over the window stay loops."""
 
@@ -67,7 +64,7 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
     normalized = len(sch.get_consumers(window)) > 1
     batch, line, pixel, channel = sch.get_loops(epilogue)
     lines, runs = tile.lines, tile.runs
-    if tile.lanes <= WARP:
+    if tile.lanes <= WARP_SIZE:
         lines = space.pick("lines", _SIDES, lines)
         runs = space.pick("runs", _SIDES, runs)
     slab, line = sch.split(line, [None, lines])
@@ -102,7 +99,7 @@ def _sum_window(sch: s_tir.Schedule, shared: Channels, pixel: LoopRV) -> None:
             sch.compute_at(block, high, preserve_unit_loops=True)
             sch.set_scope(block, 0, "local")
             unroll_all(sch, sch.get_loops(block)[-2:])
-    shared.vectorize(sch, image)
+    vectorize_copy(sch, image, shared.vector)
     first = sch.decompose_reduction(window, high)
     unroll_all(sch, sch.get_loops(first)[-2:])
 
@@ -136,7 +133,7 @@ def _tile(func: tirx.PrimFunc) -> _Tile | Refusal:
     x, weight, out = func.params[0], func.params[1], func.params[-1]
     high, wide = (int(size) for size in weight.shape[:2])
     channels = int(weight.shape[-1])
-    vector = vector_elements(channels, [x, out])
+    vector = vector_elements(channels, str(x.dtype), str(out.dtype))
     vectors = channels // vector
     batch, height, width = (static(size) or 64 for size in out.shape[:3])
 
@@ -150,7 +147,7 @@ def _tile(func: tirx.PrimFunc) -> _Tile | Refusal:
         """Estimate the instructions of a thread times the turns in which the GPU has all."""
         pixels = tile.runs * tile.run
         halo = (1 + (high - 1) / tile.lines) * (1 + (wide - 1) / pixels)
-        exchange = 4 * (math.log2(tile.lanes) + 1) * (1 if tile.lanes <= WARP else 3)
+        exchange = 4 * (math.log2(tile.lanes) + 1) * (1 if tile.lanes <= WARP_SIZE else 3)
         instructions = (
             high * (1 + (wide - 1) / tile.run) * (1 + 8 / vector)
             + high * wide * (1 + 1 / (4 * tile.run))
@@ -160,9 +157,11 @@ def _tile(func: tirx.PrimFunc) -> _Tile | Refusal:
         )
         rows, columns = _round_up(height, tile.lines), _round_up(width, pixels)
         block = tile.lines * tile.runs * tile.lanes
-        threads = batch * rows * columns // tile.run * tile.lanes * _round_up(block, WARP) // block
+        threads = (
+            batch * rows * columns // tile.run * tile.lanes * _round_up(block, WARP_SIZE) // block
+        )
         whole = (rows, columns, vectors % tile.lanes) == (height, width, 0)
-        time = instructions * sums(tile) * max(threads, _FULL_GPU) * (1.0 if whole else 1.4)
+        time = instructions * sums(tile) * max(threads, FULL_GPU_THREADS) * (1.0 if whole else 1.4)
         too_many = sums(tile) > _MOST_SUMS or values(tile) > _MOST_VALUES
         return too_many, time
 
@@ -174,7 +173,7 @@ def _tile(func: tirx.PrimFunc) -> _Tile | Refusal:
         for lines, runs, run, lanes in itertools.product(_SIDES, _SIDES, _RUNS, LANES)
         if lanes < 2 * vectors
         and lines * runs * lanes in _THREADS
-        and (lanes <= WARP or (lines == runs == 1 and few_idle(lanes)))
+        and (lanes <= WARP_SIZE or (lines == runs == 1 and few_idle(lanes)))
     ]
     best = min(tiles, key=cost)
     if values(best) > _MOST_REGISTER_VALUES:

@@ -10,18 +10,16 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.sym import Analyzer
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.gpu import BANDWIDTH_THREADS, vector_elements
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.blocks import plain_axes
-from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, vectorize_copy
+from dcnv3_tvm.schedules.gpu.loops import vectorize_copy
 
 _THREADS: Final = 256
 """Threads of a block."""
 
 _FEWEST_THREADS: Final = 64
 """Threads of a block, where there is less to do."""
-
-_ENOUGH_THREADS: Final = 2**15
-"""Threads that keep a GPU's memory busy; with fewer, each takes one element."""
 
 _TILE: Final = 32
 """Most rows and columns of a tile that is turned over."""
@@ -122,12 +120,11 @@ def _move_vectors(
     moved = [i for i, region in enumerate(node.reads) if _lies_along(region, axes, extents, along)]
     tensors = [node.writes[0].source, *(node.reads[i].source for i in moved)]
     last = static(extents[along]) or 1
-    smallest = min(DTYPE_BYTES.get(str(tensor.dtype), VECTOR_BYTES) for tensor in tensors)
-    vector = math.gcd(last, VECTOR_BYTES // smallest)
+    vector = vector_elements(last, *(str(tensor.dtype) for tensor in tensors))
     known = [static(extent) for extent in extents]
     elements = math.prod(size for size in known if size is not None)
     others = [loop for axis, loop in enumerate(loops) if axis != along]
-    few = None not in known and elements < vector * _ENOUGH_THREADS
+    few = None not in known and elements < vector * BANDWIDTH_THREADS
     # Behind an axis of any length TVM does not always see how few elements a thread has.
     if vector == 1 or few or None in known[1:]:
         bind_elements(sch, sch.fuse(*others, loops[along]))
@@ -142,8 +139,7 @@ def _move_vectors(
         copies.append(sch.cache_read(block, index, "local"))
         sch.compute_at(copies[-1], thread, preserve_unit_loops=True)
     for copy in copies:
-        size = DTYPE_BYTES[str(sch.get(copy).writes[0].source.dtype)]
-        vectorize_copy(sch, copy, min(vector, VECTOR_BYTES // size))
+        vectorize_copy(sch, copy, vector)
 
 
 def _lies_along(region: Any, axes: list[Any], extents: list[Any], along: int) -> bool:

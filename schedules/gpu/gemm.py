@@ -10,17 +10,17 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.kernels.gemm import FRAGMENT, FULL_GPU, KERNEL
+from dcnv3_tvm.gpu import FRAGMENT, FULL_GPU_BLOCKS
+from dcnv3_tvm.kernels.gemm import KERNEL
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu import tensor_core
-from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
-from dcnv3_tvm.schedules.gpu.tensorize import annotate
-from dcnv3_tvm.schedules.gpu.threads import (
-    VECTOR_BYTES,
+from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.loops import (
     divisors,
     unroll_all,
     vectorize_copy,
 )
+from dcnv3_tvm.schedules.gpu.tensorize import annotate
 from dcnv3_tvm.schedules.gpu.tiles import (
     PAD_BYTES,
     by_fragments,
@@ -142,7 +142,7 @@ def default_tile(rows: int | None, columns: int, depth: int, shared_bytes: int) 
         wide = _largest(columns // FRAGMENT, _WIDE_TILE // FRAGMENT)
     high = _largest((rows or _TILE) // FRAGMENT, _TILE // FRAGMENT, powers=True)
     # Fewer tiles than multiprocessors: smaller ones, first in the direction that is larger.
-    while rows is not None and _tiles(rows, columns, high, wide) < FULL_GPU:
+    while rows is not None and _tiles(rows, columns, high, wide) < FULL_GPU_BLOCKS:
         if high >= wide and high % 2 == 0:
             high //= 2
         elif wide % 2 == 0:
@@ -285,7 +285,9 @@ def _piece(rows: int | None, columns: int) -> tuple[int, int]:
     heights = divisors((rows or _TILE) // _THREADS, _MOST)
     pieces = [(high, wide) for high in heights for wide in divisors(columns // _THREADS, _MOST)]
     enough = [
-        piece for piece in pieces if rows is None or _tiles(rows, columns, *piece) >= FULL_GPU
+        piece
+        for piece in pieces
+        if rows is None or _tiles(rows, columns, *piece) >= FULL_GPU_BLOCKS
     ]
     return max(enough or [(1, 1)], key=lambda piece: (math.prod(piece), min(piece)))
 
@@ -327,9 +329,8 @@ def _by_threads(sch: s_tir.Schedule, space: SearchSpace) -> None:
         sch.compute_at(residual, one_row, preserve_unit_loops=True)
         copies.append(residual)
     for copy in copies:
-        out = sch.get(copy).writes[0].source
         whole = math.gcd(wide, int(sch.get(store).writes[0].source.shape[-1]))
-        vectorize_copy(sch, copy, math.gcd(whole, VECTOR_BYTES // DTYPE_BYTES[str(out.dtype)]))
+        vectorize_copy(sch, copy, whole)
     weight = sch.cache_read(product, 1, "shared")
     first, second = sch.cache_read(product, 0, "local"), sch.cache_read(product, 1, "local")
     for vectors, width in ((first, _QUAD), (second, math.gcd(wide, _QUAD))):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 from tvm.tirx import IndexMap
 
-from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.gpu import WARP
+from dcnv3_tvm.gpu import WARP_SIZE, vector_elements
 from dcnv3_tvm.op.expr import static
-from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
-from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, unroll_all, vectorize_copy
+from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.loops import unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
@@ -48,7 +46,7 @@ def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.
     channels = static(x.shape[-1])
     if channels is None:
         return Refusal(f"needs a static number of channels; got {x.shape[-1]}")
-    vector = vector_elements(channels, [x, out])
+    vector = vector_elements(channels, str(x.dtype), str(out.dtype))
     vectors = channels // vector
     lanes = _lanes(vectors, vector)
     elements = -(-vectors // lanes) * vector
@@ -60,7 +58,7 @@ def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, channel = sch.get_loops(epilogue)
-    rows = space.pick("rows", _ROWS, max(1, _THREADS // lanes)) if lanes <= WARP else 1
+    rows = space.pick("rows", _ROWS, max(1, _THREADS // lanes)) if lanes <= WARP_SIZE else 1
     block, row = sch.split(row, [None, rows])
     sch.bind(block, "blockIdx.x")
     sch.bind(row, "threadIdx.y")
@@ -79,17 +77,11 @@ def _read(sch: s_tir.Schedule, shared: Channels, row: LoopRV) -> None:
     sch.compute_at(given, row, preserve_unit_loops=True)
     step = shared.split(sch, sch.get_loops(given)[-1])
     if producer is None:
-        shared.vectorize(sch, given)
+        vectorize_copy(sch, given, shared.vector)
     else:
         sch.set_scope(given, 0, "local")
         sch.unroll(sch.get_loops(given)[-1])
         shared.load(sch, given, step, ("x",))
-
-
-def vector_elements(channels: int, tensors: Sequence[Any]) -> int:
-    """Count the channels that are one access to the tensor of the smallest elements."""
-    smallest = min(DTYPE_BYTES[str(tensor.dtype)] for tensor in tensors)
-    return math.gcd(channels, VECTOR_BYTES // smallest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +107,8 @@ class Channels:
     @classmethod
     def of(cls, space: SearchSpace, lanes: int, vector: int) -> Channels:
         """Choose the threads of a row, by default `lanes`."""
-        warp = lanes <= WARP
-        candidates = [count for count in LANES if (count <= WARP) == warp]
+        warp = lanes <= WARP_SIZE
+        candidates = [count for count in LANES if (count <= WARP_SIZE) == warp]
         return cls(space.pick("lanes", candidates, lanes), vector, "local" if warp else "shared")
 
     def split(self, sch: s_tir.Schedule, channel: LoopRV, inside: Sequence[LoopRV] = ()) -> LoopRV:
@@ -149,7 +141,7 @@ class Channels:
         place = IndexMap.from_func(lambda *index: index, ndim=rank, index_dtype="int64")
         copy = sch.reindex_cache_write(block, 0, "local", place)
         sch.reverse_compute_at(copy, step, preserve_unit_loops=True)
-        self.vectorize(sch, copy)
+        vectorize_copy(sch, copy, self.vector)
         self.load(sch, block, step, ("gamma", "beta", "residual"))
 
     def load(
@@ -160,12 +152,7 @@ class Channels:
             if region.source.name in names:
                 copy = sch.cache_read(block, index, "local")
                 sch.compute_at(copy, loop, preserve_unit_loops=True)
-                self.vectorize(sch, copy)
-
-    def vectorize(self, sch: s_tir.Schedule, copy: SBlockRV) -> None:
-        """Make a copy between memory and registers one of vectors."""
-        dtype = str(sch.get(copy).writes[0].source.dtype)
-        vectorize_copy(sch, copy, min(self.vector, VECTOR_BYTES // DTYPE_BYTES[dtype]))
+                vectorize_copy(sch, copy, self.vector)
 
     def normalize(self, sch: s_tir.Schedule, row: LoopRV) -> None:
         """Compute the sums of a LayerNorm at the loop `row`, of a thread's rows."""
@@ -194,6 +181,6 @@ def _lanes(vectors: int, vector: int) -> int:
 
     def cost(lanes: int) -> tuple[bool, int, int]:
         steps = -(-vectors // lanes)
-        return steps * vector > _ROW_ELEMENTS, steps * lanes, abs(lanes - WARP)
+        return steps * vector > _ROW_ELEMENTS, steps * lanes, abs(lanes - WARP_SIZE)
 
     return min(candidates, key=cost)

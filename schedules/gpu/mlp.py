@@ -9,13 +9,13 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.kernels.gemm import FRAGMENT
+from dcnv3_tvm.gpu import FRAGMENT
 from dcnv3_tvm.kernels.mlp import KERNEL, ROWS, SLAB
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu import tensor_core
-from dcnv3_tvm.schedules.gpu.launch_bounds import bound_registers
+from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.loops import divisors, unroll_all
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
-from dcnv3_tvm.schedules.gpu.threads import divisors, unroll_all
 from dcnv3_tvm.schedules.gpu.tiles import (
     PAD_BYTES,
     by_fragments,

@@ -11,13 +11,10 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV, ScheduleError
 from tvm.sym import Analyzer
 
-from dcnv3_tvm.gpu import WARP
+from dcnv3_tvm.gpu import BANDWIDTH_THREADS, WARP_SIZE
 from dcnv3_tvm.op.expr import product, static
 from dcnv3_tvm.schedules.blocks import plain_axes
 from dcnv3_tvm.schedules.gpu.elementwise import bind_elements
-
-_ENOUGH_OUTPUTS: Final = 2**15
-"""Results of which each can have one thread, and the GPU is busy."""
 
 _SHORT: Final = 16
 """Steps that one thread takes before others could help it."""
@@ -64,12 +61,12 @@ def reduction(sch: s_tir.Schedule, blocks: list[SBlockRV], result: SBlockRV) -> 
     steps = max(_product(sch, _steps(sch, block), _LONG) for block in blocks)
     sch.reorder(*places, *row)
     place = sch.fuse(*places) if places else sch.add_unit_loop(row[0])
-    if not row and (outputs >= _ENOUGH_OUTPUTS or steps <= _SHORT):
+    if not row and (outputs >= BANDWIDTH_THREADS or steps <= _SHORT):
         sharing = _Sharing(bind_elements(sch, place))
     elif not row and len(blocks) == 1 and _neighbours(sch, blocks[0]):
-        sharing = _Sharing(_bind(sch, place, WARP, "threadIdx.x"), "threadIdx.y", _SHARES)
+        sharing = _Sharing(_bind(sch, place, WARP_SIZE, "threadIdx.x"), "threadIdx.y", _SHARES)
     elif max(steps, _product(sch, row, _LONG)) <= _LONG:
-        sharing = _Sharing(_bind(sch, place, _ROWS, "threadIdx.y"), "threadIdx.x", WARP)
+        sharing = _Sharing(_bind(sch, place, _ROWS, "threadIdx.y"), "threadIdx.x", WARP_SIZE)
     else:
         sharing = _Sharing(_bind(sch, place, 1, "threadIdx.y"), "threadIdx.x", _THREADS)
     for block in reversed(blocks):
@@ -101,7 +98,7 @@ class _Sharing:
         """Compute a reduction where the row is."""
         sch.compute_at(block, self.at, preserve_unit_loops=True)
         # Shuffles bring the result to every thread of a warp.
-        alone = self.thread is None or (self.thread == "threadIdx.x" and self.count <= WARP)
+        alone = self.thread is None or (self.thread == "threadIdx.x" and self.count <= WARP_SIZE)
         sch.set_scope(block, 0, "local" if alone else "shared")
         steps = _steps(sch, block)
         if self.thread is None:

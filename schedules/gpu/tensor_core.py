@@ -13,12 +13,6 @@ from tvm import tirx
 from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
-TILE: Final = 16
-"""Rows, columns and depth of a product."""
-
-LOCAL: Final = 8
-"""Elements of a tile that each of the 32 threads holds."""
-
 _PAIR: Final = """
 __forceinline__ __device__ float2 dcnv3_tvm_pair(float* from) { return *(float2*)from; }
 """

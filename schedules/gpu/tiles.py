@@ -9,12 +9,10 @@ from typing import Any, Final
 from tvm import s_tir
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.gpu import WARP
-from dcnv3_tvm.kernels.gemm import FRAGMENT
+from dcnv3_tvm.gpu import FRAGMENT, WARP_SIZE, vector_elements
 from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.schedules.gpu.loops import unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
-from dcnv3_tvm.schedules.gpu.threads import VECTOR_BYTES, unroll_all, vectorize_copy
 
 PAD_BYTES: Final = 16
 """Added to every row in shared memory, so that eight rows lie in different banks."""
@@ -59,7 +57,7 @@ def _share(
     """
     row, column = sch.get_loops(block)[-2:]
     column, lane = sch.split(column, [None, vector])
-    turn, warp, thread = sch.split(sch.fuse(row, column), [None, warps, WARP])
+    turn, warp, thread = sch.split(sch.fuse(row, column), [None, warps, WARP_SIZE])
     sch.bind(warp, "threadIdx.y")
     sch.bind(thread, "threadIdx.x")
     return turn, thread, lane
@@ -71,7 +69,7 @@ def vector_of(sch: s_tir.Schedule, copy: SBlockRV) -> int:
     source, stored = str(read.dtype), str(sch.get(copy).writes[0].source.dtype)
     if source != stored:
         return 1
-    return math.gcd(static(read.shape[-1]) or 1, VECTOR_BYTES // DTYPE_BYTES[source])
+    return vector_elements(static(read.shape[-1]) or 1, source)
 
 
 def write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, block: LoopRV, warps: int) -> None:
@@ -94,8 +92,7 @@ def write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, block: LoopRV, warps:
         sch.compute_at(copy, thread, preserve_unit_loops=True)
         copies.append(copy)
     for copy in copies:
-        width = VECTOR_BYTES // DTYPE_BYTES[str(sch.get(copy).writes[0].source.dtype)]
-        vectorize_copy(sch, copy, math.gcd(vector, width))
+        vectorize_copy(sch, copy, vector)
 
 
 def read_early(sch: s_tir.Schedule, epilogue: SBlockRV, index: int) -> SBlockRV:

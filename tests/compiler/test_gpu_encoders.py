@@ -7,13 +7,12 @@ import re
 import numpy as np
 import pytest
 
-from dcnv3_tvm import compile_artifact, frontend, schedules
+from dcnv3_tvm import compile_artifact, frontend, gpu
 from dcnv3_tvm.bench import gpu_accuracy
 from dcnv3_tvm.bench.cases import encoder_case
 from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler.pipeline import run_pipeline
-from dcnv3_tvm.kernels import gemm
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.compare import difference, reference_outputs
 from dcnv3_tvm.verify.random_weights import randomize_
@@ -112,6 +111,6 @@ def test_only_for_gpus(capsys):
 @pytest.mark.slow
 def test_as_on_a_gpu_that_is_full(monkeypatch):
     """Both products of a block in one kernel, and DCNv3 with partners."""
-    monkeypatch.setattr(gemm, "FULL_GPU", 0)
-    monkeypatch.setattr(schedules.gpu.dcnv3, "_FULL_GPU", 0)
+    monkeypatch.setattr(gpu, "FULL_GPU_BLOCKS", 0)
+    monkeypatch.setattr(gpu, "FULL_GPU_THREADS", 0)
     assert_agrees(PRE_NORM, 1, (64, 96), "float16")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from tvm import relax, tirx
 
-from dcnv3_tvm.kernels import gemm
+from dcnv3_tvm import gpu
 from dcnv3_tvm.transform.lower_gpu import lower_layers_gpu
 from helpers.programs import make_program, operators, run_program
 
@@ -63,7 +63,7 @@ def test_what_is_stored_in_which_type(dtype, stream, rng):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("used_twice", [False, True])
 def test_two_products_become_one_kernel(dtype, used_twice, rng, monkeypatch):
-    monkeypatch.setattr(gemm, "FULL_GPU", 0)  # so that few rows are enough
+    monkeypatch.setattr(gpu, "FULL_GPU_BLOCKS", 0)  # so that few rows are enough
 
     def build(bb, x, first, bias1, second, bias2):
         inner = bb.emit(relax.op.add(bb.emit(relax.op.matmul(x, first)), bias1))

@@ -132,7 +132,7 @@ def _report(
 
     registers = number(r"Used (\d+) registers")
     shared = number(r"(\d+) bytes smem") + dynamic_shared
-    threads = number(r"\.maxntid (\d+)", ptx, gpu.WARP)
+    threads = number(r"\.maxntid (\d+)", ptx, gpu.WARP_SIZE)
     return KernelReport(
         registers=registers,
         spill_bytes=number(r"(\d+) bytes spill stores"),
@@ -162,16 +162,16 @@ def _dynamic_shared_bytes(kernel: tirx.PrimFunc) -> int:
 
 
 def _occupancy(threads: int, registers: int, shared: int, arch: gpu.Architecture) -> float:
-    warps = -(-threads // gpu.WARP)
+    warps = -(-threads // gpu.WARP_SIZE)
     # Registers are allocated to warps in units of 256.
-    warp_registers = -(-registers * gpu.WARP // 256) * 256
+    warp_registers = -(-registers * gpu.WARP_SIZE // 256) * 256
     blocks = min(
         arch.blocks,
-        arch.threads // (warps * gpu.WARP),
-        gpu.REGISTERS // (warp_registers * warps),
+        arch.threads // (warps * gpu.WARP_SIZE),
+        gpu.SM_REGISTERS // (warp_registers * warps),
         arch.shared_bytes // (shared + gpu.RESERVED_SHARED),
     )
-    return blocks * warps * gpu.WARP / arch.threads
+    return blocks * warps * gpu.WARP_SIZE / arch.threads
 
 
 def _load_bytes(ptx: str) -> tuple[int, ...]:

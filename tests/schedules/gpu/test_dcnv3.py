@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tvm import s_tir
 
-from dcnv3_tvm.gpu import ALIGNMENT
+from dcnv3_tvm.gpu import VECTOR_BYTES
 from dcnv3_tvm.kernels.gemm import gemm
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
@@ -222,4 +222,4 @@ def test_copies_in_registers_are_aligned_for_vectors(dtype):
         scheduled = s_tir.Schedule(dcnv3(kernel, TARGET, SearchSpace()))
         buffers = scheduled.get(scheduled.get_sblock("root")).alloc_buffers
         assert {buffer.name for buffer in buffers} >= {"Out_local", "patch_local"}
-        assert all(buffer.data_alignment % ALIGNMENT == 0 for buffer in buffers)
+        assert all(buffer.data_alignment % VECTOR_BYTES == 0 for buffer in buffers)

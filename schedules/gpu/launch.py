@@ -1,15 +1,18 @@
-"""For how many blocks of a kernel a multiprocessor must have room, which bounds its registers."""
+"""Launch configuration of a scheduled kernel: thread extents, their limit, and min blocks."""
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping
 from typing import Final
 
 import tvm_ffi
 from tvm import tirx
 from tvm.target import Target
 
-from dcnv3_tvm.schedules.gpu.threads import block_threads, launches
-from dcnv3_tvm.schedules.space import SearchSpace
+from dcnv3_tvm.gpu import MAX_BLOCK_THREADS
+from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.targets import gpu_architecture
 
 _MIN_BLOCKS: Final = "tirx.launch_bounds_min_blocks_per_sm"
@@ -18,6 +21,47 @@ _MIN_BLOCKS: Final = "tirx.launch_bounds_min_blocks_per_sm"
 _OPEN: Final = 0
 
 _CANDIDATES: Final = (_OPEN, 1, 2, 3, 4, 6, 8, 12, 16)
+
+
+def launches(func: tirx.PrimFunc) -> list[dict[str, str]]:
+    """Return how the kernels of a scheduled function are started: extents by thread axis."""
+    kernels: list[dict[str, str]] = []
+
+    def visit(loop: tirx.For) -> None:
+        if loop.thread_binding is None:
+            return
+        axis = str(loop.thread_binding.thread_tag)
+        if not kernels or axis == "blockIdx.x":
+            kernels.append({})
+        kernels[-1].setdefault(axis, re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(loop.extent)))
+
+    tvm_ffi.structural_walk(func.body, (tirx.For, visit), order="pre")
+    return kernels
+
+
+def block_threads(extents: Mapping[str, str]) -> int:
+    """Count the threads of a block, of one of `launches`."""
+    return math.prod(
+        int(extent)
+        for axis, extent in extents.items()
+        if axis.startswith("threadIdx") and extent.isdecimal()
+    )
+
+
+def check_launch(func: tirx.PrimFunc) -> None:
+    """Refuse a scheduled function whose blocks ask for more threads than a GPU gives them.
+
+    Raises
+    ------
+    DecisionError
+        If it does.
+    """
+    for extents in launches(func):
+        threads = block_threads(extents)
+        if threads > MAX_BLOCK_THREADS:
+            raise DecisionError(
+                "a block has too many threads", got=threads, allowed=f"up to {MAX_BLOCK_THREADS}"
+            )
 
 
 def bound_registers(
