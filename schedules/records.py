@@ -1,4 +1,4 @@
-"""Tuning records: decisions that were measured to be the best for a kernel, by target."""
+"""Tuning records: the fastest decisions measured for each kernel, in one folder a target."""
 
 from __future__ import annotations
 
@@ -17,48 +17,49 @@ from tvm.target import Target, codegen
 
 from dcnv3_tvm import files
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op.expr import KERNEL_ATTR, static
+from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.schedules.rule import kernel_name
 from dcnv3_tvm.schedules.space import Decision
 from dcnv3_tvm.targets import is_gpu, target_slug, vector_bits
 
 SCHEMA: Final = 1
-"""Version of the files' form."""
+"""Version of the file format."""
 
 SHIPPED: Final = Path(__file__).with_name("records")
-"""Records of this package, one folder a target."""
+"""Records that this package ships, one folder a target."""
 
-INSIDE: Final = "records"
-"""Name of the folder with the records of a session, in its work directory."""
+SESSION_SUBFOLDER: Final = "records"
+"""Subfolder of a tuning session's work directory that holds its records."""
 
 _RECORDS: Final = "records.jsonl"
 _ABOUT: Final = "about.json"
 
 _GENERIC: Final = {512: "cpu-x86-64-v4", 256: "cpu-x86-64-v3"}
-"""Records for x86-64 processors that have none of their own, by the width of a vector."""
+"""Shipped records for other x86-64 CPUs, by vector width in bits."""
 
 
 class RecordsError(InvalidArgumentError):
-    """Tuning records cannot be read, or are not for what they are asked for."""
+    """Tuning records cannot be read, or are for another target or TVM version."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The best schedule found for a kernel.
+    """The fastest schedule found for a kernel.
 
     Parameters
     ----------
     workload : str
-        What `workload_key` makes of the kernel.
+        `workload_key` of the kernel.
     kernel : str
-        The kernel for people.
+        `describe_kernel` of the kernel.
     rule : str
         Name of the schedule rule.
     decisions : dict of str to Decision
-        What the rule decides; the default's where tuning found nothing better.
+        The rule's decisions; its defaults if tuning found nothing faster.
     seconds, default_seconds : float
-        Median time of a call, so and with the rule's own decisions, measured in one session.
+        Median time of a call with these decisions and with the defaults, measured in one session.
     trials : int
-        Schedules that were measured.
+        Schedules measured.
     """
 
     workload: str
@@ -71,27 +72,27 @@ class Record:
 
     @property
     def speedup(self) -> float:
-        """How many times faster than by default."""
+        """Time with the default decisions divided by the time with these."""
         return self.default_seconds / self.seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """Where records come from.
+    """Where records come from; the content of ``about.json``.
 
     Parameters
     ----------
     target : str
-        Slug of the target they are for.
+        Slug of the target.
     tvm : str
-        Version of apache-tvm that made them. Another one may compile the same schedule to code of
-        another speed, and identifies kernels differently.
+        Version of apache-tvm. Other versions hash kernels differently, and may compile the same
+        schedule to faster or slower code.
     hardware : str
-        What they were measured on.
+        CPU or GPU that the records were measured on.
     cores : int
-        Cores that computed.
+        CPU cores used.
     commit : str or None
-        Of this library, where it was a checkout.
+        Git commit of this library; None for an installed package.
     trials : int
         Schedules measured, for all kernels.
     date : str
@@ -114,9 +115,9 @@ class Records:
     Parameters
     ----------
     about : About
-        Where they come from.
+        Where the records come from.
     by_workload : dict of str to Record
-        The records.
+        Records by their `workload`.
     """
 
     about: About
@@ -124,7 +125,7 @@ class Records:
 
     @classmethod
     def of(cls, about: About, records: Iterable[Record]) -> Records:
-        """Collect records; of two for a kernel, the faster one."""
+        """Collect records, keeping the fastest of each kernel."""
         chosen: dict[str, Record] = {}
         for record in records:
             known = chosen.get(record.workload)
@@ -134,12 +135,12 @@ class Records:
 
     @classmethod
     def read(cls, folder: Path) -> Records:
-        """Read a folder.
+        """Read records from a folder.
 
         Raises
         ------
         RecordsError
-            If it holds no records, damaged ones, or records of another form or version of TVM.
+            If it holds no records, damaged ones, or ones of another format or TVM version.
         """
         about = _read_about(folder)
         try:
@@ -149,25 +150,25 @@ class Records:
         return cls.of(about, map(_record, lines))
 
     def find(self, func: tirx.PrimFunc) -> Record | None:
-        """Return the record of an unscheduled kernel; None where there is none."""
+        """Return the record of an unscheduled kernel, or None."""
         return self.by_workload.get(workload_key(func))
 
     def write(self, folder: Path) -> None:
-        """Write a folder, whole or not at all; the slowest kernels come first.
+        """Write records to a folder atomically, the slowest kernels first.
 
         Raises
         ------
         RecordsError
-            If something else is there, which would be lost.
+            If the folder holds other files, which would be lost.
         OSError
             If it cannot be written.
         """
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         if not empty and not holds_records(folder):
             raise RecordsError(
-                "the destination exists and holds no records, so it is not replaced",
+                "the destination exists and does not hold tuning records",
                 got=folder,
-                hint="Choose another folder, or remove it first.",
+                hint="Choose another folder, or remove this one first.",
             )
         ordered = sorted(self.by_workload.values(), key=lambda record: -record.default_seconds)
         lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in ordered]
@@ -184,7 +185,7 @@ def _record(line: str) -> Record:
         raise RecordsError(
             "a tuning record is damaged",
             got=f"{line[:100]!r} ({error})",
-            hint="Remove its line, or tune again.",
+            hint="Delete this line, or tune again.",
         ) from error
 
 
@@ -196,7 +197,7 @@ def _read_about(folder: Path) -> About:
     schema = data.pop("schema", None)
     if schema != SCHEMA:
         raise RecordsError(
-            "tuning records have another form",
+            "tuning records have another format",
             got=f"schema {schema} in {folder}",
             allowed=f"schema {SCHEMA}",
             hint="Tune again with the installed dcnv3_tvm.",
@@ -208,9 +209,9 @@ def _read_about(folder: Path) -> About:
     installed = tvm_version()
     if about.tvm != installed:
         raise RecordsError(
-            "tuning records are of another version of TVM",
+            "tuning records were made with another version of TVM",
             got=f"apache-tvm {about.tvm} in {folder}",
-            allowed=f"apache-tvm {installed}, which is installed",
+            allowed=f"apache-tvm {installed} (installed)",
             hint="Tune again, or compile without records (--database none).",
         )
     return about
@@ -218,20 +219,21 @@ def _read_about(folder: Path) -> About:
 
 def _unreadable(folder: Path, error: Exception) -> RecordsError:
     return RecordsError(
-        "there are no tuning records to read",
+        "no tuning records can be read",
         got=f"{folder} ({getattr(error, 'strerror', None) or error})",
-        allowed=f"a folder with {_RECORDS} and {_ABOUT}, such as `dcnv3-tvm tune` writes",
+        allowed=f"a folder with {_RECORDS} and {_ABOUT}, as `dcnv3-tvm tune` writes it",
     )
 
 
 def holds_records(folder: Path) -> bool:
-    """Whether a folder looks like one that `Records.write` wrote."""
+    """Whether a folder was written by `Records.write`."""
     return (folder / _ABOUT).is_file()
 
 
 def records_folder(folder: Path) -> Path:
-    """Return the folder with the records of a session's work directory, or a folder as it is."""
-    return folder / INSIDE if holds_records(folder / INSIDE) else folder
+    """Return the records subfolder of a tuning session's work directory, or the folder itself."""
+    subfolder = folder / SESSION_SUBFOLDER
+    return subfolder if holds_records(subfolder) else folder
 
 
 def find_records(target: Target, database: str | os.PathLike[str]) -> Records | None:
@@ -240,20 +242,20 @@ def find_records(target: Target, database: str | os.PathLike[str]) -> Records | 
     Parameters
     ----------
     target : tvm.target.Target
-        What is compiled for.
+        Target to schedule for.
     database : str or path
-        ``"default"``: this package's own; ``"none"``; or a folder of records, or the work directory
-        of a session.
+        ``"default"`` for the shipped records, ``"none"``, or a folder of records or the work
+        directory of a tuning session.
 
     Returns
     -------
     Records or None
-        None where the package has none for the target, or none are wanted.
+        None for ``"none"``, or if no records are shipped for the target.
 
     Raises
     ------
     RecordsError
-        If the folder holds no records, or records for another target or version of TVM.
+        If the folder holds no records, or records for another target or TVM version.
     """
     if database == "none":
         return None
@@ -272,9 +274,9 @@ def find_records(target: Target, database: str | os.PathLike[str]) -> Records | 
 
 
 def shipped_records(target: Target) -> Records | None:
-    """Return this package's records for a target; None where it has none.
+    """Return the shipped records for a target, or None.
 
-    A processor without records of its own gets those for its width of vectors.
+    An x86-64 CPU without records of its own gets those of the x86-64 level of its vector width.
     """
     slugs = [target_slug(target)]
     if not is_gpu(target) and "x86_64" in _triple(target):
@@ -295,23 +297,21 @@ def _shipped(slug: str) -> Records:
 
 
 def workload_key(func: tirx.PrimFunc) -> str:
-    """Identify an unscheduled kernel: its computation and its shapes, whatever it is called."""
-    # Neither its name nor what fusion noted about it.
+    """Hash an unscheduled kernel: its computation and shapes, but not its name."""
     plain = func.without_attr("global_symbol").without_attr("op_pattern")
     return f"{tvm_ffi.structural_hash(plain) & (2**64 - 1):016x}"
 
 
-def describe(func: tirx.PrimFunc) -> str:
-    """Name a kernel for people: what it computes, and the shapes of its arguments."""
-    kind = str(func.attrs.get(KERNEL_ATTR, "stock")) if func.attrs else "stock"
+def describe_kernel(func: tirx.PrimFunc) -> str:
+    """Describe a kernel: its kind and the shapes of its arguments."""
     shapes = []
-    # Parameters that are no buffers are sizes known only at run time.
+    # Other parameters are dynamic sizes.
     for buffer in (parameter for parameter in func.params if isinstance(parameter, tirx.Buffer)):
         sizes = "x".join(str(static(size) or size) for size in buffer.shape)
         shapes.append(sizes if str(buffer.dtype) == "float32" else f"{sizes} {buffer.dtype}")
-    return f"{kind}({', '.join(shapes[:-1])}) -> {shapes[-1]}"
+    return f"{kernel_name(func) or 'stock'}({', '.join(shapes[:-1])}) -> {shapes[-1]}"
 
 
 def tvm_version() -> str:
-    """Return the version of apache-tvm that is installed."""
+    """Return the installed version of apache-tvm."""
     return importlib.metadata.version("apache-tvm")

@@ -1,4 +1,4 @@
-"""What a schedule rule decides, by name: a tuner tries other decisions than the rule's own."""
+"""Search space of a kernel: the decisions of its schedule rule, and the candidates of each."""
 
 from __future__ import annotations
 
@@ -9,51 +9,50 @@ from typing import TypeVar
 from dcnv3_tvm.errors import CompileError
 
 Decision = int | str
-"""The value of a decision."""
+"""Value of a decision, such as a tile size or the name of a loop order."""
 
 DecisionT = TypeVar("DecisionT", int, str)
 
 
 class DecisionError(CompileError):
-    """A decision given to a rule is none that it can take for the kernel."""
+    """A schedule rule does not support a decision given to it."""
 
 
 @dataclasses.dataclass
 class SearchSpace:
-    """Answers to the questions of a rule, and what it asked.
+    """Collects the decisions of a rule and replaces their defaults.
 
-    A rule asks for every decision by `pick`, which gives back its default unless another value was
-    given. The names, and what each may be, depend on the kernel and the target alone, never on
-    other decisions: so they span the space in which a tuner searches.
+    A rule makes every decision by `pick`. The names and candidates depend on the kernel and the
+    target only, not on other decisions, so that a tuner can search their Cartesian product.
 
     Parameters
     ----------
     given : mapping of str to Decision
-        Decisions to take instead of the rule's own, by name.
+        Decisions to take instead of the rule's defaults, by name.
     """
 
     given: Mapping[str, Decision] = dataclasses.field(default_factory=dict)
     candidates: dict[str, tuple[Decision, ...]] = dataclasses.field(
         default_factory=dict, init=False
     )
-    """What each decision may be: the rule's default first."""
+    """Candidates of each decision made so far, the default first."""
 
     def pick(self, name: str, candidates: Sequence[DecisionT], default: DecisionT) -> DecisionT:
-        """Decide.
+        """Return the given value of a decision, or its default.
 
         Parameters
         ----------
         name : str
-            Of the decision, unique in a rule.
+            Name of the decision, unique within a rule.
         candidates : sequence of Decision
-            What it may be; `default` need not be among them.
+            Possible values; `default` need not be among them.
         default : Decision
-            What the rule would do.
+            Value to take if none is given.
 
         Raises
         ------
         DecisionError
-            If another value was given.
+            If the given value is not a candidate.
         """
         others: tuple[Decision, ...] = tuple(
             value for value in dict.fromkeys(candidates) if value != default
@@ -62,24 +61,24 @@ class SearchSpace:
         value = self.given.get(name, default)
         if value not in self.candidates[name]:
             raise DecisionError(
-                f"the schedule cannot have this {name}",
+                f"the schedule does not support this value of {name}",
                 got=value,
                 allowed=", ".join(map(str, self.candidates[name])),
             )
         return value  # type: ignore[return-value]  # it is one of `candidates[name]`
 
-    def check_all_asked(self) -> None:
-        """Refuse decisions that the rule did not ask for.
+    def check_all_used(self) -> None:
+        """Check that the rule made every decision that was given.
 
         Raises
         ------
         DecisionError
-            If there are any.
+            If it did not.
         """
         unknown = sorted(self.given.keys() - self.candidates.keys())
         if unknown:
             raise DecisionError(
-                "the schedule makes no such decision",
+                "the schedule has no such decision",
                 got=", ".join(unknown),
                 allowed=", ".join(self.candidates) or "none",
             )

@@ -16,7 +16,7 @@ from typing import Final
 from tvm.target import Target
 
 from dcnv3_tvm import files
-from dcnv3_tvm.schedules.records import INSIDE, About, Record, Records, tvm_version
+from dcnv3_tvm.schedules.records import SESSION_SUBFOLDER, About, Record, Records, tvm_version
 from dcnv3_tvm.targets import target_slug
 from dcnv3_tvm.tuning.journal import Journal, SessionError
 from dcnv3_tvm.tuning.laboratory import Candidate, Laboratory
@@ -182,11 +182,11 @@ class Session:
             self._on_news(self)
             records = Records.of(self._about(), self._chosen(laboratory, journal))
             try:
-                records.write(self.directory / INSIDE)
+                records.write(self.directory / SESSION_SUBFOLDER)
             except OSError as error:
                 raise SessionError(
                     "the records cannot be written",
-                    got=f"{error.strerror} ({self.directory / INSIDE})",
+                    got=f"{error.strerror} ({self.directory / SESSION_SUBFOLDER})",
                     hint="All trials are kept: make room, and start the same command again.",
                 ) from error
         self.stage = "done"

@@ -15,7 +15,7 @@ from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.kernel_listing import Tensor, called_kernels
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.schedules.records import describe, workload_key
+from dcnv3_tvm.schedules.records import describe_kernel, workload_key
 from dcnv3_tvm.schedules.space import Decision
 from dcnv3_tvm.spec import DCNv3Spec
 
@@ -61,7 +61,7 @@ class Task:
         scheduled = schedules.schedule(function, target)
         return cls(
             workload=workload_key(function),
-            kernel=describe(function),
+            kernel=describe_kernel(function),
             rule=scheduled.rule,
             function=function,
             arguments=arguments,

@@ -1,4 +1,4 @@
-"""Tuning records: written, read back, refused with words, and used by the compiler."""
+"""Tuning records: writing, reading, validation and use by the compiler."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ MATMUL = matmul((3, 13), 24, 64, tile=32)
 def record(func, decisions, seconds=1e-4):
     return Record(
         workload=records.workload_key(func),
-        kernel=records.describe(func),
+        kernel=records.describe_kernel(func),
         rule="any",
         decisions=decisions,
         seconds=seconds,
@@ -40,19 +40,19 @@ def record(func, decisions, seconds=1e-4):
     )
 
 
-def test_records_are_read_back(tmp_path):
+def test_round_trip(tmp_path):
     kept = Records.of(ABOUT, [record(MATMUL, {"rows": 3}), record(tensorir.dcnv3(SPEC), {})])
     kept.write(tmp_path / "records")
     assert Records.read(tmp_path / "records") == kept
 
 
-def test_of_two_records_the_faster_one_stays():
+def test_keeps_fastest_record_of_kernel():
     slow, fast = record(MATMUL, {"rows": 1}, 2e-4), record(MATMUL, {"rows": 3}, 1e-4)
     for order in ([slow, fast], [fast, slow]):
         assert list(Records.of(ABOUT, order).by_workload.values()) == [fast]
 
 
-def test_a_key_is_that_of_the_computation():
+def test_workload_key_ignores_names():
     key = records.workload_key(MATMUL)
     assert records.workload_key(MATMUL.with_attr("global_symbol", "other")) == key
     assert records.workload_key(MATMUL.with_attr("op_pattern", 3)) == key
@@ -60,19 +60,19 @@ def test_a_key_is_that_of_the_computation():
     assert records.workload_key(matmul((3, 14), 24, 64, tile=32)) != key
 
 
-def test_a_kernel_is_described():
-    assert records.describe(MATMUL) == "matmul(3x13x24, 2x24x32) -> 3x13x64"
+def test_describe_kernel():
+    assert records.describe_kernel(MATMUL) == "matmul(3x13x24, 2x24x32) -> 3x13x64"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"tvm": "0.0.1"}, "another version of TVM; got apache-tvm 0.0.1"),
-        ({"schema": 0}, "another form; got schema 0"),
-        ({"tries": 3}, "no tuning records to read"),
+        ({"schema": 0}, "another format; got schema 0"),
+        ({"tries": 3}, "no tuning records can be read"),
     ],
 )
-def test_records_of_another_kind_are_refused(tmp_path, change, message):
+def test_rejects_other_format_or_tvm_version(tmp_path, change, message):
     Records.of(ABOUT, [record(MATMUL, {})]).write(tmp_path / "r")
     path = tmp_path / "r" / "about.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -80,7 +80,7 @@ def test_records_of_another_kind_are_refused(tmp_path, change, message):
         Records.read(tmp_path / "r")
 
 
-def test_a_damaged_record_is_shown(tmp_path):
+def test_error_shows_damaged_record(tmp_path):
     Records.of(ABOUT, [record(MATMUL, {})]).write(tmp_path / "r")
     with (tmp_path / "r" / "records.jsonl").open("a") as stream:
         stream.write('{"workload": "12\n')
@@ -90,7 +90,7 @@ def test_a_damaged_record_is_shown(tmp_path):
         Records.read(tmp_path / "r")
 
 
-def test_what_is_no_folder_of_records_is_not_replaced(tmp_path):
+def test_write_replaces_only_records(tmp_path):
     kept = Records.of(ABOUT, [record(MATMUL, {})])
     kept.write(tmp_path)
     kept.write(tmp_path)
@@ -98,19 +98,19 @@ def test_what_is_no_folder_of_records_is_not_replaced(tmp_path):
     kept.write(tmp_path / "session" / "records")
     (tmp_path / "file").touch()
     for taken in ("session", "file"):
-        with pytest.raises(RecordsError, match="holds no records, so it is not replaced"):
+        with pytest.raises(RecordsError, match="does not hold tuning records"):
             kept.write(tmp_path / taken)
     assert (tmp_path / "session" / "records").is_dir()
     assert (tmp_path / "file").is_file()
 
 
-def test_a_folder_without_records(tmp_path):
-    with pytest.raises(RecordsError, match="no tuning records to read"):
+def test_folder_without_records(tmp_path):
+    with pytest.raises(RecordsError, match="no tuning records can be read"):
         Records.read(tmp_path)
     assert not records.holds_records(tmp_path)
 
 
-def test_records_are_found(tmp_path):
+def test_find_records(tmp_path):
     target = resolve_target()
     kept = Records.of(ABOUT, [record(MATMUL, {})])
     kept.write(tmp_path / "session" / "records")
@@ -122,7 +122,7 @@ def test_records_are_found(tmp_path):
         records.find_records(resolve_target("cuda-sm90"), tmp_path / "plain")
 
 
-def test_a_processor_without_records_of_its_own_takes_those_for_its_vectors(tmp_path, monkeypatch):
+def test_other_cpus_use_records_of_their_vector_width(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "SHIPPED", tmp_path)
     records._shipped.cache_clear()
     generic = dataclasses.replace(ABOUT, target="cpu-x86-64-v4")
@@ -137,7 +137,7 @@ def test_a_processor_without_records_of_its_own_takes_those_for_its_vectors(tmp_
         records._shipped.cache_clear()
 
 
-def test_a_record_decides_on_a_schedule():
+def test_schedule_by_record():
     target = resolve_target()
     found = schedules.schedule_by_record(
         MATMUL, target, Records.of(ABOUT, [record(MATMUL, {"rows": 3})])
@@ -152,11 +152,11 @@ def test_a_record_decides_on_a_schedule():
 @pytest.mark.parametrize(
     ("decisions", "reason"),
     [
-        ({"rows": 5}, "cannot have this rows; got 5"),
+        ({"rows": 5}, "does not support this value of rows; got 5"),
         ({"colour": 1}, "no such decision; got colour"),
     ],
 )
-def test_a_record_that_does_not_fit_is_refused_with_words(decisions, reason):
+def test_unusable_record_reports_reason_and_keeps_defaults(decisions, reason):
     target = resolve_target()
     kept = Records.of(ABOUT, [record(MATMUL, decisions)])
     found = schedules.schedule_by_record(MATMUL, target, kept)
@@ -164,12 +164,12 @@ def test_a_record_that_does_not_fit_is_refused_with_words(decisions, reason):
     assert found.function.script() == schedules.schedule(MATMUL, target).function.script()
 
 
-def test_a_kernel_without_a_record():
+def test_kernel_without_record():
     found = schedules.schedule_by_record(MATMUL, resolve_target(), Records.of(ABOUT, []))
     assert found.record == schedules.MISS
 
 
-def test_the_operator_uses_records(tmp_path, rng):
+def test_compile_op_uses_records(tmp_path, rng):
     kernel = tensorir.dcnv3(SPEC)
     Records.of(ABOUT, [record(kernel, {"task": "pixel", "stages": "group"})]).write(tmp_path / "r")
     tuned = dt.compile_op(SPEC, database=tmp_path / "r")

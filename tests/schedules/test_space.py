@@ -1,4 +1,4 @@
-"""What rules ask, and that every answer computes the same."""
+"""The search space, and that every decision computes the same result."""
 
 import contextlib
 import random
@@ -26,27 +26,27 @@ from dcnv3_tvm.targets import resolve_target
 GPU = resolve_target("cuda-sm90")
 
 
-def test_defaults_and_what_was_given():
+def test_pick_returns_given_value_or_default():
     space = SearchSpace({"rows": 3})
     assert space.pick("rows", [1, 2, 3], 2) == 3
     assert space.pick("order", ["a", "b"], "b") == "b"
     assert space.candidates == {"rows": (2, 1, 3), "order": ("b", "a")}
-    space.check_all_asked()
+    space.check_all_used()
 
 
-def test_a_default_need_not_be_a_candidate():
+def test_default_need_not_be_a_candidate():
     space = SearchSpace()
     assert space.pick("rows", [4, 8], 5) == 5
     assert space.candidates == {"rows": (5, 4, 8)}
 
 
-def test_values_that_cannot_be_are_refused():
-    with pytest.raises(DecisionError, match=r"this rows; got 5; allowed: 2, 1, 3"):
+def test_rejects_unsupported_decisions():
+    with pytest.raises(DecisionError, match=r"value of rows; got 5; allowed: 2, 1, 3"):
         SearchSpace({"rows": 5}).pick("rows", [1, 2, 3], 2)
     space = SearchSpace({"columns": 5})
     space.pick("rows", [1], 1)
     with pytest.raises(DecisionError, match=r"no such decision; got columns; allowed: rows"):
-        space.check_all_asked()
+        space.check_all_used()
 
 
 SPEC = DCNv3Spec.of((2, 7, 9, 64), group=4, softmax=True)
@@ -99,9 +99,9 @@ def run(func, arrays):
     return tensors[-1].numpy()
 
 
-def some_decisions(space, count, name):
-    """Draw decisions, each value of each decision about as often as the others."""
-    chance = random.Random(name)
+def sample_decisions(space, count, seed):
+    """Draw each decision uniformly from its candidates."""
+    chance = random.Random(seed)
     return [
         {decision: chance.choice(values) for decision, values in space.items()}
         for _ in range(count)
@@ -109,39 +109,39 @@ def some_decisions(space, count, name):
 
 
 @pytest.mark.parametrize("name", CPU_KERNELS)
-def test_every_decision_of_a_processors_schedule_computes_the_same(name, rng, assert_close):
+def test_cpu_decisions_compute_the_same(name, rng, assert_close):
     func, target = CPU_KERNELS[name], resolve_target()
     arrays = arguments_of(func, rng)
-    truth = run(func, arrays)
-    assert np.isfinite(truth).all()
+    expected = run(func, arrays)
+    assert np.isfinite(expected).all()
     space = schedules.schedule(func, target).space
     assert space
-    for decisions in some_decisions(space, 6, name):
+    for decisions in sample_decisions(space, 6, seed=name):
         found = schedules.schedule(func, target, decisions)
-        assert_close(run(found.function, arrays), truth)
+        assert_close(run(found.function, arrays), expected)
 
 
 @pytest.mark.parametrize("name", GPU_KERNELS)
-def test_every_decision_of_a_gpus_schedule_computes_the_same(name, gpu, rng, assert_close):
+def test_gpu_decisions_compute_the_same(name, gpu, rng, assert_close):
     func = GPU_KERNELS[name]
     arrays = arguments_of(func, rng)
-    truth = run(func, arrays)
+    expected = run(func, arrays)
     space = schedules.schedule(func, GPU).space
     scheduled = {}
-    for number, decisions in enumerate(some_decisions(space, 24, name)):
+    for number, decisions in enumerate(sample_decisions(space, 24, seed=name)):
         with contextlib.suppress(DecisionError):
             found = schedules.schedule(func, GPU, decisions)
             scheduled[f"kernel{number}"] = tensorize(found.function)
             if len(scheduled) == 5:
                 break
     assert len(scheduled) >= 2
-    dtype = str(truth.dtype)
-    cases = dict.fromkeys(scheduled, (arrays[:-1], [(truth.shape, dtype)]))
+    dtype = str(expected.dtype)
+    cases = dict.fromkeys(scheduled, (arrays[:-1], [(expected.shape, dtype)]))
     for (result,) in gpu.run_all(scheduled, GPU, cases).values():
-        assert_close(result, truth, dtype)
+        assert_close(result, expected, dtype)
 
 
-def test_a_schedule_with_too_many_threads_is_refused():
+def test_rejects_blocks_with_too_many_threads():
     func = layer_norm_kernel((256,), 1024, eps=1e-6)
     space = schedules.schedule(func, GPU).space
     assert 128 in space["rows"]
@@ -150,7 +150,7 @@ def test_a_schedule_with_too_many_threads_is_refused():
         schedules.schedule(func, GPU, {"rows": 128, "lanes": 32})
 
 
-def test_a_tile_that_does_not_fit_shared_memory_is_refused():
+def test_rejects_tiles_that_exceed_shared_memory():
     small = resolve_target("cuda-sm86")
     func = gemm((1024,), 256, 128, dtype="float16")
     large = {"warp_rows": 4, "rows": 4, "warp_columns": 1, "columns": 8, "depth": 4, "stages": 4}
@@ -160,16 +160,16 @@ def test_a_tile_that_does_not_fit_shared_memory_is_refused():
         schedules.schedule(func, small, large)
 
 
-def test_decisions_for_another_rule_are_refused():
+def test_rejects_decisions_of_another_rule():
     func = CPU_KERNELS["layer_norm"]
     with pytest.raises(DecisionError, match="no such decision; got task"):
         schedules.schedule(func, resolve_target(), {"task": "row"})
 
 
-def test_pixels_are_the_only_tasks_where_rows_are_too_few_for_the_cores():
+def test_few_rows_only_allow_pixels_as_tasks():
     func = tensorir.dcnv3(DCNv3Spec.of((1, 14, 14, 32), group=2))
     few = resolve_target("llvm -mcpu=znver4 -num-cores=2")
     many = resolve_target("llvm -mcpu=znver4 -num-cores=64")
     assert schedules.schedule(func, few, {"task": "row"}).space["task"] == ("row", "pixel")
-    with pytest.raises(DecisionError, match="this task; got row; allowed: pixel"):
+    with pytest.raises(DecisionError, match="value of task; got row; allowed: pixel"):
         schedules.schedule(func, many, {"task": "row"})
