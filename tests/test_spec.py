@@ -1,9 +1,12 @@
 import dataclasses
+import inspect
+import json
 
 import pytest
 
+from dcnv3_tvm.compiler.functional import dcnv3
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.spec import DCNv3Spec, pair
+from dcnv3_tvm.spec import PARAMETERS, DCNv3Keywords, DCNv3Params, DCNv3Spec
 
 
 def test_shapes_and_costs():
@@ -18,7 +21,7 @@ def test_shapes_and_costs():
     assert spec.bytes == 4 * (2 * 9 * 7 * 12 + 2 * 5 * 7 * (90 + 45 + 12))
 
 
-def test_points_are_numbered_column_first_without_the_center():
+def test_points_are_column_major_without_the_center():
     spec = DCNv3Spec.of((1, 5, 5, 2), group=1, kernel_size=3, remove_center=True)
     assert spec.points == 8
     assert spec.kernel_points[:5] == ((0, 0), (0, 1), (0, 2), (1, 0), (1, 2))
@@ -28,7 +31,7 @@ def test_points_are_numbered_column_first_without_the_center():
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_output_size_counts_the_windows_that_fit(size, kernel, stride, dilation):
+def test_output_size_is_the_number_of_windows(size, kernel, stride, dilation):
     pad = dilation * kernel
     spec = DCNv3Spec.of(
         (1, size, size, 1), group=1, kernel_size=kernel, stride=stride, pad=pad, dilation=dilation
@@ -38,15 +41,15 @@ def test_output_size_counts_the_windows_that_fit(size, kernel, stride, dilation)
     assert spec.output_size == (windows, windows)
 
 
-def test_symbolic_sizes_stay_open():
+def test_dynamic_sizes():
     spec = DCNv3Spec.of((None, 8, None, 6), group=2)
     assert spec.output_shape == (None, 8, None, 6)
     assert not spec.is_static
-    with pytest.raises(InvalidArgumentError, match="only for a static problem"):
+    with pytest.raises(InvalidArgumentError, match="defined only for a static problem"):
         _ = spec.flops
 
 
-def test_slug_tells_every_parameter_apart():
+def test_slug_distinguishes_every_parameter():
     spec = DCNv3Spec.of((1, 56, 56, 64), group=4)
     assert spec.slug == "dcnv3-n1-h56-w56-c64-g4-k3-s1-p1-d1-f32"
     changes = [
@@ -79,31 +82,62 @@ def test_slug_tells_every_parameter_apart():
         ({"stride": (0, 1)}, "stride is out of range"),
         ({"pad": -1}, "pad is out of range"),
         ({"dilation": 0}, "dilation is out of range"),
+        ({"stride": "33"}, "stride is not an integer or a"),
         ({"offset_scale": float("nan")}, "not a finite number"),
+        ({"offset_scale": "2"}, "not a finite number"),
+        ({"softmax": "no"}, "softmax is not a boolean"),
         ({"dtype": "int8"}, "dtype is not supported"),
         ({"kernel_size": 4, "remove_center": True}, "needs an odd kernel"),
         ({"kernel_size": 1, "remove_center": True}, "leaves no point"),
         ({"kernel_size": 15, "pad": 0}, "the output height would be -6"),
     ],
 )
-def test_bad_parameters_are_refused_with_words(change, message):
+def test_bad_parameters_are_rejected(change, message):
     with pytest.raises(InvalidArgumentError, match=message):
         DCNv3Spec.of((1, 8, 8, 64), **{"group": 4, **change})
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (0, 8, 8, 64), (1, 0, 8, 64), (1, 8, 8, 0)])
-def test_bad_shapes_are_refused_with_words(shape):
+def test_bad_shapes_are_rejected(shape):
     with pytest.raises(InvalidArgumentError, match="got"):
         DCNv3Spec.of(shape, group=4)
 
 
-def test_nchw_gets_a_hint():
+def test_nchw_shape_gets_a_hint():
     with pytest.raises(InvalidArgumentError, match="NHWC is expected"):
         DCNv3Spec.of((1, 64, 7, 7), group=4)
 
 
-def test_pair():
-    assert pair(3, "stride") == (3, 3)
-    assert pair([2, 3], "stride") == (2, 3)
-    with pytest.raises(InvalidArgumentError, match="stride"):
-        pair("33", "stride")
+def test_params_are_normalized():
+    params = DCNv3Params(group=2, kernel_size=5, stride=[2, 3], offset_scale=2, remove_center=1)
+    assert params == DCNv3Params(
+        group=2, kernel_size=(5, 5), stride=(2, 3), offset_scale=2.0, remove_center=True
+    )
+    assert type(params.offset_scale) is float
+    assert type(params.remove_center) is bool
+    assert DCNv3Params(**params.keywords()) == params
+
+
+def test_keywords_have_one_set_of_names_and_defaults():
+    parameters = inspect.signature(DCNv3Params).parameters
+    assert tuple(parameters) == PARAMETERS
+    assert set(DCNv3Keywords.__annotations__) == set(PARAMETERS)
+    functional = inspect.signature(dcnv3).parameters
+    assert [functional[name] for name in PARAMETERS] == list(parameters.values())
+
+
+def test_spec_round_trips_through_slug_and_json():
+    spec = DCNv3Spec.of(
+        (None, 9, 8, 12), group=3, kernel_size=(3, 5), pad=(1, 2), remove_center=True, softmax=True
+    )
+    assert DCNv3Spec.from_slug(spec.slug) == spec
+    assert DCNv3Spec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert spec.params == DCNv3Params(
+        group=3, kernel_size=(3, 5), pad=(1, 2), remove_center=True, softmax=True
+    )
+
+
+@pytest.mark.parametrize("slug", ["", "dcnv3-n1", "conv-n1-h8-w8-c8-g2-k3-s1-p1-d1-f32"])
+def test_bad_slugs_are_rejected(slug):
+    with pytest.raises(InvalidArgumentError, match="is not a slug"):
+        DCNv3Spec.from_slug(slug)

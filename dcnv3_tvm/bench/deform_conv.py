@@ -12,8 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from dcnv3_tvm.bench.sampling import Geometry, sampling_by
+from dcnv3_tvm.bench.sampling import sampling_by
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.spec import DCNv3Params
 
 _NAME: Final = "dcnv3_tvm_bench::deform_conv"
 _SCHEMA: Final = (
@@ -27,22 +28,22 @@ def deforming(module: nn.Module) -> nn.Module:
     return sampling_by(module, _sample)
 
 
-def _sample(x: Tensor, offset: Tensor, mask: Tensor, spec: Geometry) -> Tensor:
-    if spec.remove_center:
-        raise InvalidArgumentError("DeformConv has no kernel without a centre", got=spec)
-    (kernel_h, kernel_w), (dilation_h, dilation_w) = spec.kernel_size, spec.dilation
+def _sample(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Tensor:
+    if params.remove_center:
+        raise InvalidArgumentError("DeformConv has no kernel without a centre", got=params)
+    (kernel_h, kernel_w), (dilation_h, dilation_w) = params.kernel_size, params.dilation
     channels = x.shape[-1]
     batch, height, width, _ = offset.shape
     # Ours goes down the columns of the kernel and has x first; theirs along the rows, y first.
-    moved = offset.reshape(batch, height, width, spec.group, kernel_w, kernel_h, 2)
-    moved = torch.stack([moved[..., 1], moved[..., 0]], dim=-1) * spec.offset_scale
-    if spec.offset_scale != 1.0:
+    moved = offset.reshape(batch, height, width, params.group, kernel_w, kernel_h, 2)
+    moved = torch.stack([moved[..., 1], moved[..., 0]], dim=-1) * params.offset_scale
+    if params.offset_scale != 1.0:
         rows = torch.arange(kernel_h) * dilation_h - dilation_h * (kernel_h - 1) // 2
         columns = torch.arange(kernel_w) * dilation_w - dilation_w * (kernel_w - 1) // 2
         grid = torch.stack(torch.meshgrid(columns, rows, indexing="ij")[::-1], dim=-1)
-        moved = moved + (spec.offset_scale - 1.0) * grid
+        moved = moved + (params.offset_scale - 1.0) * grid
     moved = moved.permute(0, 3, 5, 4, 6, 1, 2).reshape(batch, -1, height, width)
-    weights = mask.reshape(batch, height, width, spec.group, kernel_w, kernel_h)
+    weights = mask.reshape(batch, height, width, params.group, kernel_w, kernel_h)
     weights = weights.permute(0, 3, 5, 4, 1, 2).reshape(batch, -1, height, width)
     y = torch.ops.dcnv3_tvm_bench.deform_conv(
         x.permute(0, 3, 1, 2),
@@ -50,11 +51,11 @@ def _sample(x: Tensor, offset: Tensor, mask: Tensor, spec: Geometry) -> Tensor:
         moved,
         x.new_zeros(channels),
         weights,
-        spec.kernel_size,
-        spec.stride,
-        spec.pad,
-        spec.dilation,
-        spec.group,
+        params.kernel_size,
+        params.stride,
+        params.pad,
+        params.dilation,
+        params.group,
     )
     result: Tensor = y.permute(0, 2, 3, 1)
     return result

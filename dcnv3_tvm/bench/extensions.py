@@ -13,13 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcnv3_tvm.bench.runner import first_line
-from dcnv3_tvm.bench.sampling import Geometry
+from dcnv3_tvm.pytorch.operator import schema
+from dcnv3_tvm.spec import DCNv3Params
 
 _NAME: Final = "dcnv3_tvm_bench::dcnv3_extension"
-_SCHEMA: Final = (
-    "(Tensor x, Tensor offset, Tensor mask, int[2] kernel, int[2] stride, int[2] pad, "
-    "int[2] dilation, int group, float offset_scale, bool remove_center) -> Tensor"
-)
 _IMAGES_AT_ONCE: Final = 256
 _PADDED: Final = 8
 
@@ -37,14 +34,14 @@ class Extension:
     function : str
         What is called of it.
     prepare : callable
-        ``prepare(function, x, offset, mask, geometry)`` brings the inputs into its form and
+        ``prepare(function, x, offset, mask, params)`` brings the inputs into its form and
         returns the call to be timed.
     """
 
     name: str
     module: str
     function: str
-    prepare: Callable[[Any, Tensor, Tensor, Tensor, Geometry], Callable[[], Tensor]]
+    prepare: Callable[[Any, Tensor, Tensor, Tensor, DCNv3Params], Callable[[], Tensor]]
 
     @property
     def loaded(self) -> Any:
@@ -63,14 +60,14 @@ class Extension:
 
 
 def _dcnv3(
-    function: Any, x: Tensor, offset: Tensor, mask: Tensor, spec: Geometry
+    function: Any, x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params
 ) -> Callable[[], Tensor]:
     arguments = (
         *(x, offset, mask),
-        *(*spec.kernel_size, *spec.stride, *spec.pad, *spec.dilation),
-        *(spec.group, x.shape[-1] // spec.group, spec.offset_scale, _IMAGES_AT_ONCE),
+        *(*params.kernel_size, *params.stride, *params.pad, *params.dilation),
+        *(params.group, x.shape[-1] // params.group, params.offset_scale, _IMAGES_AT_ONCE),
     )
-    return functools.partial(_with_or_without_center, function, arguments, spec.remove_center)
+    return functools.partial(_with_or_without_center, function, arguments, params.remove_center)
 
 
 def _with_or_without_center(function: Any, arguments: tuple[Any, ...], remove: bool) -> Tensor:
@@ -97,15 +94,15 @@ def packed(offset: Tensor, mask: Tensor, group: int) -> Tensor:
 
 
 def _dcnv4(
-    function: Any, x: Tensor, offset: Tensor, mask: Tensor, spec: Geometry
+    function: Any, x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params
 ) -> Callable[[], Tensor]:
     # It normalises no mask: with one that is ready, it computes what DCNv3 does.
     return functools.partial(
         function.apply,
-        *(x, packed(offset, mask, spec.group)),
-        *(*spec.kernel_size, *spec.stride, *spec.pad, *spec.dilation),
-        *(spec.group, x.shape[-1] // spec.group, spec.offset_scale, _IMAGES_AT_ONCE),
-        int(spec.remove_center),
+        *(x, packed(offset, mask, params.group)),
+        *(*params.kernel_size, *params.stride, *params.pad, *params.dilation),
+        *(params.group, x.shape[-1] // params.group, params.offset_scale, _IMAGES_AT_ONCE),
+        int(params.remove_center),
     )
 
 
@@ -119,21 +116,21 @@ EXTENSIONS: Final = (DCNV3, DCNV4)
 """All of them."""
 
 
-def sample(x: Tensor, offset: Tensor, mask: Tensor, spec: Geometry) -> Tensor:
+def sample(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Tensor:
     """Call DCNv3's extension as an operator of PyTorch, which ``torch.compile`` does not break at.
 
     For `dcnv3_tvm.bench.sampling.sampling_by`.
     """
-    result: Tensor = torch.ops.dcnv3_tvm_bench.dcnv3_extension(x, offset, mask, *spec)
+    result: Tensor = torch.ops.dcnv3_tvm_bench.dcnv3_extension(x, offset, mask, **params.keywords())
     return result
 
 
-def _run(x: Tensor, offset: Tensor, mask: Tensor, *geometry: Any) -> Tensor:
+def _run(x: Tensor, offset: Tensor, mask: Tensor, **params: Any) -> Tensor:
     x, offset, mask = x.contiguous(), offset.contiguous(), mask.contiguous()
-    return DCNV3.prepare(DCNV3.loaded, x, offset, mask, Geometry(*geometry))()
+    return DCNV3.prepare(DCNV3.loaded, x, offset, mask, DCNv3Params(**params))()
 
 
-def _shape(x: Tensor, offset: Tensor, *_: Any) -> Tensor:
+def _shape(x: Tensor, offset: Tensor, _mask: Tensor, **_: Any) -> Tensor:
     return x.new_empty(*offset.shape[:3], x.shape[-1])
 
 
@@ -141,7 +138,7 @@ def _register() -> None:
     # The registry of operators belongs to the process, and outlives a reload of this module.
     if hasattr(torch.ops.dcnv3_tvm_bench, "dcnv3_extension"):
         return
-    torch.library.define(_NAME, _SCHEMA)
+    torch.library.define(_NAME, schema())
     torch.library.impl(_NAME, ("cpu", "cuda"))(_run)
     torch.library.register_fake(_NAME)(_shape)
 

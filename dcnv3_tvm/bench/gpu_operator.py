@@ -22,7 +22,6 @@ from dcnv3_tvm.bench.gpu_contest import Setting, contest
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.problems import OFFSET_SPREAD
 from dcnv3_tvm.bench.report import CaseResult
-from dcnv3_tvm.bench.sampling import Geometry
 from dcnv3_tvm.compiler.operator import CompiledOperator, DeviceLibrary
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
@@ -225,6 +224,6 @@ def _extension(
     extension: Any, spec: DCNv3Spec, inputs: OperatorInputs, device: Device
 ) -> Contestant:
     arguments = (inputs.x, inputs.offset, inputs.mask)
-    call = extension.prepare(extension.loaded, *arguments, Geometry.of(spec))
+    call = extension.prepare(extension.loaded, *arguments, spec)
     allowed = PEER_TOLERANCES[spec.dtype]
     return _contestant(extension.name, call, arguments, allowed, device)

@@ -149,7 +149,6 @@ def encoder_flops(case: EncoderCase) -> float:
 
 
 def _sampling_flops(
-    x: tuple[int, ...], _offset: Any, mask: tuple[int, ...], *parameters: Any, **_: Any
+    x: tuple[int, ...], _offset: Any, mask: tuple[int, ...], *, group: int, **_: Any
 ) -> int:
-    group: int = parameters[4]
     return 2 * 4 * (mask[-1] // group) * mask[0] * mask[1] * mask[2] * x[-1]

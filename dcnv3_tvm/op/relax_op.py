@@ -1,26 +1,25 @@
-"""DCNv3 as a first-class operator of Relax, the graph language of TVM.
+"""DCNv3 as an operator of Relax, TVM's graph language.
 
-Older texts speak of registering an operator "in Relay". Relay has left TVM; Relax is its
-successor, and this module registers what such a text asks for today: an operator with a name,
-typed arguments and attributes which every Relax pass can look through. Importing the module
-registers ``dcnv3_tvm.dcnv3`` once, from Python alone:
+Importing the module registers ``dcnv3_tvm.dcnv3`` once, with these attributes:
 
 ========================= =======================================================================
-property                  what it does
+attribute                 effect
 ========================= =======================================================================
-``FInferType``            checks the call, and gives the type of the result for static, symbolic
+``FInferType``            checks the call and infers the type of the result, for static, symbolic
                           and unknown shapes
 ``FLegalize``             ``LegalizeOps`` lowers the call to ``call_tir`` of the TensorIR kernel
-``FPurity``               the call has no side effects: it may be moved, merged and removed
-``FRelaxInferLayout``     ``ConvertLayout`` keeps the tensors NHWC, whatever it does around them
-``TMixedPrecisionPolicy`` ``ToMixedPrecision`` gives the operator half-precision tensors; its
-                          arithmetic stays float32 inside
+``FPurity``               the call has no side effects: passes may move, merge or remove it
+``FRelaxInferLayout``     ``ConvertLayout`` keeps the tensors NHWC
+``TMixedPrecisionPolicy`` ``ToMixedPrecision`` casts the arguments to the half type; the arithmetic
+                          inside stays float32
 ========================= =======================================================================
 
-The name is ``dcnv3_tvm.dcnv3`` and not ``relax.dcnv3``: printed TVMScript of an operator that
-TVM does not ship parses back only under a prefix of its own. Print with
-``script(show_meta=True)`` and read with `from_script`, which also takes symbolic shapes (TVM's own
-parser loses what ties them to the function's). ``tvm.ir.save_json`` needs nothing.
+The name is ``dcnv3_tvm.dcnv3`` and not ``relax.dcnv3``, because TVM's parser of printed TVMScript
+resolves an operator that TVM does not ship only under a prefix of its own. Print a module with
+``script(show_meta=True)`` and parse it with `from_script`, which also handles symbolic shapes.
+``tvm.ir.save_json`` and ``load_json`` work as they are.
+
+Relay, where older documentation registers operators, is no longer part of TVM; Relax replaced it.
 
 Examples
 --------
@@ -37,8 +36,11 @@ Examples
 R.Tensor((n, 7, 5, 32), dtype="float32")
 """
 
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import tvm
 import tvm_ffi
@@ -47,34 +49,24 @@ from tvm import relax, s_tir, tirx
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.spec import DCNv3Spec, pair
+from dcnv3_tvm.spec import PARAMETERS, DCNv3Keywords, DCNv3Params, DCNv3Spec
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 OP_NAME: Final = "dcnv3_tvm.dcnv3"
 
-_PAIRS: Final = ("kernel_size", "stride", "pad", "dilation")
-_ATTRIBUTES: Final = (*_PAIRS, "group", "offset_scale", "remove_center", "softmax")
 _ARGUMENTS: Final = {
     "x": "input (N, H, W, C)",
     "offset": "sampling offsets (N, Ho, Wo, G*P*2), x before y, in pixels",
     "mask": "modulation (N, Ho, Wo, G*P): weights, or logits with softmax=True",
 }
-_ALWAYS: Final = 0
-"""Mixed-precision policy of TVM: cast the arguments to the half type."""
+_MIXED_PRECISION_ALWAYS: Final = 0
+"""TVM's ``TMixedPrecisionPolicy`` that casts the arguments to the half type."""
 
 
 def dcnv3(
-    x: relax.Expr,
-    offset: relax.Expr,
-    mask: relax.Expr,
-    *,
-    group: int,
-    kernel_size: int | Sequence[int] = 3,
-    stride: int | Sequence[int] = 1,
-    pad: int | Sequence[int] = 1,
-    dilation: int | Sequence[int] = 1,
-    offset_scale: float = 1.0,
-    remove_center: bool = False,
-    softmax: bool = False,
+    x: relax.Expr, offset: relax.Expr, mask: relax.Expr, **params: Unpack[DCNv3Keywords]
 ) -> relax.Call:
     """Build a call of the operator.
 
@@ -82,30 +74,20 @@ def dcnv3(
     ----------
     x, offset, mask : relax.Expr
         Tensors of shape (N, H, W, C), (N, Ho, Wo, group*P*2) and (N, Ho, Wo, group*P).
-    group, kernel_size, stride, pad, dilation, offset_scale, remove_center, softmax
-        As in `dcnv3_tvm.DCNv3Spec`.
+    **params
+        As for `dcnv3_tvm.spec.DCNv3Params`.
 
     Returns
     -------
     relax.Call
-        Not normalised yet: emit it with a ``relax.BlockBuilder``, which infers and checks types.
+        Not normalized: emit it with a ``relax.BlockBuilder``, which infers and checks types.
 
     Raises
     ------
     InvalidArgumentError
-        If an attribute is out of range. Shapes and dtypes are checked by the type inference.
+        If a parameter is out of range. Type inference checks shapes and dtypes.
     """
-    attributes: dict[str, Any] = {
-        "kernel_size": pair(kernel_size, "kernel_size"),
-        "stride": pair(stride, "stride"),
-        "pad": pair(pad, "pad"),
-        "dilation": pair(dilation, "dilation"),
-        "group": group,
-        "offset_scale": float(offset_scale),
-        "remove_center": bool(remove_center),
-        "softmax": bool(softmax),
-    }
-    DCNv3Spec(batch=None, height=None, width=None, group_channels=1, **attributes)
+    attributes = dataclasses.asdict(DCNv3Params(**params))
     return relax.Call(
         tvm.ir.Op.get(OP_NAME),
         [x, offset, mask],
@@ -120,46 +102,32 @@ def is_dcnv3(expr: object) -> bool:
     )
 
 
-def attributes_of(call: relax.Call) -> dict[str, Any]:
-    """Return the attributes of a call as plain values: the keyword arguments of `dcnv3`.
+def params_of(call: relax.Call) -> DCNv3Params:
+    """Read the parameters of a call from its attributes.
 
     Raises
     ------
     InvalidArgumentError
-        If attributes are missing, unknown, or of another kind than `dcnv3` writes.
+        If attributes are missing, unknown or invalid, as in a call that `dcnv3` did not build.
     """
-    given = {} if call.attrs is None else dict(call.attrs.items())
-    if set(given) != set(_ATTRIBUTES):
+    attributes = {} if call.attrs is None else dict(call.attrs.items())
+    if set(attributes) != set(PARAMETERS):
         raise InvalidArgumentError(
             f"the attributes of {OP_NAME} are not complete",
-            got=", ".join(sorted(given)) or "none",
-            allowed=", ".join(_ATTRIBUTES),
+            got=", ".join(sorted(attributes)) or "none",
+            allowed=", ".join(PARAMETERS),
             hint="Build the call with dcnv3_tvm.op.relax_op.dcnv3(...).",
         )
-    for name in ("remove_center", "softmax"):
-        if not isinstance(given[name], (bool, int, tirx.IntImm)):
-            raise InvalidArgumentError(f"{name} is not a boolean", got=repr(given[name]))
-    if not isinstance(given["offset_scale"], (float, int, tirx.IntImm, tirx.FloatImm)):
-        raise InvalidArgumentError("offset_scale is not a number", got=repr(given["offset_scale"]))
-    attributes: dict[str, Any] = {}
-    for name in _PAIRS:
-        value = given[name]
-        plain = [_plain(item) for item in value] if isinstance(value, Sequence) else _plain(value)
-        attributes[name] = pair(plain, name)
-    attributes["group"] = _plain(given["group"])
-    attributes["offset_scale"] = float(_plain(given["offset_scale"]))
-    attributes["remove_center"] = bool(_plain(given["remove_center"]))
-    attributes["softmax"] = bool(_plain(given["softmax"]))
-    return attributes
+    return DCNv3Params(**{name: _plain(value) for name, value in attributes.items()})
 
 
 def spec_of(call: relax.Call) -> DCNv3Spec:
-    """Describe the problem a call solves; a size that is not a constant becomes None.
+    """Return the specification of a call; sizes that are not constants become None.
 
     Raises
     ------
     InvalidArgumentError
-        If the channels or the dtype of x are not known.
+        If the channels or the dtype of x are unknown.
     """
     x_type = call.args[0].ty
     dims = _dims(x_type)
@@ -167,34 +135,35 @@ def spec_of(call: relax.Call) -> DCNv3Spec:
     sizes = None if dims is None else [_constant(dim) for dim in dims]
     if sizes is None or sizes[3] is None or dtype is None:
         raise InvalidArgumentError(
-            "the channels or the dtype of x are not known",
+            "the channels or the dtype of x are unknown",
             got=f"x: {x_type}",
             allowed="a tensor (N, H, W, C) with a constant C; N, H and W may be symbolic",
         )
-    return DCNv3Spec.of(tuple(sizes), dtype=dtype, **attributes_of(call))
+    return DCNv3Spec.of(tuple(sizes), dtype=dtype, **params_of(call).keywords())
 
 
 def from_script(source: str) -> tvm.IRModule:
-    """Read a module that ``module.script(show_meta=True)`` printed.
+    """Parse a module printed by ``module.script(show_meta=True)``.
 
-    TVM prints the result type of an operator that it does not ship into the metadata, where
-    symbolic sizes are strangers to those of the function; here the types are inferred afresh.
+    TVM 0.27 prints the result type of this operator into the metadata, and its parser creates new
+    symbolic variables there that are not those of the function. This function infers the types
+    again.
 
     Raises
     ------
     InvalidArgumentError
-        If a call of the operator in the text is not valid.
+        If a call of the operator in the text is invalid.
     """
     module = tvm.script.from_source(source, check_well_formed=False)
     for name, function in module.functions_items():
         if isinstance(function, relax.Function):
-            module.update_func(name, _TypesAnew(module).visit_expr(function))
+            module.update_func(name, _TypeInference(module).visit_expr(function))
     return module
 
 
 @relax.expr_functor.mutator
-class _TypesAnew(relax.PyExprMutator):
-    """Give every call of the operator the type that inference finds."""
+class _TypeInference(relax.PyExprMutator):
+    """Replace the type of every call of the operator by the inferred one."""
 
     def visit_call_(self, call: relax.Call) -> relax.Expr:
         if not is_dcnv3(call):
@@ -204,6 +173,9 @@ class _TypesAnew(relax.PyExprMutator):
 
 
 def _plain(value: Any) -> Any:
+    """Convert TVM's constants and arrays to Python values."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
     return value.value if isinstance(value, (tirx.IntImm, tirx.FloatImm)) else value
 
 
@@ -224,11 +196,11 @@ def _dtype(tensor: relax.TensorType) -> str | None:
 def _infer_type(call: relax.Call, _builder: relax.BlockBuilder) -> relax.TensorType:
     if len(call.args) != len(_ARGUMENTS):
         raise InvalidArgumentError(
-            f"{OP_NAME} has another number of arguments",
+            f"{OP_NAME} has the wrong number of arguments",
             got=len(call.args),
             allowed=f"{len(_ARGUMENTS)}: {', '.join(_ARGUMENTS)}",
         )
-    attributes = attributes_of(call)
+    params = params_of(call)
     for name, argument in zip(_ARGUMENTS, call.args, strict=True):
         if not isinstance(argument.ty, relax.TensorType):
             raise InvalidArgumentError(f"{name} is not a tensor", got=str(argument.ty))
@@ -242,15 +214,14 @@ def _infer_type(call: relax.Call, _builder: relax.BlockBuilder) -> relax.TensorT
     _check_dtypes(x, offset, mask)
 
     dims = _dims(x)
-    sizes = [None] * 4 if dims is None else [_constant(dim) for dim in dims]
-    group = attributes["group"]
-    # Where the channels are not known one channel a group stands for them: the checks of the
-    # attributes and the shapes of offset and mask do not depend on it.
-    known = sizes if sizes[3] is not None else [*sizes[:3], group]
-    spec = DCNv3Spec.of(tuple(known), **attributes)
-    expected = None if dims is None else _output_dims(dims, spec)
-    _check_shape("offset", offset, expected, group * spec.points * 2, spec)
-    _check_shape("mask", mask, expected, group * spec.points, spec)
+    sizes: list[int | None] = [None] * 4 if dims is None else [_constant(dim) for dim in dims]
+    if sizes[3] is None:
+        # No check of a parameter or of another tensor depends on the channels in a group.
+        sizes[3] = params.group
+    DCNv3Spec.of(sizes, **params.keywords())
+    expected = None if dims is None else _output_dims(dims, params)
+    _check_shape("offset", offset, expected, params.offset_channels, params)
+    _check_shape("mask", mask, expected, params.mask_channels, params)
     if dims is None or expected is None:
         return relax.TensorType(dtype=x.dtype, vdevice=x.vdevice, ndim=4)
     return relax.TensorType([*expected, dims[3]], x.dtype, x.vdevice)
@@ -268,10 +239,10 @@ def _check_dtypes(x: relax.TensorType, offset: relax.TensorType, mask: relax.Ten
         )
 
 
-def _output_dims(dims: list[Any], spec: DCNv3Spec) -> list[Any]:
-    """Return N, Ho and Wo, as expressions of the dimensions of x."""
+def _output_dims(dims: list[Any], params: DCNv3Params) -> list[Any]:
+    """Return N, Ho and Wo as expressions of the dimensions of x."""
     analyzer = tvm.sym.Analyzer()
-    extents = (spec.output_extent(dim, axis) for axis, dim in enumerate(dims[1:3]))
+    extents = (params.output_extent(dim, axis) for axis, dim in enumerate(dims[1:3]))
     return [dims[0], *(analyzer.simplify(extent) for extent in extents)]
 
 
@@ -279,14 +250,14 @@ def _check_shape(
     name: str,
     tensor: relax.TensorType,
     expected: list[Any] | None,
-    last: int,
-    spec: DCNv3Spec,
+    channels: int,
+    params: DCNv3Params,
 ) -> None:
-    """Refuse a shape that is known to be wrong; what is not known is left to the run time."""
+    """Reject a shape that is provably wrong; dynamic sizes are checked at run time."""
     dims = _dims(tensor)
     if dims is None:
         return
-    pairs = [(dims[3], last)]
+    pairs = [(dims[3], channels)]
     if expected is not None:
         pairs += list(zip(dims[:3], expected, strict=True))
     analyzer = tvm.sym.Analyzer()
@@ -295,12 +266,12 @@ def _check_shape(
         if isinstance(difference, tirx.IntImm) and difference.value != 0:
             leading = ("N", "Ho", "Wo") if expected is None else expected
             raise InvalidArgumentError(
-                f"{name} does not fit x and the attributes",
+                f"{name} does not match x and the attributes",
                 got=f"shape {_shown(dims)}",
-                allowed=f"shape {_shown([*leading, last])}",
-                hint=f"{_ARGUMENTS[name]}, with {spec.group} groups of {spec.points} points, "
-                f"kernel_size={spec.kernel_size}, stride={spec.stride}, pad={spec.pad}, "
-                f"dilation={spec.dilation}.",
+                allowed=f"shape {_shown([*leading, channels])}",
+                hint=f"{_ARGUMENTS[name]}, with {params.group} groups of {params.points} points, "
+                f"kernel_size={params.kernel_size}, stride={params.stride}, pad={params.pad}, "
+                f"dilation={params.dilation}.",
             )
 
 
@@ -314,7 +285,7 @@ def _legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 
 def _infer_layout(call: relax.Call, _desired: Any, _layouts: Any) -> tvm.ir.base.Node:
-    """Ask for the layouts as written: a tensor that arrives transposed is transposed back."""
+    """Require the layouts as written, so that ConvertLayout transposes a converted tensor back."""
     written = tvm.ir.make_node(
         "relax.transform.LayoutDecision", layout=s_tir.slayout("ABCD"), is_unknown_dim=False
     )
@@ -328,12 +299,12 @@ def _infer_layout(call: relax.Call, _desired: Any, _layouts: Any) -> tvm.ir.base
 
 
 def _infer_mixed_precision(call: relax.Call, _out_dtype: Any) -> relax.Call:
-    """Keep the call: it accumulates in float32 and stores its arguments' dtype by itself."""
+    """Keep the call: the kernel accumulates in float32 and stores the dtype of its arguments."""
     return call
 
 
 class _CarriedError(InvalidArgumentError):
-    """An `InvalidArgumentError` that has passed through TVM's C++, which keeps its text alone."""
+    """An `InvalidArgumentError` that passed through TVM's C++, which keeps only its message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.removesuffix("."))
@@ -342,7 +313,7 @@ class _CarriedError(InvalidArgumentError):
 def _register() -> None:
     tvm_ffi.register_error(InvalidArgumentError)
     tvm_ffi.register_error(InvalidArgumentError.__name__, _CarriedError)
-    # The registry of operators belongs to the process, and outlives a reload of this module.
+    # The process-wide registry of operators outlives a reload of this module.
     if OP_NAME in tvm.ir._ffi_api.ListOpNames():
         return
     tvm.ir._ffi_api.RegisterOp(OP_NAME, "Deformable convolution v3: sampling and weighted sum.")
@@ -356,7 +327,7 @@ def _register() -> None:
         ("FLegalize", _legalize),
         ("FPurity", True),
         ("FRelaxInferLayout", _infer_layout),
-        ("TMixedPrecisionPolicy", _ALWAYS),
+        ("TMixedPrecisionPolicy", _MIXED_PRECISION_ALWAYS),
         ("FInferMixedPrecision", _infer_mixed_precision),
     ):
         tvm.ir.register_op_attr(OP_NAME, key, value)

@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import json
-from typing import Any
 
 from tvm import tirx
 from tvm.script import tirx as T
@@ -179,9 +178,7 @@ def packed_anew(
 
 def spec_of(func: tirx.PrimFunc) -> DCNv3Spec:
     """Return the problem that a kernel of this module was built for."""
-    fields: dict[str, Any] = json.loads(str(func.attrs[SPEC_ATTR]))
-    pairs = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-    return DCNv3Spec(**(fields | pairs))
+    return DCNv3Spec.from_json(json.loads(str(func.attrs[SPEC_ATTR])))
 
 
 def _alignment(dtype: str, *, gather: bool) -> int:
@@ -194,7 +191,7 @@ def _alignment(dtype: str, *, gather: bool) -> int:
 
 
 def _finish(func: tirx.PrimFunc, name: str, spec: DCNv3Spec) -> tirx.PrimFunc:
-    problem = json.dumps(dataclasses.asdict(spec))
+    problem = json.dumps(spec.to_json())
     return func.with_attr(
         {"global_symbol": name, "tirx.noalias": True, KERNEL_ATTR: name, SPEC_ATTR: problem}
     )

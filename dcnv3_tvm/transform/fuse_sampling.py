@@ -6,6 +6,7 @@ one tensor, the two become one matrix product, whose result the packed kernel re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,15 +33,15 @@ class Projection(NamedTuple):
 def _fuse(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
     if not relax_op.is_dcnv3(call):
         return None
-    attributes = relax_op.attributes_of(call)
+    params = relax_op.params_of(call)
     x, offset, mask = call.args
-    if not attributes["softmax"]:
-        logits = _logits(rebuilder, mask, relax_op.spec_of(call).points)
+    if not params.softmax:
+        logits = _logits(rebuilder, mask, params.points)
         if logits is None:
             return None
         mask = logits
-        attributes["softmax"] = True
-    fused = relax_op.dcnv3(x, offset, mask, **attributes)
+        params = dataclasses.replace(params, softmax=True)
+    fused = relax_op.dcnv3(x, offset, mask, **params.keywords())
     packed = _packed(rebuilder, var, fused)
     return rebuilder.emit(fused, like=var) if packed is None else packed
 

@@ -60,19 +60,8 @@ class ReferenceOperator(TorchFunctionMode):
     ) -> Any:
         if func not in (torch.ops.dcnv3_tvm.dcnv3, torch.ops.dcnv3_tvm.dcnv3.default):
             return func(*args, **(kwargs or {}))
-        x, offset, mask, kernel_size, stride, pad, dilation, group, scale, center, softmax = args
-        spec = DCNv3Spec.of(
-            x.shape,
-            group=group,
-            kernel_size=kernel_size,
-            stride=stride,
-            pad=pad,
-            dilation=dilation,
-            offset_scale=scale,
-            remove_center=center,
-            softmax=softmax,
-            dtype="float64",
-        )
+        x, offset, mask = args
+        spec = DCNv3Spec.of(x.shape, dtype="float64", **(kwargs or {}))
         result = dcnv3_reference(x.numpy(), offset.numpy(), mask.numpy(), spec)
         return torch.from_numpy(result).to(x.dtype)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcnv3_tvm.frontend.models.internimage import DCNv3, InternImage
-from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 
 
 def dcnv3_core_pytorch(
@@ -104,20 +105,7 @@ class TwinOperator(nn.Module):
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """Sample."""
-        spec = self.spec
-        return dcnv3_core_pytorch(
-            x,
-            offset,
-            mask,
-            *spec.kernel_size,
-            *spec.stride,
-            *spec.pad,
-            *spec.dilation,
-            spec.group,
-            spec.group_channels,
-            spec.offset_scale,
-            spec.remove_center,
-        )
+        return dcnv3_core_pytorch(x, offset, mask, *_published_arguments(self.spec, x))
 
 
 class TwinDCNv3(DCNv3):
@@ -125,23 +113,14 @@ class TwinDCNv3(DCNv3):
 
     def sample(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """Sample the projected map."""
-        return dcnv3_core_pytorch(
-            x,
-            offset,
-            mask,
-            self.kernel_size,
-            self.kernel_size,
-            self.stride,
-            self.stride,
-            self.pad,
-            self.pad,
-            self.dilation,
-            self.dilation,
-            self.group,
-            self.group_channels,
-            self.offset_scale,
-            self.remove_center,
-        )
+        return dcnv3_core_pytorch(x, offset, mask, *_published_arguments(self.params, x))
+
+
+def _published_arguments(params: DCNv3Params, x: Tensor) -> tuple[Any, ...]:
+    """Return the arguments of `dcnv3_core_pytorch` after the tensors."""
+    extents = (*params.kernel_size, *params.stride, *params.pad, *params.dilation)
+    group_channels = x.shape[-1] // params.group
+    return *extents, params.group, group_channels, params.offset_scale, params.remove_center
 
 
 def twin_of(model: InternImage) -> InternImage:

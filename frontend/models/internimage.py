@@ -14,6 +14,7 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.frontend.models.heads import NORM_EPS, AttentionPooling, convolution_head, norm
 from dcnv3_tvm.frontend.models.variants import KERNEL_SIZE, InternImageConfig
 from dcnv3_tvm.pytorch import operator as torch_op
+from dcnv3_tvm.spec import DCNv3Params
 
 
 class ToChannelsFirst(nn.Module):
@@ -76,6 +77,14 @@ class DCNv3(nn.Module):
     ) -> None:
         super().__init__()
         dw_kernel_size = dw_kernel_size or kernel_size
+        self.params = DCNv3Params(
+            group=group,
+            kernel_size=kernel_size,
+            pad=dilation * (kernel_size - 1) // 2,
+            dilation=dilation,
+            offset_scale=offset_scale,
+            remove_center=remove_center,
+        )
         if channels % group or kernel_size % 2 == 0 or dw_kernel_size % 2 == 0:
             raise InvalidArgumentError(
                 "the DCNv3 module cannot be built",
@@ -83,18 +92,8 @@ class DCNv3(nn.Module):
                 f"dw_kernel_size={dw_kernel_size}",
                 allowed="channels a multiple of group; odd kernels",
             )
-        self.channels = channels
-        self.group = group
         self.group_channels = channels // group
-        self.kernel_size = kernel_size
-        self.stride = 1
-        self.pad = dilation * (kernel_size - 1) // 2
-        self.dilation = dilation
-        self.offset_scale = offset_scale
         self.center_feature_scale = center_feature_scale
-        self.remove_center = remove_center
-
-        points = kernel_size * kernel_size - int(remove_center)
         self.dw_conv = nn.Sequential(
             nn.Conv2d(
                 channels,
@@ -106,8 +105,8 @@ class DCNv3(nn.Module):
             _norm_after_convolution(channels),
             nn.GELU(),
         )
-        self.offset = nn.Linear(channels, group * points * 2)
-        self.mask = nn.Linear(channels, group * points)
+        self.offset = nn.Linear(channels, self.params.offset_channels)
+        self.mask = nn.Linear(channels, self.params.mask_channels)
         self.input_proj = nn.Linear(channels, channels)
         self.output_proj = nn.Linear(channels, channels)
         if center_feature_scale:
@@ -119,7 +118,7 @@ class DCNv3(nn.Module):
         projected = self.input_proj(x)
         local = self.dw_conv(x.permute(0, 3, 1, 2))
         offset = self.offset(local)
-        logits = self.mask(local).unflatten(-1, (self.group, -1))
+        logits = self.mask(local).unflatten(-1, (self.params.group, -1))
         mask = torch.softmax(logits, dim=-1).flatten(-2)
         y = self.sample(projected, offset, mask)
         if self.center_feature_scale:
@@ -137,18 +136,7 @@ class DCNv3(nn.Module):
 
     def sample(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """Call the operator on the projected map; subclasses may put another in its place."""
-        return torch_op.dcnv3(
-            x,
-            offset,
-            mask,
-            group=self.group,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            pad=self.pad,
-            dilation=self.dilation,
-            offset_scale=self.offset_scale,
-            remove_center=self.remove_center,
-        )
+        return torch_op.dcnv3(x, offset, mask, **self.params.keywords())
 
 
 class Stem(nn.Module):

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcnv3_tvm.errors import ModelImportError
+from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
 from dcnv3_tvm.pytorch import operator as torch_op
+from dcnv3_tvm.spec import PARAMETERS, DCNv3Params
 
 _CORE: Final = "dcnv3_core_pytorch"
 _FUNCTION: Final = "DCNv3Function"
@@ -306,12 +307,18 @@ def _looks_like_dcnv3(part: nn.Module) -> bool:
     layers = [layer for layer in projections if isinstance(layer, nn.Linear)]
     if len(layers) < len(projections):
         return False
-    group, kernel = getattr(part, "group", None), getattr(part, "kernel_size", None)
-    if not isinstance(group, int) or not isinstance(kernel, int):
+    try:
+        params = _params_of(part)
+    except (InvalidArgumentError, TypeError):
         return False
-    points = kernel * kernel - int(getattr(part, "remove_center", False))
-    offset, mask = layers[:2]
-    return (offset.out_features, mask.out_features) == (group * points * 2, group * points)
+    channels = tuple(layer.out_features for layer in layers[:2])
+    return channels == (params.offset_channels, params.mask_channels)
+
+
+def _params_of(part: Any) -> DCNv3Params:
+    """Read the attributes of a published module, which has its softmax outside the operator."""
+    names = (name for name in PARAMETERS if name != "softmax" and hasattr(part, name))
+    return DCNv3Params(**{name: getattr(part, name) for name in names})
 
 
 def _replace_forward(part: nn.Module, path: str) -> None:
@@ -358,19 +365,10 @@ def _difference_to_published(part: nn.Module) -> float:
 def _published_forward(self: Any, x: Tensor) -> Tensor:
     projected = self.input_proj(x)
     local = self.dw_conv(x.permute(0, 3, 1, 2))
-    logits = self.mask(local).unflatten(-1, (self.group, -1))
-    y = torch_op.dcnv3(
-        projected,
-        self.offset(local),
-        F.softmax(logits, -1).flatten(-2),
-        group=self.group,
-        kernel_size=self.kernel_size,
-        stride=self.stride,
-        pad=self.pad,
-        dilation=self.dilation,
-        offset_scale=float(self.offset_scale),
-        remove_center=bool(getattr(self, "remove_center", False)),
-    )
+    params = _params_of(self)
+    logits = self.mask(local).unflatten(-1, (params.group, -1))
+    mask = F.softmax(logits, -1).flatten(-2)
+    y = torch_op.dcnv3(projected, self.offset(local), mask, **params.keywords())
     if getattr(self, "center_feature_scale", False):
         gate = torch.sigmoid(
             F.linear(
@@ -379,7 +377,7 @@ def _published_forward(self: Any, x: Tensor) -> Tensor:
                 self.center_feature_scale_proj_bias,
             )
         )
-        gate = gate.repeat_interleave(projected.shape[-1] // self.group, dim=-1)
+        gate = gate.repeat_interleave(projected.shape[-1] // params.group, dim=-1)
         y = y * (1 - gate) + projected * gate
     result: Tensor = self.output_proj(y)
     return result

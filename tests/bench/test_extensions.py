@@ -9,7 +9,7 @@ import torch
 
 from dcnv3_tvm.bench import extensions
 from dcnv3_tvm.bench.extensions import DCNV3, DCNV4
-from dcnv3_tvm.bench.sampling import Geometry, sampling_by
+from dcnv3_tvm.bench.sampling import sampling_by
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.pytorch_reference import TwinOperator, dcnv3_core_pytorch
@@ -85,7 +85,7 @@ def test_a_module_of_the_same_name_is_no_extension(monkeypatch):
 def test_dcnv3():
     assert DCNV3.absence is None
     tensors = arguments(SPEC)
-    found = DCNV3.prepare(DCNV3.loaded, *tensors, Geometry.of(SPEC))()
+    found = DCNV3.prepare(DCNV3.loaded, *tensors, SPEC)()
     truth = dcnv3_reference(*(tensor.numpy() for tensor in tensors), SPEC)
     np.testing.assert_allclose(found.numpy(), truth, rtol=0, atol=1e-11)
 
@@ -104,7 +104,7 @@ def test_dcnv4(remove_center):
         (2, 5, 6, 12), group=3, dtype="float64", offset_scale=1.5, remove_center=remove_center
     )
     tensors = arguments(spec)
-    found = DCNV4.prepare(DCNv4Function, *tensors, Geometry.of(spec))()
+    found = DCNV4.prepare(DCNv4Function, *tensors, spec)()
     truth = dcnv3_reference(*(tensor.numpy() for tensor in tensors), spec)
     np.testing.assert_allclose(found.numpy(), truth, rtol=0, atol=1e-11)
 

@@ -134,7 +134,7 @@ def test_a_dry_run_writes_nothing(cli, tmp_path, monkeypatch):
     [
         ([OPERATOR], "a session needs a folder"),
         (["internimage_x", "--work-dir", "w"], "internimage_t"),
-        (["dcnv3-n1", "--work-dir", "w"], "this names no operator"),
+        (["dcnv3-n1", "--work-dir", "w"], "is not a slug"),
         (["dcnv3-nany-h9-w9-c32-g2-k3-s1-p1-d1-f32", "--work-dir", "w"], "for fixed sizes"),
         ([OPERATOR, "--work-dir", "w", "--trials", "0"], "trials is out of range"),
         ([OPERATOR, "--work-dir", "w", "--batch", "0"], "--batch is out of range"),

@@ -23,18 +23,6 @@ def inputs(spec, seed=0):
     return [torch.from_numpy(np.asarray(array, "float64")).to(dtype) for array in arrays]
 
 
-def parameters(spec):
-    names = ("group", "kernel_size", "stride", "pad", "dilation")
-    more = ("offset_scale", "remove_center", "softmax")
-    return {name: getattr(spec, name) for name in (*names, *more)}
-
-
-def positional(spec):
-    pairs = (spec.kernel_size, spec.stride, spec.pad, spec.dilation)
-    tail = (spec.group, spec.offset_scale, spec.remove_center, spec.softmax)
-    return (*(list(pair) for pair in pairs), *tail)
-
-
 def check(spec, tensors, output):
     arrays = [tensor.detach().double().numpy() for tensor in tensors]
     expected = dcnv3_reference(*arrays, spec)
@@ -45,7 +33,7 @@ def check(spec, tensors, output):
 @pytest.mark.parametrize("spec", [SPEC, STRIDED, HALF], ids=lambda spec: spec.slug)
 def test_agrees_with_the_reference(spec):
     tensors = inputs(spec)
-    output = dcnv3(*tensors, **parameters(spec))
+    output = dcnv3(*tensors, **spec.keywords())
     assert output.shape == spec.output_shape
     assert output.dtype == tensors[0].dtype
     assert output.is_contiguous()
@@ -54,14 +42,15 @@ def test_agrees_with_the_reference(spec):
 
 @pytest.mark.parametrize("spec", [SPEC, STRIDED], ids=lambda spec: spec.slug)
 def test_opcheck(spec):
-    torch.library.opcheck(torch.ops.dcnv3_tvm.dcnv3.default, (*inputs(spec), *positional(spec)))
+    torch.library.opcheck(torch.ops.dcnv3_tvm.dcnv3.default, inputs(spec), spec.keywords())
 
 
 def test_opcheck_with_tensors_that_require_a_gradient():
     tensors = [tensor.requires_grad_() for tensor in inputs(SPEC)]
     results = torch.library.opcheck(
         torch.ops.dcnv3_tvm.dcnv3.default,
-        (*tensors, *positional(SPEC)),
+        tensors,
+        SPEC.keywords(),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     assert set(results.values()) == {"SUCCESS"}
@@ -70,14 +59,14 @@ def test_opcheck_with_tensors_that_require_a_gradient():
 def test_takes_tensors_that_are_not_contiguous():
     x, offset, mask = inputs(SPEC)
     nchw = x.permute(0, 3, 1, 2).contiguous()
-    output = dcnv3(nchw.permute(0, 2, 3, 1), offset, mask, **parameters(SPEC))
-    torch.testing.assert_close(output, dcnv3(x, offset, mask, **parameters(SPEC)))
+    output = dcnv3(nchw.permute(0, 2, 3, 1), offset, mask, **SPEC.keywords())
+    torch.testing.assert_close(output, dcnv3(x, offset, mask, **SPEC.keywords()))
 
 
 def test_leaves_its_inputs_alone():
     tensors = inputs(SPEC)
     before = [tensor.clone() for tensor in tensors]
-    dcnv3(*tensors, **parameters(SPEC))
+    dcnv3(*tensors, **SPEC.keywords())
     for tensor, old in zip(tensors, before, strict=True):
         assert torch.equal(tensor, old)
 
@@ -85,7 +74,7 @@ def test_leaves_its_inputs_alone():
 def test_compiles_as_one_graph():
     def layer(x, offset, logits):
         mask = torch.softmax(logits.unflatten(-1, (SPEC.group, -1)), -1).flatten(-2)
-        return dcnv3(x * 2, offset, mask, **parameters(SPEC)).relu()
+        return dcnv3(x * 2, offset, mask, **SPEC.keywords()).relu()
 
     tensors = inputs(SPEC)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -114,14 +103,14 @@ def test_exports_with_dynamic_sizes():
 
 def test_fake_gives_the_shape_without_the_kernel():
     tensors = [tensor.to("meta") for tensor in inputs(STRIDED)]
-    output = dcnv3(*tensors, **parameters(STRIDED))
+    output = dcnv3(*tensors, **STRIDED.keywords())
     assert output.is_meta
     assert output.shape == STRIDED.output_shape
 
 
 def test_refuses_to_go_backward():
     x, offset, mask = (tensor.requires_grad_() for tensor in inputs(SPEC))
-    output = dcnv3(x, offset, mask, **parameters(SPEC))
+    output = dcnv3(x, offset, mask, **SPEC.keywords())
     check(SPEC, (x, offset, mask), output)
     with pytest.raises(InvalidArgumentError, match="has no gradient"):
         output.sum().backward()
