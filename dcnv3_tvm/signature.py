@@ -1,4 +1,4 @@
-"""Names, shapes and layouts of what goes into and comes out of a compiled function."""
+"""Signatures of compiled functions: names, shapes, dtypes and layouts of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class TensorInfo:
     name : str
         For example ``"image"``, ``"logits"``, ``"feature_0"``.
     shape : tuple of int or str
-        Sizes; a string names a size that is known only at run time (``"n"``).
+        Sizes; a string names a dynamic size (``"n"``).
     dtype : str
         Element type.
     layout : str
-        One letter an axis, for example ``"NCHW"``; empty where nothing is known.
+        One letter for each axis, for example ``"NCHW"``; empty where unknown.
     stride : int or None
-        Pixels of the image to one step of a feature map; None for what is no feature map.
+        Pixels of the image per pixel of a feature map; None for other tensors.
     """
 
     name: str
@@ -30,13 +30,18 @@ class TensorInfo:
     layout: str = ""
     stride: int | None = None
 
+    def describe(self) -> str:
+        """Format layout and shape, for example ``NCHW (n, 3, 224, 224)``."""
+        shape = ", ".join(str(size) for size in self.shape)
+        return f"{self.layout} ({shape})".strip()
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``json.dumps``."""
         return dataclasses.asdict(self) | {"shape": list(self.shape)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TensorInfo:
-        """Read back what `to_json` gave."""
+        """Restore what `to_json` returned."""
         return cls(**(data | {"shape": tuple(data["shape"])}))
 
 
@@ -49,7 +54,7 @@ class Entry:
     inputs, outputs : tuple of TensorInfo
         In call order.
     weights : tuple of str
-        Names of the weights the function takes after its inputs, in call order.
+        Names of the weights that follow the inputs, in call order.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -66,7 +71,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Entry:
-        """Read back what `to_json` gave."""
+        """Restore what `to_json` returned."""
         return cls(
             inputs=tuple(TensorInfo.from_json(tensor) for tensor in data["inputs"]),
             outputs=tuple(TensorInfo.from_json(tensor) for tensor in data["outputs"]),

@@ -76,11 +76,11 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Build, import, compile, write."""
-    from dcnv3_tvm.runtime.model import refuse_foreign
+    from dcnv3_tvm.runtime.model import check_replaceable
 
     name, checkpoint = _model_and_checkpoint(arguments)
     _check_sizes(arguments)
-    refuse_foreign(arguments.output)
+    check_replaceable(arguments.output)
     if arguments.output.exists() and any(arguments.output.iterdir()) and not arguments.force:
         raise InvalidArgumentError(
             "the output folder holds an artifact already",

@@ -25,7 +25,6 @@ def execute(arguments: argparse.Namespace) -> Result:
     from dcnv3_tvm.errors import TargetError
     from dcnv3_tvm.runtime.loading import check_target, read_metadata
     from dcnv3_tvm.runtime.metadata import WEIGHTS
-    from dcnv3_tvm.runtime.tensors import describe
 
     metadata = read_metadata(arguments.artifact)
     try:
@@ -53,9 +52,9 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("verified", _verification(metadata.verification)),
     ]
     for name, entry in metadata.entries.items():
-        facts += [(f"{name} takes", describe(tensor)) for tensor in entry.inputs]
+        facts += [(f"{name} takes", tensor.describe()) for tensor in entry.inputs]
         facts += [
-            (f"{name} gives", f"{tensor.name}: {describe(tensor)} {tensor.dtype}")
+            (f"{name} gives", f"{tensor.name}: {tensor.describe()} {tensor.dtype}")
             for tensor in entry.outputs
         ]
     data = metadata.to_json() | {"files": sizes, "runs_here": runs_here}

@@ -26,7 +26,7 @@ from dcnv3_tvm.runtime.metadata import (
     WEIGHTS,
     ArtifactMetadata,
 )
-from dcnv3_tvm.runtime.model import refuse_foreign
+from dcnv3_tvm.runtime.model import check_replaceable
 
 
 def write(
@@ -56,7 +56,7 @@ def write(
         entry needs is missing, or one has a type that cannot be written.
     """
     destination = Path(destination)
-    refuse_foreign(destination)
+    check_replaceable(destination)
     _check_weights(weights, metadata)
     runtime = installed_runtime()
     if runtime is None:

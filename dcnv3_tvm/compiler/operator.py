@@ -1,4 +1,4 @@
-"""One DCNv3 problem, compiled and callable."""
+"""Compile the DCNv3 operator for one problem."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dcnv3_tvm import gpu, machine, targets
-from dcnv3_tvm.compiler import functional
+from dcnv3_tvm.compiler.argument_checks import check_shapes, check_tensors
 from dcnv3_tvm.errors import (
     CompileError,
     InvalidArgumentError,
     MissingDependencyError,
     TargetError,
 )
-from dcnv3_tvm.runtime import dlpack, library
+from dcnv3_tvm.runtime import library, tensors
 from dcnv3_tvm.runtime.cuda import Gpu, load_runtime
 from dcnv3_tvm.spec import DCNv3Spec
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 TensorT = TypeVar("TensorT")
 
 CACHE_SIZE: Final = 256
-"""Compiled operators kept; the least recently used goes first."""
+"""Number of compiled operators in the cache, which evicts the least recently used."""
 
 _COMPILING = threading.Lock()
 
@@ -45,12 +45,12 @@ class CompiledOperator:
     spec : DCNv3Spec
         What was compiled; sizes that are ``None`` may differ from call to call.
     target : tvm.target.Target
-        What it was compiled for.
+        Target of the kernel.
     rule : str
         Name of the schedule rule that was used.
     record : str
-        ``"hit"`` where a tuning record decided on the schedule; ``"miss"``, or why the record that
-        is there was refused; empty where no records were asked.
+        ``"hit"`` where a tuning record chose the schedule; ``"miss"``, or the reason why a record
+        was rejected; empty where no records were used.
     executable : tvm.runtime.Executable or DeviceLibrary
         The compiled module, with one function, ``dcnv3(x, offset, mask, out)``.
     """
@@ -67,7 +67,7 @@ class CompiledOperator:
         Parameters
         ----------
         x, offset, mask : numpy.ndarray, torch.Tensor or tvm.runtime.Tensor
-            As for `dcnv3_tvm.dcnv3`, with the shapes of `spec`, where the target computes.
+            As for `dcnv3_tvm.dcnv3`, with the shapes of `spec`, on the target's device.
 
         Returns
         -------
@@ -77,20 +77,19 @@ class CompiledOperator:
         Raises
         ------
         InvalidArgumentError
-            If a tensor does not fit `spec`.
+            If a tensor does not match `spec`, or is on another device.
         TargetError
             If the operator was compiled for another machine.
         DeviceError
             If the GPU has too little free memory, or fails.
         """
-        dlpack.kind_of({"x": x, "offset": offset, "mask": mask})
-        self._check_place(dlpack.place_of(x))
-        shape = dlpack.shape_of(x)
-        fits = len(shape) == 4 and all(
+        self._check_device(check_tensors(x, offset, mask))
+        shape = tensors.shape_of(x)
+        matches = len(shape) == 4 and all(
             size == wanted or (wanted is None and size > 0)
             for size, wanted in zip(shape, self.spec.input_shape, strict=True)
         )
-        if not fits:
+        if not matches:
             raise InvalidArgumentError(
                 "x has the wrong shape",
                 got=f"shape {shape}",
@@ -99,36 +98,33 @@ class CompiledOperator:
         spec = self.spec
         if not spec.is_static:
             spec = dataclasses.replace(spec, batch=shape[0], height=shape[1], width=shape[2])
-        functional.check_arguments(spec, x, offset, mask)
-        return self.call_checked(spec, x, offset, mask)
+        check_shapes(spec, x, offset, mask)
+        return self.run_checked(spec, x, offset, mask)
 
-    def call_checked(self, spec: DCNv3Spec, x: TensorT, offset: TensorT, mask: TensorT) -> TensorT:
-        """Run the operator on tensors already checked against the static problem `spec`."""
-        kind, place = dlpack.kind_of({"x": x}), dlpack.place_of(x)
-        out: TensorT = dlpack.empty(
-            kind, [int(size or 0) for size in spec.output_shape], spec.dtype, place
-        )
-        if place != dlpack.CPU:
-            self._run_on_gpu(kind, place, (x, offset, mask, out))
-            return out
-        library.use_threads(_threads())
-        self._function(*(dlpack.to_kernel(kind, tensor) for tensor in (x, offset, mask, out)))
+    def run_checked(self, spec: DCNv3Spec, x: TensorT, offset: TensorT, mask: TensorT) -> TensorT:
+        """Run the operator on tensors already checked against the static specification `spec`."""
+        out = tensors.empty_like(x, [int(size or 0) for size in spec.output_shape])
+        device = tensors.device_of(x)
+        if device == tensors.CPU:
+            library.use_threads(_threads())
+            self._function(*(tensors.to_kernel(each) for each in (x, offset, mask, out)))
+        else:
+            self._run_on_gpu(device, (x, offset, mask, out))
         return out
 
-    def _run_on_gpu(self, kind: str, place: str, arguments: Sequence[Any]) -> None:
-        index = _gpu_index(place, str(self.target.attrs["arch"]))
+    def _run_on_gpu(self, device: str, arguments: Sequence[Any]) -> None:
+        present = Gpu.of(_gpu_index(device, str(self.target.attrs["arch"])))
         function = self._function
-        device = Gpu.of(index)
-        with device.on_stream(device.stream_of(arguments[0])), device.own_errors():
-            function(*(dlpack.to_kernel(kind, tensor) for tensor in arguments))
+        with present.on_stream(present.stream_of(arguments[0])), present.own_errors():
+            function(*(tensors.to_kernel(each, gpu.VECTOR_BYTES) for each in arguments))
 
-    def _check_place(self, place: str) -> None:
+    def _check_device(self, device: str) -> None:
         on_gpu = targets.is_gpu(self.target)
-        if (place != dlpack.CPU) != on_gpu:
+        if (device != tensors.CPU) != on_gpu:
             raise InvalidArgumentError(
-                "the tensors are not where the operator computes",
-                got=place,
-                allowed="an NVIDIA GPU" if on_gpu else "the memory of the processor",
+                "the tensors are not on the operator's device",
+                got=device,
+                allowed="an NVIDIA GPU" if on_gpu else tensors.CPU,
                 hint='Use x.to("cuda"), for PyTorch\'s tensors, or compile_op(spec, "auto").'
                 if on_gpu
                 else 'Use x.cpu(), or compile_op(spec, "cuda").',
@@ -136,18 +132,18 @@ class CompiledOperator:
 
     @functools.cached_property
     def _function(self) -> Any:
-        """The kernel, loaded; on another machine than it was compiled for, an error."""
+        """The kernel; raises `TargetError` where this machine cannot run it."""
         if targets.is_gpu(self.target):
             return self.executable[_NAME]
         architecture = str(self.target.attrs.get("mtriple", "")).partition("-")[0]
         if architecture not in ("", machine.architecture()):
-            lacking = [architecture]
+            missing = [architecture]
         else:
-            lacking = machine.missing_features(targets.target_features(self.target))
-        if lacking:
+            missing = machine.missing_features(targets.target_features(self.target))
+        if missing:
             raise TargetError(
                 "the operator was compiled for another machine",
-                got=f"{targets.target_slug(self.target)}, which needs {', '.join(lacking)}",
+                got=f"{targets.target_slug(self.target)}, which needs {', '.join(missing)}",
                 hint='Compile with target="auto".',
             )
         return self.executable[_NAME]
@@ -155,7 +151,7 @@ class CompiledOperator:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceLibrary:
-    """Code for a GPU, opened when it is first called: it may have been compiled elsewhere.
+    """GPU code that is loaded on first use, so that it compiles on machines without a GPU.
 
     Parameters
     ----------
@@ -175,15 +171,15 @@ class DeviceLibrary:
 
 
 @functools.cache
-def _gpu_index(place: str, arch: str) -> int:
-    """Return the number of the GPU of a place that runs code for an architecture."""
-    index = int(place.partition(":")[2])
+def _gpu_index(device: str, arch: str) -> int:
+    """Return the index of a GPU such as ``"cuda:0"``, which must run code for `arch`."""
+    index = int(device.partition(":")[2])
     present = gpu.device(index)
     if not gpu.runs_on(arch, present.arch):
         raise TargetError(
             "the operator was compiled for another GPU architecture",
-            got=f"{arch}, where {place} ({present.name}) has {present.arch}",
-            hint=f'Compile with target="cuda-{present.arch.replace("_", "")}".',
+            got=f"{arch}, where {device} ({present.name}) has {present.arch}",
+            hint=f'Compile with target="{gpu.target_name(present.arch)}".',
         )
     return index
 
@@ -204,7 +200,7 @@ def compile_op(
     Parameters
     ----------
     spec : DCNv3Spec
-        The problem. Sizes that are ``None`` stay open: one operator for all of them.
+        The problem. Sizes that are ``None`` are dynamic: one operator handles all of them.
     target : str, mapping or tvm.target.Target
         As for `dcnv3_tvm.targets.resolve_target`.
     database : str or path
@@ -214,14 +210,14 @@ def compile_op(
     Returns
     -------
     CompiledOperator
-        From a cache of the last `CACHE_SIZE` problems, if it was compiled before.
+        From a cache of the `CACHE_SIZE` most recently used, if it was compiled before.
 
     Raises
     ------
     TargetError
         If the target is unknown.
     RecordsError
-        If the folder `database` holds no records, or records for another target or version of TVM.
+        If the folder `database` holds no records, or records for another target or TVM version.
     CompileError
         If TVM fails to compile it.
     MissingDependencyError
@@ -237,7 +233,7 @@ def compile_op(
     (1, 6, 7, 8)
     """
     try:
-        # Targets compare by identity: their text is the key.
+        # Targets compare by identity, so the cache is keyed by their text.
         text = _text_of(target) if isinstance(target, str) else str(targets.resolve_target(target))
         return _compile(spec, text, os.fspath(database))
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""A loaded model: call it with an image, get logits or feature maps."""
+"""A compiled model in memory, callable with an image for logits or feature maps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import numpy as np
 from dcnv3_tvm import files
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
 from dcnv3_tvm.runtime import cuda, image, library, tensors
+from dcnv3_tvm.runtime.arguments import Arguments
 from dcnv3_tvm.runtime.metadata import (
     CARD,
     LIBRARY,
@@ -28,8 +29,7 @@ from dcnv3_tvm.signature import Entry
 class CompiledModel:
     """A compiled model in memory; made by `dcnv3_tvm.load` and `dcnv3_tvm.compile_model`.
 
-    Calls from several threads are taken one after the other. What a call returns stays valid
-    after the model is closed.
+    Concurrent calls run one at a time. Results stay valid after the model is closed.
 
     Examples
     --------
@@ -50,11 +50,11 @@ class CompiledModel:
         owner: object | None = None,
     ) -> None:
         self.metadata = metadata
-        """What the artifact says about itself."""
+        """Description of the artifact."""
         self.threads = threads
-        """Threads of the processor a call computes with."""
+        """Number of CPU threads of a call."""
         self.device = "cpu" if gpu is None else gpu.name
-        """Where it runs: ``"cpu"``, ``"cuda:0"``."""
+        """Device it runs on, for example ``"cpu"`` or ``"cuda:0"``."""
         self._gpu = gpu
         self._buffers: list[Any] = []
         self._weight_bytes = tensors.total_bytes(weights.values())
@@ -77,22 +77,21 @@ class CompiledModel:
         Parameters
         ----------
         *inputs : numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
-            As ``metadata.entries["main"].inputs`` says, an NCHW image as a rule. Used in place
-            where contiguous and aligned to 64 bytes (as `preprocess` and PyTorch give it), copied
-            otherwise. A model on a GPU takes tensors that are there, computes on the stream that is
-            current where it is called, and returns before it is done, as PyTorch does; arrays of
-            NumPy are copied there, and the result back.
+            As specified by ``metadata.entries["main"].inputs``, usually an NCHW image. Used in
+            place if contiguous and aligned to 64 bytes, as from `preprocess` and PyTorch, copied
+            otherwise. A model on a GPU takes tensors on that GPU, runs on the caller's current
+            stream and returns before it is done, as PyTorch does; NumPy arrays are copied to the
+            GPU, and the result back.
 
         Returns
         -------
         array or dict of str to array
-            Of the kind of the first input; a dict by name where there are several.
+            Of the kind of the first input; a dict by name if there are several outputs.
 
         Raises
         ------
         InvalidArgumentError
-            If an input has another rank, shape, layout or element type, or is not where the model
-            is.
+            If an input has the wrong rank, shape, layout or element type, or is on another device.
         DeviceError
             If the GPU has too little free memory, or fails.
         """
@@ -117,7 +116,7 @@ class CompiledModel:
         name = self.metadata.feature_entry
         if name is None:
             raise InvalidArgumentError(
-                "this artifact returns no feature maps",
+                "the artifact has no feature maps",
                 got=f"outputs {', '.join(self.output_names())}",
                 hint="Compile with --features-only, or import a create_model(..., "
                 "features_only=True).",
@@ -129,7 +128,7 @@ class CompiledModel:
         return [output.name for output in self._entry(entry).outputs]
 
     def preprocess(self, source: image.Source | Sequence[image.Source]) -> np.ndarray:
-        """Turn an image, or several, into the input: a normalised NCHW batch.
+        """Convert one image or several to the input: a normalized NCHW batch.
 
         Parameters
         ----------
@@ -139,25 +138,25 @@ class CompiledModel:
         Raises
         ------
         ImageError
-            If something is not an image.
+            If a source is not an image.
         InvalidArgumentError
-            If the artifact does not say how to preprocess.
+            If the artifact does not specify the preprocessing.
         """
         info = self._entry("main").inputs[0]
         return image.preprocess(source, self.metadata.preprocessing, dtype=info.dtype)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Copy the artifact to a folder, whole or not at all.
+        """Copy the artifact to a folder, atomically.
 
-        An artifact at `path` is replaced, and stays whole when anything fails.
+        An artifact at `path` is replaced, and remains unchanged if anything fails.
 
         Raises
         ------
         ArtifactError
-            If `path` holds something else, cannot be written, or the copy differs.
+            If `path` holds something else or cannot be written, or the copy differs.
         """
         destination = Path(path)
-        refuse_foreign(destination)
+        check_replaceable(destination)
         try:
             with files.atomic_folder(destination) as temporary:
                 for name in (LIBRARY, WEIGHTS, *self.metadata.libraries, CARD, METADATA):
@@ -171,13 +170,13 @@ class CompiledModel:
             raise ArtifactError(
                 "the artifact cannot be saved",
                 got=f"{error.strerror or error} ({error.filename or destination})",
-                hint=f"What was at {destination} is unchanged.",
+                hint=f"{destination} is unchanged.",
             ) from error
 
     def close(self) -> None:
-        """Let go of code, weights and temporary files; later calls are refused.
+        """Release code, weights and temporary files; later calls raise an error.
 
-        On a GPU, the memory goes back as well, but for that of results that are still in use.
+        On a GPU this frees the memory, except that of results still in use.
         """
         with self._lock:
             self._functions.clear()
@@ -193,7 +192,7 @@ class CompiledModel:
         self.close()
 
     def __repr__(self) -> str:
-        signature = ", ".join(tensors.describe(info) for info in self._entry("main").inputs)
+        signature = ", ".join(info.describe() for info in self._entry("main").inputs)
         return f"<CompiledModel {self.metadata.name} for {self.metadata.target.slug}: {signature}>"
 
     def _entry(self, name: str) -> Entry:
@@ -207,21 +206,21 @@ class CompiledModel:
             ) from None
 
     def _run(self, name: str, inputs: Sequence[Any]) -> list[Any]:
-        arguments = tensors.Arguments(inputs, self._entry(name).inputs, self._gpu)
-        with self._lock, self._place(arguments):
+        arguments = Arguments(inputs, self._entry(name).inputs, self._gpu)
+        with self._lock, self._stream(arguments):
             if name not in self._functions:
                 raise InvalidArgumentError("the model is closed", hint="Load it again.")
             function, weights = self._functions[name]
             library.use_threads(self.threads)
-            taken = arguments.tensors(self._buffers)
+            kernel_inputs = arguments.to_kernel(self._buffers)
             try:
-                result = function(*taken, *weights)
+                result = function(*kernel_inputs, *weights)
             except (RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise self._failure(error, name) from error
-        return [arguments.give(tensor) for tensor in flatten(result)]
+        return [arguments.from_kernel(tensor) for tensor in flatten(result)]
 
-    def _place(self, arguments: tensors.Arguments) -> contextlib.AbstractContextManager[None]:
-        """Make the caller's stream the one that kernels of this thread run on."""
+    def _stream(self, arguments: Arguments) -> contextlib.AbstractContextManager[None]:
+        """Run the kernels of this thread on the caller's stream."""
         if self._gpu is None:
             return contextlib.nullcontext()
         return self._gpu.turn_on_stream(arguments.stream)
@@ -233,23 +232,23 @@ class CompiledModel:
             told = self._gpu.error(error, needed=needed)
             if told is not None:
                 return told
-        return InvalidArgumentError("the compiled model refuses the input", got=first_line(error))
+        return InvalidArgumentError("the compiled model rejects the input", got=first_line(error))
 
 
 def flatten(result: Any) -> list[Any]:
-    """Return the tensors of a result, which may be a nest of TVM arrays, in order."""
+    """Return the tensors of a result, which may be nested TVM arrays, in order."""
     if hasattr(result, "__dlpack__"):
         return [result]
     return [tensor for item in result for tensor in flatten(item)]
 
 
-def refuse_foreign(destination: Path) -> None:
-    """Refuse to replace what is neither an artifact nor an empty folder.
+def check_replaceable(destination: Path) -> None:
+    """Check that a destination is free, an empty folder or an artifact.
 
     Raises
     ------
     ArtifactError
-        If something else is there.
+        If it is something else, which must not be replaced.
     """
     if not destination.exists():
         return
@@ -258,7 +257,7 @@ def refuse_foreign(destination: Path) -> None:
         if not names or METADATA in names:
             return
     raise ArtifactError(
-        "the destination exists and is no artifact, so it is not replaced",
+        "the destination exists and is not an artifact, so it is not replaced",
         got=destination,
         hint="Choose another folder, or remove it first.",
     )

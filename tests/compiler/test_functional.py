@@ -15,7 +15,7 @@ from dcnv3_tvm.compiler.operator import compile_op
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError, TargetError
 from dcnv3_tvm.op.reference import dcnv3_reference
-from dcnv3_tvm.runtime import dlpack
+from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.tolerances import operator_bound
 from helpers.specs import random_inputs
@@ -125,8 +125,7 @@ def test_awkward_arrays(change):
 @pytest.mark.parametrize("make", [np.copy, torch.from_numpy], ids=["numpy", "torch"])
 def test_contiguous_memory_is_shared(make):
     array = make(np.arange(24, dtype=np.float32).reshape(2, 3, 4))
-    kind = dlpack.kind_of({"x": array})
-    argument = dlpack.to_kernel(kind, array)
+    argument = tensors.to_kernel(array)
     array[0, 0, 0] = 100.0
     assert np.from_dlpack(argument)[0, 0, 0] == 100.0
 

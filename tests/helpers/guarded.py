@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from dcnv3_tvm.dtypes import numpy_dtype
-from dcnv3_tvm.runtime.dlpack import to_kernel
+from dcnv3_tvm.runtime.tensors import to_kernel
 
 _ALIGNMENT: Final = 64
 """Bytes that kernels expect the beginning of an argument to be a multiple of."""
@@ -37,7 +37,7 @@ class GuardedOutput:
         self._outside = memory[:start], memory[start + size :]
         self._array = memory[start : start + size].view(kind).reshape(tuple(shape))
         self._array.fill(np.nan)
-        self.argument = to_kernel("numpy", self._array)
+        self.argument = to_kernel(self._array)
         """What a kernel takes."""
 
     def checked(self) -> np.ndarray[Any, np.dtype[Any]]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.reference import Array, dcnv3_reference
-from dcnv3_tvm.runtime import dlpack
+from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.tolerances import operator_bound
 from helpers.guarded import GuardedOutput
@@ -54,7 +54,7 @@ def run(
     """
     out = GuardedOutput(output_shape(spec, inputs), spec.dtype)
     given = arguments(spec, inputs, packed, gate)
-    kernel(*(dlpack.to_kernel("numpy", array) for array in given), out.argument)
+    kernel(*(tensors.to_kernel(array) for array in given), out.argument)
     return out.checked()
 
 

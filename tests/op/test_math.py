@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import math as fast
-from dcnv3_tvm.runtime import dlpack
+from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.targets import resolve_target
 
 COUNT = 2**18
@@ -34,7 +34,7 @@ def evaluate(function, values):
     schedule.vectorize(schedule.split(loop, [None, 16])[1])
     executable = tvm.compile(IRModule({"main": schedule.mod["main"]}), target=resolve_target())
     out = np.full_like(values, np.nan)
-    executable["main"](dlpack.to_kernel("numpy", values), dlpack.to_kernel("numpy", out))
+    executable["main"](tensors.to_kernel(values), tensors.to_kernel(out))
     return out, executable
 
 

@@ -10,8 +10,8 @@ import torch
 from dcnv3_tvm import gpu, runtime
 from dcnv3_tvm.errors import DeviceError, InvalidArgumentError, MissingDependencyError, TargetError
 from dcnv3_tvm.runtime import TargetInfo, cuda, cuda_toolkit, library
+from dcnv3_tvm.runtime.arguments import Arguments
 from dcnv3_tvm.runtime.loading import check_target
-from dcnv3_tvm.runtime.tensors import Arguments
 from dcnv3_tvm.signature import TensorInfo
 
 H200 = gpu.GpuInfo(0, "NVIDIA H200", "sm_90", 150_000_000_000, 132)
@@ -167,7 +167,7 @@ def test_errors_of_the_gpu(fake_gpu, monkeypatch):
 def test_tensors_of_pytorch_are_taken_in_place_where_aligned(fake_gpu, offset):
     memory = torch.arange(192.0 + 4)
     image = memory[offset : offset + 192].view(1, 3, 8, 8)
-    (taken,) = Arguments([image], [IMAGE], fake_gpu).tensors([])
+    (taken,) = Arguments([image], [IMAGE], fake_gpu).to_kernel([])
     assert (taken.data_ptr() == image.data_ptr()) is (offset % 4 == 0)
     assert taken.data_ptr() % 16 == 0
     np.testing.assert_array_equal(np.from_dlpack(taken), image.numpy())
@@ -175,7 +175,7 @@ def test_tensors_of_pytorch_are_taken_in_place_where_aligned(fake_gpu, offset):
 
 def test_strided_tensors_of_pytorch_are_copied(fake_gpu):
     image = torch.arange(192.0).view(1, 8, 8, 3).permute(0, 3, 1, 2).requires_grad_()
-    (taken,) = Arguments([image], [IMAGE], fake_gpu).tensors([])
+    (taken,) = Arguments([image], [IMAGE], fake_gpu).to_kernel([])
     np.testing.assert_array_equal(np.from_dlpack(taken), image.detach().numpy())
 
 

@@ -32,5 +32,5 @@ def test_operator(dtype):
     assert operator.rule == "dcnv3"
     assert b"dcnv3_kernel" in operator.executable.code
     x = np.zeros((1, 8, 8, 32), np.float16 if dtype == "float16" else np.float32)
-    with pytest.raises(ValueError, match="not where the operator computes; got cpu"):
+    with pytest.raises(ValueError, match="not on the operator's device; got cpu"):
         operator(x, x, x)

@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.reference import dcnv3_reference
-from dcnv3_tvm.runtime import dlpack
+from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.schedules.cpu.dcnv3 import channel_tile, dcnv3
 from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
@@ -118,7 +118,7 @@ def test_results_where_nothing_divides(name, channels, symbolic):
     inputs = random_inputs(spec, seed=channels)
     out = np.full(spec.output_shape, np.nan, np.float32)
     arrays = (inputs.x, inputs.offset, inputs.mask)
-    executable["main"](*(dlpack.to_kernel("numpy", array) for array in (*arrays, out)))
+    executable["main"](*(tensors.to_kernel(array) for array in (*arrays, out)))
     reference = dcnv3_reference(*arrays, spec)
     assert np.all(np.abs(out - reference) <= operator_bound(spec, *arrays, reference))
 
@@ -134,7 +134,7 @@ def test_other_types(name, dtype):
     inputs = random_inputs(spec)
     arrays = (inputs.x, inputs.offset, inputs.mask)
     out = np.full(spec.output_shape, np.nan, inputs.x.dtype)
-    executable["main"](*(dlpack.to_kernel("numpy", array) for array in (*arrays, out)))
+    executable["main"](*(tensors.to_kernel(array) for array in (*arrays, out)))
     reference = dcnv3_reference(*arrays, spec)
     error = np.abs(out.astype(np.float64) - reference)
     assert np.all(error <= operator_bound(spec, *arrays, reference))
