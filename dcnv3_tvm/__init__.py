@@ -1,6 +1,6 @@
 """DCNv3 and InternImage compiled with TVM.
 
-Names are loaded when first used: ``import dcnv3_tvm`` imports neither PyTorch nor TVM.
+Public names are imported on first use, so ``import dcnv3_tvm`` imports neither PyTorch nor TVM.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from dcnv3_tvm.compiler.operator import compile_op
     from dcnv3_tvm.errors import DCNv3Error
     from dcnv3_tvm.runtime import CompiledModel, load
-    from dcnv3_tvm.spec import DCNv3Spec
+    from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "CompiledModel": "dcnv3_tvm.runtime",
     "DCNv3Error": "dcnv3_tvm.errors",
+    "DCNv3Params": "dcnv3_tvm.spec",
     "DCNv3Spec": "dcnv3_tvm.spec",
     "compile_artifact": "dcnv3_tvm.compiler.compile",
     "compile_model": "dcnv3_tvm.compiler.compile",
@@ -36,6 +37,7 @@ _HOMES = {
 __all__ = [
     "CompiledModel",
     "DCNv3Error",
+    "DCNv3Params",
     "DCNv3Spec",
     "compile_artifact",
     "compile_model",
@@ -47,10 +49,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        home = importlib.import_module(_HOMES[name])
+        module = importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:
         if error.name != "tvm":
             raise
@@ -58,7 +60,7 @@ def __getattr__(name: str) -> Any:
             f"dcnv3_tvm.{name} needs TVM's compiler, which is not installed",
             hint="Run: pip install apache-tvm==0.27.0.post1",
         ) from error
-    return getattr(home, name)
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Element types of the operator."""
+"""Supported element types."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, Final
 import numpy as np
 
 DTYPE_BYTES: Final = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-"""Element types that the operator takes, and their size in bytes."""
+"""Element types of the operator and their sizes in bytes."""
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """Find the NumPy type of a name; bfloat16 comes from ml_dtypes."""
+    """Return the NumPy dtype of a name; bfloat16 is provided by ml_dtypes."""
     if name == "bfloat16":
         import ml_dtypes
 

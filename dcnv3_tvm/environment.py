@@ -1,4 +1,4 @@
-"""The one table of environment variables that matter to this library."""
+"""Table of the environment variables that affect this library."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Variable:
     Parameters
     ----------
     name : str
-        As it is set in the shell.
+        Its name.
     reader : str
-        Who reads it.
+        The software that reads it.
     meaning : str
-        What it does, in one sentence.
+        Its effect, in one sentence.
     """
 
     name: str
@@ -27,44 +27,44 @@ class Variable:
 
     @property
     def value(self) -> str | None:
-        """The present value; None when it is not set."""
+        """The current value; None if not set."""
         return os.environ.get(self.name)
 
 
 TVM_NUM_THREADS: Final = Variable(
     "TVM_NUM_THREADS",
     "TVM and this library",
-    "Threads of a compiled model; unset means the physical cores this process may use.",
+    "Threads of a compiled model; default: the physical cores available to this process.",
 )
 OMP_NUM_THREADS: Final = Variable(
     "OMP_NUM_THREADS",
     "TVM, PyTorch and this library",
-    "The same where TVM_NUM_THREADS is not set.",
+    "As TVM_NUM_THREADS, if that is not set.",
 )
 TVM_BIND_THREADS: Final = Variable(
     "TVM_BIND_THREADS",
     "TVM",
-    "0 keeps its threads from being pinned to cores.",
+    "0 disables pinning of its threads to cores.",
 )
 GOMP_SPINCOUNT: Final = Variable(
     "GOMP_SPINCOUNT",
     "PyTorch's OpenMP",
-    "10000, set before PyTorch is imported, keeps its idle threads from slowing TVM's down.",
+    "10000, set before PyTorch is imported, stops its idle threads from slowing TVM's down.",
 )
 OMP_WAIT_POLICY: Final = Variable(
     "OMP_WAIT_POLICY",
     "PyTorch's OpenMP",
-    "PASSIVE does the same for TVM, but can slow PyTorch's small operations down.",
+    "PASSIVE has the same effect, but can slow PyTorch's small operations down.",
 )
 TVM_LIBRARY_PATH: Final = Variable(
     "TVM_LIBRARY_PATH",
     "TVM and this library",
-    "A folder searched first for libtvm_runtime.",
+    "Folder searched first for libtvm_runtime.",
 )
 CUDA_HOME: Final = Variable(
     "CUDA_HOME",
     "PyTorch and this library",
-    "The folder of the CUDA toolkit, whose bin/nvcc compiles kernels for GPUs.",
+    "Folder of the CUDA toolkit, whose bin/nvcc compiles GPU kernels.",
 )
 TVM_BACKTRACE: Final = Variable(
     "TVM_BACKTRACE", "TVM", "1 shows TVM's own backtrace when TVM fails."
@@ -80,4 +80,4 @@ VARIABLES: Final = (
     CUDA_HOME,
     TVM_BACKTRACE,
 )
-"""Every variable, in the order the command line shows them."""
+"""All variables, in the order that the command line prints."""

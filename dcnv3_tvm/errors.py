@@ -1,6 +1,6 @@
-"""Every error this library raises on purpose.
+"""The errors this library raises.
 
-Each message says what is wrong, what was got, what is allowed and what to do, in that order.
+A message says, in this order: what is wrong, what was given, what is allowed, what to do.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ class DCNv3Error(Exception):
     Parameters
     ----------
     problem : str
-        What is wrong, as a clause without a final full stop.
+        What is wrong, as a clause without a full stop.
     got : object, optional
-        What was received.
+        What was given.
     allowed : object, optional
-        What would have been accepted.
+        What is accepted.
     hint : str, optional
-        What to do or to type.
+        What to do, as a sentence.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class DCNv3Error(Exception):
 
 
 class InvalidArgumentError(DCNv3Error, ValueError):
-    """An argument has a value, shape, layout or dtype that the call cannot take."""
+    """An argument has an invalid value, shape, layout or dtype."""
 
 
 class CheckpointError(DCNv3Error, ValueError):
-    """A checkpoint cannot be read, or does not fit the model."""
+    """A checkpoint cannot be read, or does not match the model."""
 
 
 class ModelImportError(DCNv3Error):
-    """A model cannot be turned into Relax."""
+    """A model cannot be converted to Relax."""
 
 
 class CompileError(DCNv3Error):
@@ -61,19 +61,19 @@ class CompileError(DCNv3Error):
 
 
 class TargetError(DCNv3Error, ValueError):
-    """A target is unknown, or is not the machine the code runs on."""
+    """A target is unknown, or is not the machine that runs the code."""
 
 
 class ArtifactError(DCNv3Error):
-    """A compiled artifact cannot be read, does not fit this machine, or was changed."""
+    """A compiled artifact cannot be read, was modified, or is for another machine."""
 
 
 class DeviceError(DCNv3Error, RuntimeError):
-    """The GPU has too little free memory, or failed while it computed."""
+    """The GPU has too little free memory, or failed during a computation."""
 
 
 class ImageError(DCNv3Error, ValueError):
-    """A file is not an image that can be read."""
+    """A file is not a readable image."""
 
 
 class MissingDependencyError(DCNv3Error, ImportError):

@@ -19,21 +19,21 @@ _RENAME_EXCHANGE: Final = 2
 
 @contextlib.contextmanager
 def atomic_folder(destination: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `destination` when the block ends well.
+    """Yield a temporary folder that is renamed to `destination` when the block succeeds.
 
-    Whatever ends the block early (a full or read-only disk, Ctrl-C, any error) removes the
-    temporary folder and leaves what was at `destination` as it was. A folder at `destination` is
-    replaced in one step where the file system can exchange two names.
+    Any failure of the block (a full or read-only disk, Ctrl-C, any exception) removes the temporary
+    folder and leaves `destination` unchanged. An existing folder is replaced atomically where the
+    file system can exchange two names.
 
     Parameters
     ----------
     destination : Path
-        The temporary folder is made beside it, hidden; missing parents are made.
+        The temporary folder is created in the same parent, hidden; missing parents are created.
 
     Raises
     ------
     OSError
-        If something cannot be written.
+        If a file cannot be written.
     """
     destination = destination.absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -44,24 +44,24 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*")):
             if path.is_file():
                 _flush(path)
-        _put_in_place(temporary, destination)
+        _replace(temporary, destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
-    """Yield a temporary path whose file becomes `destination` when the block ends well.
+    """Yield a temporary path whose file is renamed to `destination` when the block succeeds.
 
     Parameters
     ----------
     destination : Path
-        The temporary file is made beside it, with the same ending.
+        The temporary file is in the same folder and has the same suffix.
 
     Raises
     ------
     OSError
-        If something cannot be written.
+        If the file cannot be written.
     """
     destination = destination.absolute()
     temporary = _sibling(destination).with_suffix(destination.suffix)
@@ -87,17 +87,17 @@ def _sibling(destination: Path) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """Make the disk say now, not after the rename, that it is full."""
+    """Write a file to disk, so that a full disk raises before the rename."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
 
-def _put_in_place(temporary: Path, destination: Path) -> None:
+def _replace(temporary: Path, destination: Path) -> None:
     if not destination.exists():
         temporary.rename(destination)
         return
     if _exchange(temporary, destination):
-        return  # `temporary` now holds the old folder, and the caller removes it
+        return  # `temporary` is now the old folder, which the caller removes
     old = _sibling(destination)
     destination.rename(old)
     try:
@@ -109,7 +109,7 @@ def _put_in_place(temporary: Path, destination: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two names in one step; False where the system cannot."""
+    """Exchange two names atomically; return False if the system does not support it."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

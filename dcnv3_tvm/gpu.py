@@ -1,7 +1,6 @@
-"""NVIDIA GPUs: what an architecture offers, and which devices this machine has.
+"""NVIDIA GPUs: limits of the architectures, and the devices of this machine.
 
-The devices are asked of the driver's library, which is there wherever a GPU is: no PyTorch, no
-TVM and no CUDA toolkit is needed.
+Devices are queried through the driver's library; neither PyTorch, TVM nor a CUDA toolkit is needed.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ _NAME_LENGTH: Final = 256
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a multiprocessor of an architecture offers, from the CUDA programming guide.
+    """Limits of a streaming multiprocessor (SM), from the CUDA programming guide.
 
     Parameters
     ----------
     threads : int
-        Most resident threads.
+        Maximum resident threads.
     blocks : int
-        Most resident blocks.
+        Maximum resident thread blocks.
     shared_bytes : int
-        Shared memory of the multiprocessor; a block can have `RESERVED_SHARED` less.
+        Shared memory of the SM; a block can use `RESERVED_SHARED` less.
     """
 
     threads: int
@@ -41,18 +40,18 @@ class Architecture:
 
     @property
     def block_shared_bytes(self) -> int:
-        """Most shared memory of a block."""
+        """Maximum shared memory of a block."""
         return self.shared_bytes - RESERVED_SHARED
 
 
 RESERVED_SHARED: Final = 1024
-"""Bytes of shared memory that the system reserves in every block."""
+"""Bytes of shared memory that CUDA reserves in every block."""
 
 SM_REGISTERS: Final = 65536
-"""32-bit registers of a multiprocessor, in all `ARCHITECTURES`."""
+"""32-bit registers of an SM, on all `ARCHITECTURES`."""
 
 MAX_BLOCK_THREADS: Final = 1024
-"""Most threads of a block, in all `ARCHITECTURES`."""
+"""Maximum threads of a block, on all `ARCHITECTURES`."""
 
 WARP_SIZE: Final = 32
 """Threads of a warp."""
@@ -64,7 +63,7 @@ FRAGMENT: Final = 16
 """Rows, columns and depth of the tiles that tensor cores multiply."""
 
 FULL_GPU_BLOCKS: Final = 132
-"""Blocks that give every multiprocessor of a large GPU one."""
+"""Thread blocks that put one on every SM of a large GPU."""
 
 FULL_GPU_THREADS: Final = 2**17
 """Threads that occupy a large GPU once; with fewer in total, each should do less."""
@@ -81,8 +80,8 @@ ARCHITECTURES: Final = {
     "sm_100": Architecture(threads=2048, blocks=32, shared_bytes=228 * 1024),
     "sm_120": Architecture(threads=1536, blocks=24, shared_bytes=100 * 1024),
 }
-"""Architectures that kernels are scheduled for: those with tensor cores for bfloat16 and copies
-into shared memory that bypass registers."""
+"""Supported architectures: those with bfloat16 tensor cores and asynchronous copies to shared
+memory."""
 
 
 def vector_elements(extent: int, *dtypes: str) -> int:
@@ -105,17 +104,17 @@ def vector_elements(extent: int, *dtypes: str) -> int:
 
 
 def runs_on(compiled: str, present: str) -> bool:
-    """Tell whether machine code for one architecture runs on another.
+    """Return whether machine code for one architecture runs on another.
 
-    It does on later versions of the same generation (the code for 8.6 on 8.9), as long as a block
-    can have as much shared memory there. Embedded GPUs stand alone.
+    It runs on later minor versions of the same major version (code for 8.6 on 8.9) that have at
+    least as much shared memory. Code for embedded GPUs runs only on the same architecture.
 
     Parameters
     ----------
     compiled : str
-        The architecture of the code, for example ``"sm_90"``.
+        Architecture of the code, for example ``"sm_90"``.
     present : str
-        The architecture of the GPU.
+        Architecture of the GPU.
 
     Examples
     --------
@@ -126,11 +125,16 @@ def runs_on(compiled: str, present: str) -> bool:
         return True
     if not {compiled, present} <= ARCHITECTURES.keys() - _EMBEDDED:
         return False
-    (generation, version), (their_generation, their_version) = (
+    (code_major, code_minor), (gpu_major, gpu_minor) = (
         divmod(int(arch.removeprefix("sm_")), 10) for arch in (compiled, present)
     )
     enough = ARCHITECTURES[present].shared_bytes >= ARCHITECTURES[compiled].shared_bytes
-    return generation == their_generation and version <= their_version and enough
+    return code_major == gpu_major and code_minor <= gpu_minor and enough
+
+
+def target_name(arch: str) -> str:
+    """Return the target for an architecture, for example ``"cuda-sm90"`` for ``"sm_90"``."""
+    return f"cuda-{arch.replace('_', '')}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,15 +144,15 @@ class GpuInfo:
     Parameters
     ----------
     index : int
-        Its number, as CUDA counts.
+        CUDA's index of the device.
     name : str
         For example ``"NVIDIA H200"``.
     arch : str
         For example ``"sm_90"``.
     total_bytes : int
-        Its memory.
+        Size of its memory.
     processors : int
-        Its multiprocessors.
+        Number of its SMs.
     """
 
     index: int
@@ -160,7 +164,7 @@ class GpuInfo:
 
 @functools.cache
 def devices() -> tuple[GpuInfo, ...]:
-    """List the GPUs of this machine; none where there is no driver."""
+    """List the GPUs of this machine; empty without a driver."""
     driver = _driver()
     count = ctypes.c_int(0)
     if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
@@ -174,14 +178,14 @@ def device(index: int = 0) -> GpuInfo:
     Raises
     ------
     TargetError
-        If there is no such GPU.
+        If the machine has no such GPU.
     """
     found = devices()
     if not found:
         raise TargetError(
             "this machine has no NVIDIA GPU, or no driver for it",
             got=f"no {_DRIVER} that lists a device",
-            hint="Check that nvidia-smi shows the GPU; to compile for another machine, name its "
+            hint="Check that nvidia-smi lists the GPU; to compile for another machine, name its "
             'architecture: target="cuda-sm90" (--target cuda-sm90).',
         )
     if not 0 <= index < len(found):
@@ -193,14 +197,8 @@ def device(index: int = 0) -> GpuInfo:
     return found[index]
 
 
-def kernel_ready(tensor: Any) -> Any:
-    """Return a PyTorch tensor on a GPU as kernels take it: contiguous and aligned."""
-    dense = tensor.detach().contiguous()
-    return dense.clone() if dense.data_ptr() % VECTOR_BYTES else dense
-
-
 def driver_version() -> tuple[int, int] | None:
-    """Return the newest CUDA that the driver supports, such as (13, 0); None without a driver."""
+    """Return the newest CUDA version the driver supports, such as (13, 0); None if no driver."""
     driver = _driver()
     version = ctypes.c_int(0)
     if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)) != 0:

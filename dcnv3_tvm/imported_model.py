@@ -1,4 +1,4 @@
-"""What the importers hand to the compiler."""
+"""A model as the importers pass it to the compiler."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class ImportedModel:
-    """A model in Relax, with its weights beside it.
+    """A Relax module with its weights and the signatures of its functions.
 
     Parameters
     ----------
     name : str
-        For example ``"internimage_t"``; names the artifact.
+        For example ``"internimage_t"``; becomes the name of the artifact.
     module : tvm.IRModule
-        One Relax function for each entry, of the entry's name, whose parameters are the entry's
-        inputs followed by its weights.
+        One Relax function for each entry, with the entry's name. Its parameters are the entry's
+        inputs, followed by its weights.
     entries : dict of str to Entry
-        ``"main"`` is what the PyTorch module returns; ``"features"``, where present, returns the
-        feature pyramid (NCHW maps).
+        ``"main"`` returns what the original model returns; ``"features"``, where present, returns
+        the feature pyramid (NCHW maps).
     weights : dict of str to numpy.ndarray
-        By their names in the PyTorch state dict; shared by the entries.
+        By name, as in the PyTorch state dict; shared by the entries.
     config : dict
-        The variant and its configuration, plain values; empty when unknown.
+        Variant and configuration as plain values; empty if unknown.
     preprocessing : dict
-        How an image becomes the input, plain values; empty when unknown.
+        How an image becomes the input, as plain values; empty if unknown.
     """
 
     name: str

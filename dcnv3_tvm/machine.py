@@ -1,4 +1,4 @@
-"""What the machine under us is: architecture, processor features, cores."""
+"""Properties of this machine: architecture, CPU features, cores."""
 
 from __future__ import annotations
 
@@ -62,27 +62,27 @@ _KERNEL_FLAGS: Final = {
     "sve": "sve",
     "sve2": "sve2",
 }
-"""LLVM's name of a feature that compiled code may use, and the Linux kernel's name of it.
+"""LLVM's names of CPU features that compiled code may use, with the Linux kernel's names.
 
-Features that a code generator never uses by itself (cache control, protection keys and so on) are
-left out: virtual machines hide them.
+Features that a code generator does not use by itself (cache control, protection keys and so on) are
+omitted, because virtual machines hide them.
 """
 
 
 def architecture() -> str:
-    """Return the processor architecture as LLVM spells it, for example ``"x86_64"``."""
+    """Return LLVM's name of the processor architecture, for example ``"x86_64"``."""
     name = platform.machine().lower()
     return _ARCHITECTURES.get(name, name)
 
 
 def cpu_name() -> str:
-    """Return the processor's name for people, for example ``"AMD EPYC 9R14"``."""
+    """Return the processor's marketing name, for example ``"AMD EPYC 9R14"``."""
     fields = _cpuinfo()
     return fields.get("model name") or platform.processor() or architecture()
 
 
 def cpu_features() -> frozenset[str] | None:
-    """Return the LLVM names of the features this processor has; None where nobody can say."""
+    """Return LLVM's names of this processor's features; None if unknown."""
     fields = _cpuinfo()
     flags = fields.get("flags") or fields.get("Features")
     if flags is None:
@@ -92,13 +92,13 @@ def cpu_features() -> frozenset[str] | None:
 
 
 def missing_features(required: Iterable[str]) -> list[str]:
-    """Return those of the required LLVM features that this processor lacks.
+    """Return the required LLVM features that this processor does not have.
 
     Parameters
     ----------
     required : iterable of str
-        LLVM names, with or without a leading ``+``. Names that say nothing about compiled code
-        are ignored.
+        LLVM names, with or without a leading ``+``. Features that do not affect compiled code are
+        ignored.
     """
     present = cpu_features()
     if present is None:
@@ -108,7 +108,7 @@ def missing_features(required: Iterable[str]) -> list[str]:
 
 
 def usable_cores() -> set[int]:
-    """Return the numbers of the logical processors this thread may use."""
+    """Return the indices of the logical processors available to this thread."""
     try:
         return os.sched_getaffinity(0)
     except AttributeError:
@@ -116,7 +116,7 @@ def usable_cores() -> set[int]:
 
 
 def physical_cores() -> int:
-    """Return the number of cores this process may use, hyper-threads of one core counted once."""
+    """Return the number of physical cores available to this process."""
     return len({_siblings(index) for index in usable_cores()}) or 1
 
 
@@ -130,7 +130,7 @@ def _siblings(index: int) -> str:
 
 @functools.cache
 def _cpuinfo() -> dict[str, str]:
-    """Return the first processor's fields of /proc/cpuinfo; empty where there is none."""
+    """Return the fields of the first processor in /proc/cpuinfo; empty without that file."""
     try:
         text = _CPUINFO.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Say on stderr what a long job is doing."""
+"""Progress of a long job on stderr."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TextIO
 
 
 class Progress:
-    """Shows the step a job is at, and the seconds since it began.
+    """Print the current step of a job and the seconds since it started.
 
-    On a terminal the steps share one line; elsewhere each is a line of its own.
+    On a terminal the steps overwrite one line; elsewhere each is a separate line.
 
     Parameters
     ----------
     title : str
-        Name of the job, shown with its total time at the end.
+        Name of the job, printed with its total time at the end.
     stream : text stream, optional
         Standard error by default.
     quiet : bool
-        Show nothing.
+        Print nothing.
 
     Examples
     --------
@@ -36,12 +36,12 @@ class Progress:
         self._start = time.monotonic()
 
     def step(self, name: str) -> None:
-        """Begin a step."""
+        """Start a step."""
         self._show(f"[{self.seconds:6.1f} s] {self._title}: {name}", last=False)
 
     @property
     def seconds(self) -> float:
-        """Seconds since the job began."""
+        """Seconds since the job started."""
         return time.monotonic() - self._start
 
     def __enter__(self) -> Progress:
@@ -60,7 +60,7 @@ class Progress:
         if self._quiet:
             return
         if self._terminal:
-            # Back to the start of the line, and clear it.
+            # Return to the start of the line and clear it.
             self._stream.write(f"\r\x1b[K{line}" + ("\n" if last else ""))
         else:
             self._stream.write(f"{line}\n")

@@ -1,4 +1,4 @@
-"""Targets: detection of this machine, names people type, and slugs for files."""
+"""Compilation targets: parsing, detection of this machine, slugs, and CPU vector widths."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ _INTEGER_OPTIONS: Final = ("num-cores", "opt-level")
 
 
 def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
-    """Turn what a user types into a TVM target.
+    """Convert a target to TVM's form.
 
     Parameters
     ----------
     target : str, mapping or tvm.target.Target
         ``"auto"``, ``"cpu"`` and ``"llvm"`` mean this machine's processor, as LLVM detects it.
         ``"cpu-znver4"`` and ``"llvm -mcpu=znver4"`` name another one; ``-mtriple``, ``-mattr``,
-        ``-mabi``, ``-num-cores`` and ``-opt-level`` are understood too. ``"cuda"`` means this
-        machine's first GPU, ``"cuda-sm90"`` and ``"cuda -arch=sm_90"`` any of that architecture.
-        A mapping is TVM's own form, ``{"kind": "llvm", "mcpu": "znver4"}``.
+        ``-mabi``, ``-num-cores`` and ``-opt-level`` are supported too. ``"cuda"`` means this
+        machine's first GPU, ``"cuda-sm90"`` and ``"cuda -arch=sm_90"`` any GPU of that
+        architecture. A mapping is TVM's own form, ``{"kind": "llvm", "mcpu": "znver4"}``.
 
     Returns
     -------
     tvm.target.Target
-        Of kind llvm or cuda. ``num-cores`` is present only if it was given: the number of cores is
-        the machine's that runs the code.
+        Of kind llvm or cuda. It has ``num-cores`` only if that was given, because the machine that
+        runs the code determines the number of cores.
 
     Raises
     ------
     TargetError
-        If the target is not understood, LLVM does not know the processor, kernels are not scheduled
-        for the GPU's architecture, or this machine has no GPU where its own was asked for.
+        If the target is invalid, LLVM does not know the processor, the GPU's architecture is not
+        supported, or this machine's GPU was requested and it has none.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
     elif isinstance(target, Mapping):
         config = dict(target)
     else:
-        raise TargetError("target is not understood", got=repr(target), allowed=_ALLOWED)
+        raise TargetError("target is not valid", got=repr(target), allowed=_ALLOWED)
     kind = config.get("kind")
     if kind == "cuda":
         return _cuda(config)
@@ -76,12 +76,12 @@ def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
         return Target(config)
     except (ValueError, TypeError, RuntimeError) as error:
         raise TargetError(
-            f"target is not understood by TVM ({error})", got=repr(target), allowed=_ALLOWED
+            f"TVM rejects the target ({error})", got=repr(target), allowed=_ALLOWED
         ) from error
 
 
 def resolve_gpu(target: str | Mapping[str, Any] | Target) -> Target:
-    """Turn what a user types into a target, where only a GPU makes sense.
+    """Convert a target to TVM's form, where a GPU is required.
 
     Parameters
     ----------
@@ -91,42 +91,41 @@ def resolve_gpu(target: str | Mapping[str, Any] | Target) -> Target:
     Raises
     ------
     TargetError
-        As from `resolve_target`, and if it is no GPU.
+        As for `resolve_target`, and if it is not a GPU.
     """
     resolved = resolve_target(target)
     if not is_gpu(resolved):
         raise TargetError(
-            "the target is no GPU",
+            "the target is not a GPU",
             got=target_slug(resolved),
-            allowed=", ".join(f"cuda-{arch.replace('_', '')}" for arch in gpu.ARCHITECTURES),
+            allowed=", ".join(map(gpu.target_name, gpu.ARCHITECTURES)),
         )
     return resolved
 
 
 def host_cpu() -> str:
-    """Name LLVM's name of the processor this runs on, for example ``"znver4"``."""
+    """Return LLVM's name of this machine's processor, for example ``"znver4"``."""
     from tvm.target import codegen
 
     return str(codegen.llvm_get_system_cpu())
 
 
 def target_slug(target: Target) -> str:
-    """Name a target for files, records and test ids, for example ``"cpu-znver4"``."""
+    """Return a target's name for files, records and test ids, for example ``"cpu-znver4"``."""
     if target.kind.name == "llvm":
         return f"cpu-{target.attrs.get('mcpu', 'generic')}"
-    arch = str(target.attrs.get("arch", "")).replace("_", "")
-    return "-".join(part for part in (target.kind.name, arch) if part)
+    return gpu.target_name(str(target.attrs["arch"]))
 
 
 def target_features(target: Target) -> frozenset[str]:
-    """List LLVM's features of a CPU target, such as ``"avx512f"``; tuning flags included."""
+    """Return LLVM's features of a CPU target, such as ``"avx512f"``, including tuning flags."""
     from tvm.target import codegen
 
     return frozenset(str(feature) for feature in codegen.llvm_get_cpu_features(target))
 
 
 def vector_bits(target: Target) -> int:
-    """Measure the widest vector register of a CPU target, in bits."""
+    """Return the width of a CPU target's vector registers, in bits."""
     features = target_features(target)
     if "avx512f" in features:
         return 512
@@ -136,14 +135,14 @@ def vector_bits(target: Target) -> int:
 
 
 def vector_lanes(target: Target, dtype: str) -> int:
-    """Count the elements of a dtype that one vector register of a CPU target holds."""
+    """Return the number of elements of a dtype in a vector register of a CPU target."""
     from tvm import DataType
 
     return vector_bits(target) // int(DataType(dtype).bits)
 
 
 def num_cores(target: Target) -> int:
-    """Count the cores: the target's ``num-cores`` where given, else this process's."""
+    """Return the target's ``num-cores`` if given, else the cores available to this process."""
     given = target.attrs.get("num-cores")
     if given is not None and int(given) > 0:
         return int(given)
@@ -151,23 +150,23 @@ def num_cores(target: Target) -> int:
 
 
 def is_gpu(target: Target) -> bool:
-    """Tell whether kernels for a target run on a GPU."""
+    """Return whether a target is a GPU."""
     return str(target.kind.name) == "cuda"
 
 
 def gpu_architecture(target: Target) -> gpu.Architecture:
-    """Return what a multiprocessor of a GPU target offers."""
+    """Return the limits of a GPU target's SMs."""
     return gpu.ARCHITECTURES[str(target.attrs["arch"])]
 
 
 def _cuda(config: Mapping[str, Any]) -> Target:
-    """Build a GPU target; its host part is for any processor of this architecture."""
+    """Return a GPU target whose host code runs on any processor of this architecture."""
     from tvm.target import Target
 
     arch = str(config.get("arch") or gpu.device().arch)
     if arch not in gpu.ARCHITECTURES:
         raise TargetError(
-            "kernels are not scheduled for this GPU architecture",
+            "the GPU architecture is not supported",
             got=arch,
             allowed=", ".join(gpu.ARCHITECTURES),
             hint="A target is written as cuda-sm90; GPUs older than sm_80 are not supported.",
@@ -232,7 +231,7 @@ def _parse_cuda(text: str, kind: str, options: list[str]) -> dict[str, Any]:
 
 
 def _check_cpu(config: Mapping[str, Any]) -> None:
-    """Refuse a processor that LLVM does not know: TVM would only print, and build generic code."""
+    """Reject a processor that LLVM does not know: TVM 0.27 would warn and build generic code."""
     from tvm.target import Target, codegen
 
     base = {"kind": "llvm"}
@@ -244,5 +243,5 @@ def _check_cpu(config: Mapping[str, Any]) -> None:
             "LLVM does not know the processor",
             got=f"mcpu={config['mcpu']!r}",
             allowed=", ".join(known),
-            hint='Use "auto" for this machine, or a name of the list.',
+            hint='Use "auto" for this machine, or a name from the list.',
         )

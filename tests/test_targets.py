@@ -99,10 +99,10 @@ def test_the_gpu_of_this_machine(monkeypatch):
         ("llvm -unroll=3", "a target option is unknown"),
         ("llvm -num-cores=two", "a target option is unknown"),
         ({"kind": "vulkan"}, "target is neither a CPU nor an NVIDIA GPU"),
-        ("cuda-sm75", "not scheduled for this GPU architecture; got sm_75; allowed: sm_80, "),
+        ("cuda-sm75", "GPU architecture is not supported; got sm_75; allowed: sm_80, "),
         ("cuda-sm90 -x", "target is unknown"),
         ("cuda -mcpu=sm_90", "target is unknown"),
-        (7, "target is not understood"),
+        (7, "target is not valid"),
     ],
     ids=str,
 )

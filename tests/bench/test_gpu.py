@@ -330,7 +330,7 @@ def test_result_names():
 
 
 def test_ahead_only_for_gpus(tmp_path):
-    with pytest.raises(TargetError, match="the target is no GPU"):
+    with pytest.raises(TargetError, match="the target is not a GPU"):
         compile_ahead([], [], artifacts=tmp_path, target="cpu")
 
 

@@ -168,7 +168,7 @@ def test_bad_usage(cli, arguments, words, tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (("--target", "toaster"), "target is unknown"),
-        (("--target", "cuda-sm75"), "not scheduled for this GPU architecture"),
+        (("--target", "cuda-sm75"), "GPU architecture is not supported"),
         (("--dtype", "float8"), "allowed: float32, bfloat16, float16"),
         (
             ("--target", "cpu-haswell", "--dtype", "bfloat16"),

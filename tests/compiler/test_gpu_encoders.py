@@ -105,7 +105,7 @@ def test_what_is_too_far_is_a_failure(capsys, monkeypatch):
 
 def test_only_for_gpus(capsys):
     assert main([*ARGUMENTS, "--target", "cpu"]) == 2
-    assert "the target is no GPU" in capsys.readouterr().err
+    assert "the target is not a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.slow
