@@ -43,7 +43,8 @@ def imports(source: str, names: set[str]) -> set[str]:
 
 
 def test_imports_are_read():
-    source = "if TYPE_CHECKING:\n    import a.x\ndef f():\n    from a import b, c\nfrom a.b import d"
+    checked = "if TYPE_CHECKING:\n    import a.x\n"
+    source = checked + "def f():\n    from a import b, c\nfrom a.b import d"
     assert imports(source, {"a", "a.b", "a.x"}) == {"a", "a.b"}
 
 

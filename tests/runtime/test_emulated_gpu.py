@@ -43,6 +43,8 @@ BEGIN = """
             return f"{type(error).__name__}: {error}"
 """
 
+TESTS = Path(__file__).parents[1]
+
 
 @pytest.fixture
 def run(emulated, gpu_artifact):
@@ -53,7 +55,7 @@ def run(emulated, gpu_artifact):
             capture_output=True,
             text=True,
             timeout=300,
-            env=os.environ | emulated | environment,
+            env=os.environ | {"PYTHONPATH": str(TESTS)} | emulated | environment,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
