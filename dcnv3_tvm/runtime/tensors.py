@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 
@@ -141,7 +141,7 @@ def to_numpy(tensor: Any) -> np.ndarray:
 def empty_like(tensor: TensorT, shape: Sequence[int]) -> TensorT:
     """Allocate an uninitialized tensor of the kind, dtype and device of another."""
     like: Any = tensor
-    result: TensorT
+    result: Any
     if isinstance(like, np.ndarray):
         result = np.empty(shape, like.dtype.newbyteorder("="))
     elif _is_torch(like):
@@ -150,7 +150,7 @@ def empty_like(tensor: TensorT, shape: Sequence[int]) -> TensorT:
         ffi = tvm_ffi()
         allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
         result = allocate(ffi.Shape(shape), like.dtype, like.device, None)
-    return result
+    return cast("TensorT", result)
 
 
 def view(memory: Any, shape: Sequence[int], dtype: str) -> Any:
