@@ -76,6 +76,10 @@ class ImageError(DCNv3Error, ValueError):
     """A file is not a readable image."""
 
 
+class TuningError(DCNv3Error):
+    """A tuning session cannot start or continue; all measured trials are kept."""
+
+
 class MissingDependencyError(DCNv3Error, ImportError):
     """An optional package that the call needs is not installed."""
 

@@ -1,4 +1,4 @@
-"""``dcnv3-tvm records``: look at tuning records, check, join, prune and export them."""
+"""``dcnv3-tvm records``: show, check, merge, prune and export tuning records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP: Final = "show, check, merge, prune or export tuning records"
 
-_FOLDER: Final = "folder of records, work directory of a session, or a target that has shipped ones"
+_FOLDER: Final = "folder of records, work directory of `tune`, or target with shipped records"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,31 +29,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("records", help=_FOLDER)
     check = actions.add_parser(
         "check",
-        help="say which kernels of a model have records",
-        description="Say which kernels of a model have records. Fails if one is refused.",
+        help="list the kernels of a model that have records",
+        description="List the kernels of a model that have records. Exit code 1 if a record is "
+        "invalid for its kernel.",
     )
     check.add_argument("records", help=_FOLDER)
-    check.add_argument("model", help="a name of `dcnv3-tvm models`")
-    check.add_argument("--dtype", default="float32", help="of products (default: %(default)s)")
-    check.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
+    check.add_argument("model", help="name listed by `dcnv3-tvm models`")
+    check.add_argument("--dtype", default="float32", help="element type (default: %(default)s)")
+    check.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
     check.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="of images (default: the model's own)"
+        "--size", type=parse_size, metavar="HxW", help="image size (default: the model's own)"
     )
     merge = actions.add_parser(
         "merge",
-        help="join folders, the fastest record of each kernel",
-        description="Join folders of one target: of each kernel the record with the shortest time.",
+        help="merge folders, keeping the fastest record of each kernel",
+        description="Merge folders of one target, keeping the fastest record of each kernel.",
     )
-    merge.add_argument("output", type=Path, help="folder to write; it may be one of the others")
+    merge.add_argument("output", type=Path, help="folder to write; may be one of the inputs")
     merge.add_argument("records", nargs="+", help=_FOLDER)
     prune = actions.add_parser(
         "prune",
-        help="drop records that say no more than the rule itself",
-        description="Drop records that are no faster than the schedule by default.",
+        help="drop records that are hardly faster than the default",
+        description="Drop records that are hardly faster than the default schedule.",
     )
     prune.add_argument("records", type=Path, help="folder of records")
     prune.add_argument(
-        "--faster", type=float, default=1.03, metavar="X", help="keep from here (default: 1.03)"
+        "--min-speedup",
+        type=float,
+        default=1.03,
+        metavar="X",
+        help="keep records with at least this speedup (default: 1.03)",
     )
     export = actions.add_parser(
         "export", help="write records as CSV", description="Write records as a CSV file."
@@ -61,14 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("records", help=_FOLDER)
     export.add_argument("output", type=Path, help="the CSV file")
     for action in (show, check, merge, prune, export):
-        # The command has an option of this name, too, whose value must stand.
+        # Without SUPPRESS, the default here would overwrite --json of the command itself.
         action.add_argument(
             "--json", action="store_true", default=argparse.SUPPRESS, help="print JSON"
         )
 
 
 def execute(arguments: argparse.Namespace) -> Result:
-    """Do what was asked."""
+    """Run the action."""
     actions = {
         "show": _show,
         "check": _check,
@@ -80,7 +85,7 @@ def execute(arguments: argparse.Namespace) -> Result:
 
 
 def _read(name: str) -> Records:
-    """Read a folder, or what is shipped for a target."""
+    """Read a folder, or the records shipped for a target."""
     from dcnv3_tvm.schedules.records import SHIPPED, Records, holds_records, records_folder
 
     for folder in (records_folder(Path(name)), SHIPPED / name):
@@ -90,7 +95,7 @@ def _read(name: str) -> Records:
     raise InvalidArgumentError(
         "there are no tuning records",
         got=name,
-        allowed="a folder that `dcnv3-tvm tune` wrote"
+        allowed="a folder written by `dcnv3-tvm tune`"
         + (f", or one of {', '.join(shipped)}" if shipped else ""),
     )
 
@@ -109,7 +114,7 @@ def _show(arguments: argparse.Namespace) -> Result:
         )
         for record in records.by_workload.values()
     ]
-    header = ["default us", "tuned us", "faster", "trials", "decisions", "kernel"]
+    header = ["default us", "tuned us", "speedup", "trials", "decisions", "kernel"]
     text = (
         f"{len(rows)} records for {about.target}: {about.hardware}, {about.cores} cores, "
         f"apache-tvm {about.tvm}, commit {about.commit or 'unknown'}, {about.trials} trials, "
@@ -135,14 +140,14 @@ def _check(arguments: argparse.Namespace) -> Result:
         }
         for task in model_tasks(imported, target, arguments.dtype)
     ]
-    refused = [row for row in rows if row["record"] not in (schedules.HIT, schedules.MISS)]
+    invalid = [row for row in rows if row["record"] not in (schedules.HIT, schedules.MISS)]
     hits = sum(row["record"] == schedules.HIT for row in rows)
     text = table(
         ["record", "calls", "kernel"],
         [(row["record"], row["calls"], row["kernel"]) for row in rows],
     )
-    total = f"{hits} of {len(rows)} kernels have records, {len(refused)} records are refused"
-    return Result(rows, f"{text}\n\n{total}", ok=not refused)
+    total = f"{hits} of {len(rows)} kernels have records, {len(invalid)} records are invalid"
+    return Result(rows, f"{text}\n\n{total}", ok=not invalid)
 
 
 def _merge(arguments: argparse.Namespace) -> Result:
@@ -158,11 +163,11 @@ def _merge(arguments: argparse.Namespace) -> Result:
             newest.cores,
         ):
             raise InvalidArgumentError(
-                "records of different devices do not go together",
+                "records of different devices cannot be merged",
                 got=f"{about.target} on {about.hardware}, {about.cores} cores; "
                 f"{newest.target} on {newest.hardware}, {newest.cores} cores",
             )
-    # One that is merged into a folder again brings no new trials.
+    # Sessions are told apart by date, so merging one twice does not count its trials twice.
     trials = sum({records.about.date: records.about.trials for records in read}.values())
     merged = Records.of(
         dataclasses.replace(newest, trials=trials),
@@ -178,7 +183,11 @@ def _prune(arguments: argparse.Namespace) -> Result:
     records = Records.read(arguments.records)
     kept = Records.of(
         records.about,
-        (record for record in records.by_workload.values() if record.speedup >= arguments.faster),
+        (
+            record
+            for record in records.by_workload.values()
+            if record.speedup >= arguments.min_speedup
+        ),
     )
     _write(kept, arguments.records)
     dropped = len(records.by_workload) - len(kept.by_workload)
@@ -190,7 +199,7 @@ def _prune(arguments: argparse.Namespace) -> Result:
 def _export(arguments: argparse.Namespace) -> Result:
     records = _read(arguments.records)
     rows = [
-        {**dataclasses.asdict(record), "decisions": _decisions(record), "faster": record.speedup}
+        {**dataclasses.asdict(record), "decisions": _decisions(record), "speedup": record.speedup}
         for record in records.by_workload.values()
     ]
     about = dataclasses.asdict(records.about)

@@ -1,4 +1,4 @@
-"""``dcnv3-tvm tune``: measure schedules on a device, and keep the best."""
+"""``dcnv3-tvm tune``: find the fastest schedules of kernels on a device."""
 
 from __future__ import annotations
 
@@ -14,57 +14,65 @@ from dcnv3_tvm.progress import Progress
 if TYPE_CHECKING:
     from dcnv3_tvm.imported_model import ImportedModel
     from dcnv3_tvm.spec import DCNv3Spec
+    from dcnv3_tvm.tuning.rpc import RpcConfig
     from dcnv3_tvm.tuning.tune import TuneConfig
 
 HELP: Final = "find the fastest schedules of kernels on a device"
 
-_OPERATOR: Final = "dcnv3-"
-_SHOWN: Final = 20
+_OPERATOR_PREFIX: Final = "dcnv3-"
+_MAX_ROWS: Final = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "what",
+        "models",
         nargs="+",
-        help="names of `dcnv3-tvm models`, or operators such as "
-        "dcnv3-n1-h56-w56-c64-g4-k3-s1-p1-d1-f32; what is named together is tuned together",
+        metavar="MODEL",
+        help="name listed by `dcnv3-tvm models`, or slug of an operator such as "
+        "dcnv3-n1-h56-w56-c64-g4-k3-s1-p1-d1-f32; several are tuned together",
     )
     parser.add_argument(
         "--work-dir",
         type=Path,
         metavar="DIR",
-        help="folder of the session: trials, records, pictures; a session in it is taken up again",
+        help="folder for trials, records and plots; a session found there is continued",
     )
     parser.add_argument(
         "--target",
         default="auto",
-        help="as for compile; without --rpc this machine must run it (default: this processor)",
-    )
-    parser.add_argument("--dtype", default="float32", help="of models (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
-    parser.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="of images (default: the model's own)"
+        help="as for compile; this machine must run it unless --rpc is given (default: this CPU)",
     )
     parser.add_argument(
-        "--trials", type=int, metavar="N", help="schedules to try in all (default: 40 a kernel)"
+        "--dtype", default="float32", help="element type of models (default: %(default)s)"
     )
-    parser.add_argument("--minutes", type=float, metavar="M", help="end after this time")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the processor that measures")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
     parser.add_argument(
-        "--device", type=int, default=0, metavar="INDEX", help="number of the GPU (default: 0)"
+        "--size", type=parse_size, metavar="HxW", help="image size (default: the model's own)"
     )
     parser.add_argument(
-        "--rpc", metavar="HOST:PORT", help="measure on servers of this RPC tracker (see `worker`)"
+        "--trials", type=int, metavar="N", help="total number of trials (default: 40 per kernel)"
     )
-    parser.add_argument("--rpc-key", metavar="KEY", help="under which the servers have registered")
+    parser.add_argument("--minutes", type=float, metavar="M", help="time limit")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of a kernel (default: as compiled)"
+    )
+    parser.add_argument(
+        "--device", type=int, default=0, metavar="INDEX", help="index of the GPU (default: 0)"
+    )
+    parser.add_argument(
+        "--rpc",
+        metavar="HOST:PORT",
+        help="measure on servers of this RPC tracker (see `dcnv3-tvm worker`)",
+    )
+    parser.add_argument("--rpc-key", metavar="KEY", help="key that the servers registered under")
     parser.add_argument(
         "--rpc-workers", type=int, default=1, metavar="N", help="number of servers (default: 1)"
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="time each kernel once, say what a session would do, and write nothing",
+        help="time each default schedule once, estimate the duration, and write nothing",
     )
 
 
@@ -72,8 +80,8 @@ def execute(arguments: argparse.Namespace) -> Result:
     """Tune."""
     if arguments.work_dir is None and not arguments.dry_run:
         raise InvalidArgumentError(
-            "a session needs a folder",
-            hint="Add --work-dir runs/t, or --dry-run to see what would be done.",
+            "--work-dir is required",
+            hint="Add --work-dir runs/t, or --dry-run to estimate the duration.",
         )
     from dcnv3_tvm import targets
     from dcnv3_tvm.compiler.compile import check_dtype
@@ -83,37 +91,29 @@ def execute(arguments: argparse.Namespace) -> Result:
     config = _config(arguments)
     # Before models are imported, which takes a while.
     check_dtype(config.dtype, targets.resolve_target(config.target))
-    what = _what(arguments)
+    models = _models(arguments)
     if arguments.dry_run:
-        plan = estimate(what, config)
+        plan = estimate(models, config)
         return Result(plan, _plan_text(plan))
-    summary = tune(what, arguments.work_dir, config, on_news=Display().show)
+    summary = tune(models, arguments.work_dir, config, on_update=Display().show)
     return Result(summary, _summary_text(summary, arguments))
 
 
 def parse_address(text: str, option: str) -> tuple[str, int]:
-    """Read ``HOST:PORT``."""
+    """Parse ``HOST:PORT``."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal():
         raise InvalidArgumentError(
-            f"{option} is no address", got=repr(text), allowed="HOST:PORT, such as 10.0.0.1:9190"
+            f"{option} is not an address",
+            got=repr(text),
+            allowed="HOST:PORT, such as 10.0.0.1:9190",
         )
     return host, int(port)
 
 
 def _config(arguments: argparse.Namespace) -> TuneConfig:
-    from dcnv3_tvm.tuning.tune import Tracker, TuneConfig
+    from dcnv3_tvm.tuning.tune import TuneConfig
 
-    tracker = None
-    if arguments.rpc is not None:
-        if arguments.rpc_key is None or arguments.rpc_workers < 1:
-            raise InvalidArgumentError(
-                "servers are not named",
-                got=f"--rpc-key {arguments.rpc_key} --rpc-workers {arguments.rpc_workers}",
-                allowed="the key of `dcnv3-tvm worker --key KEY`, and how many there are",
-            )
-        host, port = parse_address(arguments.rpc, "--rpc")
-        tracker = Tracker(host, port, arguments.rpc_key, arguments.rpc_workers)
     return TuneConfig(
         target=arguments.target,
         dtype=arguments.dtype,
@@ -121,12 +121,29 @@ def _config(arguments: argparse.Namespace) -> TuneConfig:
         minutes=arguments.minutes,
         threads=arguments.threads,
         device=arguments.device,
-        tracker=tracker,
+        rpc=_rpc(arguments),
     )
 
 
-def _what(arguments: argparse.Namespace) -> list[ImportedModel | DCNv3Spec]:
-    """Import the models and read the operators."""
+def _rpc(arguments: argparse.Namespace) -> RpcConfig | None:
+    from dcnv3_tvm.tuning.rpc import RpcConfig
+
+    if arguments.rpc is None:
+        return None
+    if arguments.rpc_key is None:
+        raise InvalidArgumentError(
+            "--rpc needs --rpc-key", hint="Pass the key of `dcnv3-tvm worker --key KEY`."
+        )
+    if arguments.rpc_workers < 1:
+        raise InvalidArgumentError(
+            "--rpc-workers is out of range", got=arguments.rpc_workers, allowed="1 or more"
+        )
+    host, port = parse_address(arguments.rpc, "--rpc")
+    return RpcConfig(host, port, arguments.rpc_key, arguments.rpc_workers)
+
+
+def _models(arguments: argparse.Namespace) -> list[ImportedModel | DCNv3Spec]:
+    """Import the models and parse the slugs of operators."""
     from dcnv3_tvm.frontend.models.variants import model_config
     from dcnv3_tvm.spec import DCNv3Spec
 
@@ -134,19 +151,19 @@ def _what(arguments: argparse.Namespace) -> list[ImportedModel | DCNv3Spec]:
         raise InvalidArgumentError(
             "--batch is out of range", got=arguments.batch, allowed="1 or more"
         )
-    operators = [name for name in arguments.what if name.startswith(_OPERATOR)]
-    models = [name for name in arguments.what if not name.startswith(_OPERATOR)]
-    found: list[ImportedModel | DCNv3Spec] = [DCNv3Spec.from_slug(name) for name in operators]
+    operators = [name for name in arguments.models if name.startswith(_OPERATOR_PREFIX)]
+    models = [name for name in arguments.models if not name.startswith(_OPERATOR_PREFIX)]
+    result: list[ImportedModel | DCNv3Spec] = [DCNv3Spec.from_slug(name) for name in operators]
     for name in models:
-        model_config(name)  # An unknown name is refused before any model is imported.
+        model_config(name)  # Raises for an unknown name before any model is imported.
     for name in models:
         with Progress(f"import {name}"):
-            found.append(import_model(name, arguments.batch, arguments.size))
-    return found
+            result.append(import_model(name, arguments.batch, arguments.size))
+    return result
 
 
 def import_model(name: str, batch: int, size: tuple[int, int] | None) -> ImportedModel:
-    """Import a model for its kernels: its weights do not matter."""
+    """Import a model with random weights, which do not affect its kernels."""
     from dcnv3_tvm import frontend
     from dcnv3_tvm.frontend.models.variants import model_config
 
@@ -168,7 +185,7 @@ def _plan_text(plan: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            table(["share", "calls", "us a call", "schedules", "kernel"], rows),
+            table(["share", "calls", "us/call", "schedules", "kernel"], rows),
             "",
             f"{len(rows)} kernels for {plan['target']}: {plan['trials']} trials would take about "
             f"{plan['minutes']:.1f} minutes",
@@ -177,6 +194,8 @@ def _plan_text(plan: dict[str, Any]) -> str:
 
 
 def _summary_text(summary: dict[str, Any], arguments: argparse.Namespace) -> str:
+    from dcnv3_tvm.tuning.summary import totals_text
+
     rows = [
         (
             f"{100 * kernel['share_before']:5.1f}%",
@@ -186,23 +205,23 @@ def _summary_text(summary: dict[str, Any], arguments: argparse.Namespace) -> str
             ", ".join(f"{name}={value}" for name, value in kernel["decisions"].items()),
             f"{kernel['calls']} x {kernel['kernel']}",
         )
-        for kernel in summary["kernels"][:_SHOWN]
+        for kernel in summary["kernels"][:_MAX_ROWS]
     ]
-    more = len(summary["kernels"]) - len(rows)
-    ended = "interrupted" if summary["interrupted"] else "done"
+    hidden = len(summary["kernels"]) - len(rows)
+    totals = ("trials", "max_trials", "trials_per_minute", "before", "after")
     lines = [
-        table(["share", "default us", "tuned us", "faster", "decisions", "kernel"], rows),
-        *([f"... and {more} more in {arguments.work_dir / 'summary.json'}"] if more else []),
+        table(["share", "default us", "tuned us", "speedup", "decisions", "kernel"], rows),
+        *([f"... and {hidden} more in {arguments.work_dir / 'summary.json'}"] if hidden else []),
         "",
-        f"{ended}: {summary['trials']} trials, {summary['trials_per_minute']:.0f} a minute; all "
-        f"kernels together {1e3 * summary['before']:.3f} -> {1e3 * summary['after']:.3f} ms",
+        f"{'interrupted' if summary['interrupted'] else 'done'}: "
+        + totals_text(**{name: summary[name] for name in totals}),
     ]
     if summary["without_schedule"]:
-        lines.append(f"no schedule works for: {', '.join(summary['without_schedule'])}")
-    model = next((name for name in arguments.what if not name.startswith(_OPERATOR)), None)
-    if model is not None:
+        lines.append(f"every schedule failed: {', '.join(summary['without_schedule'])}")
+    models = [name for name in arguments.models if not name.startswith(_OPERATOR_PREFIX)]
+    if models:
         lines.append(
-            f"next: dcnv3-tvm compile {model} --target {summary['target']} "
-            f"--database {arguments.work_dir} --checkpoint FILE -o {model}"
+            f"next: dcnv3-tvm compile {models[0]} --target {summary['target']} "
+            f"--database {arguments.work_dir} --checkpoint FILE -o {models[0]}"
         )
     return "\n".join(lines)

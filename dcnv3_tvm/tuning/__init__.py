@@ -1,5 +1,6 @@
-"""Tuning: measure the schedules that kernels can have on a device, and keep the best."""
+"""Tuning: measure candidate schedules on a device and record the fastest of each kernel."""
 
-from dcnv3_tvm.tuning.tune import Tracker, TuneConfig, estimate, tune
+from dcnv3_tvm.tuning.rpc import RpcConfig
+from dcnv3_tvm.tuning.tune import TuneConfig, estimate, tune
 
-__all__ = ["Tracker", "TuneConfig", "estimate", "tune"]
+__all__ = ["RpcConfig", "TuneConfig", "estimate", "tune"]

@@ -1,15 +1,18 @@
-"""Show on stderr what a session does: one screen on a terminal, a line now and then elsewhere."""
+"""Live display of a tuning session on stderr."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TextIO
 
+from dcnv3_tvm.tuning.summary import totals_text
+
 if TYPE_CHECKING:
-    from dcnv3_tvm.tuning.session import Session
-    from dcnv3_tvm.tuning.state import TaskState
+    from dcnv3_tvm.tuning.session import TuningSession
+    from dcnv3_tvm.tuning.task_state import TaskState
 
 _SCREEN_INTERVAL: Final = 0.2
 _LINE_INTERVAL: Final = 5.0
@@ -20,79 +23,81 @@ _CLEAR_BELOW: Final = "\x1b[J"
 
 
 class Display:
-    """Shows a session.
+    """Table of kernels that refreshes in place on a terminal; one line every 5 s elsewhere.
 
     Parameters
     ----------
     stream : text stream, optional
         Standard error by default.
+    clock : callable, optional
+        Returns the time in seconds.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._terminal = self._stream.isatty()
-        self._interval = _SCREEN_INTERVAL if self._terminal else _LINE_INTERVAL
-        self._last = -self._interval
+        self._clock = clock
+        self._is_terminal = self._stream.isatty()
+        self._interval = _SCREEN_INTERVAL if self._is_terminal else _LINE_INTERVAL
+        self._last = 0.0
         self._stage = ""
 
-    def show(self, session: Session) -> None:
-        """Show what is new, unless that was done a moment ago."""
-        now = time.monotonic()
+    def show(self, session: TuningSession) -> None:
+        """Show the session, if its stage changed or the refresh interval has passed."""
+        now = self._clock()
         if now - self._last < self._interval and session.stage == self._stage:
             return
-        first = not self._stage
+        is_first = not self._stage
         self._last, self._stage = now, session.stage
-        if not self._terminal:
+        if not self._is_terminal:
             self._stream.write(headline(session) + "\n")
         else:
             size = shutil.get_terminal_size()
             lines = screen(session, size.columns, size.lines - 1)
             text = "".join(f"{line}{_CLEAR_LINE}\n" for line in lines)
-            self._stream.write((_CLEAR if first else "") + _HOME + text + _CLEAR_BELOW)
+            self._stream.write((_CLEAR if is_first else "") + _HOME + text + _CLEAR_BELOW)
         self._stream.flush()
 
 
-def headline(session: Session) -> str:
-    """Say in one line how far a session is."""
-    known = [state for state in session.states if state.default_seconds is not None]
-    before = sum(state.default_total for state in known)
-    after = sum(state.best_total for state in known)
-    parts = [
-        f"[{session.seconds:6.1f} s] {session.stage}",
-        f"{session.trials} of {session.budget.trials} trials",
-        f"{session.trials_per_minute:.0f} a minute",
-    ]
-    if after:
-        parts.append(f"{1e3 * before:.3f} -> {1e3 * after:.3f} ms ({before / after:.3f}x)")
-    if session.stage == "search":
-        parts.append(f"{session.seconds_left / 60:.1f} min left")
-    return ", ".join(parts)
+def headline(session: TuningSession) -> str:
+    """Return the progress of a session in one line."""
+    measured = [state for state in session.states if state.default_seconds is not None]
+    totals = totals_text(
+        trials=session.trials,
+        max_trials=session.budget.trials,
+        trials_per_minute=session.trials_per_minute,
+        before=sum(state.default_total for state in measured),
+        after=sum(state.best_total for state in measured),
+    )
+    left = f", {session.seconds_left / 60:.1f} min left" if session.stage == "search" else ""
+    return f"[{session.seconds:6.1f} s] {session.stage}: {totals}{left}"
 
 
-def screen(session: Session, columns: int, lines: int) -> list[str]:
-    """Return the lines of a screen: how far the session is, and its kernels.
+def screen(session: TuningSession, columns: int, lines: int) -> list[str]:
+    """Return the lines of a screen: progress and a table of kernels.
 
     Parameters
     ----------
-    session : Session
+    session : TuningSession
         The session.
     columns, lines : int
         Size of the screen.
     """
-    setting = session.setting
+    context = session.context
     head = [
-        f"tune for {setting.target} on {setting.hardware}: {session.directory}",
+        f"tune for {context.target} on {context.hardware}: {session.directory}",
         headline(session),
-        "Ctrl-C ends the search and keeps the best.",
+        "Ctrl-C ends the search and keeps the best schedules.",
         "",
-        " share    default       best  faster    trials failed  kernel",
+        " share    default       best speedup    trials failed  kernel",
     ]
     states = sorted(session.states, key=lambda state: -state.best_total)
     total = sum(state.best_total for state in states) or 1.0
-    room = max(0, lines - len(head) - 1)
-    rows = [_row(state, total) for state in states[:room]]
-    left = len(states) - len(rows)
-    foot = [f"... and {left} more"] if left else []
+    rows_left = max(0, lines - len(head) - 1)
+    rows = [_row(state, total) for state in states[:rows_left]]
+    hidden = len(states) - len(rows)
+    foot = [f"... and {hidden} more"] if hidden else []
     return [line[:columns] for line in (*head, *rows, *foot)]
 
 

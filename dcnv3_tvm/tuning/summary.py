@@ -1,4 +1,4 @@
-"""What a session has found: plain values, and pictures of them."""
+"""Summary of a tuning session, as plain values and as files."""
 
 from __future__ import annotations
 
@@ -10,27 +10,24 @@ from typing import TYPE_CHECKING, Any, Final
 from dcnv3_tvm import files
 from dcnv3_tvm.errors import MissingDependencyError
 from dcnv3_tvm.schedules.records import Records
+from dcnv3_tvm.tuning.plots import plot_progress, plot_shares
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from dcnv3_tvm.tuning.session import Session
+    from dcnv3_tvm.tuning.session import TuningSession
 
 SUMMARY: Final = "summary.json"
 _FORMATS: Final = ("png", "svg")
-_NAMED: Final = 12
-"""Kernels that a picture names; the others are drawn together."""
 
 
-def summarize(session: Session, records: Records) -> dict[str, Any]:
-    """Collect what a session has found.
+def summarize(session: TuningSession, records: Records) -> dict[str, Any]:
+    """Summarize a session.
 
     Returns
     -------
     dict
-        Plain values. ``kernels`` lists the kernels, those that take longest first, each with its
-        share of the time of all calls before and after, and the shortest time after each trial
-        (``curve``); ``before`` and ``after`` are the seconds of all calls.
+        Values that JSON can represent. ``kernels`` lists the kernels by decreasing share of the
+        time, each with its share of all calls before and after tuning and the best time after
+        each trial (``curve``); ``before`` and ``after`` are the seconds of all calls.
     """
     kernels: list[dict[str, Any]] = []
     for state in session.states:
@@ -55,13 +52,14 @@ def summarize(session: Session, records: Records) -> dict[str, Any]:
     kernels.sort(key=lambda kernel: -float(kernel["share_before"]))
     return {
         **dataclasses.asdict(records.about),
-        "seconds": round(session.seconds, 1),
-        "trials_per_minute": round(session.trials_per_minute, 1),
+        "max_trials": session.budget.trials,
+        "seconds": session.seconds,
+        "trials_per_minute": session.trials_per_minute,
         "interrupted": session.interrupted,
         "without_schedule": [
             state.task.kernel
             for state in session.states
-            if state.default_seconds is None and state.tried(state.task.default)
+            if state.default_seconds is None and state.has_tried(state.task.default)
         ],
         "before": before,
         "after": after,
@@ -69,25 +67,45 @@ def summarize(session: Session, records: Records) -> dict[str, Any]:
     }
 
 
+def totals_text(
+    *, trials: int, max_trials: int, trials_per_minute: float, before: float, after: float
+) -> str:
+    """Return the totals of a session as text, for its display and its summary alike.
+
+    Parameters
+    ----------
+    trials, max_trials : int
+        Number of trials and its limit.
+    trials_per_minute : float
+        Rate of trials.
+    before, after : float
+        Seconds of all kernels with the default and with the best schedules; 0 if unknown.
+    """
+    text = f"{trials} of {max_trials} trials, {trials_per_minute:.0f} trials/min"
+    if not after:
+        return text
+    return f"{text}, all kernels {1e3 * before:.3f} -> {1e3 * after:.3f} ms ({before / after:.3f}x)"
+
+
 def write_summary(summary: dict[str, Any], directory: Path) -> list[Path]:
-    """Write ``summary.json``, and pictures where matplotlib is installed.
+    """Write ``summary.json``, and plots if matplotlib is installed.
 
     Returns
     -------
     list of Path
-        The files.
+        The files written.
 
     Raises
     ------
     OSError
-        If they cannot be written.
+        If a file cannot be written.
     """
     path = directory / SUMMARY
     with files.atomic_file(path) as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     written = [path]
     try:
-        figures = {"progress": _progress(summary), "shares": _shares(summary)}
+        figures = {"progress": plot_progress(summary), "shares": plot_shares(summary)}
     except MissingDependencyError:
         return written
     for name, figure in figures.items():
@@ -96,68 +114,3 @@ def write_summary(summary: dict[str, Any], directory: Path) -> list[Path]:
             with files.atomic_file(written[-1]) as temporary:
                 figure.savefig(temporary, format=form, dpi=120)
     return written
-
-
-def _figure() -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "matplotlib, which draws pictures, is not installed",
-            hint="Run: pip install 'dcnv3-tvm[tune]'",
-        ) from error
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _progress(summary: dict[str, Any]) -> Figure:
-    """Draw the shortest time of each kernel after each of its trials, by its default's time."""
-    figure = _figure()
-    axes = figure.subplots()
-    for kernel in summary["kernels"][:_NAMED]:
-        ratios = [seconds / kernel["default_seconds"] for seconds in kernel["curve"]]
-        axes.step(range(1, len(ratios) + 1), ratios, where="post", label=_short(kernel))
-    axes.set_xlabel("trials of the kernel")
-    axes.set_ylabel("shortest time / time by default")
-    axes.set_title(_title(summary))
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="x-small")
-    return figure
-
-
-def _shares(summary: dict[str, Any]) -> Figure:
-    """Draw the time of all calls of each kernel, before and after."""
-    figure = _figure()
-    axes = figure.subplots()
-    bottoms = [0.0, 0.0]
-    named, others = summary["kernels"][:_NAMED], summary["kernels"][_NAMED:]
-    parts = [(_short(kernel), [kernel]) for kernel in named]
-    if others:
-        parts.append((f"{len(others)} others", others))
-    for index, (label, kernels) in enumerate(parts):
-        heights = [
-            1e3 * sum(kernel["calls"] * kernel[time] for kernel in kernels)
-            for time in ("default_seconds", "seconds")
-        ]
-        axes.bar(
-            ["by default", "tuned"], heights, bottom=bottoms, label=label, color=f"C{index % 10}"
-        )
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    axes.set_ylabel("milliseconds of all calls")
-    axes.set_title(_title(summary))
-    figure.legend(loc="outside right upper", fontsize="x-small", reverse=True)
-    return figure
-
-
-def _title(summary: dict[str, Any]) -> str:
-    return (
-        f"{summary['target']}: {1e3 * summary['before']:.2f} ms by default, "
-        f"{1e3 * summary['after']:.2f} ms tuned, {summary['trials']} trials"
-    )
-
-
-def _short(kernel: dict[str, Any]) -> str:
-    text = f"{kernel['calls']} x {kernel['kernel']}"
-    return text if len(text) <= 60 else text[:57] + "..."

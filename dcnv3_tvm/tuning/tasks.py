@@ -1,17 +1,18 @@
-"""What is tuned: kernels whose schedules leave something to decide."""
+"""Tuning tasks: the kernels of models and operators that have more than one schedule."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from tvm import tirx
 from tvm.target import Target
 
 from dcnv3_tvm import schedules
 from dcnv3_tvm.compiler import pipeline
+from dcnv3_tvm.compiler.compile import check_dtype
 from dcnv3_tvm.compiler.kernel_listing import Tensor, called_kernels
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class TuningTask:
     """A kernel to tune.
 
     Parameters
@@ -32,17 +33,17 @@ class Task:
     workload : str
         `workload_key` of the kernel.
     kernel : str
-        The kernel for people.
+        Readable description of the kernel.
     rule : str
-        The schedule rule that takes it.
+        Name of the schedule rule that applies to it.
     function : tvm.tirx.PrimFunc
-        Unscheduled.
+        Unscheduled kernel.
     arguments : tuple of Tensor
-        Its inputs, and behind them its output.
+        Its inputs, followed by its output.
     calls : int
-        In one call of all that is tuned together.
+        Number of calls in one run of everything that is tuned together.
     space : dict of str to tuple of Decision
-        The decisions of the rule, and what each may be, its default first.
+        Search space: the candidates of each decision, the rule's default first.
     """
 
     workload: str
@@ -56,8 +57,8 @@ class Task:
     @classmethod
     def of(
         cls, function: tirx.PrimFunc, arguments: tuple[Tensor, ...], calls: int, target: Target
-    ) -> Task:
-        """Ask the schedule rules what they decide for a kernel."""
+    ) -> TuningTask:
+        """Create the task of a kernel; the schedule rules give its search space."""
         scheduled = schedules.schedule(function, target)
         return cls(
             workload=workload_key(function),
@@ -71,39 +72,81 @@ class Task:
 
     @property
     def size(self) -> int:
-        """Number of schedules among which to choose."""
+        """Number of schedules in the search space."""
         return math.prod(map(len, self.space.values()))
 
     @property
     def default(self) -> dict[str, Decision]:
-        """What the rule decides by itself."""
+        """Default decisions of the rule."""
         return {name: values[0] for name, values in self.space.items()}
 
     def allows(self, decisions: Mapping[str, Decision]) -> bool:
-        """Whether these are decisions of the space."""
+        """Whether decisions are in the search space."""
         return decisions.keys() == self.space.keys() and all(
             value in self.space[name] for name, value in decisions.items()
         )
 
 
-def model_tasks(imported: ImportedModel, target: Target, dtype: str = "float32") -> list[Task]:
-    """List the kernels of a model, as the compiler will meet them.
+class Candidate(NamedTuple):
+    """One schedule of a kernel.
 
     Parameters
     ----------
-    imported : ImportedModel
-        With fixed shapes.
-    target : tvm.target.Target
-        What it is compiled for.
-    dtype : str
-        Element type of the products.
+    task : TuningTask
+        The kernel.
+    decisions : dict of str to Decision
+        Decisions of its schedule rule.
+    """
+
+    task: TuningTask
+    decisions: dict[str, Decision]
+
+
+def list_tasks(
+    models: Sequence[ImportedModel | DCNv3Spec], target: Target, dtype: str
+) -> list[TuningTask]:
+    """List the tuning tasks of models and operators, each kernel once.
 
     Raises
     ------
     InvalidArgumentError
-        If a size is known only at run time.
+        If no kernel has more than one schedule.
     """
-    open_sizes = sorted(
+    check_dtype(dtype, target)
+    tasks: list[TuningTask] = []
+    for model in models:
+        if isinstance(model, DCNv3Spec):
+            tasks.append(operator_task(model, target))
+        else:
+            tasks += model_tasks(model, target, dtype)
+    merged = merge_tasks(tasks)
+    if not merged:
+        raise InvalidArgumentError(
+            "there is nothing to tune", got=f"{len(tasks)} kernels with a single schedule each"
+        )
+    return merged
+
+
+def model_tasks(
+    imported: ImportedModel, target: Target, dtype: str = "float32"
+) -> list[TuningTask]:
+    """List the tuning tasks of a model: its kernels before scheduling.
+
+    Parameters
+    ----------
+    imported : ImportedModel
+        Model with static shapes.
+    target : tvm.target.Target
+        Target that the model is compiled for.
+    dtype : str
+        Element type of matmul operands.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an input has a dynamic shape.
+    """
+    dynamic_sizes = sorted(
         {
             str(size)
             for entry in imported.entries.values()
@@ -112,41 +155,40 @@ def model_tasks(imported: ImportedModel, target: Target, dtype: str = "float32")
             if not isinstance(size, int)
         }
     )
-    if open_sizes:
+    if dynamic_sizes:
         raise InvalidArgumentError(
-            "kernels are tuned for fixed sizes",
-            got=f"a model with sizes known only at run time: {', '.join(open_sizes)}",
-            hint="Import it without dynamic_batch and dynamic_size.",
+            "kernels are tuned for static shapes",
+            got=f"a model with dynamic sizes: {', '.join(dynamic_sizes)}",
+            hint="Import the model without dynamic_batch and dynamic_size.",
         )
     program, _ = pipeline.run_pipeline(imported, target, dtype=dtype, until="fuse")
-    found = [
-        Task.of(kernel.function, (*kernel.inputs, *kernel.outputs), kernel.calls, target)
+    return merge_tasks(
+        TuningTask.of(kernel.function, (*kernel.inputs, *kernel.outputs), kernel.calls, target)
         for kernel in called_kernels(program.module)
-    ]
-    return merged(found)
+    )
 
 
-def operator_task(spec: DCNv3Spec, target: Target) -> Task:
-    """Return the kernel of the operator for one problem.
+def operator_task(spec: DCNv3Spec, target: Target) -> TuningTask:
+    """Return the tuning task of the operator.
 
     Raises
     ------
     InvalidArgumentError
-        If a size is left open.
+        If the shape is dynamic.
     """
     if not spec.is_static:
-        raise InvalidArgumentError("kernels are tuned for fixed sizes", got=spec.slug)
+        raise InvalidArgumentError("kernels are tuned for static shapes", got=spec.slug)
     shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)
     arguments = tuple(Tensor(tuple(size or 0 for size in shape), spec.dtype) for shape in shapes)
-    return Task.of(tensorir.dcnv3(spec), arguments, 1, target)
+    return TuningTask.of(tensorir.dcnv3(spec), arguments, 1, target)
 
 
-def merged(tasks: Iterable[Task]) -> list[Task]:
-    """Join tasks for the same kernel, and leave out those with nothing to decide."""
-    found: dict[str, Task] = {}
+def merge_tasks(tasks: Iterable[TuningTask]) -> list[TuningTask]:
+    """Merge tasks of the same kernel, and drop kernels with a single schedule."""
+    merged: dict[str, TuningTask] = {}
     for task in tasks:
         if task.size > 1:
-            known = found.get(task.workload)
+            known = merged.get(task.workload)
             calls = task.calls + (known.calls if known is not None else 0)
-            found[task.workload] = dataclasses.replace(task, calls=calls)
-    return list(found.values())
+            merged[task.workload] = dataclasses.replace(task, calls=calls)
+    return list(merged.values())

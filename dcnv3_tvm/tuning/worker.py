@@ -1,4 +1,4 @@
-"""A server that measures for tuning sessions on other machines."""
+"""RPC server that measures kernels for tuning sessions on other machines."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dcnv3_tvm.environment import TVM_NUM_THREADS
 from dcnv3_tvm.errors import MissingDependencyError, TargetError
 from dcnv3_tvm.runtime.cuda import load_runtime
 from dcnv3_tvm.runtime.library import default_threads
-from dcnv3_tvm.tuning.tracker import Address, check_tracker, tvm_rpc
+from dcnv3_tvm.tuning.rpc import check_tracker, import_tvm_rpc
 
-_POLL: Final = 0.5
+_POLL_SECONDS: Final = 0.5
 
 
 def serve(
-    tracker: Address,
+    tracker: tuple[str, int],
     key: str,
     *,
     host: str = "0.0.0.0",
@@ -26,32 +26,32 @@ def serve(
 ) -> None:
     """Start TVM's RPC server, register it with a tracker, and serve until interrupted.
 
-    Each measurement runs in a process of its own: one that crashes ends that measurement alone.
-    Who can reach the server can run any code on it: use it in a network that you trust.
+    Each measurement runs in its own process, so a crash fails only that measurement. Anyone who
+    can reach the server can run arbitrary code on it: use it only in a trusted network.
 
     Parameters
     ----------
-    tracker : Address
+    tracker : (str, int)
         Host and port of the tracker.
     key : str
-        Under which to register; servers of equal devices share one.
+        Key to register under; servers with identical devices share a key.
     host : str
-        Address to listen at.
+        Address to listen on.
     ports : (int, int)
-        The first free one is taken.
+        Range of ports; the first free one is used.
     address : str, optional
-        Under which others reach this machine, if not the one the tracker sees.
+        Address at which clients reach this machine; by default the one the tracker sees.
 
     Raises
     ------
-    SessionError
+    TuningError
         If the tracker cannot be reached.
     MissingDependencyError
-        If the packages that TVM needs for RPC are not installed.
+        If a package that TVM's RPC needs is not installed.
     """
-    rpc = tvm_rpc()
-    check_tracker(tracker)
-    # TVM would take half of the logical cores, also where a core has a single thread.
+    rpc = import_tvm_rpc()
+    check_tracker(*tracker)
+    # TVM's default is half of the logical cores, even on a CPU without hyper-threads.
     os.environ.setdefault(TVM_NUM_THREADS.name, str(default_threads()))
     server: Any = rpc.Server(
         host=host,
@@ -61,18 +61,18 @@ def serve(
         tracker_addr=tracker,
         custom_addr=address,
         silent=True,
-        server_init_callback=_prepare,
+        server_init_callback=_load_cuda,
     )
     try:
         while server.proc.is_alive():
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
     except KeyboardInterrupt:
         pass
     finally:
         server.terminate()
 
 
-def _prepare() -> None:
-    """Let the processes of measurements find CUDA, where there is a GPU."""
+def _load_cuda() -> None:
+    """Load the CUDA runtime in a measuring process, if the machine has a GPU."""
     with contextlib.suppress(TargetError, MissingDependencyError):
         load_runtime()

@@ -1,16 +1,18 @@
-import dataclasses
-import functools
+import itertools
+import json
 
 import pytest
 
 from dcnv3_tvm.compiler.kernel_listing import Tensor
 from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.tuning.devices import Devices
-from dcnv3_tvm.tuning.laboratory import Laboratory
-from dcnv3_tvm.tuning.session import Budget, Session, Setting
-from dcnv3_tvm.tuning.tasks import Task
-from helpers.simulated_device import SimulatedPlace
+from dcnv3_tvm.tuning import measurer
+from dcnv3_tvm.tuning.context import MeasurementContext
+from dcnv3_tvm.tuning.device_pool import DevicePool
+from dcnv3_tvm.tuning.measurer import Measurer
+from dcnv3_tvm.tuning.session import TuningBudget, TuningSession
+from dcnv3_tvm.tuning.tasks import TuningTask
+from helpers.simulated_runner import SimulatedRunner, build_nothing
 
 
 @pytest.fixture(scope="session")
@@ -20,45 +22,58 @@ def target():
 
 @pytest.fixture(scope="session")
 def tasks(target):
-    """Two kernels that compile in no time, with twelve schedules each."""
-    found = []
+    """Two kernels with twelve schedules each."""
+    tasks = []
     for rows in (7, 11):
         function = matmul((rows,), 1, 16, tile=16)
         shapes = ((rows, 1), (1, 1, 16), (rows, 16))
         arguments = tuple(Tensor(shape, "float32") for shape in shapes)
-        found.append(Task.of(function, arguments, 1, target))
-    assert [task.size for task in found] == [12, 12]
-    return found
+        tasks.append(TuningTask.of(function, arguments, 1, target))
+    assert [task.size for task in tasks] == [12, 12]
+    return tasks
 
 
 @pytest.fixture
-def simulated(target, tmp_path):
-    """Make a laboratory whose devices are not real."""
+def simulated(target, tmp_path, monkeypatch):
+    """Create a measurer that builds nothing and measures on simulated devices."""
+    monkeypatch.setattr(measurer, "build_candidate", build_nothing)
 
-    def make(*, count=1, retries=0, timeout=20.0, **options):
-        place = SimulatedPlace(log=tmp_path / "measurements", **options)
-        devices = Devices(place, count, True, retries > 0, retries, "simulated")
-        return Laboratory(target, devices, builders=2, timeout=timeout)
+    def create(*, size=1, retries=0, timeout=60.0, **options):
+        devices = DevicePool(
+            SimulatedRunner(log=tmp_path / "measurements", **options),
+            hardware="simulated",
+            size=size,
+            fresh_processes=False,
+            overlap_builds=retries > 0,
+            retries=retries,
+        )
+        return Measurer(target, devices, builders=1, timeout=timeout)
 
-    return make
+    return create
 
 
 @pytest.fixture
 def session(tasks, target, tmp_path):
-    """Make a session in one work directory."""
+    """Create a session in the test's work directory, with a clock that ticks when it is read."""
 
-    def make(trials, **options):
-        setting = Setting.of(target, hardware="simulated", cores=1)
-        if "hardware" in options:
-            setting = dataclasses.replace(setting, hardware=options.pop("hardware"))
-        return Session(tmp_path / "work", tasks, setting, Budget(trials), **options)
+    def create(trials, *, hardware="simulated", minutes=None, **options):
+        options.setdefault("clock", itertools.count().__next__)
+        return TuningSession(
+            tmp_path / "work",
+            tasks,
+            MeasurementContext.of(target, hardware=hardware, cores=1),
+            TuningBudget(trials, minutes),
+            **options,
+        )
 
-    return make
+    return create
 
 
 @pytest.fixture
-def lines(tmp_path):
-    """Return the lines of the session's list of trials."""
-    return functools.partial(
-        lambda path: path.read_text().splitlines(), tmp_path / "work" / "trials.jsonl"
-    )
+def logged_trials(tmp_path):
+    """Read the trial log of the test's work directory."""
+
+    def read():
+        return [json.loads(line) for line in (tmp_path / "work" / "trials.jsonl").open()]
+
+    return read

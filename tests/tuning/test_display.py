@@ -1,6 +1,8 @@
-"""What a session shows while it runs."""
+"""Display of a running session."""
 
 import io
+
+import pytest
 
 from dcnv3_tvm.tuning.display import Display, headline, screen
 
@@ -10,26 +12,33 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_lines_where_there_is_no_terminal(session, simulated):
-    stream = io.StringIO()
-    run = session(24, on_news=Display(stream).show)
-    with simulated() as laboratory:
-        run.run(laboratory)
-    lines = stream.getvalue().splitlines()
-    assert "\x1b" not in stream.getvalue()
-    assert "search, " in lines[0]
-    assert "min left" in lines[0]
-    assert "done, 24 of 24 trials" in lines[-1]
-
-
-def test_one_screen_on_a_terminal(session, simulated, monkeypatch):
+@pytest.fixture
+def run_displayed(session, simulated, monkeypatch):
+    """Run a session with a display of which every update is due; return what it shows."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "24")
-    stream = Terminal()
-    run = session(24, on_news=Display(stream).show)
-    with simulated() as laboratory:
-        run.run(laboratory)
-    shown = stream.getvalue()
+
+    def run(stream):
+        times = iter(range(0, 10**6, 60))
+        display = Display(stream, clock=lambda: next(times))
+        with simulated() as measurer:
+            session(24, on_update=display.show).run(measurer)
+        return stream.getvalue()
+
+    return run
+
+
+def test_lines_without_terminal(run_displayed):
+    shown = run_displayed(io.StringIO())
+    lines = shown.splitlines()
+    assert "\x1b" not in shown
+    assert "search: 1 of 24 trials, " in lines[0]
+    assert "min left" in lines[0]
+    assert "done: 24 of 24 trials, " in lines[-1]
+
+
+def test_screen_is_refreshed_in_place_on_terminal(run_displayed):
+    shown = run_displayed(Terminal())
     assert shown.startswith("\x1b[2J\x1b[H")
     assert shown.count("\x1b[2J") == 1
     last = shown.rpartition("\x1b[H")[2]
@@ -38,7 +47,18 @@ def test_one_screen_on_a_terminal(session, simulated, monkeypatch):
     assert "12/12" in last
 
 
-def test_a_screen_is_no_larger_than_the_terminal(session):
+def test_updates_are_throttled_except_for_new_stages(session):
+    stream = io.StringIO()
+    now = [0.0]
+    display = Display(stream, clock=lambda: now[0])
+    run = session(24)
+    for now[0], run.stage in ((1.0, "search"), (2.0, "search"), (7.0, "search"), (7.1, "done")):
+        display.show(run)
+    stages = [line.partition("] ")[2].partition(":")[0] for line in stream.getvalue().splitlines()]
+    assert stages == ["search", "search", "done"]
+
+
+def test_screen_fits_terminal(session):
     run = session(24)
     for columns, rows in ((40, 6), (100, 24), (20, 2)):
         lines = screen(run, columns, rows)

@@ -1,7 +1,6 @@
-"""Sessions that measure through TVM's RPC tracker, on two servers of this machine."""
+"""Sessions that measure through TVM's RPC tracker, with servers on this machine."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -12,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from dcnv3_tvm.errors import TuningError
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.tuning.devices import remote_devices
-from dcnv3_tvm.tuning.journal import SessionError
-from dcnv3_tvm.tuning.laboratory import Laboratory
-from dcnv3_tvm.tuning.session import Budget, Session, Setting
+from dcnv3_tvm.tuning.context import MeasurementContext
+from dcnv3_tvm.tuning.device_pool import remote_devices
+from dcnv3_tvm.tuning.measurer import Measurer
+from dcnv3_tvm.tuning.rpc import RpcConfig, count_servers
+from dcnv3_tvm.tuning.session import TuningBudget, TuningSession
 from dcnv3_tvm.tuning.tasks import operator_task
-from dcnv3_tvm.tuning.tracker import count_servers
 
 pytest.importorskip("tornado")
 
@@ -33,7 +33,7 @@ def free_port():
 
 
 def start(*arguments):
-    """Start a process with all that it will start, so that all of it can be ended."""
+    """Start a process in a session of its own, so that its children can be killed with it."""
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments)],
         start_new_session=True,
@@ -42,93 +42,86 @@ def start(*arguments):
     )
 
 
-def end(process):
+def kill(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def wait_for(condition, seconds=60.0):
+def wait_until(condition, seconds=120.0):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        with contextlib.suppress(SessionError, OSError):
+        with contextlib.suppress(TuningError, OSError):
             if condition():
                 return
-        time.sleep(0.2)
-    raise AssertionError("waited in vain")
+        time.sleep(0.05)
+    raise AssertionError("the condition was not met in time")
 
 
 @pytest.fixture(scope="module")
-def tracker():
+def rpc():
     port = free_port()
     process = start("tvm.exec.rpc_tracker", "--host", HOST, "--port", port, "--port-end", port + 1)
+    config = RpcConfig(HOST, port, KEY, workers=2)
     try:
-        wait_for(lambda: count_servers((HOST, port), KEY) == 0)
-        yield HOST, port
+        wait_until(lambda: count_servers(config) == 0)
+        yield config
     finally:
-        end(process)
+        kill(process)
 
 
 @pytest.fixture
-def servers(tracker, request):
-    """Start two servers, or as many as a test asks for."""
-    host, port = tracker
-    count = getattr(request, "param", 2)
-    options = ["--tracker", f"{host}:{port}", "--key", KEY, "--host", HOST]
-    processes = [
-        start("dcnv3_tvm", "worker", *options, "--port", free_port()) for _ in range(count)
-    ]
+def servers(rpc):
+    """Start two servers."""
+    options = ["--tracker", rpc.address, "--key", KEY, "--host", HOST]
+    processes = [start("dcnv3_tvm", "worker", *options, "--port", free_port()) for _ in range(2)]
     try:
-        wait_for(lambda: count_servers(tracker, KEY) == count)
+        wait_until(lambda: count_servers(rpc) == 2)
         yield processes
     finally:
         for process in processes:
-            end(process)
+            kill(process)
 
 
-def test_a_server_killed_in_the_middle_loses_no_trial(tracker, servers, target, tmp_path):
+def test_killed_server_loses_no_trial_and_stopped_server_deregisters(
+    rpc, servers, target, tmp_path, logged_trials
+):
     task = operator_task(DCNv3Spec.of((1, 9, 9, 32), group=2), target)
-    devices = remote_devices(target, tracker, KEY, workers=2, threads=1)
+    devices = remote_devices(target, rpc, threads=1)
 
     def kill_one(session):
         if session.trials == 3:
-            end(servers[0])
+            kill(servers[0])
 
-    session = Session(
+    session = TuningSession(
         tmp_path / "work",
         [task],
-        Setting.of(target, hardware=devices.name, cores=1),
-        Budget(100),
-        on_news=kill_one,
+        MeasurementContext.of(target, hardware=devices.hardware, cores=1),
+        TuningBudget(100),
+        on_update=kill_one,
     )
-    with Laboratory(target, devices, builders=1, seconds=0.01) as laboratory:
-        records = session.run(laboratory)
-    entries = [json.loads(line) for line in (tmp_path / "work" / "trials.jsonl").open()]
-    assert len(entries) == task.size
-    assert not any(entry["error"] for entry in entries)
+    with Measurer(target, devices, builders=1, seconds=0.01) as measurer:
+        records = session.run(measurer)
+    trials = logged_trials()
+    assert len(trials) == task.size
+    assert not any(trial["error"] for trial in trials)
     assert list(records.by_workload) == [task.workload]
 
-
-@pytest.mark.parametrize("servers", [1], indirect=True)
-def test_a_server_that_is_stopped_is_gone(tracker, servers):
-    children = [
-        int(child)
-        for server in servers
-        for child in Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    ]
+    remaining = servers[1]
+    children = Path(f"/proc/{remaining.pid}/task/{remaining.pid}/children").read_text().split()
     assert children
-    for server in servers:
-        server.terminate()
-        assert server.wait(timeout=30) == 0
-    wait_for(lambda: count_servers(tracker, KEY) == 0)
-    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    remaining.terminate()
+    assert remaining.wait(timeout=120) == 0
+    wait_until(lambda: count_servers(rpc) == 0)
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
 
-def test_a_tracker_without_servers(tracker, target):
-    with pytest.raises(SessionError, match=r"no server of this key; got other at .*worker"):
-        remote_devices(target, tracker, "other", workers=1, threads=1)
+def test_tracker_without_servers_raises(rpc, target):
+    other = RpcConfig(rpc.host, rpc.port, "other")
+    with pytest.raises(TuningError, match=r"no server for this key; got other at .*worker"):
+        remote_devices(target, other, threads=1)
 
 
-def test_no_tracker(target):
-    with pytest.raises(SessionError, match=r"cannot be reached; .*tvm\.exec\.rpc_tracker"):
-        remote_devices(target, (HOST, free_port()), KEY, workers=1, threads=1)
+def test_unreachable_tracker_raises(target):
+    with pytest.raises(TuningError, match=r"cannot be reached; .*tvm\.exec\.rpc_tracker"):
+        remote_devices(target, RpcConfig(HOST, free_port(), KEY), threads=1)

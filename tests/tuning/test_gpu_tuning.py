@@ -1,4 +1,4 @@
-"""Tuning for GPUs: compiled anywhere, measured where there is one."""
+"""Tuning for GPUs: candidates are built anywhere and measured on a real or emulated GPU."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from dcnv3_tvm import gpu
 from dcnv3_tvm.runtime import cuda_toolkit
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.tuning import jobs
+from dcnv3_tvm.tuning.builder import build_candidate
 from dcnv3_tvm.tuning.tasks import operator_task
 from dcnv3_tvm.tuning.tune import TuneConfig, estimate, tune
 
@@ -20,26 +20,27 @@ SPEC = DCNv3Spec.of((2, 14, 14, 64), group=4, dtype="float16")
 
 
 @pytest.mark.skipif(cuda_toolkit.find_nvcc() is None, reason="needs nvcc")
-def test_a_candidate_is_compiled_without_a_gpu(tmp_path):
+def test_candidate_is_built_without_gpu(tmp_path):
     target = resolve_target("cuda-sm90")
     task = operator_task(SPEC, target)
     path = tmp_path / "kernel.so"
-    jobs.build(task.function, target, {"thread": "vector", "groups": 2, "pixels": 8}, path)
-    assert b"\x7fELF" in path.read_bytes()[4:]  # the cubin in the library
+    build_candidate(task.function, target, {"thread": "vector", "groups": 2, "pixels": 8}, path)
+    # The library itself and the cubin inside it are ELF files.
+    assert b"\x7fELF" in path.read_bytes()[4:]
 
 
 @pytest.mark.slow
-def test_a_session_on_an_emulated_gpu(tmp_path):
+def test_session_on_emulated_gpu(tmp_path):
     (tmp_path / "cuda").mkdir()
-    words = ["--target", "cuda", "--trials", "4", "--work-dir", str(tmp_path / "runs")]
-    done = subprocess.run(
-        [sys.executable, "-m", "dcnv3_tvm", "tune", SPEC.slug, *words],
+    options = ["--target", "cuda", "--trials", "4", "--work-dir", str(tmp_path / "runs")]
+    process = subprocess.run(
+        [sys.executable, "-m", "dcnv3_tvm", "tune", SPEC.slug, *options],
         env=os.environ | emulated_gpu.install(tmp_path / "cuda"),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert process.returncode == 0, process.stderr[-2000:]
     summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
     (kernel,) = summary["kernels"]
     assert (summary["trials"], kernel["failed"]) == (4, 0)
@@ -47,7 +48,7 @@ def test_a_session_on_an_emulated_gpu(tmp_path):
 
 
 @pytest.mark.skipif(not gpu.devices(), reason="needs a GPU")
-def test_a_session_on_a_gpu(tmp_path):
+def test_session_on_gpu(tmp_path):
     config = TuneConfig(target="cuda", trials=16)
     assert estimate([SPEC], config)["kernels"][0]["seconds"] > 0
     summary = tune([SPEC], tmp_path, config)

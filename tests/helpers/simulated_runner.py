@@ -1,4 +1,4 @@
-"""A device that only pretends: it sleeps, crashes and hangs as told, to test sessions with."""
+"""A simulated kernel runner that crashes, hangs or fails on request."""
 
 from __future__ import annotations
 
@@ -9,65 +9,71 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tvm import tirx
 
 from dcnv3_tvm.compiler.kernel_listing import Tensor
-from dcnv3_tvm.tuning.jobs import Place
+from dcnv3_tvm.tuning.runner import KernelRunner
 
 CRASH: Final = "crash"
 HANG: Final = "hang"
 FAIL: Final = "fail"
-FULL: Final = "full"
+DISK_FULL: Final = "disk full"
+
+
+def build_nothing(*_: Any) -> None:
+    """Stand in for `build_candidate`: the simulated runner loads no library."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SimulatedPlace(Place):
-    """A device whose measurements take a fixed time.
+class SimulatedRunner(KernelRunner):
+    """Runner whose measurements are numbered across processes and get faster one by one.
 
     Parameters
     ----------
     log : Path
-        File to which every measurement adds a byte, by which they are numbered.
-    sleep : float
-        Seconds of a measurement.
+        File to which every measurement appends a byte.
+    group : int
+        Measurements that wait for each other: each returns once its group has started.
     faults : mapping of int to str
-        What happens in the measurement of a number: `CRASH`, `HANG`, `FAIL` or `FULL`.
-    wrong : str
-        What is wrong with every result; empty if nothing is.
+        Fault of the measurement with a number: `CRASH`, `HANG`, `FAIL` or `DISK_FULL`.
+    error : str
+        Result of `check`.
     """
 
     kind: str = "cpu"
     log: Path = Path(os.devnull)
-    sleep: float = 0.0
+    group: int = 1
     faults: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    wrong: str = ""
+    error: str = ""
 
     def measure(
         self, path: Path, arguments: tuple[Tensor, ...], seconds: float, timeout: float
     ) -> list[float]:
-        """Pretend: the first measurement is the slowest, each later one a little faster."""
-        number = self._count()
+        """Return times that fall with the number of the measurement."""
+        number = self._start()
         fault = self.faults.get(number)
         if fault == CRASH:
             os.kill(os.getpid(), signal.SIGSEGV)
         elif fault == HANG:
-            time.sleep(3600)
+            signal.pause()
         elif fault == FAIL:
-            raise RuntimeError("the device says no")
-        elif fault == FULL:
+            raise RuntimeError("the device failed")
+        elif fault == DISK_FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        time.sleep(self.sleep)
+        last_of_group = number - number % self.group + self.group
+        while self.log.stat().st_size < last_of_group and self.group > 1:
+            time.sleep(0.001)
         return [1.0 / (1 + number)] * 3
 
-    def compare(
+    def check(
         self, path: Path, arguments: tuple[Tensor, ...], function: tirx.PrimFunc, timeout: float
     ) -> str:
-        """Say what was told to be wrong."""
-        return self.wrong
+        """Return the error that the test asked for."""
+        return self.error
 
-    def _count(self) -> int:
+    def _start(self) -> int:
         """Return the number of measurements before this one, of all processes."""
         file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:

@@ -1,0 +1,173 @@
+"""Time a compiled kernel on a device and check its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import tvm
+from tvm import tirx
+
+from dcnv3_tvm import targets
+from dcnv3_tvm.compiler.kernel_listing import ENTRY, Tensor, export_kernel
+from dcnv3_tvm.dtypes import numpy_dtype
+from dcnv3_tvm.machine import usable_cores
+from dcnv3_tvm.op.reference import Float64Array
+from dcnv3_tvm.runtime import library
+from dcnv3_tvm.runtime.cuda import load_runtime
+from dcnv3_tvm.tuning.rpc import RpcConfig, import_tvm_rpc
+from dcnv3_tvm.verify.tolerances import LAYER
+
+_FIRST_CALLS: Final = 3
+_MIN_CALLS: Final = 7
+_MAX_CALLS: Final = 100
+
+_RANDOM_VALUES: Final = 262139
+"""Random values drawn for a tensor: a prime, so that no two rows of a tensor are equal."""
+
+_ANY_CORE: Final = 0
+"""Mode of TVM's thread pool in which threads are not bound to cores."""
+
+_GPU_FLUSH_BYTES: Final = 256 * 2**20
+"""Bytes written between calls to flush the L2 cache of a GPU; larger than any L2 cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelRunner:
+    """Run compiled kernels on one local or remote device.
+
+    Parameters
+    ----------
+    kind : str
+        ``"cpu"`` or ``"cuda"``.
+    index : int
+        Index of the GPU.
+    threads : int
+        Threads on a CPU.
+    rpc : RpcConfig, optional
+        Run on a remote device instead of this machine's.
+    """
+
+    kind: str
+    index: int = 0
+    threads: int = 1
+    rpc: RpcConfig | None = None
+
+    def measure(
+        self, path: Path, arguments: tuple[Tensor, ...], seconds: float, timeout: float
+    ) -> list[float]:
+        """Time a kernel with cold caches.
+
+        The cache is flushed before each call: on a CPU all arguments but the first, on a GPU
+        everything. Weights thus come from memory, as they do in a model. So do a residual and the
+        output's cache lines, and on a GPU the first argument, which a model may find in the cache.
+
+        Parameters
+        ----------
+        path : Path
+            Library written by `build_candidate`.
+        arguments : tuple of Tensor
+            Inputs and outputs of the kernel.
+        seconds : float
+            Time to spend on calls.
+        timeout : float
+            Seconds after which a remote server aborts.
+
+        Returns
+        -------
+        list of float
+            Seconds of each call.
+        """
+        module, device = self._load(path, timeout)
+        rng = np.random.default_rng(0)
+        tensors = [tvm.runtime.tensor(_random(rng, tensor), device) for tensor in arguments]
+        flush: dict[str, Any] = {"f_preproc": "cache_flush_cpu_non_first_arg"}
+        if self.kind == "cuda":
+            flush = {"cache_flush_bytes": _GPU_FLUSH_BYTES}
+
+        def time_calls(calls: int) -> list[float]:
+            timer = module.time_evaluator(ENTRY, device, number=1, repeat=calls, **flush)
+            return list(timer(*tensors).results)
+
+        first = time_calls(_FIRST_CALLS)
+        calls = int(seconds / max(min(first), 1e-9))
+        return time_calls(max(_MIN_CALLS, min(calls, _MAX_CALLS)))
+
+    def check(
+        self,
+        path: Path,
+        arguments: tuple[Tensor, ...],
+        function: tirx.PrimFunc,
+        timeout: float,
+    ) -> str:
+        """Compare a compiled kernel with its unscheduled definition, run on this machine's CPU.
+
+        Parameters
+        ----------
+        path, arguments, timeout
+            As for `measure`; the last argument is the output.
+        function : tvm.tirx.PrimFunc
+            Unscheduled kernel.
+
+        Returns
+        -------
+        str
+            Description of the error; empty if the result is within the tolerance.
+        """
+        rng = np.random.default_rng(1)
+        inputs = [_random(rng, tensor) for tensor in arguments[:-1]]
+        shape, dtype = arguments[-1]
+        nan_output = np.full(shape, np.nan, numpy_dtype(dtype))
+        module, device = self._load(path, timeout)
+        result = _call(module, device, inputs, nan_output)
+        with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-reference-") as folder:
+            reference_path = Path(folder) / "reference.so"
+            export_kernel(function, targets.resolve_target("auto"), reference_path)
+            module = tvm.runtime.load_module(str(reference_path))
+            reference = _call(module, tvm.cpu(0), inputs, nan_output)
+        error = float(np.abs(result - reference).max() / max(1.0, np.abs(reference).max()))
+        if error <= LAYER[dtype]:
+            return ""
+        return f"wrong result: error {error:.1e} exceeds the tolerance {LAYER[dtype]:.1e}"
+
+    def _load(self, path: Path, timeout: float) -> tuple[Any, Any]:
+        """Load a library on the device; return its module and the device."""
+        if self.rpc is not None:
+            return self._load_remotely(self.rpc, path, timeout)
+        if self.kind == "cuda":
+            load_runtime()
+            return tvm.runtime.load_module(str(path)), tvm.cuda(self.index)
+        # As many cores as threads: threads that migrate make times noisy.
+        os.sched_setaffinity(0, sorted(usable_cores())[: self.threads])
+        library.use_threads(self.threads)
+        return tvm.runtime.load_module(str(path)), tvm.cpu(0)
+
+    def _load_remotely(self, rpc: RpcConfig, path: Path, timeout: float) -> tuple[Any, Any]:
+        session = (
+            import_tvm_rpc()
+            .connect_tracker(rpc.host, rpc.port)
+            .request(rpc.key, session_timeout=math.ceil(timeout))
+        )
+        session.upload(str(path))
+        session.get_function("runtime.config_threadpool")(_ANY_CORE, self.threads)
+        device = session.cuda(self.index) if self.kind == "cuda" else session.cpu(0)
+        return session.load_module(path.name), device
+
+
+def _call(module: Any, device: Any, inputs: list[Any], nan_output: Any) -> Float64Array:
+    """Call a kernel with an output full of NaN, so that unwritten elements show."""
+    output = tvm.runtime.tensor(nan_output, device)
+    module[ENTRY](*(tvm.runtime.tensor(array, device) for array in inputs), output)
+    result: Float64Array = output.numpy().astype(np.float64)
+    return result
+
+
+def _random(rng: np.random.Generator, tensor: Tensor) -> Any:
+    """Fill a tensor with repeating random values; drawing all would dominate the time."""
+    values = rng.standard_normal(min(math.prod(tensor.shape), _RANDOM_VALUES), np.float32)
+    return np.resize(values.astype(numpy_dtype(tensor.dtype)), tensor.shape)

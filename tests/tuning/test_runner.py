@@ -1,0 +1,57 @@
+"""Build, time and check kernels on this machine."""
+
+import pytest
+
+from dcnv3_tvm import machine
+from dcnv3_tvm.compiler.kernel_listing import Tensor
+from dcnv3_tvm.kernels.matmul import matmul
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.tuning.builder import build_candidate
+from dcnv3_tvm.tuning.runner import KernelRunner
+from dcnv3_tvm.tuning.tasks import operator_task
+
+RUNNER = KernelRunner("cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def task(target):
+    return operator_task(DCNv3Spec.of((1, 9, 7, 32), group=2), target)
+
+
+def test_schedule_is_timed_and_correct(task, target, tmp_path):
+    path = tmp_path / "kernel.so"
+    build_candidate(task.function, target, {"task": "pixel"}, path)
+    times = RUNNER.measure(path, task.arguments, seconds=0.01, timeout=20)
+    assert len(times) >= 7
+    assert min(times) > 0
+    assert RUNNER.check(path, task.arguments, task.function, timeout=20) == ""
+
+
+def test_wrong_result_is_detected(task, target, tmp_path):
+    other = operator_task(DCNv3Spec.of((1, 9, 7, 32), group=2, offset_scale=1.5), target)
+    path = tmp_path / "kernel.so"
+    build_candidate(other.function, target, other.default, path)
+    error = RUNNER.check(path, task.arguments, task.function, timeout=20)
+    assert error.startswith("wrong result: error ")
+
+
+def test_shape_mismatch_is_detected(task, target, tmp_path):
+    other = operator_task(DCNv3Spec.of((1, 9, 6, 32), group=2), target)
+    assert other.arguments[-1].shape != task.arguments[-1].shape
+    path = tmp_path / "kernel.so"
+    build_candidate(other.function, target, other.default, path)
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        RUNNER.check(path, task.arguments, task.function, timeout=20)
+
+
+@pytest.mark.skipif("avx512bf16" not in (machine.cpu_features() or ()), reason="needs avx512_bf16")
+def test_bfloat16_matmul_is_correct(target, tmp_path):
+    function = matmul((5, 7), 32, 64, tile=32, dtype="bfloat16")
+    arguments = tuple(
+        Tensor(tuple(int(size) for size in buffer.shape), str(buffer.dtype))
+        for buffer in function.params
+    )
+    path = tmp_path / "kernel.so"
+    build_candidate(function, target, {"rows": 7, "block": 1}, path)
+    assert RUNNER.measure(path, arguments, seconds=0.001, timeout=20)
+    assert RUNNER.check(path, arguments, function, timeout=20) == ""
