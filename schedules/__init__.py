@@ -20,7 +20,7 @@ from dcnv3_tvm.schedules.apply import (
 )
 from dcnv3_tvm.schedules.cpu.dot_product import has_bfloat16_dot
 from dcnv3_tvm.schedules.cpu.register_tiles import weight_tile_width
-from dcnv3_tvm.schedules.rule import Refusal, Rule
+from dcnv3_tvm.schedules.rule import Refusal
 
 __all__ = [
     "CPU_RULES",
@@ -30,7 +30,6 @@ __all__ = [
     "SCHEDULED",
     "UNSCHEDULED",
     "Refusal",
-    "Rule",
     "ScheduledKernel",
     "apply_rules",
     "has_bfloat16_dot",

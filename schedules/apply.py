@@ -156,6 +156,10 @@ def schedule(
     func, target, decisions
         As for `apply_rules`.
 
+    Returns
+    -------
+    ScheduledKernel
+
     Raises
     ------
     DecisionError
@@ -174,7 +178,20 @@ def schedule(
 
 
 def schedule_by_record(func: tirx.PrimFunc, target: Target, records: Records) -> ScheduledKernel:
-    """Schedule a kernel with the decisions of its tuning record, or with the defaults."""
+    """Schedule a kernel with the decisions of its tuning record, or with the defaults.
+
+    Parameters
+    ----------
+    func, target
+        As for `schedule`.
+    records : Records
+        Tuning records for the target.
+
+    Returns
+    -------
+    ScheduledKernel
+        Its `record` says whether a record was used, and otherwise why not.
+    """
     record = records.find(func)
     if record is None:
         found = schedule(func, target)

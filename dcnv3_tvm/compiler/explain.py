@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from tvm import tirx
     from tvm.target import Target
 
-    from dcnv3_tvm.schedules import Rule, ScheduledKernel
+    from dcnv3_tvm.schedules import ScheduledKernel
+    from dcnv3_tvm.schedules.rule import Rule
 
 
 @dataclasses.dataclass(frozen=True)
