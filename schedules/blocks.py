@@ -1,4 +1,4 @@
-"""What rules for any kernel ask about a block."""
+"""Properties of blocks that the fallback rules need."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 
 def reduces(sch: s_tir.Schedule, block: SBlockRV) -> bool:
-    """Whether an axis of a block is anything but a spatial one."""
+    """Whether a block has an axis that is not spatial."""
     return any(axis.iter_type != tirx.IterVar.DataPar for axis in sch.get(block).iter_vars)
 
 
 def plain_axes(sch: s_tir.Schedule, block: SBlockRV) -> tuple[list[LoopRV], list[LoopRV]] | None:
-    """Return the (spatial, reduction) loops of a block each of whose axes is one loop."""
+    """Return the (spatial, reduction) loops of a block, or None unless each axis is one loop."""
     loops = sch.get_loops(block)
     realize = sch.get(loops[-1]).body if loops else None
     if not isinstance(realize, s_tir.SBlockRealize):

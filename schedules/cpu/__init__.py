@@ -1,1 +1,1 @@
-"""."""
+"""Schedule rules for LLVM targets."""

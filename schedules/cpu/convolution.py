@@ -1,4 +1,4 @@
-"""Schedule of dense convolutions with packed weights."""
+"""Dense convolutions with packed weights on CPUs: register tiles of pixels x output channels."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 
 from dcnv3_tvm.schedules.cpu.register_tiles import (
+    accumulate_tile,
     copy_in_parallel,
     copy_in_task,
+    matmul_blocks,
     numbered,
-    product_blocks,
     row_tile,
     row_tiles,
     tile_columns,
-    unroll_tile,
     unrolled_depth,
     unspilled_rows,
     vector_unit,
@@ -25,36 +25,40 @@ from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
 _ROW: Final = "row"
-"""A task is an output row, and frames its input rows."""
+"""A task is an output row and pads the input rows that it reads."""
 
 _ROWS_FIRST: Final = "image, rows first"
-"""The whole image is framed before; tasks run over the pixels, and in them over the columns."""
+"""The whole image is padded first; tasks iterate over pixels, then output channels."""
 
 _COLUMNS_FIRST: Final = "image, columns first"
-"""The whole image is framed before; tasks run over the columns, and in them over the pixels."""
+"""The whole image is padded first; tasks iterate over output channels, then pixels."""
 
 
 def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
-    """Give every register tile a run of pixels of one output row, and its sums the registers.
+    """Schedule dense convolutions.
 
-    While the weights fit the cache, a task is an output row, which copies the input rows it needs
-    into their frame of zeros. Else the whole image is framed first, and tasks run over the output
-    channels first, so that a column tile of weights is read from memory once.
+    A register tile holds the sums of a run of pixels of one output row. While the weights fit the
+    L2 cache, a task is an output row. Otherwise tasks iterate over output channels first, so that
+    each weight tile is read from memory once.
     """
     if refusal := refuse_other_kernels(func, "convolution"):
         return refusal
     weight = func.params[1]
     dtype = str(weight.dtype)
     unit = vector_unit(target)
-    resident = weights_stay_cached(weight)
     sch = s_tir.Schedule(func)
     padded = sch.get_sblock("padded")
-    parts = product_blocks(sch)
-    plans = (
-        [_ROW, _ROWS_FIRST, _COLUMNS_FIRST] if len(parts) == 1 else [_ROWS_FIRST, _COLUMNS_FIRST]
-    )
-    plan = space.pick("plan", plans, plans[0] if resident else _COLUMNS_FIRST)
+    parts = matmul_blocks(sch)
+
+    # Step 1. Choose the tasks. Parts with blocks of their own cannot share a padded row.
+    plans = [_ROWS_FIRST, _COLUMNS_FIRST]
+    if len(parts) == 1:
+        plans.insert(0, _ROW)
+    default = plans[0] if weights_stay_cached(weight) else _COLUMNS_FIRST
+    plan = space.pick("plan", plans, default)
+
     for index, (sums, epilogue) in enumerate(parts):
+        # Step 2. Tile the output by pixels and output channels.
         batch, line, pixel, column = sch.get_loops(epilogue)
         columns = tile_columns(sch, column, weight)
         extent = sch.get(pixel).extent
@@ -66,21 +70,27 @@ def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
         if plan == _COLUMNS_FIRST:
             order = [column_outer, batch, line, pixel_outer]
         sch.reorder(*order, pixel_inner, column_inner)
+
+        # Step 3. Run tasks in parallel.
         if plan == _ROW:
             sch.parallel(sch.fuse(batch, line))
             task = column_outer
         else:
             task = sch.fuse(*order)
             sch.parallel(task)
+
+        # Step 4. Accumulate a tile in registers, then apply the epilogue to it.
         sch.compute_at(sums, task, preserve_unit_loops=True)
         sch.set_scope(sums, 0, "local")
         *_, tile_pixel, tile_column, high, wide, depth = sch.get_loops(sums)
         spilled = rows > unspilled_rows(columns, unit, dtype)
         depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
         sch.reorder(high, wide, depth, tile_depth, tile_pixel, tile_column)
-        unroll_tile(sch, sums, [tile_depth, tile_pixel, tile_column], high)
+        accumulate_tile(sch, sums, [tile_depth, tile_pixel, tile_column], high)
         sch.unroll(pixel_inner)
         sch.vectorize(column_inner)
+
+    # Step 5. Pad the input: the rows of a task, or the whole image.
     if plan == _ROW:
         copy_in_task(sch, padded, sch.get_loops(parts[0][1])[0], unit.lanes(dtype))
     else:

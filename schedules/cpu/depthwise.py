@@ -1,4 +1,4 @@
-"""Schedule of depthwise convolutions, with or without LayerNorm behind them."""
+"""Depthwise convolutions on CPUs, optionally followed by LayerNorm in the same kernel."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 
 from dcnv3_tvm.op.expr import static
-from dcnv3_tvm.schedules.cpu.layer_norm import normalize, rows_at_once
+from dcnv3_tvm.schedules.cpu.layer_norm import normalize_rows, pick_rows
 from dcnv3_tvm.schedules.cpu.register_tiles import (
+    accumulate_tile,
     copy_in_task,
-    unroll_tile,
     vector_unit,
     vector_width,
     vectorize_innermost,
@@ -19,10 +19,11 @@ from dcnv3_tvm.schedules.space import SearchSpace
 
 
 def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
-    """Sum a run of neighbouring pixels at a time, and normalise them while they are in cache.
+    """Schedule depthwise convolutions.
 
-    A task is an output row; it copies the input rows it needs into their frame of zeros. The
-    window is unrolled, so that an input vector is loaded once for all the pixels that see it.
+    A task is an output row and pads the input rows that it reads. It sums a run of neighbouring
+    pixels at a time and normalizes them while they are in cache. The window is unrolled, so that
+    each input vector is loaded once for all pixels of the run that read it.
     """
     if refusal := refuse_other_kernels(func, "depthwise"):
         return refusal
@@ -31,15 +32,20 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
     sch = s_tir.Schedule(func)
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
     normalized = len(sch.get_consumers(window)) > 1
+
+    # Step 1. Run output rows in parallel, each in runs of pixels.
     batch, line, pixel, _ = sch.get_loops(epilogue)
-    run, _ = sch.split(pixel, [None, rows_at_once(sch.get(pixel).extent, space)])
+    run, _ = sch.split(pixel, [None, pick_rows(sch.get(pixel).extent, space)])
     task = sch.fuse(batch, line)
     sch.parallel(task)
+
+    # Step 2. Normalize a run, or only apply its epilogue.
     if normalized:
-        normalize(sch, run, lanes, dtype)
+        normalize_rows(sch, run, lanes, dtype)
     else:
         vectorize_innermost(sch, epilogue, lanes)
 
+    # Step 3. Sum the window of a run in registers, a few vectors of channels at a time.
     sch.compute_at(window, run, preserve_unit_loops=True)
     sch.set_scope(window, 0, "local")
     *_, tile_pixel, channel, high, wide = sch.get_loops(window)
@@ -50,6 +56,8 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
     sch.reorder(channel, high, wide, tile_pixel, vector)
     sch.unroll(high)
     sch.unroll(wide)
-    unroll_tile(sch, window, [tile_pixel, vector], high)
+    accumulate_tile(sch, window, [tile_pixel, vector], high)
+
+    # Step 4. Pad the input rows of a task.
     copy_in_task(sch, sch.get_sblock("padded"), task, lanes)
     return sch.mod["main"]

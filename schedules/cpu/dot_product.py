@@ -1,4 +1,4 @@
-"""Dot products of bfloat16 pairs, in one instruction."""
+"""Accumulate a matmul tile by `vdpbf16ps`, which multiplies and adds pairs of bfloat16."""
 
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
 from typing import Final
@@ -15,8 +15,8 @@ from dcnv3_tvm.targets import target_features
 _DOT: Final = "dcnv3_tvm.dot_bf16_16x2"
 _LANES: Final = 16
 
-# TVM turns every bfloat16 value into float32, also the operands of an LLVM intrinsic. So the
-# pairs travel as int32, and this function, which LLVM inlines, calls the intrinsic.
+# TVM legalizes every bfloat16 value to float32, even the operands of an LLVM intrinsic. So pairs
+# are passed as int32 to this function, which LLVM inlines.
 _CODE: Final = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 
@@ -31,12 +31,12 @@ define <16 x float> @dcnv3_tvm_dot_bf16(<16 x float> %sums, <16 x i32> %first, <
 
 
 def has_bfloat16_dot(target: Target) -> bool:
-    """Whether processors of a target multiply and add pairs of bfloat16 in one instruction."""
+    """Whether a CPU target has dot products of bfloat16 pairs (AVX512-BF16)."""
     return "avx512bf16" in target_features(target)
 
 
 def sum_pairs(sch: s_tir.Schedule, sums: SBlockRV, task: LoopRV) -> None:
-    """Run the sums of a register tile side by side, as dot products of bfloat16 pairs.
+    """Accumulate a register tile by dot products of bfloat16 pairs.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def sum_pairs(sch: s_tir.Schedule, sums: SBlockRV, task: LoopRV) -> None:
 
 
 @T.prim_func(s_tir=True)
-def _described(a: T.handle, b: T.handle, c: T.handle) -> None:
+def _description(a: T.handle, b: T.handle, c: T.handle) -> None:
     A = T.match_buffer(a, (2,), "bfloat16", offset_factor=1, align=2)
     B = T.match_buffer(b, (16, 2), "bfloat16", offset_factor=1)
     C = T.match_buffer(c, (16,), "float32", offset_factor=1, scope="local")
@@ -77,7 +77,7 @@ def _described(a: T.handle, b: T.handle, c: T.handle) -> None:
 
 
 @T.prim_func(s_tir=True)
-def _done(a: T.handle, b: T.handle, c: T.handle) -> None:
+def _implementation(a: T.handle, b: T.handle, c: T.handle) -> None:
     A = T.match_buffer(a, (2,), "bfloat16", offset_factor=1, align=2)
     B = T.match_buffer(b, (16, 2), "bfloat16", offset_factor=1)
     C = T.match_buffer(c, (16,), "float32", offset_factor=1, scope="local")
@@ -93,4 +93,4 @@ def _done(a: T.handle, b: T.handle, c: T.handle) -> None:
         )
 
 
-TensorIntrin.register(_DOT, _described, _done)
+TensorIntrin.register(_DOT, _description, _implementation)

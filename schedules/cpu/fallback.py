@@ -1,4 +1,4 @@
-"""Schedule of every kernel that no other rule knows: stock operators after legalisation."""
+"""Stock TVM operators on CPUs, and every other kernel without a rule of its own."""
 
 from __future__ import annotations
 
@@ -16,39 +16,44 @@ from dcnv3_tvm.schedules.cpu.register_tiles import VectorUnit, vector_unit, vect
 from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 
-SERIAL_WORK: Final = 65536
-"""Elements below which a loop is done before the other threads have woken up."""
+_SERIAL_WORK: Final = 65536
+"""Iterations below which waking other threads takes longer than the loop."""
 
-ENOUGH_TASKS: Final = 16
-"""Tasks that share out well enough that the loop inside them need not be shared out too."""
+_ENOUGH_TASKS: Final = 16
+"""Outer iterations with which the cores are balanced without splitting the innermost loop."""
 
 
 def fallback(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
-    """Inline what is elementwise, run outer loops in parallel and the innermost one in vectors.
+    """Schedule any kernel.
 
-    A block that resists is left as it is.
+    Elementwise blocks are inlined; outer loops run in parallel, the innermost one in vectors. A
+    block that cannot be transformed is left unchanged.
     """
-    del space  # There is nothing to decide.
+    del space  # The rule makes no decisions.
     sch = s_tir.Schedule(func)
     root = sch.get_sblock("root")
+
+    # Step 1. Inline elementwise blocks.
     for block in sch.get_child_blocks(root):
         with contextlib.suppress(ScheduleError):
             _inline(sch, block)
+
+    # Step 2. Parallelize and vectorize each remaining block.
     for block in sch.get_child_blocks(root):
         with contextlib.suppress(ScheduleError):
-            _spread(sch, block, vector_unit(target))
+            _parallelize(sch, block, vector_unit(target))
     return sch.mod["main"]
 
 
 def _inline(sch: s_tir.Schedule, block: SBlockRV) -> None:
-    """Inline a block that no consumer then computes more often."""
+    """Inline an elementwise block into its only consumer, unless that is a reduction."""
     consumers = sch.get_consumers(block)
     if len(consumers) == 1 and not reduces(sch, block) and not reduces(sch, consumers[0]):
         sch.compute_inline(block)
 
 
-def _spread(sch: s_tir.Schedule, block: SBlockRV, unit: VectorUnit) -> None:
-    """Share out the loops of a block among threads and lanes, if they are plain loops."""
+def _parallelize(sch: s_tir.Schedule, block: SBlockRV, unit: VectorUnit) -> None:
+    """Parallelize and vectorize a block whose axes are plain loops."""
     axes = plain_axes(sch, block)
     if axes is None:
         return
@@ -59,15 +64,15 @@ def _spread(sch: s_tir.Schedule, block: SBlockRV, unit: VectorUnit) -> None:
     lane: list[LoopRV] = []
     last = spatial[-1]
     width = vector_width(extents[-1], unit.lanes("float32"))
-    if width > 1 and _stores_along(sch, block, last):
+    if width > 1 and _stores_contiguously(sch, block, last):
         last, vector = sch.split(last, [None, width])
         lane = [vector]
     sch.reorder(*outer, last, *reduction, *lane)
     known = [size for size in extents[:-1] if size is not None]
-    if not outer or (len(known) == len(outer) and math.prod(known) < ENOUGH_TASKS):
+    if not outer or (len(known) == len(outer) and math.prod(known) < _ENOUGH_TASKS):
         outer = [*outer, last]
     sizes = [*extents, *steps]
-    if None in sizes or math.prod(size for size in sizes if size) >= SERIAL_WORK:
+    if None in sizes or math.prod(size for size in sizes if size) >= _SERIAL_WORK:
         sch.parallel(sch.fuse(*outer))
     if lane:
         sch.vectorize(lane[0])
@@ -75,8 +80,8 @@ def _spread(sch: s_tir.Schedule, block: SBlockRV, unit: VectorUnit) -> None:
         sch.decompose_reduction(block, reduction[0])
 
 
-def _stores_along(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV) -> bool:
-    """Whether neighbouring values of a loop store to neighbouring elements."""
+def _stores_contiguously(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV) -> bool:
+    """Whether a loop iterates over the last dimension of what a block stores."""
     node = sch.get(block)
     realize = sch.get(sch.get_loops(block)[-1]).body
     axes = {

@@ -1,4 +1,4 @@
-"""The sum over the lanes of a vector register."""
+"""Sum the lanes of a vector register by shuffles."""
 
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
 import functools
@@ -14,19 +14,19 @@ _SUFFIXES: Final = {"float32": "f32", "float64": "f64"}
 
 
 def sum_lanes(sch: s_tir.Schedule, total: SBlockRV, lane: LoopRV, task: LoopRV, dtype: str) -> None:
-    """Let a block that adds up a vector, element by element, do so by shuffles.
+    """Replace a block that adds the elements of a vector by LLVM's vector reduction.
 
-    LLVM makes a detour through general registers of what TVM can express: vectors that are halved
-    through memory.
+    TVM can only express it by halving the vector in memory, which LLVM compiles to moves through
+    general-purpose registers.
 
     Parameters
     ----------
     sch : Schedule
         Schedule to change.
     total : SBlockRV
-        Reduction block over `lane` alone, in local memory.
+        Reduction block over `lane` only, in local memory.
     lane : LoopRV
-        Its innermost loop; 2, 4, 8 or 16 long.
+        Its innermost loop, of extent 2, 4, 8 or 16.
     task : LoopRV
         A loop around it.
     dtype : str
@@ -43,7 +43,7 @@ def _name(width: int, dtype: str) -> str:
 
 
 def _code(width: int, dtype: str) -> str:
-    """Return the function, which LLVM inlines: TVM's own call has no way to allow reordering."""
+    """Return LLVM code of the reduction. TVM's own call cannot set the ``reassoc`` flag."""
     scalar = _LLVM_TYPES[dtype]
     reduce = f"@llvm.vector.reduce.fadd.v{width}{_SUFFIXES[dtype]}"
     return f"""
@@ -58,11 +58,11 @@ define {scalar} @{_name(width, dtype)}(<{width} x {scalar}> %vector) {{
 
 @functools.cache
 def _intrinsic(width: int, dtype: str) -> str:
-    """Register the sum of a number of lanes and return its name."""
+    """Register the sum of `width` lanes and return its name."""
     name = _name(width, dtype)
 
     @T.prim_func(s_tir=True)
-    def described(a: T.handle, b: T.handle) -> None:
+    def description(a: T.handle, b: T.handle) -> None:
         A = T.match_buffer(a, (width,), dtype, offset_factor=1, scope="local")
         B = T.match_buffer(b, (1,), dtype, offset_factor=1, scope="local")
         with T.sblock("root"):
@@ -74,7 +74,7 @@ def _intrinsic(width: int, dtype: str) -> str:
                     B[0] = B[0] + A[lane]
 
     @T.prim_func(s_tir=True)
-    def done(a: T.handle, b: T.handle) -> None:
+    def implementation(a: T.handle, b: T.handle) -> None:
         A = T.match_buffer(a, (width,), dtype, offset_factor=1, scope="local")
         B = T.match_buffer(b, (1,), dtype, offset_factor=1, scope="local")
         with T.sblock("root"):
@@ -82,5 +82,5 @@ def _intrinsic(width: int, dtype: str) -> str:
             T.writes(B[0:1])
             B[0] = B[0] + T.call_pure_extern(dtype, name, A.vload([0], f"{dtype}x{width}"))
 
-    TensorIntrin.register(name, described, done)
+    TensorIntrin.register(name, description, implementation)
     return name

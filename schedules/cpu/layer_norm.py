@@ -12,7 +12,7 @@ from dcnv3_tvm.kernels.matmul import constant_factor
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.lane_sum import sum_lanes
 from dcnv3_tvm.schedules.cpu.register_tiles import (
-    unroll_tile,
+    accumulate_tile,
     vector_unit,
     vector_width,
     vectorize_innermost,
@@ -34,13 +34,13 @@ def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, _ = sch.get_loops(epilogue)
-    task, _ = sch.split(row, [None, rows_at_once(sch.get(row).extent, space)])
+    task, _ = sch.split(row, [None, pick_rows(sch.get(row).extent, space)])
     sch.parallel(task)
-    normalize(sch, task, lanes, dtype)
+    normalize_rows(sch, task, lanes, dtype)
     return sch.mod["main"]
 
 
-def rows_at_once(rows: Any, space: SearchSpace) -> int:
+def pick_rows(rows: Any, space: SearchSpace) -> int:
     """Choose how many of `rows` to normalise side by side: a divisor, or one."""
     known = static(rows)
     default = whole_tile(known if known is not None else constant_factor(rows), ROWS) or 1
@@ -48,7 +48,7 @@ def rows_at_once(rows: Any, space: SearchSpace) -> int:
     return space.pick("rows", divisors if known is not None else [], default)
 
 
-def normalize(sch: s_tir.Schedule, task: LoopRV, lanes: int, dtype: str) -> None:
+def normalize_rows(sch: s_tir.Schedule, task: LoopRV, lanes: int, dtype: str) -> None:
     """Compute the blocks of a LayerNorm at `task`, whose rows and channels lie inside it.
 
     Parameters
@@ -104,7 +104,7 @@ def sum_channels(
     if width > 1:
         *_, row, lane, step = sch.get_loops(partial)
         sch.reorder(step, row, lane)
-        unroll_tile(sch, partial, [row, lane], step)
+        accumulate_tile(sch, partial, [row, lane], step)
         *_, row, lane = sch.get_loops(total)
         sch.unroll(row)
         sum_lanes(sch, total, lane, task, dtype)

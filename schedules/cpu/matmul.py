@@ -11,13 +11,13 @@ from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.dot_product import sum_pairs
 from dcnv3_tvm.schedules.cpu.register_tiles import (
+    accumulate_tile,
     largest_divisor,
+    matmul_blocks,
     numbered,
-    product_blocks,
     row_tile,
     row_tiles,
     tile_columns,
-    unroll_tile,
     unrolled_depth,
     unspilled_rows,
     vector_unit,
@@ -48,7 +48,7 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
     resident = weights_stay_cached(weight)
     row_bytes = int(func.params[0].shape[-1]) * DTYPE_BYTES[dtype]
     sch = s_tir.Schedule(func)
-    for index, (sums, epilogue) in enumerate(product_blocks(sch)):
+    for index, (sums, epilogue) in enumerate(matmul_blocks(sch)):
         row, column = sch.get_loops(epilogue)
         columns = tile_columns(sch, column, weight)
         extent = sch.get(row).extent
@@ -74,7 +74,7 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
             spilled = rows > unspilled_rows(columns, unit, dtype)
             depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
             sch.reorder(depth, tile_depth, tile_row, tile_column)
-            unroll_tile(sch, sums, [tile_depth, tile_row, tile_column], depth)
+            accumulate_tile(sch, sums, [tile_depth, tile_row, tile_column], depth)
         sch.unroll(row_inner)
         sch.vectorize(column_inner)
     return sch.mod["main"]

@@ -158,14 +158,14 @@ def whole_tile(extent: int, most: int) -> int | None:
     return None
 
 
-def product_blocks(sch: s_tir.Schedule) -> list[tuple[SBlockRV, SBlockRV]]:
+def matmul_blocks(sch: s_tir.Schedule) -> list[tuple[SBlockRV, SBlockRV]]:
     """Return the pairs (sums, epilogue) of blocks of a kernel of `dcnv3_tvm.kernels.matmul`."""
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     sums = [block for block in blocks if sch.get(block).name_hint.startswith("sums")]
     return [(block, sch.get_consumers(block)[0]) for block in sums]
 
 
-def unroll_tile(
+def accumulate_tile(
     sch: s_tir.Schedule, sums: SBlockRV, tile: Sequence[LoopRV], reduction: LoopRV
 ) -> None:
     """Run the sums of a register tile side by side: rows unrolled, columns in vectors.

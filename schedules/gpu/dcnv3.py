@@ -14,7 +14,7 @@ from dcnv3_tvm import gpu
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.op.sampling import vector_channels
 from dcnv3_tvm.op.tensorir import gathering, spec_of
-from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
 from dcnv3_tvm.schedules.gpu.loops import bind_blocks, divisors, unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
@@ -121,7 +121,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
         center = sch.get_sblock("center")
         _compute_at(sch, center, thread, 1)
         vectorize_copy(sch, center, vector)
-    return bound_registers(sch.mod["main"], target, space)
+    return set_min_blocks(sch.mod["main"], target, space)
 
 
 @dataclasses.dataclass(frozen=True)

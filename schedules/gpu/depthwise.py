@@ -14,7 +14,7 @@ from tvm.target import Target
 from dcnv3_tvm.gpu import FULL_GPU_THREADS, WARP_SIZE, vector_elements
 from dcnv3_tvm.kernels.depthwise import in_runs
 from dcnv3_tvm.op.expr import static
-from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
 from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels
 from dcnv3_tvm.schedules.gpu.loops import bind_blocks, unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
@@ -78,7 +78,7 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
     if normalized:
         shared.normalize(sch, pixel)
     _sum_window(sch, shared, pixel)
-    return bound_registers(sch.mod["main"], target, space)
+    return set_min_blocks(sch.mod["main"], target, space)
 
 
 def _sum_window(sch: s_tir.Schedule, shared: Channels, pixel: LoopRV) -> None:

@@ -1,4 +1,4 @@
-"""Kernels on GPUs that compute each element on its own, among them transposes."""
+"""Elementwise kernels and transposes on GPUs: vector accesses, tiles in shared memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _THREADS: Final = 256
 """Threads of a block."""
 
 _FEWEST_THREADS: Final = 64
-"""Threads of a block, where there is less to do."""
+"""Threads of a block that transposes a tile of fewer elements."""
 
 _TILE: Final = 32
-"""Most rows and columns of a tile that is turned over."""
+"""Most rows and columns of a transposed tile."""
 
 _NARROW: Final = 4
-"""Neighbouring elements that are too few to be worth a tile."""
+"""Extent of an axis up to which reading it with a stride is faster than a tile."""
 
 
 def bind_elements(sch: s_tir.Schedule, element: LoopRV) -> LoopRV:
-    """Give each thread one iteration of a loop, and return the loop of the threads."""
+    """Give each thread one iteration of a loop, and return the thread loop."""
     block, thread = sch.split(element, [None, _THREADS])
     sch.bind(block, "blockIdx.x")
     sch.bind(thread, "threadIdx.x")
@@ -39,44 +39,50 @@ def bind_elements(sch: s_tir.Schedule, element: LoopRV) -> LoopRV:
 def elementwise(sch: s_tir.Schedule, block: SBlockRV) -> None:
     """Schedule a block of plain spatial loops.
 
-    A thread takes neighbouring elements, in vectors where neighbours are read or written. Where a
-    tensor is read along another axis than the result's last one, a tile of it is turned over in
-    shared memory, so that both are accessed along their last axes.
+    A thread computes neighbouring elements, in vectors where it reads or writes neighbours. A
+    tensor whose contiguous axis is not the output's is transposed through shared memory, so that
+    both accesses are coalesced.
     """
     node = sch.get(block)
     loops, _ = plain_axes(sch, block) or ([], [])
     axes = [axis.var for axis in node.iter_vars]
+
+    # Step 1. Find the axis along which the output is contiguous.
     along = _position(node.writes[0].region[-1].min, axes) if node.writes[0].region else None
     if along is None or len(node.writes) > 1:
         bind_elements(sch, sch.fuse(*loops))
         return
+
+    # Step 2. Transpose the first input that is contiguous along another axis.
     for index, region in enumerate(node.reads):
-        across = _turned(sch, region, axes, loops, along)
+        across = _transposed_axis(sch, region, axes, loops, along)
         if across is not None:
-            _turn(sch, block, index, loops, across, along)
+            _transpose(sch, block, index, loops, across, along)
             return
-    _move_vectors(sch, block, loops, axes, along)
+
+    # Step 3. Otherwise vectorize.
+    _vectorize(sch, block, loops, axes, along)
 
 
 def _position(index: Any, axes: list[Any]) -> int | None:
-    """Return which axis an index is, if it is one."""
+    """Return the number of the axis that an index is, or None."""
     return next((i for i, axis in enumerate(axes) if axis.same_as(index)), None)
 
 
-def _turned(
+def _transposed_axis(
     sch: s_tir.Schedule, region: Any, axes: list[Any], loops: list[LoopRV], along: int
 ) -> int | None:
-    """Return the axis along which a tensor lies, if it is to be turned to lie along another."""
+    """Return the contiguous axis of an input, if it is worth a tile in shared memory."""
     positions = [_position(dimension.min, axes) for dimension in region.region]
     across = positions[-1] if positions else None
     if across is None or None in positions or along not in positions or across == along:
         return None
-    # TVM allocates no tile of axes whose sizes it does not know.
+    # TVM cannot allocate a tile of dynamic extents.
     sizes = [static(sch.get(loops[axis]).extent) or 0 for axis in (across, along)]
     return across if min(sizes) > _NARROW else None
 
 
-def _turn(
+def _transpose(
     sch: s_tir.Schedule,
     block: SBlockRV,
     index: int,
@@ -84,10 +90,12 @@ def _turn(
     across: int,
     along: int,
 ) -> None:
-    """Read a tensor in tiles of the axes `across`, its last one, and `along`, the result's."""
+    """Read an input in tiles of its contiguous axis `across` and the output's, `along`."""
     axes = [axis.var for axis in sch.get(block).iter_vars]
     region = sch.get(block).reads[index].region
     rows = next(i for i, part in enumerate(region) if _position(part.min, axes) == along)
+
+    # Step 1. Tile the two axes.
     others = [loop for axis, loop in enumerate(loops) if axis not in (across, along)]
     sizes = [static(sch.get(loops[axis]).extent) or 0 for axis in (across, along)]
     sides = [min(_TILE, 2 ** (size - 1).bit_length()) for size in sizes]
@@ -97,26 +105,32 @@ def _turn(
     ]
     outer, inner = zip(*parts, strict=True)
     sch.reorder(*others, *outer, *inner)
-    # Not fused, which spares divisions.
+
+    # Step 2. Bind tiles to blocks, one grid axis each: a fused axis would cost divisions.
     rest = sch.fuse(*others) if others else sch.add_unit_loop(outer[0])
     for loop, name in zip((rest, *outer), ("blockIdx.x", "blockIdx.z", "blockIdx.y"), strict=True):
         sch.bind(loop, name)
+
+    # Step 3. Copy a tile to shared memory. An odd row stride avoids bank conflicts of columns.
     threads = min(_THREADS, max(_FEWEST_THREADS, math.prod(sides)))
     copy = sch.cache_read(block, index, "shared")
     sch.compute_at(copy, outer[-1], preserve_unit_loops=True)
-    # An odd number of elements from row to row, so that a column lies in different banks.
     sch.storage_align(copy, 0, rows, _TILE, 1)
+
+    # Step 4. Bind the copy and the computation to threads.
     for tile in (sch.get_loops(copy)[3:], inner):
         _, thread = sch.split(sch.fuse(*tile), [None, threads])
         sch.bind(thread, "threadIdx.x")
 
 
-def _move_vectors(
+def _vectorize(
     sch: s_tir.Schedule, block: SBlockRV, loops: list[LoopRV], axes: list[Any], along: int
 ) -> None:
-    """Compute some neighbouring elements a thread, loaded and stored at once."""
+    """Give each thread a vector of neighbouring elements, loaded and stored at once."""
     extents = [sch.get(loop).extent for loop in loops]
     node = sch.get(block)
+
+    # Step 1. Choose the vector by the smallest type among the output and the contiguous inputs.
     moved = [i for i, region in enumerate(node.reads) if _lies_along(region, axes, extents, along)]
     tensors = [node.writes[0].source, *(node.reads[i].source for i in moved)]
     last = static(extents[along]) or 1
@@ -125,14 +139,18 @@ def _move_vectors(
     elements = math.prod(size for size in known if size is not None)
     others = [loop for axis, loop in enumerate(loops) if axis != along]
     few = None not in known and elements < vector * BANDWIDTH_THREADS
-    # Behind an axis of any length TVM does not always see how few elements a thread has.
+    # With dynamic inner axes TVM cannot always prove how few elements a thread's copy has.
     if vector == 1 or few or None in known[1:]:
         bind_elements(sch, sch.fuse(*others, loops[along]))
         return
+
+    # Step 2. Bind vectors to threads.
     run, lane = sch.split(loops[along], [None, vector])
     sch.reorder(*others, run, lane)
     thread = bind_elements(sch, sch.fuse(*others, run))
     sch.unroll(lane)
+
+    # Step 3. Load and store through registers.
     copies = [sch.cache_write(block, 0, "local")]
     sch.reverse_compute_at(copies[0], thread, preserve_unit_loops=True)
     for index in moved:
@@ -143,7 +161,7 @@ def _move_vectors(
 
 
 def _lies_along(region: Any, axes: list[Any], extents: list[Any], along: int) -> bool:
-    """Whether a tensor is read as a whole, and its last axis is the axis `along`."""
+    """Whether an input is read whole and its contiguous axis is `along`."""
     positions = [_position(dimension.min, axes) for dimension in region.region]
     analyzer = Analyzer()
     return (

@@ -1,4 +1,4 @@
-"""GPU schedule of every kernel that no other rule knows: stock operators after legalisation."""
+"""Stock TVM operators on GPUs, and every other kernel without a rule of its own."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from dcnv3_tvm.schedules.space import SearchSpace
 
 
 def fallback(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
-    """Bring all of a function into one kernel; where that fails, each block into its own.
+    """Schedule any kernel.
 
-    What is elementwise is computed where it is read. No block stays without threads, which could
-    not run: one that resists is left to a single thread.
+    Elementwise blocks are inlined. The function becomes one GPU kernel, or one for each block if
+    that fails. A block that cannot be parallelized runs in a single thread.
     """
-    del target, space  # There is nothing to decide.
+    del target, space  # The rule makes no decisions.
     with contextlib.suppress(ScheduleError):
         sch = s_tir.Schedule(func)
-        _inline(sch)
-        if _together(sch):
+        _inline_elementwise(sch)
+        if _fuse_into_one_kernel(sch):
             return sch.mod["main"]
     sch = s_tir.Schedule(func)
-    _inline(sch)
-    _apart(sch)
+    _inline_elementwise(sch)
+    _bind_each_block(sch)
     return sch.mod["main"]
 
 
-def _inline(sch: s_tir.Schedule) -> None:
+def _inline_elementwise(sch: s_tir.Schedule) -> None:
     for block in _blocks(sch):
         if not reduces(sch, block):
             with contextlib.suppress(ScheduleError):
@@ -44,8 +44,8 @@ def _blocks(sch: s_tir.Schedule) -> list[SBlockRV]:
     return list(sch.get_child_blocks(sch.get_sblock("root")))
 
 
-def _together(sch: s_tir.Schedule) -> bool:
-    """Schedule one elementwise block, or reductions with at most one elementwise block behind."""
+def _fuse_into_one_kernel(sch: s_tir.Schedule) -> bool:
+    """Schedule one elementwise block, or reductions followed by at most one elementwise block."""
     blocks = _blocks(sch)
     results = [block for block in blocks if not sch.get_consumers(block)]
     if len(results) != 1 or any(plain_axes(sch, block) is None for block in blocks):
@@ -55,15 +55,15 @@ def _together(sch: s_tir.Schedule) -> bool:
         elementwise(sch, result)
         return True
     if reduces(sch, result):
-        # The sum in a register, and not in memory.
+        # Accumulate in a register, not in global memory.
         result = sch.cache_write(result, 0, "local")
     else:
         blocks.remove(result)
     return all(reduces(sch, block) for block in blocks) and reduction(sch, blocks, result)
 
 
-def _apart(sch: s_tir.Schedule) -> None:
-    """Give every block a kernel: an element a thread, or all of it in one thread."""
+def _bind_each_block(sch: s_tir.Schedule) -> None:
+    """Make each block a kernel: one element a thread, or all of it in one thread."""
     for block in _blocks(sch):
         axes = plain_axes(sch, block)
         if axes is not None:

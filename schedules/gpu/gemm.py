@@ -14,7 +14,7 @@ from dcnv3_tvm.gpu import FRAGMENT, FULL_GPU_BLOCKS
 from dcnv3_tvm.kernels.gemm import KERNEL
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu import tensor_core
-from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
 from dcnv3_tvm.schedules.gpu.loops import (
     divisors,
     unroll_all,
@@ -92,7 +92,7 @@ def gemm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFu
         _by_threads(sch, space)
     else:
         _on_tensor_cores(sch, func, target, space)
-    return bound_registers(sch.mod["main"], target, space)
+    return set_min_blocks(sch.mod["main"], target, space)
 
 
 @dataclasses.dataclass(frozen=True)

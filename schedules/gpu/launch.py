@@ -1,4 +1,4 @@
-"""Launch configuration of a scheduled kernel: thread extents, their limit, and min blocks."""
+"""Launch configuration of scheduled kernels: thread extents, limits, `__launch_bounds__`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.targets import gpu_architecture
 
 _MIN_BLOCKS: Final = "tirx.launch_bounds_min_blocks_per_sm"
-"""TVM's name for the second argument of CUDA's ``__launch_bounds__``."""
+"""TVM's attribute for the second argument of ``__launch_bounds__``."""
 
-_OPEN: Final = 0
+_UNBOUNDED: Final = 0
 
-_CANDIDATES: Final = (_OPEN, 1, 2, 3, 4, 6, 8, 12, 16)
+_CANDIDATES: Final = (_UNBOUNDED, 1, 2, 3, 4, 6, 8, 12, 16)
 
 
 def launches(func: tirx.PrimFunc) -> list[dict[str, str]]:
-    """Return how the kernels of a scheduled function are started: extents by thread axis."""
+    """Return the extents by thread axis of each GPU kernel of a scheduled function."""
     kernels: list[dict[str, str]] = []
 
     def visit(loop: tirx.For) -> None:
@@ -40,7 +40,7 @@ def launches(func: tirx.PrimFunc) -> list[dict[str, str]]:
 
 
 def block_threads(extents: Mapping[str, str]) -> int:
-    """Count the threads of a block, of one of `launches`."""
+    """Return the threads of a block, given an item of `launches`."""
     return math.prod(
         int(extent)
         for axis, extent in extents.items()
@@ -49,12 +49,12 @@ def block_threads(extents: Mapping[str, str]) -> int:
 
 
 def check_launch(func: tirx.PrimFunc) -> None:
-    """Refuse a scheduled function whose blocks ask for more threads than a GPU gives them.
+    """Check the number of threads of a block.
 
     Raises
     ------
     DecisionError
-        If it does.
+        If a block has more threads than a GPU allows.
     """
     for extents in launches(func):
         threads = block_threads(extents)
@@ -64,37 +64,36 @@ def check_launch(func: tirx.PrimFunc) -> None:
             )
 
 
-def bound_registers(
-    func: tirx.PrimFunc, target: Target, space: SearchSpace, default: int = _OPEN
+def set_min_blocks(
+    func: tirx.PrimFunc, target: Target, space: SearchSpace, default: int = _UNBOUNDED
 ) -> tirx.PrimFunc:
-    """Decide for how many blocks of a scheduled kernel a multiprocessor must have room.
+    """Choose ``__launch_bounds__`` min-blocks, which limits the registers of a thread.
 
-    More blocks hide more of the time that loads take; but they share the registers, and what a
-    thread has no register for goes to memory. Where nothing is decided, ptxas weighs the two.
+    More resident blocks hide more latency, but spill registers.
 
     Parameters
     ----------
     func : tvm.tirx.PrimFunc
-        One kernel, its loops bound to threads.
+        Scheduled function of one GPU kernel.
     target : tvm.target.Target
-        The GPU.
+        GPU target.
     space : SearchSpace
-        What to decide otherwise than by default.
+        Decides ``min_blocks``.
     default : int
-        Blocks; 0 leaves it to ptxas.
+        Default of ``min_blocks``; 0 leaves the number of registers to ptxas.
     """
     wanted = space.pick("min_blocks", _CANDIDATES, default)
-    if wanted == _OPEN:
+    if wanted == _UNBOUNDED:
         return func
     (extents,) = launches(func)
     threads, architecture = block_threads(extents), gpu_architecture(target)
-    # A block can have too many threads for any to fit; that is refused later, for all rules.
+    # Never 0, even for a block with too many threads, which `check_launch` rejects.
     blocks = max(1, min(wanted, architecture.blocks, architecture.threads // threads))
 
     def bound(loop: tirx.For) -> tirx.For:
         if loop.thread_binding is None or loop.thread_binding.thread_tag != "blockIdx.x":
             return loop
-        # Inside the first loop of the kernel: what stands around it stays on the host.
+        # Inside the first thread loop, because TVM leaves what encloses it on the host.
         body = tirx.AttrStmt(0, _MIN_BLOCKS, blocks, loop.body)
         return tirx.For(
             loop.loop_var,

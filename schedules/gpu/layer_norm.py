@@ -13,7 +13,7 @@ from tvm.tirx import IndexMap
 
 from dcnv3_tvm.gpu import WARP_SIZE, vector_elements
 from dcnv3_tvm.op.expr import static
-from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
 from dcnv3_tvm.schedules.gpu.loops import unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
@@ -66,7 +66,7 @@ def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.
     shared.store(sch, epilogue, channel)
     shared.normalize(sch, row)
     _read(sch, shared, row)
-    return bound_registers(sch.mod["main"], target, space)
+    return set_min_blocks(sch.mod["main"], target, space)
 
 
 def _read(sch: s_tir.Schedule, shared: Channels, row: LoopRV) -> None:

@@ -18,11 +18,11 @@ def divisors(number: int, largest: int | None = None) -> list[int]:
 
 
 def bind_blocks(sch: s_tir.Schedule, outer: Sequence[LoopRV], inner: Sequence[LoopRV]) -> None:
-    """Bind loops, which follow each other, to the blocks of a kernel.
+    """Bind consecutive loops to thread blocks.
 
-    All to one axis, where no extent but the first is open: by the first nothing is divided. Where
-    others are, to find its place a block divides by them: less often if the inner loops have an
-    axis of their own (of which CUDA allows 65535).
+    One grid axis is enough if at most the first extent is dynamic, because block indices are not
+    divided by it. Otherwise the inner loops get an axis of their own (CUDA allows 65535 blocks on
+    it), which saves divisions by dynamic extents.
     """
     known = all(static(sch.get(loop).extent) is not None for loop in (*outer[1:], *inner))
     axes = [[*outer, *inner]] if known else [outer, inner]

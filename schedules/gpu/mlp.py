@@ -13,7 +13,7 @@ from dcnv3_tvm.gpu import FRAGMENT
 from dcnv3_tvm.kernels.mlp import KERNEL, ROWS, SLAB
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu import tensor_core
-from dcnv3_tvm.schedules.gpu.launch import bound_registers
+from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
 from dcnv3_tvm.schedules.gpu.loops import divisors, unroll_all
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
 from dcnv3_tvm.schedules.gpu.tiles import (
@@ -119,7 +119,7 @@ def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFun
         sch.annotate(step, "software_pipeline_stage", [0, last, last, last, 0, last])
         sch.annotate(step, "software_pipeline_order", [0, 2, 3, 4, 1, 5])
         sch.annotate(step, "software_pipeline_async_stages", [0])
-    return bound_registers(sch.mod["main"], target, space, _MIN_BLOCKS)
+    return set_min_blocks(sch.mod["main"], target, space, _MIN_BLOCKS)
 
 
 def _weight(sch: s_tir.Schedule, product: SBlockRV, depth: LoopRV) -> tuple[SBlockRV, SBlockRV]:

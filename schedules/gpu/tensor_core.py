@@ -1,8 +1,8 @@
-"""The instructions of tensor cores, as tensor intrinsics: what they compute, and how.
+"""Tensor intrinsics of tensor cores: ``ldmatrix``, ``mma``, clearing and storing of sums.
 
-A warp holds a 16x16 tile in its registers, eight elements a thread. `fragment` and
-`transposed_fragment` say which thread holds an element and where: the layouts of the PTX
-instructions ``ldmatrix.x4`` and ``mma.m16n8k16``, of which two make a 16x16x16 product.
+A warp holds a 16x16 fragment in registers, eight elements a thread. `fragment` and
+`transposed_fragment` map an element to its thread and register, in the layouts of the PTX
+instructions ``ldmatrix.x4`` and ``mma.m16n8k16``, two of which multiply 16x16x16.
 """
 
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
@@ -16,39 +16,39 @@ from tvm.script import tirx as T
 _PAIR: Final = """
 __forceinline__ __device__ float2 dcnv3_tvm_pair(float* from) { return *(float2*)from; }
 """
-"""TVM does not vectorize what is spread over the threads of a warp."""
+"""Loads two neighbouring registers: TVM does not vectorize buffers in scope ``warp``."""
 
 _PTX: Final = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 def fragment(row: Any, column: Any) -> tuple[Any, Any]:
-    """Return thread and place of an element of a first factor or of sums."""
+    """Return thread and register of an element of the left operand or of the sums."""
     thread = row % 8 * 4 + column % 8 // 2
     return thread, column // 8 * 4 + row // 8 * 2 + column % 2
 
 
 def transposed_fragment(row: Any, column: Any) -> tuple[Any, Any]:
-    """Return thread and place of an element of a second factor, given as (column, depth)."""
+    """Return thread and register of an element (column, depth) of the right operand."""
     thread = row % 8 * 4 + column % 8 // 2
     return thread, row // 8 * 4 + column // 8 * 2 + column % 2
 
 
 def row_address(thread: Any, stride: Any) -> Any:
-    """Return where the row lies that a thread gives to ``ldmatrix``, for a first factor.
+    """Return the address that a thread passes to ``ldmatrix`` for the left operand.
 
-    Threads 8i to 8i+7 name the rows of the 8x8 matrix i.
+    Threads 8i to 8i+7 pass the rows of the 8x8 matrix i.
     """
     return thread % 16 * stride + thread // 16 * 8
 
 
 def transposed_row_address(thread: Any, stride: Any) -> Any:
-    """Return the same for a second factor."""
+    """Return the address that a thread passes to ``ldmatrix`` for the right operand."""
     return (thread // 16 * 8 + thread % 8) * stride + thread % 16 // 8 * 8
 
 
 @functools.cache
 def load(dtype: str, *, second: bool) -> str:
-    """Register the intrinsic that loads a tile from shared memory, and return its name."""
+    """Register the intrinsic that loads a fragment from shared memory, and return its name."""
     place = transposed_fragment if second else fragment
     address = transposed_row_address if second else row_address
 
@@ -96,7 +96,7 @@ def load(dtype: str, *, second: bool) -> str:
 
 @functools.cache
 def multiply(dtype: str) -> str:
-    """Register the intrinsic that adds a product of two tiles, and return its name."""
+    """Register the intrinsic that multiplies and accumulates fragments, and return its name."""
     ptx = _PTX[dtype]
 
     @T.prim_func(s_tir=True)
@@ -151,7 +151,7 @@ def multiply(dtype: str) -> str:
 
 @functools.cache
 def clear() -> str:
-    """Register the intrinsic that sets sums to zero, and return its name."""
+    """Register the intrinsic that clears the sums, and return its name."""
 
     @T.prim_func(s_tir=True)
     def description(c: T.handle):
@@ -179,7 +179,7 @@ def clear() -> str:
 
 @functools.cache
 def store() -> str:
-    """Register the intrinsic that stores sums to shared memory, and return its name."""
+    """Register the intrinsic that stores the sums to shared memory, and return its name."""
 
     @T.prim_func(s_tir=True)
     def description(c: T.handle, d: T.handle):
@@ -212,7 +212,7 @@ def store() -> str:
             T.reads(C[0:32, 0:8])
             T.writes(D[0:16, 0:16])
             for thread in T.thread_binding(0, 32, "threadIdx.x"):
-                # In pairs: single ones would meet in the same banks.
+                # In pairs, because single elements have bank conflicts.
                 for pair in T.serial(4):
                     D[
                         thread // 4 + pair % 2 * 8,

@@ -1,6 +1,6 @@
-"""The last step of a schedule: intrinsics take the place of the blocks that are marked for them.
+"""Mark blocks for tensor intrinsics, and replace them as the last step of a schedule.
 
-Until then the marked blocks are plain loops, so that a schedule can be run on any processor.
+Until then the marked blocks are plain loops, so that a schedule can be simulated on a CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import SBlockRV
 
 _MARK: Final = "meta_schedule.auto_tensorize"
-"""TVM's own name for it, so that its tuner does the same."""
+"""TVM's own annotation, so that MetaSchedule replaces the same blocks."""
 
 _ALIGNMENT: Final = "buffer_dim_align"
 
@@ -22,7 +22,7 @@ def annotate(sch: s_tir.Schedule, block: SBlockRV, intrinsic: str) -> None:
 
 
 def tensorize(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Put intrinsics in the place of the marked blocks of a scheduled function."""
+    """Replace the marked blocks of a scheduled function by their intrinsics."""
     sch = s_tir.Schedule(func)
     _tensorize(sch, sch.get_sblock("root"))
     return sch.mod["main"]
@@ -37,6 +37,6 @@ def _tensorize(sch: s_tir.Schedule, parent: SBlockRV) -> None:
             alignment = sch.get(block).annotations.get(_ALIGNMENT)
             sch.unannotate(block, _MARK)
             sch.tensorize(block, str(intrinsic))
-            # The new block has no annotations.
+            # `tensorize` drops the annotations of the block.
             for buffer, axis, factor, offset in alignment or ():
                 sch.storage_align(block, int(buffer), int(axis), int(factor), int(offset))
