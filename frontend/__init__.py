@@ -1,6 +1,6 @@
-"""PyTorch InternImages in: build them, load their weights, import them into Relax.
+"""Build InternImage in PyTorch, load its weights, and import PyTorch models into Relax.
 
-Names are loaded when first used, so that importing this package imports neither torch nor tvm.
+Names are loaded on first use, so that importing this package imports neither torch nor tvm.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 from dcnv3_tvm.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.frontend.checkpoints.load import LoadReport, load_checkpoint
-    from dcnv3_tvm.frontend.models.internimage import DCNv3, InternImage
-    from dcnv3_tvm.frontend.models.registry import create_model
-    from dcnv3_tvm.frontend.models.variants import InternImageConfig, list_models
+    from dcnv3_tvm.frontend.checkpoints.load import load_checkpoint
+    from dcnv3_tvm.frontend.checkpoints.report import LoadReport
+    from dcnv3_tvm.frontend.models.config import InternImageConfig
+    from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
+    from dcnv3_tvm.frontend.models.factory import create_model
+    from dcnv3_tvm.frontend.models.internimage import InternImage
+    from dcnv3_tvm.frontend.models.variants import list_models
     from dcnv3_tvm.frontend.torch.importer import import_model
 
-_HOMES = {
-    "DCNv3": "models.internimage",
+_MODULES = {
+    "DCNv3": "models.dcnv3_module",
     "InternImage": "models.internimage",
-    "InternImageConfig": "models.variants",
-    "LoadReport": "checkpoints.load",
-    "create_model": "models.registry",
+    "InternImageConfig": "models.config",
+    "LoadReport": "checkpoints.report",
+    "create_model": "models.factory",
     "import_model": "torch.importer",
     "list_models": "models.variants",
     "load_checkpoint": "checkpoints.load",
@@ -41,10 +44,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        home = importlib.import_module(f"dcnv3_tvm.frontend.{_HOMES[name]}")
+        module = importlib.import_module(f"dcnv3_tvm.frontend.{_MODULES[name]}")
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "tvm"):
             raise
@@ -52,7 +55,7 @@ def __getattr__(name: str) -> Any:
             f"dcnv3_tvm.frontend.{name} needs {error.name}, which is not installed",
             hint="Run: pip install 'dcnv3-tvm[torch]'",
         ) from error
-    return getattr(home, name)
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

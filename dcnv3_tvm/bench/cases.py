@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from dcnv3_tvm.frontend.models.variants import KERNEL_SIZE, InternImageConfig, model_config
+from dcnv3_tvm.frontend.models.config import KERNEL_SIZE, InternImageConfig
+from dcnv3_tvm.frontend.models.variants import model_config
 from dcnv3_tvm.spec import DCNv3Spec
 
 DETECTION_SIZE: Final = (800, 1344)

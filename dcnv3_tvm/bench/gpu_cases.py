@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from dcnv3_tvm.bench.cases import DTYPES, EncoderCase, encoder_case, stage_specs
-from dcnv3_tvm.frontend.models.variants import KERNEL_SIZE
+from dcnv3_tvm.frontend.models.config import KERNEL_SIZE
 from dcnv3_tvm.spec import DCNv3Spec
 
 PARTS: Final = ("op", "encoder")

@@ -15,7 +15,8 @@ from tvm import tirx
 from tvm.target import Target
 
 from dcnv3_tvm.bench.cases import stage_specs
-from dcnv3_tvm.frontend.models.variants import InternImageConfig, model_config
+from dcnv3_tvm.frontend.models.config import InternImageConfig
+from dcnv3_tvm.frontend.models.variants import model_config
 from dcnv3_tvm.kernels.convolution import convolution
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.epilogue import Epilogue

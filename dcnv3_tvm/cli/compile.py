@@ -130,7 +130,7 @@ def _check_compilation(name: str, arguments: argparse.Namespace) -> None:
     from dcnv3_tvm.targets import resolve_target
 
     if arguments.dynamic_size and not arguments.features_only:
-        model_config(name).check_any_size()
+        model_config(name).check_dynamic_size()
     target = resolve_target(arguments.target)
     check_dtype(arguments.dtype, target)
     find_records(target, arguments.database)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcnv3_tvm.frontend.models.internimage import DCNv3, InternImage
+from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
+from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 
 

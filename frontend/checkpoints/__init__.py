@@ -1,1 +1,1 @@
-"""Read checkpoint files, and load their weights into a model."""
+"""Read checkpoints and load them into InternImage."""

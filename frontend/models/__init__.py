@@ -1,1 +1,1 @@
-"""InternImage in PyTorch: modules, variants, registry."""
+"""InternImage in PyTorch: configuration, variants, modules and factory."""

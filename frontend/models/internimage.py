@@ -1,202 +1,80 @@
 """InternImage in PyTorch, with the state-dict keys of the published weights.
 
-Written for inference and export: there is no dropout and no stochastic depth, and the deformable
-operator offers no backward pass, so these modules cannot be trained.
+An image passes the stem and four stages. A stage is a stack of blocks (DCNv3, then MLP, each with
+a residual connection), followed by a downsampling to the next stage:
+
+    image (N, 3, H, W)
+    stem      -> (N, H/4, W/4, C)
+    stage 0   -> (N, H/4, W/4, C)         downsample -> (N, H/8, W/8, 2C)
+    stage 1   -> (N, H/8, W/8, 2C)        downsample -> (N, H/16, W/16, 4C)
+    stage 2   -> (N, H/16, W/16, 4C)      downsample -> (N, H/32, W/32, 8C)
+    stage 3   -> (N, H/32, W/32, 8C)
+    head      -> (N, num_classes)
+
+Sizes that do not divide are rounded up. The modules are for inference and export: there is no
+dropout and no stochastic depth, and the deformable operator has no backward pass.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.frontend.models.heads import NORM_EPS, AttentionPooling, convolution_head, norm
-from dcnv3_tvm.frontend.models.variants import KERNEL_SIZE, InternImageConfig
-from dcnv3_tvm.pytorch import operator as torch_op
-from dcnv3_tvm.spec import DCNv3Params
-
-
-class ToChannelsFirst(nn.Module):
-    """(N, H, W, C) to (N, C, H, W), a view."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the view."""
-        return x.permute(0, 3, 1, 2)
-
-
-class ToChannelsLast(nn.Module):
-    """(N, C, H, W) to (N, H, W, C), a view."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the view."""
-        return x.permute(0, 2, 3, 1)
-
-
-def _norm_after_convolution(channels: int) -> nn.Sequential:
-    """LayerNorm over the channels of (N, C, H, W); the result is (N, H, W, C)."""
-    return nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=NORM_EPS))
-
-
-class DCNv3(nn.Module):
-    """The operator with its projections, (N, H, W, C) to (N, H, W, C).
-
-    Offsets and mask are computed from the module's input by a depthwise convolution and one
-    linear layer each. Both layers start at zero, as published: until weights are loaded, nothing
-    is deformed.
-
-    Parameters
-    ----------
-    channels : int
-        C, a multiple of `group`.
-    group : int
-        Groups of channels, each with offsets of its own.
-    kernel_size, dilation : int
-        Of the operator; odd kernels only. The padding keeps the size of the map.
-    dw_kernel_size : int or None
-        Of the depthwise convolution, odd; None for `kernel_size`.
-    offset_scale : float
-        Factor on grid and offsets.
-    center_feature_scale : bool
-        Blend the result with the projected input by a learned gate for each group.
-    remove_center : bool
-        Leave out the central point.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        group: int,
-        kernel_size: int = KERNEL_SIZE,
-        dilation: int = 1,
-        dw_kernel_size: int | None = None,
-        offset_scale: float = 1.0,
-        center_feature_scale: bool = False,
-        remove_center: bool = False,
-    ) -> None:
-        super().__init__()
-        dw_kernel_size = dw_kernel_size or kernel_size
-        self.params = DCNv3Params(
-            group=group,
-            kernel_size=kernel_size,
-            pad=dilation * (kernel_size - 1) // 2,
-            dilation=dilation,
-            offset_scale=offset_scale,
-            remove_center=remove_center,
-        )
-        if channels % group or kernel_size % 2 == 0 or dw_kernel_size % 2 == 0:
-            raise InvalidArgumentError(
-                "the DCNv3 module cannot be built",
-                got=f"channels={channels}, group={group}, kernel_size={kernel_size}, "
-                f"dw_kernel_size={dw_kernel_size}",
-                allowed="channels a multiple of group; odd kernels",
-            )
-        self.group_channels = channels // group
-        self.center_feature_scale = center_feature_scale
-        self.dw_conv = nn.Sequential(
-            nn.Conv2d(
-                channels,
-                channels,
-                dw_kernel_size,
-                padding=(dw_kernel_size - 1) // 2,
-                groups=channels,
-            ),
-            _norm_after_convolution(channels),
-            nn.GELU(),
-        )
-        self.offset = nn.Linear(channels, self.params.offset_channels)
-        self.mask = nn.Linear(channels, self.params.mask_channels)
-        self.input_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
-        if center_feature_scale:
-            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(group, channels))
-            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(group))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Deform (N, H, W, C)."""
-        projected = self.input_proj(x)
-        local = self.dw_conv(x.permute(0, 3, 1, 2))
-        offset = self.offset(local)
-        logits = self.mask(local).unflatten(-1, (self.params.group, -1))
-        mask = torch.softmax(logits, dim=-1).flatten(-2)
-        y = self.sample(projected, offset, mask)
-        if self.center_feature_scale:
-            gate = torch.sigmoid(
-                F.linear(
-                    local,
-                    self.center_feature_scale_proj_weight,
-                    self.center_feature_scale_proj_bias,
-                )
-            )
-            gate = gate.repeat_interleave(self.group_channels, dim=-1)
-            y = y * (1 - gate) + projected * gate
-        result: Tensor = self.output_proj(y)
-        return result
-
-    def sample(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """Call the operator on the projected map; subclasses may put another in its place."""
-        return torch_op.dcnv3(x, offset, mask, **self.params.keywords())
+from dcnv3_tvm.frontend.models.config import InternImageConfig
+from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
+from dcnv3_tvm.frontend.models.heads import AttentionPooling, convolution_head
+from dcnv3_tvm.frontend.models.layers import (
+    MLP,
+    ToChannelsFirst,
+    layer_norm,
+    layer_norm_to_channels_last,
+)
 
 
 class Stem(nn.Module):
-    """Two 3x3 convolutions of stride 2: image (N, 3, H, W) to (N, H/4, W/4, C), rounded up."""
+    """Two 3x3 convolutions of stride 2: image (N, 3, H, W) to (N, H/4, W/4, C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, channels // 2, kernel_size=3, stride=2, padding=1)
-        self.norm1 = _norm_after_convolution(channels // 2).append(ToChannelsFirst())
+        self.norm1 = layer_norm_to_channels_last(channels // 2).append(ToChannelsFirst())
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(channels // 2, channels, kernel_size=3, stride=2, padding=1)
-        self.norm2 = _norm_after_convolution(channels)
+        self.norm2 = layer_norm_to_channels_last(channels)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embed the image."""
+        """Embed an image."""
         x = self.act(self.norm1(self.conv1(image)))
-        result: Tensor = self.norm2(self.conv2(x))
-        return result
+        embedded: Tensor = self.norm2(self.conv2(x))
+        return embedded
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2: (N, H, W, C) to (N, H/2, W/2, 2C), rounded up."""
+    """3x3 convolution of stride 2 and LayerNorm: (N, H, W, C) to (N, H/2, W/2, 2C)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
             channels, 2 * channels, kernel_size=3, stride=2, padding=1, bias=False
         )
-        self.norm = _norm_after_convolution(2 * channels)
+        self.norm = layer_norm_to_channels_last(2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Halve the map."""
-        result: Tensor = self.norm(self.conv(x.permute(0, 3, 1, 2)))
-        return result
-
-
-class MLP(nn.Module):
-    """Linear, GELU, Linear over the last axis."""
-
-    def __init__(self, channels: int, hidden_channels: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, hidden_channels)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform (..., C)."""
-        result: Tensor = self.fc2(self.act(self.fc1(x)))
-        return result
+        """Halve height and width, double the channels."""
+        halved: Tensor = self.norm(self.conv(x.permute(0, 3, 1, 2)))
+        return halved
 
 
 class Block(nn.Module):
-    """DCNv3 and MLP, each with norms and a residual, on (N, H, W, C).
+    """DCNv3 and MLP, each with normalisation and a residual connection, on (N, H, W, C).
 
     Parameters
     ----------
     config : InternImageConfig
-        Chooses where the norms are and whether a layer scale follows.
+        Sets where the norms are and whether there is a layer scale.
     channels, group : int
-        Of the stage the block is in.
+        Channels and channel groups of the stage.
     """
 
     def __init__(self, config: InternImageConfig, channels: int, group: int) -> None:
@@ -204,7 +82,7 @@ class Block(nn.Module):
         self.post_norm = config.post_norm
         self.res_post_norm = config.res_post_norm
         self.layer_scale = config.layer_scale is not None
-        self.norm1 = norm(channels)
+        self.norm1 = layer_norm(channels)
         self.dcn = DCNv3(
             channels,
             group=group,
@@ -213,21 +91,22 @@ class Block(nn.Module):
             center_feature_scale=config.center_feature_scale,
             remove_center=config.remove_center,
         )
-        self.norm2 = norm(channels)
+        self.norm2 = layer_norm(channels)
         self.mlp = MLP(channels, int(channels * config.mlp_ratio))
         if config.layer_scale is not None:
             self.gamma1 = nn.Parameter(torch.full((channels,), config.layer_scale))
             self.gamma2 = nn.Parameter(torch.full((channels,), config.layer_scale))
         if config.res_post_norm:
-            self.res_post_norm1 = norm(channels)
-            self.res_post_norm2 = norm(channels)
+            self.res_post_norm1 = layer_norm(channels)
+            self.res_post_norm2 = layer_norm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform the map."""
+        """Transform (N, H, W, C)."""
         y: Tensor = self.norm1(self.dcn(x)) if self.post_norm else self.dcn(self.norm1(x))
         if self.res_post_norm:
             y = self.res_post_norm1(y)
         x = x + (self.gamma1 * y if self.layer_scale else y)
+
         y = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
         if self.res_post_norm:
             y = self.res_post_norm2(y)
@@ -235,14 +114,14 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks, their norms, and (but for the last stage) the downsampling to the next stage.
+    """A stack of blocks at one resolution, and the downsampling to the next stage.
 
     Parameters
     ----------
     config : InternImageConfig
-        Of the model.
+        Configuration of the model.
     index : int
-        Which of the four stages.
+        Stage, 0 to 3; the last has no downsampling.
     """
 
     def __init__(self, config: InternImageConfig, index: int) -> None:
@@ -251,14 +130,14 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config, channels, config.groups[index]) for _ in range(config.depths[index])
         )
-        self.norm = norm(channels) if config.stage_norm else None
+        self.norm = layer_norm(channels) if config.stage_norm else None
         self.post_norm_block_ids = config.level2_post_norm_block_ids if index == 2 else ()
         if self.post_norm_block_ids:
-            self.post_norms = nn.ModuleList(norm(channels) for _ in self.post_norm_block_ids)
+            self.post_norms = nn.ModuleList(layer_norm(channels) for _ in self.post_norm_block_ids)
         self.downsample = Downsample(channels) if index < 3 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform (N, H, W, C), without the downsampling."""
+        """Transform (N, H, W, C); `InternImage` calls `downsample` itself."""
         for index, block in enumerate(self.blocks):
             x = block(x)
             if index in self.post_norm_block_ids:
@@ -269,17 +148,17 @@ class Stage(nn.Module):
 
 
 class InternImage(nn.Module):
-    """The encoder, with one of two classification heads or as a feature pyramid.
+    """The encoder with a classification head, or as a feature pyramid.
 
     Parameters
     ----------
     config : InternImageConfig
-        What to build; see `dcnv3_tvm.frontend.models.variants`.
+        Configuration, for example one of `dcnv3_tvm.frontend.models.variants`.
 
     Notes
     -----
     For inference only: the deformable operator has no backward pass. Weights are initialised as
-    published, so a model without a checkpoint deforms nothing.
+    published, so a model without a checkpoint samples the regular grid.
     """
 
     def __init__(self, config: InternImageConfig) -> None:
@@ -303,7 +182,7 @@ class InternImage(nn.Module):
             self.clip_projector = AttentionPooling(
                 width, config.clip_output_channels, config.clip_heads
             )
-            self.fc_norm = norm(config.clip_output_channels)
+            self.fc_norm = layer_norm(config.clip_output_channels)
             head_channels = config.clip_output_channels
         else:
             head_channels = int(last * config.head_ratio)
@@ -326,19 +205,19 @@ class InternImage(nn.Module):
                     nn.init.xavier_uniform_(projection.weight)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Classify the image, or encode it.
+        """Classify an image, or compute its feature maps.
 
         Parameters
         ----------
         image : Tensor
-            (N, 3, H, W), normalised as ``config.preprocessing`` says. Any size, but the
-            clip-projector head needs a third stage (one step for 16 pixels) of even size.
+            (N, 3, H, W), normalised with ``config.preprocessing``. Any size, but the
+            clip-projector head needs even height and width in stage 2 (stride 16).
 
         Returns
         -------
         Tensor or list of Tensor
-            Logits (N, num_classes); pooled features when `num_classes` is 0; with
-            `features_only`, the maps (N, C, H', W') of the stages in `out_indices`.
+            Logits (N, num_classes); pooled features (N, C) with ``num_classes=0``; with
+            `features_only`, the feature maps (N, C, H', W') of the stages in `out_indices`.
 
         Raises
         ------
@@ -352,19 +231,20 @@ class InternImage(nn.Module):
         return logits
 
     def forward_pyramid(self, image: Tensor) -> list[Tensor]:
-        """Return the maps (N, C, H', W') of all four stages, at strides 4, 8, 16 and 32.
+        """Return the feature maps (N, C, H', W') of all four stages, strides 4, 8, 16 and 32.
 
-        Each is taken before the stage's downsampling.
+        They are taken before the downsampling of their stage.
         """
         return [x.permute(0, 3, 1, 2).contiguous() for x in self._stages(image)]
 
     def _stages(self, image: Tensor) -> list[Tensor]:
+        """Return the output (N, H', W', C) of each stage."""
         if image.ndim != 4 or image.shape[1] != 3:
             raise InvalidArgumentError(
-                "the image does not have the shape the model takes",
+                "the image does not have the shape that the model takes",
                 got=f"shape {tuple(image.shape)}",
                 allowed="(N, 3, H, W)",
-                hint="An image with its channels last needs image.permute(0, 3, 1, 2).",
+                hint="For channels-last images, pass image.permute(0, 3, 1, 2).",
             )
         x: Tensor = self.patch_embed(image)
         maps = []
@@ -376,19 +256,20 @@ class InternImage(nn.Module):
         return maps
 
     def _pool(self, maps: list[Tensor]) -> Tensor:
-        last = maps[3].permute(0, 3, 1, 2)
+        """Pool the stage outputs to (N, C), the input of the last linear layer."""
+        stage2, stage3 = (x.permute(0, 3, 1, 2) for x in maps[2:])
         if not self.config.clip_projector:
-            pooled: Tensor = self.conv_head(last)
+            pooled: Tensor = self.conv_head(stage3)
             return pooled.mean((2, 3))
-        third = self.dcnv3_head_x3(maps[2].permute(0, 3, 1, 2))
-        fourth = self.dcnv3_head_x4(last)
-        if third.shape[2:] != fourth.shape[2:]:
+        stage2 = self.dcnv3_head_x3(stage2)
+        stage3 = self.dcnv3_head_x4(stage3)  # upsampled by 2
+        if stage2.shape[2:] != stage3.shape[2:]:
             raise InvalidArgumentError(
-                "the clip-projector head needs an even number of rows and columns in stage 3",
-                got=f"{third.shape[2]} rows and {third.shape[3]} columns",
+                "the clip-projector head needs even height and width in stage 2",
+                got=f"{stage2.shape[2]} x {stage2.shape[3]}",
                 allowed="for example an image whose height and width are multiples of 32",
                 hint="Resize or crop the image, or use features_only=True.",
             )
-        tokens = (third + fourth).flatten(2).transpose(1, 2)
+        tokens = (stage2 + stage3).flatten(2).transpose(1, 2)
         result: Tensor = self.fc_norm(self.clip_projector(tokens))
         return result

@@ -1,12 +1,12 @@
-"""How many parameters a variant has, without building it."""
+"""Count the parameters of a configuration without building the model or importing torch."""
 
 from __future__ import annotations
 
-from dcnv3_tvm.frontend.models.variants import KERNEL_SIZE, InternImageConfig
+from dcnv3_tvm.frontend.models.config import KERNEL_SIZE, InternImageConfig
 
 
 def parameter_count(config: InternImageConfig) -> int:
-    """Count the parameters of an InternImage; buffers are left out.
+    """Count the parameters of an InternImage, without buffers.
 
     Examples
     --------

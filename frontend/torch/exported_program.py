@@ -12,8 +12,8 @@ from tvm import relax
 from tvm.relax.frontend.torch import exported_program_translator as translator
 
 from dcnv3_tvm.errors import ModelImportError
-from dcnv3_tvm.frontend.torch.converters import CONVERTERS
-from dcnv3_tvm.frontend.torch.nodes import source_line
+from dcnv3_tvm.frontend.torch.converters.table import CONVERTERS
+from dcnv3_tvm.frontend.torch.fx_nodes import source_line
 
 
 def convert(program: ExportedProgram) -> relax.Function:

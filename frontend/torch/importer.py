@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from tvm import relax, tirx
 
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
-from dcnv3_tvm.frontend.models.variants import InternImageConfig
+from dcnv3_tvm.frontend.models.config import InternImageConfig
 from dcnv3_tvm.frontend.torch.entry_points import (
     MODEL_PREFIX,
     PYRAMID_METHODS,
@@ -26,8 +26,8 @@ from dcnv3_tvm.frontend.torch.entry_points import (
     pyramid_of,
 )
 from dcnv3_tvm.frontend.torch.exported_program import convert
+from dcnv3_tvm.frontend.torch.prepare_model import PreparedModel, prepare_model
 from dcnv3_tvm.frontend.torch.shape_guards import check_guards
-from dcnv3_tvm.frontend.torch.substitution import Prepared, prepare
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.signature import Entry
 
@@ -94,13 +94,13 @@ def import_model(
     config = getattr(module, "config", None)
     known = config if isinstance(config, InternImageConfig) else None
     if known is not None and dynamic_size:
-        known.check_any_size()
+        known.check_dynamic_size()
     _check_weights(module)
     image = _example_image(module, example, dynamic_batch=dynamic_batch)
     dynamic = dict.fromkeys([0] if dynamic_batch else [], torch.export.Dim.DYNAMIC)
     dynamic |= dict.fromkeys([2, 3] if dynamic_size else [], torch.export.Dim.DYNAMIC)
 
-    prepared = prepare(module)
+    prepared = prepare_model(module)
     _buffers_to_parameters(prepared.model)
     parts = {"main": _import_entry(EntryPoint(prepared.model), prepared, image, dynamic)}
     if features != "never":
@@ -203,7 +203,7 @@ def _buffers_to_parameters(model: nn.Module) -> None:
 
 
 def _import_pyramid(
-    main: _Part, prepared: Prepared, image: Tensor, dynamic: dict[int, Any], features: str
+    main: _Part, prepared: PreparedModel, image: Tensor, dynamic: dict[int, Any], features: str
 ) -> _Part | None:
     pyramid = pyramid_of(prepared.model)
     if features == "auto" and (pyramid is None or is_pyramid(main.entry.outputs)):
@@ -226,7 +226,7 @@ def _import_pyramid(
 
 
 def _import_entry(
-    entry_point: EntryPoint, prepared: Prepared, image: Tensor, dynamic: dict[int, Any]
+    entry_point: EntryPoint, prepared: PreparedModel, image: Tensor, dynamic: dict[int, Any]
 ) -> _Part:
     program = _export(entry_point, image, dynamic)
     _check_operators(program, prepared)
@@ -279,7 +279,7 @@ def _export(entry_point: EntryPoint, image: Tensor, dynamic: dict[int, Any]) -> 
         ) from error
 
 
-def _check_operators(program: ExportedProgram, prepared: Prepared) -> None:
+def _check_operators(program: ExportedProgram, prepared: PreparedModel) -> None:
     """Every DCNv3 module that ran must have left the operator in the graph, not its pieces."""
     ran: set[str] = set()
     with_operator: set[str] = set()

@@ -212,7 +212,7 @@ def test_sharded_folder(tmp_path):
     with pytest.raises(CheckpointError, match="outside its folder"):
         frontend.create_model(NAME, checkpoint=tmp_path)
     index_file.write_text("[1, 2]")
-    with pytest.raises(CheckpointError, match="no index"):
+    with pytest.raises(CheckpointError, match="not an index"):
         frontend.create_model(NAME, checkpoint=tmp_path)
 
 
@@ -339,8 +339,8 @@ def write(path, content):
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"just some text", "begins with b'just som'"),
         (b"x", "begins with"),
-        (pickle.dumps({"a": np.zeros(2)}), "a Python pickle"),
-        (pickle.dumps(SystemCall()), "a Python pickle"),
+        (pickle.dumps({"a": np.zeros(2)}), "a plain Python pickle"),
+        (pickle.dumps(SystemCall()), "a plain Python pickle"),
         (b"PK\x03\x04" + bytes(100), "truncated, damaged"),
     ],
 )
@@ -370,9 +370,9 @@ def test_truncated_files(kind, kept, tmp_path):
     [
         ([1, 2], "of type list"),
         (torch.ones(3), "of type Tensor"),
-        ({}, "no tensors by name; got nothing"),
-        ({"model": {"epoch": 3}}, "no tensors by name; got 'epoch'"),
-        ({"conv1.weight": torch.ones(3)}, r"no InternImage: no key ends in patch_embed\.conv1"),
+        ({}, "no named tensors; got nothing"),
+        ({"model": {"epoch": 3}}, "no named tensors; got 'epoch'"),
+        ({"conv1.weight": torch.ones(3)}, r"no InternImage: no key ends with patch_embed\.conv1"),
     ],
 )
 def test_files_without_an_internimage(data, words, tmp_path):

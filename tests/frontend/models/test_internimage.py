@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.frontend.models.internimage import DCNv3, InternImage
+from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
+from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.frontend.models.variants import VARIANTS
 from dcnv3_tvm.verify.random_weights import randomize_
 

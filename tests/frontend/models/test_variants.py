@@ -7,7 +7,8 @@ import pytest
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.frontend.models.variants import VARIANTS, InternImageConfig, model_config
+from dcnv3_tvm.frontend.models.config import InternImageConfig
+from dcnv3_tvm.frontend.models.variants import VARIANTS, model_config
 
 RELEASED = [f"internimage_{size}" for size in ("t", "s", "b", "l", "xl", "h", "g")]
 TINY = [name for name in VARIANTS if name.startswith("test_")]

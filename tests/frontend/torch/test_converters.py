@@ -1,4 +1,4 @@
-"""Each converter beside PyTorch: the options, and sizes that are known only at run time."""
+"""Each converter compared with PyTorch, with its options, on fixed and on dynamic sizes."""
 
 import re
 
@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 import tvm
 from torch import nn
-from tvm import relax
 
 from dcnv3_tvm.errors import ModelImportError
 from dcnv3_tvm.frontend.torch.exported_program import convert
+from helpers.relax_vm import compile_relax
 
 SHAPE = (2, 4, 6, 9)
 OTHER_SHAPE = (2, 4, 7, 5)
@@ -26,10 +26,10 @@ class Function(nn.Module):
         return self.function(x)
 
 
-def converted(function, *, any_size=False):
+def convert_function(function, *, dynamic_size=False):
     model = (function if isinstance(function, nn.Module) else Function(function)).eval()
     dynamic = torch.export.Dim.DYNAMIC
-    shapes = ({2: dynamic, 3: dynamic},) if any_size else None
+    shapes = ({2: dynamic, 3: dynamic},) if dynamic_size else None
     with torch.no_grad():
         program = torch.export.export(
             model, (torch.zeros(SHAPE),), dynamic_shapes=shapes, strict=False
@@ -38,17 +38,17 @@ def converted(function, *, any_size=False):
 
 
 def check(function, *shapes):
-    """Compare a function with PyTorch, on one shape or on several by one conversion."""
-    model, relaxed = converted(function, any_size=len(shapes) > 1)
-    module = tvm.IRModule({"main": relaxed.with_attr("global_symbol", "main")})
-    machine = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
+    """Compare with PyTorch on one static shape, or on several shapes with a dynamic size."""
+    model, converted = convert_function(function, dynamic_size=len(shapes) > 1)
+    main = compile_relax(tvm.IRModule({"main": converted.with_attr("global_symbol", "main")}))
     for shape in shapes:
         x = torch.from_numpy(np.random.default_rng(0).standard_normal(shape).astype("float32"))
-        found = [tensor.numpy() for tensor in machine["main"](tvm.runtime.tensor(x.numpy()))]
+        results = main["main"](tvm.runtime.tensor(x.numpy()))
         with torch.no_grad():
             expected = model(x)
         expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
-        for got, tensor in zip(found, expected, strict=True):
+        for result, tensor in zip(results, expected, strict=True):
+            got = result.numpy()
             assert got.shape == tuple(tensor.shape)
             assert got.dtype == tensor.numpy().dtype
             np.testing.assert_allclose(got, tensor.numpy(), rtol=2e-4, atol=2e-5)
@@ -58,7 +58,7 @@ def resize(**options):
     return lambda x: F.interpolate(x, **options)
 
 
-def attend(**options):
+def attention(**options):
     def function(x):
         tokens = x.flatten(2).transpose(1, 2)
         return F.scaled_dot_product_attention(tokens, tokens * 2, tokens + 1, **options)
@@ -66,23 +66,23 @@ def attend(**options):
     return function
 
 
-ANY_SIZE = {
+DYNAMIC_SIZE = {
     "count_nonzero": lambda x: torch.count_nonzero(x > 0),
-    "count_nonzero along axes": lambda x: torch.count_nonzero(F.relu(x), (1, 3)),
-    "padding": lambda x: F.pad(x, (1, 2, 0, 3), value=0.5),
-    "padding, reflected": lambda x: F.pad(x, (1, 2, 2, 3), mode="reflect"),
+    "count_nonzero over axes": lambda x: torch.count_nonzero(F.relu(x), (1, 3)),
+    "pad": lambda x: F.pad(x, (1, 2, 0, 3), value=0.5),
+    "pad, reflect": lambda x: F.pad(x, (1, 2, 2, 3), mode="reflect"),
     "amax": lambda x: x.amax(1),
-    "amax of all": lambda x: x.amax(),
+    "amax, all axes": lambda x: x.amax(),
     "amin": lambda x: x.amin((2, 3), keepdim=True),
     "max": lambda x: x.max(1),
     "min": lambda x: x.min(-1, keepdim=True),
     "prod": lambda x: x.prod(2),
     "var": lambda x: x.var((1, 2)),
-    "var of all": lambda x: x.var(),
+    "var, all axes": lambda x: x.var(),
     "var, biased": lambda x: x.var(-1, unbiased=False, keepdim=True),
     "std": lambda x: x.std((2, 3)),
-    "std of all": lambda x: x.std(),
-    "std, corrected": lambda x: x.std(dim=(2,), correction=3, keepdim=True),
+    "std, all axes": lambda x: x.std(),
+    "std, correction": lambda x: x.std(dim=(2,), correction=3, keepdim=True),
     "var_mean": lambda x: torch.var_mean(x, (2, 3)),
     "std_mean": lambda x: torch.std_mean(x, 1, keepdim=True, correction=0),
     "nearest by 2": resize(scale_factor=2),
@@ -93,54 +93,56 @@ ANY_SIZE = {
     "bilinear to 13": resize(size=(13, 17), mode="bilinear"),
     "bicubic by 2": resize(scale_factor=2, mode="bicubic"),
     "roll": lambda x: torch.roll(x, (1, -2), (2, 3)),
-    "roll in order": lambda x: torch.roll(x, 5),
-    "roll around": lambda x: torch.roll(x, -20, 2),
+    "roll, flattened": lambda x: torch.roll(x, 5),
+    "roll, more than the size": lambda x: torch.roll(x, -20, 2),
     "unfold": lambda x: F.unfold(x, 3, padding=1),
-    "attention": attend(),
-    "attention, causal": attend(is_causal=True),
-    "the last": lambda x: x[:, -1, -2],
+    "attention": attention(),
+    "attention, causal": attention(is_causal=True),
+    "negative index": lambda x: x[:, -1, -2],
     "grid_sample": lambda x: F.grid_sample(
         x, torch.tanh(x[:, :2].permute(0, 2, 3, 1)) * 1.3, align_corners=False
     ),
 }
 
 
-@pytest.mark.parametrize("name", ANY_SIZE)
-def test_any_size(name):
-    check(ANY_SIZE[name], SHAPE, OTHER_SHAPE)
+@pytest.mark.parametrize("name", DYNAMIC_SIZE)
+def test_dynamic_size(name):
+    check(DYNAMIC_SIZE[name], SHAPE, OTHER_SHAPE)
 
 
 FIXED_SIZE = {
-    "std of one": lambda x: x[:, :1].std(1),
+    "std of one element": lambda x: x[:, :1].std(1),
     "adaptive_max_pool2d to 1": nn.AdaptiveMaxPool2d(1),
     "adaptive_max_pool2d": nn.AdaptiveMaxPool2d((2, 3)),
     "nearest to 13": resize(size=(13, 17)),
     "nearest to 4": resize(size=(4, 5)),
     "nearest-exact to 4": resize(size=(4, 5), mode="nearest-exact"),
-    "nearest by a half": lambda x: F.interpolate(x[..., :8], scale_factor=0.5),
+    "nearest by 0.5": lambda x: F.interpolate(x[..., :8], scale_factor=0.5),
     "bilinear to 4": resize(size=(4, 5), mode="bilinear"),
-    "bilinear with corners": resize(size=(13, 17), mode="bilinear", align_corners=True),
-    "corners of one row": resize(size=(1, 17), mode="bilinear", align_corners=True),
-    "corners of one pixel": resize(size=(1, 1), mode="bicubic", align_corners=True),
-    "bicubic with corners": resize(size=(13, 17), mode="bicubic", align_corners=True),
-    "bilinear, antialiased": resize(size=(13, 17), mode="bilinear", antialias=True),
-    "unfold with strides": lambda x: F.unfold(x, (2, 3), dilation=2, stride=2, padding=(1, 2)),
+    "bilinear, align_corners": resize(size=(13, 17), mode="bilinear", align_corners=True),
+    "align_corners to one row": resize(size=(1, 17), mode="bilinear", align_corners=True),
+    "align_corners to one pixel": resize(size=(1, 1), mode="bicubic", align_corners=True),
+    "bicubic, align_corners": resize(size=(13, 17), mode="bicubic", align_corners=True),
+    "bilinear, antialias": resize(size=(13, 17), mode="bilinear", antialias=True),
+    "unfold, strided and dilated": lambda x: F.unfold(
+        x, (2, 3), dilation=2, stride=2, padding=(1, 2)
+    ),
     "linspace": lambda x: x * torch.linspace(-1, 1, x.shape[3]),
-    "attention, scaled": attend(scale=0.3),
-    "attention by heads": lambda x: F.scaled_dot_product_attention(x, x * 2, x + 1),
-    "attention, masked": attend(attn_mask=torch.eye(54).bool()),
-    "attention, biased": attend(attn_mask=torch.linspace(-3, 3, 54)),
+    "attention, scale": attention(scale=0.3),
+    "attention, 4-D": lambda x: F.scaled_dot_product_attention(x, x * 2, x + 1),
+    "attention, boolean mask": attention(attn_mask=torch.eye(54).bool()),
+    "attention, additive mask": attention(attn_mask=torch.linspace(-3, 3, 54)),
     "hardtanh": nn.Hardtanh(-0.5, 0.7),
     "clamp_max": lambda x: torch.clamp_max(x, 0.3),
     "elu": nn.ELU(0.7),
     "celu": nn.CELU(0.6),
-    "add with a factor": lambda x: torch.add(x, x * 2, alpha=0.5),
-    "sub with a factor": lambda x: torch.sub(x, 3, alpha=0.5),
-    "add without": lambda x: x + 2 + x,
+    "add, alpha": lambda x: torch.add(x, x * 2, alpha=0.5),
+    "sub, alpha": lambda x: torch.sub(x, 3, alpha=0.5),
+    "add": lambda x: x + 2 + x,
     "avg_pool2d": nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
     "group_norm": nn.GroupNorm(2, 4, eps=0.1, affine=False),
     "instance_norm": nn.InstanceNorm2d(4, eps=0.1),
-    "grid_sample, aligned": lambda x: F.grid_sample(
+    "grid_sample, align_corners": lambda x: F.grid_sample(
         x,
         torch.tanh(x[:, :2].permute(0, 2, 3, 1)) * 1.3,
         mode="nearest",
@@ -155,29 +157,29 @@ def test_fixed_size(name):
     check(FIXED_SIZE[name], SHAPE)
 
 
-REFUSED = {
-    "different sizes": (nn.AdaptiveMaxPool2d(5), False),
-    "return positions": (nn.AdaptiveMaxPool2d(1, return_indices=True), False),
+UNSUPPORTED = {
+    "windows of different sizes": (nn.AdaptiveMaxPool2d(5), False),
+    "return_indices=True": (nn.AdaptiveMaxPool2d(1, return_indices=True), False),
     "whole number of pixels": (resize(scale_factor=1.5), True),
-    "not give a whole number": (resize(scale_factor=1.3), False),
-    "from an open size to a fixed one": (resize(size=(13, 17)), True),
-    "with align_corners=True to an open size": (
+    "does not give a whole number": (resize(scale_factor=1.3), False),
+    "from a dynamic to a fixed size": (resize(size=(13, 17)), True),
+    "align_corners=True to a dynamic size": (
         resize(scale_factor=2, mode="bilinear", align_corners=True),
         True,
     ),
-    "antialias": (resize(size=(3, 4), mode="bilinear", antialias=True), False),
+    "antialias=True": (resize(size=(3, 4), mode="bilinear", antialias=True), False),
     "divisor_override": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), False),
-    "shared heads": (attend(enable_gqa=True), False),
-    "statistics of training": (nn.InstanceNorm2d(4, track_running_stats=True), False),
-    "depends on an open size": (lambda x: F.pad(x, (0, -x.shape[3] % 32)), True),
+    "grouped-query attention": (attention(enable_gqa=True), False),
+    "running statistics": (nn.InstanceNorm2d(4, track_running_stats=True), False),
+    "depends on a dynamic size": (lambda x: F.pad(x, (0, -x.shape[3] % 32)), True),
     "aten.topk": (lambda x: x.topk(2), False),
     "aten.sort": (lambda x: x.sort(), False),
     "aten.cumsum": (lambda x: x.cumsum(1), False),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refuses_with_the_line_of_the_source(name):
-    function, any_size = REFUSED[name]
-    with pytest.raises(ModelImportError, match=f"(?s){re.escape(name)}.*in forward"):
-        converted(function, any_size=any_size)
+@pytest.mark.parametrize("problem", UNSUPPORTED)
+def test_unsupported_operator_names_its_source_line(problem):
+    function, dynamic_size = UNSUPPORTED[problem]
+    with pytest.raises(ModelImportError, match=f"(?s){re.escape(problem)}.*in forward"):
+        convert_function(function, dynamic_size=dynamic_size)

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from tvm import relax
 
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
-from dcnv3_tvm.frontend.models.registry import create_model
+from dcnv3_tvm.frontend.models.factory import create_model
 from dcnv3_tvm.frontend.torch.importer import import_model
 from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.pytorch import operator
@@ -281,12 +281,12 @@ def test_features_always_needs_a_pyramid():
 
 
 def test_refuses_a_model_without_dcnv3():
-    with pytest.raises(ModelImportError, match="holds no DCNv3 module; got Conv2d"):
+    with pytest.raises(ModelImportError, match="contains no DCNv3 module; got Conv2d"):
         import_model(nn.Conv2d(3, 8, 3), example=SHAPE)
 
 
 def test_refuses_a_module_that_computes_something_else():
-    with pytest.raises(ModelImportError, match=r"something else .* blocks\.0\.dcn"):
+    with pytest.raises(ModelImportError, match=r"not compute the published.* blocks\.0\.dcn"):
         import_model(twin.Detector(twin.DCNv3Different), example=SHAPE)
 
 
@@ -319,7 +319,7 @@ def test_lists_every_unsupported_node_with_its_line():
     assert "special_bessel_j0" in message
     assert "linalg_svd" in message
     assert "return torch.special.bessel_j0(first), torch.linalg.svdvals(second)" in message
-    assert "test_torch_importer.py" in message
+    assert "test_importer.py" in message
 
 
 class Returns(twin.Detector):

@@ -25,7 +25,7 @@ class Changing(nn.Module):
 @pytest.mark.parametrize(
     ("decide", "depends"),
     [
-        (lambda *shape: shape[2] % 32, r"where \(h % 32\) != 0 \(.*test_export_guards.py:\d+"),
+        (lambda *shape: shape[2] % 32, r"where \(h % 32\) != 0 \(.*test_shape_guards.py:\d+"),
         (lambda *shape: shape[3] % 2, r"another size; .*where \(w % 2\) == 0"),
         (lambda *shape: shape[2] > 12, "another size; .*where h > 12"),
         (lambda *shape: shape[2] > 4000, "no larger image; got h <= 4000"),

@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Create an InternImage by name, with or without a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Final, Literal
 import torch
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.frontend.checkpoints.files import Tensors, read_tensors
-from dcnv3_tvm.frontend.checkpoints.load import has_layer_scale, load_tensors
+from dcnv3_tvm.frontend.checkpoints.layouts import has_layer_scale
+from dcnv3_tvm.frontend.checkpoints.load import load_tensors
+from dcnv3_tvm.frontend.checkpoints.read import CheckpointTensors, read_tensors
+from dcnv3_tvm.frontend.models.config import InternImageConfig
 from dcnv3_tvm.frontend.models.internimage import InternImage
-from dcnv3_tvm.frontend.models.variants import InternImageConfig, model_config
+from dcnv3_tvm.frontend.models.variants import model_config
 
 AUTO: Final = "auto"
 
@@ -31,40 +33,40 @@ def create_model(
     allow_pickle: bool = False,
     device: str | torch.device = "cpu",
 ) -> InternImage:
-    """Build an InternImage, for inference.
+    """Create an InternImage for inference.
 
     Parameters
     ----------
     name : str
         One of `dcnv3_tvm.frontend.list_models`.
     checkpoint : str, Path or None
-        Weights, in any layout `load_checkpoint` takes. None initialises them as published: such
-        a model computes nothing useful, and deforms nothing.
+        Weights in any layout that `load_checkpoint` supports. None initialises them as published:
+        such a model is untrained, and its DCNv3 modules sample the regular grid.
     num_classes : int or None
-        Logits; 0 for pooled features; None for the variant's number (1000).
+        Number of logits; 0 for pooled features; None for the variant's default (1000).
     features_only : bool
-        Build a feature pyramid without a head.
+        Return feature maps instead of logits; the model has no head.
     out_indices : sequence of int
-        Stages whose maps a pyramid returns, of 0 to 3.
+        Stages (0 to 3) whose feature maps are returned with `features_only`.
     layer_scale : float, None or "auto"
-        Initial layer scale; None builds none. ``"auto"`` follows the checkpoint; without one it
-        is what was published for classification, or with `features_only` for detection.
+        Initial layer scale; None for no layer scale. ``"auto"`` follows the checkpoint; without
+        one it is the published value for classification, or with `features_only` for detection.
     use_ema, ignore_objects, allow_pickle : bool
-        As of `load_checkpoint`.
+        As in `load_checkpoint`.
     device : str or torch.device
-        Where the weights go; ``"meta"`` allocates none.
+        Device of the weights; ``"meta"`` allocates none.
 
     Returns
     -------
     InternImage
-        In evaluation mode, its parameters frozen: the operator has no backward pass.
+        In evaluation mode, with frozen parameters: the operator has no backward pass.
 
     Raises
     ------
     InvalidArgumentError
         If the name or an option is unknown.
     CheckpointError
-        If the checkpoint cannot be read or does not fit exactly.
+        If the checkpoint cannot be read or does not fit the model exactly.
 
     Examples
     --------
@@ -86,7 +88,7 @@ def create_model(
         out_indices=tuple(out_indices),
         layer_scale=_layer_scale(config, layer_scale, features_only, content),
     )
-    # Without a checkpoint the weights are initialised where they stay; with one they are its own.
+    # With a checkpoint, the model takes over the loaded tensors and allocates none itself.
     with torch.device("meta" if content is not None else device):
         model = InternImage(config)
     if content is not None and checkpoint is not None:
@@ -97,18 +99,18 @@ def create_model(
 
 def _layer_scale(
     config: InternImageConfig,
-    asked: float | Literal["auto"] | None,
+    layer_scale: float | Literal["auto"] | None,
     features_only: bool,
-    content: Tensors | None,
+    content: CheckpointTensors | None,
 ) -> float | None:
-    if asked is None or not isinstance(asked, str):
-        return asked
-    if asked != AUTO:
+    if layer_scale is None or not isinstance(layer_scale, str):
+        return layer_scale
+    if layer_scale != AUTO:
         raise InvalidArgumentError(
-            "layer_scale is not known", got=repr(asked), allowed='a number, None or "auto"'
+            "layer_scale is invalid", got=repr(layer_scale), allowed='a number, None or "auto"'
         )
     published = config.detection_layer_scale if features_only else config.layer_scale
     if content is None:
         return published
-    # The values come from the checkpoint: it matters only whether there is one.
+    # The checkpoint holds the values: only None or not None matters.
     return (published or 1.0) if has_layer_scale(content) else None
