@@ -1,8 +1,8 @@
 """Check import contracts and types on an unpacked copy of the package.
 
-The folders schedules/ and frontend/ are mapped into the package, which import-linter and mypy do
-not see where it is installed for editing. So setuptools lays the modules out in build/typed as a
-wheel would, and both run there, with the settings of pyproject.toml.
+import-linter and mypy cannot see the folders schedules/ and frontend/ of an editable install, which
+are mapped into the package. So setuptools copies the modules to build/typed in the layout of the
+wheel, and both run there with the settings of pyproject.toml.
 """
 
 import os
@@ -13,24 +13,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = ROOT / "build" / "typed"
-SETTINGS = ROOT / "pyproject.toml"
 
 
 def unpack() -> None:
-    """Lay the package out as a wheel would."""
+    """Copy the package and its settings to build/typed, in the layout of the wheel."""
     shutil.rmtree(COPY, ignore_errors=True)
     command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "--quiet"]
     subprocess.run([*command, "build_py", "--build-lib", str(COPY)], cwd=ROOT, check=True)
+    shutil.copy(ROOT / "pyproject.toml", COPY)
 
 
 def main() -> int:
-    """Run both checkers; return the number of those that failed."""
+    """Run both checkers; return the number of failures."""
     unpack()
-    scripts = Path(sys.executable).parent
-    linter = [str(scripts / "lint-imports"), "--no-logo", "--config", str(SETTINGS)]
+    linter = [str(Path(sys.executable).with_name("lint-imports")), "--no-logo"]
     linter += ["--cache-dir", str(ROOT / ".import_linter_cache")]
-    mypy = [sys.executable, "-m", "mypy", "--config-file", str(SETTINGS)]
-    mypy += ["--cache-dir", str(ROOT / ".mypy_cache")]
+    mypy = [sys.executable, "-m", "mypy", "--cache-dir", str(ROOT / ".mypy_cache")]
     environment = os.environ | {"PYTHONPATH": str(COPY)}
     return sum(
         subprocess.run(command, cwd=COPY, env=environment).returncode != 0
