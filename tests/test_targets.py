@@ -33,7 +33,7 @@ def test_this_machine(name):
     ],
     ids=str,
 )
-def test_another_machine(name):
+def test_named_processor(name):
     target = resolve_target(name)
     assert target_slug(target) == "cpu-znver4"
     assert vector_bits(target) == 512
@@ -41,7 +41,7 @@ def test_another_machine(name):
     assert vector_lanes(target, "float16") == 32
 
 
-def test_options():
+def test_llvm_options():
     target = resolve_target(
         "llvm -mtriple=x86_64-linux-gnu -mcpu=haswell -mattr=-avx2,-fma -num-cores=3"
     )
@@ -63,7 +63,7 @@ def test_options():
     ],
     ids=str,
 )
-def test_gpu(name):
+def test_gpu_architecture(name):
     target = resolve_target(name)
     assert is_gpu(target)
     assert target_slug(target) == "cuda-sm90"
@@ -71,13 +71,13 @@ def test_gpu(name):
     assert gpu_architecture(target).block_shared_bytes == 227 * 1024
 
 
-def test_the_gpu_of_a_machine_without_one(monkeypatch):
+def test_cuda_without_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "devices", lambda: ())
     with pytest.raises(TargetError, match=r'no NVIDIA GPU.*target="cuda-sm90"'):
         resolve_target("cuda")
 
 
-def test_the_gpu_of_this_machine(monkeypatch):
+def test_cuda_is_the_first_gpu(monkeypatch):
     here = gpu.GpuInfo(0, "NVIDIA A10", "sm_86", 24 * 2**30, 72)
     monkeypatch.setattr(gpu, "devices", lambda: (here,))
     assert target_slug(resolve_target("cuda")) == "cuda-sm86"
@@ -106,6 +106,6 @@ def test_the_gpu_of_this_machine(monkeypatch):
     ],
     ids=str,
 )
-def test_others_are_refused_with_the_list(name, message):
+def test_invalid_targets_are_rejected(name, message):
     with pytest.raises(TargetError, match=message):
         resolve_target(name)

@@ -26,7 +26,7 @@ def parameters(*types):
 
 
 def build(x, offset, mask, **attributes):
-    """Make a module whose main is one call of the operator."""
+    """Build a module whose main function is one call of the operator."""
     builder = relax.BlockBuilder()
     params = parameters(x, offset, mask)
     with builder.function("main", params):
@@ -110,7 +110,7 @@ def test_infers_unknown_dtype():
     assert [int(size) for size in inferred.shape] == [1, 4, 5, 8]
 
 
-def test_unknown_offset_is_left_to_the_run_time():
+def test_unknown_offset_size_is_accepted():
     n, h, w, a, b = sizes("nhwab")
     inferred = infer(tensor([n, h, w, 8]), tensor([n, a, b, 36]), tensor(None), **GROUP2)
     assert inferred == tensor([n, h, w, 8])
@@ -131,18 +131,18 @@ def test_unknown_offset_is_left_to_the_run_time():
         ([1, 2, 2, 8], [1, 2, 2, 36], [1, 2, 2, 18], {"pad": 0}, "output height would be 0"),
     ],
 )
-def test_refuses_shapes(x, offset, mask, attributes, message):
+def test_rejects_shapes(x, offset, mask, attributes, message):
     with pytest.raises(InvalidArgumentError, match=message):
         infer(tensor(x), tensor(offset), tensor(mask), **GROUP2, **attributes)
 
 
-def test_refuses_a_symbolic_shape_that_cannot_fit():
+def test_rejects_a_symbolic_shape_that_differs():
     n, h, w = sizes("nhw")
     with pytest.raises(InvalidArgumentError, match="offset does not match"):
         infer(tensor([n, h, w, 8]), tensor([n, h + 1, w, 36]), tensor([n, h, w, 18]), **GROUP2)
 
 
-def test_refuses_dtypes():
+def test_rejects_dtypes():
     shapes = [1, 4, 5, 8], [1, 4, 5, 36], [1, 4, 5, 18]
     with pytest.raises(InvalidArgumentError, match="offset: float16"):
         infer(tensor(shapes[0]), tensor(shapes[1], "float16"), tensor(shapes[2]), **GROUP2)
@@ -150,7 +150,7 @@ def test_refuses_dtypes():
         infer(*(tensor(shape, "int32") for shape in shapes), **GROUP2)
 
 
-def test_refuses_what_is_no_tensor():
+def test_rejects_arguments_that_are_not_tensors():
     with pytest.raises(InvalidArgumentError, match="mask is not a tensor"):
         infer(tensor([1, 4, 5, 8]), tensor([1, 4, 5, 36]), relax.ShapeType(ndim=4), **GROUP2)
 
@@ -168,7 +168,7 @@ def test_refuses_what_is_no_tensor():
         ({"kernel_size": 2, "remove_center": True}, "remove_center needs an odd kernel"),
     ],
 )
-def test_refuses_attributes(attributes, message):
+def test_rejects_parameters(attributes, message):
     args = [relax.Var(name, tensor(None)) for name in ("x", "offset", "mask")]
     with pytest.raises(InvalidArgumentError, match=message):
         relax_op.dcnv3(*args, **({"group": 2} | attributes))
@@ -185,7 +185,7 @@ def test_refuses_attributes(attributes, message):
         ({"pad": [1, -1]}, "pad is out of range"),
     ],
 )
-def test_refuses_a_call_that_was_not_built_here(changed, message):
+def test_rejects_calls_with_invalid_attributes(changed, message):
     arguments = [relax.Var(name, tensor(None)) for name in ("x", "offset", "mask")]
     attributes = dict(relax_op.dcnv3(*arguments, group=2).attrs.items()) | changed
     attributes = {name: value for name, value in attributes.items() if value is not None}
@@ -198,14 +198,14 @@ def test_refuses_a_call_that_was_not_built_here(changed, message):
         relax.BlockBuilder().normalize(call)
 
 
-def test_refuses_another_number_of_arguments():
+def test_rejects_wrong_number_of_arguments():
     arguments = [relax.Var(name, tensor(None)) for name in ("x", "offset")]
     full = relax_op.dcnv3(*arguments, arguments[0], group=2)
     with pytest.raises(InvalidArgumentError, match="wrong number of arguments; got 2"):
         relax.BlockBuilder().normalize(relax.Call(full.op, arguments, attrs=full.attrs))
 
 
-def test_attributes_and_spec_of_a_call():
+def test_params_and_spec_of_a_call():
     spec = DCNv3Spec.of(
         (1, 9, 6, 8),
         group=4,
@@ -249,7 +249,7 @@ def test_round_trips_through_tvmscript(make):
     assert relax_op.params_of(call_of(again)) == relax_op.params_of(call_of(module))
 
 
-def test_tvms_own_parser_takes_static_shapes():
+def test_tvm_parser_reads_static_shapes():
     module = static_module()
     again = tvm.script.from_source(module.script(show_meta=True))
     tvm.ir.assert_structural_equal(again, module)
@@ -344,7 +344,7 @@ def test_converted_layouts_stay_nhwc():
 
 
 def test_a_transposed_layout_is_transposed_back():
-    """A layout that arrives changed (here by a convolution on NHWC data read as NCHW)."""
+    """ConvertLayout changes the layout of x, made by a convolution that reads NHWC as NCHW."""
     shapes = {"x": [1, 6, 5, 8], "kernel": [6, 6, 1, 1]}
     x, kernel = (relax.Var(name, tensor(shape)) for name, shape in shapes.items())
     offset, mask = (relax.Var(n, tensor([1, 6, 5, c])) for n, c in (("o", 36), ("m", 18)))

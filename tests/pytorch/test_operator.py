@@ -31,7 +31,7 @@ def check(spec, tensors, output):
 
 
 @pytest.mark.parametrize("spec", [SPEC, STRIDED, HALF], ids=lambda spec: spec.slug)
-def test_agrees_with_the_reference(spec):
+def test_matches_the_reference(spec):
     tensors = inputs(spec)
     output = dcnv3(*tensors, **spec.keywords())
     assert output.shape == spec.output_shape
@@ -56,14 +56,14 @@ def test_opcheck_with_tensors_that_require_a_gradient():
     assert set(results.values()) == {"SUCCESS"}
 
 
-def test_takes_tensors_that_are_not_contiguous():
+def test_noncontiguous_inputs():
     x, offset, mask = inputs(SPEC)
     nchw = x.permute(0, 3, 1, 2).contiguous()
     output = dcnv3(nchw.permute(0, 2, 3, 1), offset, mask, **SPEC.keywords())
     torch.testing.assert_close(output, dcnv3(x, offset, mask, **SPEC.keywords()))
 
 
-def test_leaves_its_inputs_alone():
+def test_inputs_are_not_modified():
     tensors = inputs(SPEC)
     before = [tensor.clone() for tensor in tensors]
     dcnv3(*tensors, **SPEC.keywords())
@@ -71,7 +71,7 @@ def test_leaves_its_inputs_alone():
         assert torch.equal(tensor, old)
 
 
-def test_compiles_as_one_graph():
+def test_compiles_without_graph_breaks():
     def layer(x, offset, logits):
         mask = torch.softmax(logits.unflatten(-1, (SPEC.group, -1)), -1).flatten(-2)
         return dcnv3(x * 2, offset, mask, **SPEC.keywords()).relu()
@@ -101,14 +101,14 @@ def test_exports_with_dynamic_sizes():
     check(other, tensors, program.module()(*tensors))
 
 
-def test_fake_gives_the_shape_without_the_kernel():
+def test_fake_implementation_returns_the_shape():
     tensors = [tensor.to("meta") for tensor in inputs(STRIDED)]
     output = dcnv3(*tensors, **STRIDED.keywords())
     assert output.is_meta
     assert output.shape == STRIDED.output_shape
 
 
-def test_refuses_to_go_backward():
+def test_backward_raises():
     x, offset, mask = (tensor.requires_grad_() for tensor in inputs(SPEC))
     output = dcnv3(x, offset, mask, **SPEC.keywords())
     check(SPEC, (x, offset, mask), output)
@@ -129,7 +129,7 @@ def test_refuses_to_go_backward():
         ({"kernel_size": 2, "remove_center": True}, "remove_center needs an odd kernel"),
     ],
 )
-def test_refuses(device, change, message):
+def test_invalid_arguments_are_rejected(device, change, message):
     shapes = {"x": (2, 5, 7, 8), "offset": (2, 5, 7, 36), "mask": (2, 5, 7, 18)}
     tensors = [torch.zeros(change.get(n, shape), device=device) for n, shape in shapes.items()]
     arguments = {"group": 2} | {n: value for n, value in change.items() if n not in shapes}
@@ -138,11 +138,11 @@ def test_refuses(device, change, message):
 
 
 @pytest.mark.parametrize("key", ["CPU", "CUDA"])
-def test_has_a_kernel_for_tensors_of(key):
+def test_is_registered_for_device(key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("dcnv3_tvm::dcnv3", key)
 
 
-def test_refuses_mixed_dtypes():
+def test_mixed_dtypes_are_rejected():
     x, offset, mask = inputs(SPEC)
     for device in ("cpu", "meta"):
         with pytest.raises(InvalidArgumentError, match="dtype"):

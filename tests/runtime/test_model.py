@@ -1,4 +1,4 @@
-"""Calls of a loaded model: what goes in, what comes out, what is refused."""
+"""Calls of a loaded model: inputs, outputs and errors."""
 
 import gc
 import os
@@ -74,7 +74,7 @@ def test_strided_read_only_and_big_endian(model, toy, image):
     np.testing.assert_array_equal(model(channels_last).numpy(), toy.main(image))
 
 
-def test_outputs_do_not_share_memory_and_can_be_written(model, toy, image):
+def test_outputs_are_separate_and_writable(model, toy, image):
     first, second = model(image), model(image)
     first += 1
     np.testing.assert_array_equal(second, toy.main(image))
@@ -97,7 +97,7 @@ def test_no_features(toy, tmp_path, image):
         runtime.load(path).features(image)
 
 
-def test_main_may_return_the_features(make_toy, tmp_path, image):
+def test_features_as_outputs_of_main(make_toy, tmp_path, image):
     toy = make_toy(1, features_only=True)
     model = runtime.load(toy.write(tmp_path / "maps"))
     by_name = model(image)
@@ -118,13 +118,13 @@ def test_results_outlive_the_model(artifact_path, toy, image):
     np.testing.assert_array_equal(maps[1].numpy(), np.maximum(image, 0))
 
 
-def test_closed(model, image):
+def test_closed_model_raises(model, image):
     model.close()
     with pytest.raises(InvalidArgumentError, match="closed"):
         model(image)
 
 
-def test_threads(model, toy):
+def test_concurrent_calls(model, toy):
     images = np.random.default_rng(2).standard_normal((8, 1, 3, 8, 8)).astype(np.float32)
     failures = []
 
@@ -153,7 +153,7 @@ def test_dynamic_batch(make_toy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "words"),
+    ("bad", "message"),
     [
         (np.zeros((1, 8, 8, 3), np.float32), r"NHWC.*x\.transpose\(0, 3, 1, 2\)"),
         (torch.zeros((1, 8, 8, 3)), r"x\.permute\(0, 3, 1, 2\)"),
@@ -169,8 +169,8 @@ def test_dynamic_batch(make_toy, tmp_path):
         (None, "not a tensor"),
     ],
 )
-def test_refused_before_the_call(model, bad, words):
-    with pytest.raises(InvalidArgumentError, match=words):
+def test_invalid_inputs_are_rejected(model, bad, message):
+    with pytest.raises(InvalidArgumentError, match=message):
         model(bad)
 
 
@@ -191,7 +191,7 @@ def test_thread_count(artifact_path, toy, image):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinities are Linux's")
-def test_no_thread_is_pinned_to_a_core(artifact_path, image):
+def test_threads_are_not_pinned(artifact_path, image):
     runtime.load(artifact_path, threads=2)(image)
     affinities = {int(task): os.sched_getaffinity(int(task)) for task in os.listdir(TASKS)}
     assert len(affinities) > 1
