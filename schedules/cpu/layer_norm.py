@@ -1,4 +1,4 @@
-"""Schedule of LayerNorm over contiguous channels."""
+"""LayerNorm over contiguous channels on CPUs: rows in parallel, channels in vectors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
-ROWS: Final = 8
-"""Most rows normalised side by side: their sums are independent and hide each other's latency."""
+_ROWS: Final = 8
+"""Most rows normalized together: their sums are independent, which hides latency."""
 
 
 def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
-    """Normalise a few rows at a time, in parallel."""
+    """Schedule LayerNorm over contiguous channels.
+
+    A task normalizes a few rows together. Channels are summed in vectors, then over the lanes of a
+    vector by shuffles.
+    """
     if refusal := refuse_other_kernels(func, "layer_norm"):
         return refusal
     dtype = str(func.params[0].dtype)
@@ -41,22 +45,22 @@ def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.
 
 
 def pick_rows(rows: Any, space: SearchSpace) -> int:
-    """Choose how many of `rows` to normalise side by side: a divisor, or one."""
+    """Decide how many rows to normalize together: a divisor of `rows`, or one."""
     known = static(rows)
-    default = whole_tile(known if known is not None else constant_factor(rows), ROWS) or 1
-    divisors = [size for size in range(1, 2 * ROWS + 1) if (known or 0) % size == 0]
+    default = whole_tile(known if known is not None else constant_factor(rows), _ROWS) or 1
+    divisors = [size for size in range(1, 2 * _ROWS + 1) if (known or 0) % size == 0]
     return space.pick("rows", divisors if known is not None else [], default)
 
 
 def normalize_rows(sch: s_tir.Schedule, task: LoopRV, lanes: int, dtype: str) -> None:
-    """Compute the blocks of a LayerNorm at `task`, whose rows and channels lie inside it.
+    """Compute the blocks of a LayerNorm at a loop.
 
     Parameters
     ----------
     sch : Schedule
-        Schedule to change; block ``epilogue`` has a loop over rows and one over channels in `task`.
+        Schedule to change.
     task : LoopRV
-        Loop to compute at.
+        Loop to compute at; block ``epilogue`` has one loop over rows and one over channels in it.
     lanes : int
         Elements of a vector register.
     dtype : str
@@ -74,16 +78,16 @@ def normalize_rows(sch: s_tir.Schedule, task: LoopRV, lanes: int, dtype: str) ->
 def sum_channels(
     sch: s_tir.Schedule, total: SBlockRV, task: LoopRV, lanes: int, dtype: str
 ) -> None:
-    """Sum over the innermost loop in vectors, then over the lanes of the vector.
+    """Sum over channels in vectors, then over the lanes of a vector.
 
     Parameters
     ----------
     sch : Schedule
         Schedule to change.
     total : SBlockRV
-        Block that sums over its innermost loop.
+        Block that sums over its innermost loop, the channels.
     task : LoopRV
-        Loop to compute the sum at; the rows summed side by side lie inside it.
+        Loop to compute the sum at; the rows that are summed together are inside it.
     lanes : int
         Elements of a vector register.
     dtype : str
@@ -111,7 +115,7 @@ def sum_channels(
 
 
 def _order_axes(sch: s_tir.Schedule, stage: SBlockRV, *, lane_first: bool) -> None:
-    """Order the axes that rfactor left in any order: rows, lane (first until now), step."""
+    """Order the block axes, which rfactor leaves in any order, as rows, lane, step."""
     kinds = [axis.iter_type for axis in sch.get(stage).iter_vars]
     step = kinds.index(tirx.IterVar.CommReduce)
     lane = [0] if lane_first else []

@@ -1,4 +1,4 @@
-"""Schedule of matrix products with packed weights."""
+"""Matmuls with packed weights on CPUs: register tiles of rows x columns."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
 _ALL: Final = 0
-"""All row tiles: the tasks of a column tile of weights follow each other."""
+"""Candidate of ``block`` for all row tiles: tasks iterate over rows first."""
 
 _BLOCKS: Final = (1, 2, 4, 8, 16, _ALL)
-"""Row tiles of a block among which a tuner may choose."""
+"""Candidates for the row tiles of a cache block."""
 
 
 def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
-    """Give every task one register tile of sums, kept in registers over the whole of K.
+    """Schedule matmuls with packed weights.
 
-    Tasks run over the columns first while the weights fit the cache, else over the rows first, so
-    that a column tile of weights is read from memory once. A tuner may take blocks of row tiles
-    in between, whose operands stay in the cache while the weights pass by.
+    A task is a register tile of sums, which stay in registers over the whole of K. While the
+    weights fit the L2 cache, tasks iterate over columns first. Otherwise they iterate over rows
+    first, so that each weight tile is read from memory once. Blocks of row tiles in between stay in
+    the cache while tasks iterate over the weights.
     """
     if refusal := refuse_other_kernels(func, "matmul"):
         return refusal
@@ -49,12 +50,15 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
     row_bytes = int(func.params[0].shape[-1]) * DTYPE_BYTES[dtype]
     sch = s_tir.Schedule(func)
     for index, (sums, epilogue) in enumerate(matmul_blocks(sch)):
+        # Step 1. Choose the register tile and the block of row tiles.
         row, column = sch.get_loops(epilogue)
         columns = tile_columns(sch, column, weight)
         extent = sch.get(row).extent
         rows = row_tile(extent, columns, unit, dtype, row_bytes)
         rows = space.pick(numbered("rows", index), row_tiles(extent), rows)
         block = space.pick(numbered("block", index), _BLOCKS, 1 if resident else _ALL)
+
+        # Step 2. Tile the output and run tiles in parallel.
         row_outer, row_inner = sch.split(row, [None, rows])
         column_outer, column_inner = sch.split(column, [None, columns])
         order = [row_outer, column_outer] if block == 1 else [column_outer, row_outer]
@@ -65,6 +69,8 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
         sch.reorder(*order, row_inner, column_inner)
         task = sch.fuse(*order)
         sch.parallel(task)
+
+        # Step 3. Accumulate a tile in registers.
         sch.compute_at(sums, task, preserve_unit_loops=True)
         sch.set_scope(sums, 0, "local")
         if dtype == "bfloat16":
@@ -75,6 +81,8 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
             depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
             sch.reorder(depth, tile_depth, tile_row, tile_column)
             accumulate_tile(sch, sums, [tile_depth, tile_row, tile_column], depth)
+
+        # Step 4. Apply the epilogue to the tile.
         sch.unroll(row_inner)
         sch.vectorize(column_inner)
     return sch.mod["main"]

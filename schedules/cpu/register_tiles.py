@@ -1,4 +1,4 @@
-"""Register tiles for the vector unit of a CPU target."""
+"""Register tiles of matmuls and convolutions on CPUs, and steps that the CPU rules share."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import vector_bits
 
-RESIDENT_WEIGHTS: Final = 512 * 1024
-"""Bytes of weights that may be read again for every row tile: they stay in the L2 cache."""
+_L2_WEIGHT_BYTES: Final = 512 * 1024
+"""Bytes of weights that stay in the L2 cache."""
 
+_L1_WAY_BYTES: Final = 4096
+"""Bytes of one way of the L1 data cache of all x86-64 CPUs with AVX."""
 
-CACHE_WAY: Final = 4096
-"""Bytes of one way of the L1 data cache, on all x86-64 processors with at least AVX."""
-
-CACHE_WAYS: Final = 8
-"""Ways of the L1 data cache; newer processors have more."""
+_L1_WAYS: Final = 8
+"""Ways of the L1 data cache; newer CPUs have more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,31 +43,31 @@ class VectorUnit:
     registers: int
 
     def lanes(self, dtype: str) -> int:
-        """Return the number of elements a register holds."""
+        """Return the elements of a register."""
         return self.bits // (64 if dtype == "float64" else 32)
 
 
 def vector_unit(target: Target) -> VectorUnit:
-    """Describe the vector unit that code for `target` may use."""
+    """Return the vector unit of a CPU target."""
     bits = vector_bits(target)
     arm = str(target.attrs.get("mtriple", "")).startswith(("aarch64", "arm64"))
     return VectorUnit(bits=bits, registers=32 if arm or bits == 512 else 16)
 
 
 def weight_tile_width(out_features: int, target: Target, dtype: str = "float32") -> int:
-    """Return the columns of a register tile: two vectors, or one for a narrow product."""
+    """Return the columns of a weight tile: two vectors, or one if the matmul has no more."""
     lanes = vector_unit(target).lanes(dtype)
     return lanes if out_features <= lanes else 2 * lanes
 
 
 def weights_stay_cached(weight: Any) -> bool:
-    """Whether packed weights are small enough to be read again for every row tile."""
+    """Whether packed weights fit the L2 cache, so that each row tile may read all of them."""
     sizes = [size for size in map(static, weight.shape) if size is not None]
-    return math.prod(sizes) * DTYPE_BYTES[str(weight.dtype)] <= RESIDENT_WEIGHTS
+    return math.prod(sizes) * DTYPE_BYTES[str(weight.dtype)] <= _L2_WEIGHT_BYTES
 
 
 def tile_columns(sch: s_tir.Schedule, column: LoopRV, weight: Any) -> int:
-    """Return the columns of a register tile: those of a weight tile, or the few there are."""
+    """Return the columns of a register tile: those of a weight tile, or all if there are fewer."""
     tile = weight.shape[-2 if str(weight.dtype) == "bfloat16" else -1]
     sizes = (static(sch.get(column).extent), static(tile))
     return min(size for size in sizes if size is not None)
@@ -79,44 +78,44 @@ def row_tile(
 ) -> int:
     """Return the rows of a register tile with `columns` columns.
 
-    As many as the registers hold beside one row of weights and one broadcast; another number where
-    that divides the rows and makes every tile whole. Rows at a distance of whole pages all fall
-    into one set of the L1 cache: then no more than it keeps.
+    As many as fit the registers next to one row of weights and one broadcast value, or a similar
+    number that divides `rows`. Rows whose distance is a multiple of a cache way map to the same set
+    of the L1 cache, which limits them to its associativity.
 
     Parameters
     ----------
     rows : int or expression
-        Rows of the product. Of a symbolic number only the constant factor is known.
+        Rows of the matmul. Of a dynamic number only the constant factor is used.
     columns : int
         Columns of the tile.
     unit : VectorUnit
-        Registers to fill.
+        Vector registers of the target.
     dtype : str
         Element type.
     row_bytes : int, optional
-        Distance of neighbouring rows in memory.
+        Distance of neighbouring rows in memory, in bytes.
     """
     most = max(1, min(unspilled_rows(columns, unit, dtype), ROW_SLACK + 1))
     if row_bytes is not None:
-        sets = CACHE_WAY // math.gcd(row_bytes, CACHE_WAY)
-        most = min(most, sets * CACHE_WAYS)
+        sets = _L1_WAY_BYTES // math.gcd(row_bytes, _L1_WAY_BYTES)
+        most = min(most, sets * _L1_WAYS)
     known = static(rows)
     if known is not None and known <= most:
         return known
     factor = known if known is not None else constant_factor(rows)
     larger = (size for size in range(most + 1, ROW_SLACK + 2) if factor % size == 0)
-    # A few spilled sums are better than tiles of two sizes.
+    # Spilling a few sums is faster than tiles of two sizes.
     return whole_tile(factor, most) or next(larger, most)
 
 
 def unspilled_rows(columns: int, unit: VectorUnit, dtype: str) -> int:
-    """Return the rows whose sums fit registers beside a row of weights and one broadcast."""
+    """Return the rows whose sums fit the registers next to a row of weights and a broadcast."""
     vectors = -(-columns // unit.lanes(dtype))
     return (unit.registers - vectors - 1) // vectors
 
 
 def row_tiles(rows: Any) -> list[int]:
-    """List the rows of register tiles, all whole, among which a tuner may choose."""
+    """Return the candidates for the rows of a register tile, with which all tiles are whole."""
     known = static(rows)
     if known is None:
         return []
@@ -130,16 +129,16 @@ def largest_divisor(number: int, most: int) -> int:
 
 
 def numbered(name: str, index: int) -> str:
-    """Name a decision of the part `index` of a kernel, of which the first bears the plain name."""
+    """Return the name of a decision of part `index` of a kernel; the first has no suffix."""
     return f"{name}_{index}" if index else name
 
 
 def unrolled_depth(
     sch: s_tir.Schedule, depth: LoopRV, space: SearchSpace, index: int = 0, *, spilled: bool = False
 ) -> list[LoopRV]:
-    """Split off the steps of a reduction loop that are unrolled: one, if a tuner wants no more.
+    """Split off the unrolled steps of the loop over K: one by default, up to four if sums spill.
 
-    Where sums are spilled, as many as four: they are then loaded and stored once for all of them.
+    Spilled sums are loaded and stored once for all steps.
     """
     extent = static(sch.get(depth).extent) or 1
     fitting = [steps for steps in (1, 2, 4, 8) if extent % steps == 0]
@@ -150,7 +149,7 @@ def unrolled_depth(
 
 
 def whole_tile(extent: int, most: int) -> int | None:
-    """Return the largest divisor of `extent` up to `most` that is not wastefully small."""
+    """Return the largest divisor of `extent` up to `most` that is at least 4 or 5, or None."""
     least = 4 if most < 12 else 5
     for size in range(most, least - 1, -1):
         if extent % size == 0:
@@ -159,7 +158,7 @@ def whole_tile(extent: int, most: int) -> int | None:
 
 
 def matmul_blocks(sch: s_tir.Schedule) -> list[tuple[SBlockRV, SBlockRV]]:
-    """Return the pairs (sums, epilogue) of blocks of a kernel of `dcnv3_tvm.kernels.matmul`."""
+    """Return the pairs (sums, epilogue) of blocks of a matmul or convolution."""
     blocks = sch.get_child_blocks(sch.get_sblock("root"))
     sums = [block for block in blocks if sch.get(block).name_hint.startswith("sums")]
     return [(block, sch.get_consumers(block)[0]) for block in sums]
@@ -168,7 +167,7 @@ def matmul_blocks(sch: s_tir.Schedule) -> list[tuple[SBlockRV, SBlockRV]]:
 def accumulate_tile(
     sch: s_tir.Schedule, sums: SBlockRV, tile: Sequence[LoopRV], reduction: LoopRV
 ) -> None:
-    """Run the sums of a register tile side by side: rows unrolled, columns in vectors.
+    """Accumulate a tile in registers: rows unrolled, columns in vectors.
 
     Parameters
     ----------
@@ -177,9 +176,9 @@ def accumulate_tile(
     sums : SBlockRV
         Reduction block.
     tile : sequence of LoopRV
-        Innermost loops, the last one over the columns.
+        Innermost loops of the block, the last one over columns.
     reduction : LoopRV
-        Outermost reduction loop, around the tile.
+        Outermost reduction loop, around `tile`.
     """
     for loop in tile[:-1]:
         sch.unroll(loop)
@@ -188,25 +187,25 @@ def accumulate_tile(
 
 
 def copy_in_task(sch: s_tir.Schedule, block: SBlockRV, task: LoopRV, lanes: int) -> None:
-    """Compute an elementwise block at `task`, for what the task needs of it."""
+    """Compute the part of an elementwise block that a task reads, in the task."""
     sch.compute_at(block, task, preserve_unit_loops=True)
     vectorize_innermost(sch, block, lanes)
 
 
 def copy_in_parallel(sch: s_tir.Schedule, block: SBlockRV, lanes: int) -> None:
-    """Compute an elementwise block of at least two dimensions beforehand, on all cores."""
+    """Compute an elementwise block of at least two dimensions first, in parallel."""
     first, second, *_ = sch.get_loops(block)
     sch.parallel(sch.fuse(first, second))
     vectorize_innermost(sch, block, lanes)
 
 
 def vector_width(extent: int | None, lanes: int) -> int:
-    """Return the widest vector, up to `lanes`, that divides a loop's extent; 1 for none."""
+    """Return the widest vector up to `lanes` that divides an extent; 1 if it is dynamic."""
     return 1 if extent is None else math.gcd(extent, 1 << (lanes.bit_length() - 1))
 
 
 def vectorize_innermost(sch: s_tir.Schedule, block: SBlockRV, lanes: int) -> None:
-    """Run the innermost loop of a block in the widest vectors that divide it."""
+    """Vectorize the innermost loop of a block by the widest vector that divides it."""
     loop = sch.get_loops(block)[-1]
     width = vector_width(static(sch.get(loop).extent), lanes)
     if width > 1:

@@ -1,4 +1,4 @@
-"""Depthwise convolutions on GPUs, with or without LayerNorm behind them, in one kernel."""
+"""Depthwise convolutions on GPUs, optionally followed by LayerNorm in the same kernel."""
 
 from __future__ import annotations
 
@@ -15,47 +15,49 @@ from dcnv3_tvm.gpu import FULL_GPU_THREADS, WARP_SIZE, vector_elements
 from dcnv3_tvm.kernels.depthwise import in_runs
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
-from dcnv3_tvm.schedules.gpu.layer_norm import LANES, Channels
+from dcnv3_tvm.schedules.gpu.layer_norm import LANES, ChannelThreads
 from dcnv3_tvm.schedules.gpu.loops import bind_blocks, unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
 _THREADS: Final = range(64, 513)
-"""Threads of a block."""
+"""Possible numbers of threads of a block."""
 
 _SIDES: Final = (1, 2, 4, 5, 7, 8, 14, 16, 32)
-"""Rows, and runs in a row, of a block."""
+"""Candidates for the rows of a block, and for the runs in each."""
 
 _RUNS: Final = (1, 2, 4, 5, 7, 8)
-"""Neighbouring pixels of a thread."""
+"""Candidates for the pixels of a run, which a thread computes."""
 
 _MOST_SUMS: Final = 64
-"""Sums that a thread keeps, where fewer are possible."""
+"""Most sums of a thread, if any tile has fewer."""
 
 _MOST_VALUES: Final = 96
-"""The same with a row of what the sums see."""
+"""Most sums and input values of a thread, if any tile has fewer."""
 
 _MOST_REGISTER_VALUES: Final = 192
-"""Values that fit the registers of a thread."""
+"""Sums and input values that fit the registers of a thread."""
 
 _MOST_ROUNDED_UP: Final = 1.5
-"""Vectors that several warps take in several turns, over those there are: where few of the threads
-have a vector in the last turn, ptxas was seen to spill."""
+"""Most vectors of several warps, rounded up to whole turns, per actual vector. ptxas spills if few
+threads have a vector in the last turn."""
 
 _UNROLLED_WINDOW: Final = 49
-"""Beyond, the loops over the window stay loops."""
+"""Largest window whose loops are unrolled."""
 
 
 def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule depthwise convolutions of channels-last tensors.
 
-    A block takes a tile of pixels and all channels, a thread a run of pixels of some vectors of
-    channels. Row by row of the window it loads the pixels that its run sees, zeros beyond the
-    border, and adds them to sums in registers, where LayerNorm and activation find them.
+    A block computes a tile of pixels with all channels, a thread a run of pixels with some vectors
+    of channels. For each row of the window a thread loads the pixels that its run reads, zero
+    outside the image, and accumulates in registers, where LayerNorm and activation read the sums.
     """
     if refusal := refuse_other_kernels(func, "depthwise"):
         return refusal
-    tile = _tile(func)
+
+    # Step 1. Choose the tile of a block and the run of a thread.
+    tile = _choose_tile(func)
     if isinstance(tile, Refusal):
         return tile
     pixels = space.pick("run", _RUNS, tile.run)
@@ -63,6 +65,8 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
     epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
     normalized = len(sch.get_consumers(window)) > 1
     batch, line, pixel, channel = sch.get_loops(epilogue)
+
+    # Step 2. Bind pixels to blocks and threads.
     lines, runs = tile.lines, tile.runs
     if tile.lanes <= WARP_SIZE:
         lines = space.pick("lines", _SIDES, lines)
@@ -73,47 +77,49 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
     bind_blocks(sch, [batch, slab], [part])
     sch.bind(line, "threadIdx.z")
     sch.bind(pixel, "threadIdx.y")
-    shared = Channels.of(space, tile.lanes, tile.vector)
-    shared.store(sch, epilogue, channel, [run])
+
+    # Step 3. Bind channels to threads, from the output back to the input.
+    threads = ChannelThreads.of(space, tile.lanes, tile.vector)
+    threads.store(sch, epilogue, channel, [run])
     if normalized:
-        shared.normalize(sch, pixel)
-    _sum_window(sch, shared, pixel)
+        threads.reduce(sch, pixel)
+    _sum_window(sch, threads, pixel)
     return set_min_blocks(sch.mod["main"], target, space)
 
 
-def _sum_window(sch: s_tir.Schedule, shared: Channels, pixel: LoopRV) -> None:
-    """Sum the window of each pixel of a run, in registers."""
+def _sum_window(sch: s_tir.Schedule, threads: ChannelThreads, pixel: LoopRV) -> None:
+    """Sum the window of each pixel of a run in registers."""
     window, image = sch.get_sblock("window"), sch.get_sblock("padded")
     sch.compute_at(window, pixel, preserve_unit_loops=True)
     sch.set_scope(window, 0, "local")
     *_, run, channel, high, wide = sch.get_loops(window)
-    step = shared.split(sch, channel, [])
+    step = threads.split(sch, channel, [])
     element = sch.get_loops(window)[-3]
     sch.reorder(step, high, wide, run, element)
     unroll_all(sch, [run, element])
     if math.prod(static(sch.get(loop).extent) or 0 for loop in (high, wide)) <= _UNROLLED_WINDOW:
         unroll_all(sch, [high, wide])
-    shared.load(sch, window, wide, ("weight",))
+    threads.load(sch, window, wide, ("weight",))
     for block in [*sch.get_consumers(image), image]:
         if sch.get(block).name_hint != "window":
             sch.compute_at(block, high, preserve_unit_loops=True)
             sch.set_scope(block, 0, "local")
             unroll_all(sch, sch.get_loops(block)[-2:])
-    vectorize_copy(sch, image, shared.vector)
+    vectorize_copy(sch, image, threads.vector)
     first = sch.decompose_reduction(window, high)
     unroll_all(sch, sch.get_loops(first)[-2:])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """What a block and a thread take.
+    """Tile of a thread block.
 
     Parameters
     ----------
     lines, runs, run : int
-        Rows of pixels of a block, runs of pixels in each, pixels of a run, which is a thread's.
+        Rows of pixels of a block, runs in each, and pixels of a run.
     lanes, vector : int
-        Threads that share the channels of a pixel; neighbouring channels that one takes together.
+        Threads of a run, and neighbouring channels that a thread loads at once.
     """
 
     lines: int
@@ -123,12 +129,12 @@ class _Tile:
     vector: int
 
 
-def _tile(func: tirx.PrimFunc) -> _Tile | Refusal:
-    """Choose what seems to take the least time, if a choice fits the registers.
+def _choose_tile(func: tirx.PrimFunc) -> _Tile | Refusal:
+    """Choose the tile of the least estimated time, if one fits the registers.
 
-    The numbers come from machine code for several tiles: about 150 instructions a thread, 25 for
-    LayerNorm and GELU of a channel, 8 for the address of a vector and whether it is in the image,
-    and half as many again of all where the last tile of an axis is not whole.
+    The constants are taken from machine code for several tiles: some 150 instructions a thread, 25
+    for LayerNorm and GELU of a channel, 8 for the address and border test of a vector, and about
+    half as many again of all if the last tile of an axis is not whole.
     """
     x, weight, out = func.params[0], func.params[1], func.params[-1]
     high, wide = (int(size) for size in weight.shape[:2])
@@ -144,7 +150,7 @@ def _tile(func: tirx.PrimFunc) -> _Tile | Refusal:
         return sums(tile) + (tile.run + wide - 1) * vector
 
     def cost(tile: _Tile) -> tuple[bool, float]:
-        """Estimate the instructions of a thread times the turns in which the GPU has all."""
+        """Estimate the instructions of a thread times the waves of threads."""
         pixels = tile.runs * tile.run
         halo = (1 + (high - 1) / tile.lines) * (1 + (wide - 1) / pixels)
         exchange = 4 * (math.log2(tile.lanes) + 1) * (1 if tile.lanes <= WARP_SIZE else 3)

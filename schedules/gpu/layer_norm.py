@@ -1,4 +1,4 @@
-"""LayerNorm on GPUs: some threads share a row, keep it in registers, and add by shuffles."""
+"""LayerNorm on GPUs: threads of a row keep it in registers and reduce it by warp shuffles."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
 LANES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-"""Numbers of threads that may share the channels."""
+"""Candidates for the threads of a row."""
 
 _THREADS: Final = 128
-"""Threads of a block."""
+"""Threads of a block, unless a row needs more."""
 
 _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Rows of a block among which a tuner may choose."""
+"""Candidates for the rows of a block."""
 
-_ROW_ELEMENTS: Final = 80
-"""Elements of a row that a thread takes before a second warp helps."""
+_WARP_ELEMENTS: Final = 80
+"""Elements of a row a thread above which a row gets a second warp."""
 
 _MOST_ELEMENTS: Final = 128
-"""Elements of a row that a thread can take: more would not fit its registers."""
+"""Most elements of a row a thread, all in registers."""
 
 
 def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule LayerNorm over contiguous channels.
 
-    A row is read once, in vectors. The threads that share it are neighbours in a warp, or some
-    whole warps; each keeps its part in registers until it is stored.
+    A row is read once, in vectors, by neighbouring threads of a warp or by several warps. Each
+    thread keeps its elements in registers until it stores them.
     """
     if refusal := refuse_other_kernels(func, "layer_norm"):
         return refusal
+    # Step 1. Choose the vector and the threads of a row.
     x, out = func.params[0], func.params[-1]
     channels = static(x.shape[-1])
     if channels is None:
@@ -55,6 +56,8 @@ def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.
             f"keeps at most {_MOST_ELEMENTS} elements of a row in the registers of a thread; "
             f"{channels} channels need {elements}"
         )
+
+    # Step 2. Bind rows to blocks.
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, channel = sch.get_loops(epilogue)
@@ -62,42 +65,44 @@ def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.
     block, row = sch.split(row, [None, rows])
     sch.bind(block, "blockIdx.x")
     sch.bind(row, "threadIdx.y")
-    shared = Channels.of(space, lanes, vector)
-    shared.store(sch, epilogue, channel)
-    shared.normalize(sch, row)
-    _read(sch, shared, row)
+
+    # Step 3. Bind channels to threads, from the output back to the input.
+    threads = ChannelThreads.of(space, lanes, vector)
+    threads.store(sch, epilogue, channel)
+    threads.reduce(sch, row)
+    _load_row(sch, threads, row)
     return set_min_blocks(sch.mod["main"], target, space)
 
 
-def _read(sch: s_tir.Schedule, shared: Channels, row: LoopRV) -> None:
-    """Read a row into registers, where it is in the type of the computation."""
+def _load_row(sch: s_tir.Schedule, threads: ChannelThreads, row: LoopRV) -> None:
+    """Load a row into registers, converted to the type of the computation."""
     readers = [sch.get_sblock(name) for name in ("total", "square", "epilogue")]
-    (producer,) = sch.get_producers(readers[0]) or [None]
-    given = producer or sch.cache_read(readers[0], 0, "local", readers)
-    sch.compute_at(given, row, preserve_unit_loops=True)
-    step = shared.split(sch, sch.get_loops(given)[-1])
-    if producer is None:
-        vectorize_copy(sch, given, shared.vector)
+    (conversion,) = sch.get_producers(readers[0]) or [None]
+    loaded = conversion or sch.cache_read(readers[0], 0, "local", readers)
+    sch.compute_at(loaded, row, preserve_unit_loops=True)
+    step = threads.split(sch, sch.get_loops(loaded)[-1])
+    if conversion is None:
+        vectorize_copy(sch, loaded, threads.vector)
     else:
-        sch.set_scope(given, 0, "local")
-        sch.unroll(sch.get_loops(given)[-1])
-        shared.load(sch, given, step, ("x",))
+        sch.set_scope(loaded, 0, "local")
+        sch.unroll(sch.get_loops(loaded)[-1])
+        threads.load(sch, loaded, step, ("x",))
 
 
 @dataclasses.dataclass(frozen=True)
-class Channels:
-    """How the channels of a row are shared out among threads.
+class ChannelThreads:
+    """How the channels of a row are distributed over threads.
 
     Parameters
     ----------
     lanes : int
-        Threads that share a row.
+        Threads of a row.
     vector : int
-        Neighbouring channels that a thread takes together.
+        Neighbouring channels that a thread loads at once.
     scope : str
-        Where the sums of a row go: each thread of a warp gets them by shuffles; more warps need
-        shared memory. Then a block must have one row at a time: TVM takes an element of shared
-        memory that depends on another thread index for a thread's own, and leaves out the barrier.
+        Scope of the sums of a row: ``"local"`` in a warp, which reduces by shuffles, else
+        ``"shared"``. With several warps a block must have only one row, because TVM omits the
+        barrier for an element of shared memory that is indexed by another thread axis.
     """
 
     lanes: int
@@ -105,16 +110,16 @@ class Channels:
     scope: str
 
     @classmethod
-    def of(cls, space: SearchSpace, lanes: int, vector: int) -> Channels:
-        """Choose the threads of a row, by default `lanes`."""
+    def of(cls, space: SearchSpace, lanes: int, vector: int) -> ChannelThreads:
+        """Decide the threads of a row, by default `lanes`."""
         warp = lanes <= WARP_SIZE
         candidates = [count for count in LANES if (count <= WARP_SIZE) == warp]
         return cls(space.pick("lanes", candidates, lanes), vector, "local" if warp else "shared")
 
     def split(self, sch: s_tir.Schedule, channel: LoopRV, inside: Sequence[LoopRV] = ()) -> LoopRV:
-        """Give a loop over the channels to threads, and return the loop of a thread's vectors.
+        """Bind a loop over the channels to threads, and return the loop over a thread's vectors.
 
-        The loops `inside` come between the threads and their vectors.
+        The loops `inside` are moved between the thread loop and its vectors.
         """
         step, lane, element = sch.split(channel, [None, self.lanes, self.vector])
         sch.reorder(lane, *inside, step, element)
@@ -129,14 +134,14 @@ class Channels:
         channel: LoopRV,
         inside: Sequence[LoopRV] = (),
     ) -> None:
-        """Share out the last block: vectors are computed in registers, and then stored.
+        """Bind the last block to threads: it computes vectors in registers and stores them.
 
-        What it reads of the parameters comes in vectors too.
+        Its parameters are loaded in vectors too.
         """
         step = self.split(sch, channel, inside)
         sch.unroll(sch.get_loops(block)[-1])
-        # By the indices of the block: by those of an output of more dimensions, TVM loses sight of
-        # its bounds where the only block of threads is not full.
+        # Indexed by the axes of the block: `cache_write` of an output of more dimensions loses its
+        # bounds if the only thread block is not full.
         rank = len(sch.get(block).iter_vars)
         place = IndexMap.from_func(lambda *index: index, ndim=rank, index_dtype="int64")
         copy = sch.reindex_cache_write(block, 0, "local", place)
@@ -147,15 +152,15 @@ class Channels:
     def load(
         self, sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV, names: Sequence[str]
     ) -> None:
-        """Load what a block reads of some parameters into registers, at a loop, in vectors."""
+        """Load the named parameters of a block into registers at a loop, in vectors."""
         for index, region in enumerate(sch.get(block).reads):
             if region.source.name in names:
                 copy = sch.cache_read(block, index, "local")
                 sch.compute_at(copy, loop, preserve_unit_loops=True)
                 vectorize_copy(sch, copy, self.vector)
 
-    def normalize(self, sch: s_tir.Schedule, row: LoopRV) -> None:
-        """Compute the sums of a LayerNorm at the loop `row`, of a thread's rows."""
+    def reduce(self, sch: s_tir.Schedule, row: LoopRV) -> None:
+        """Compute the mean and variance of a LayerNorm at the loop `row`."""
         scale = sch.get_sblock("scale")
         sch.compute_at(scale, row, preserve_unit_loops=True)
         sch.set_scope(scale, 0, "local")
@@ -167,20 +172,20 @@ class Channels:
             *_, place, channel = sch.get_loops(block)
             self.split(sch, channel)
             unroll_all(sch, [place, sch.get_loops(block)[-1]])
-            # By the CUDA compiler: TVM lowers no second copy of a sum over threads.
+            # Unrolled by nvcc, because TVM cannot lower two copies of a reduction over threads.
             sch.annotate(place, "pragma_unroll_explicit", 0)
 
 
 def _lanes(vectors: int, vector: int) -> int:
     """Choose the threads of a row of `vectors` vectors of `vector` elements.
 
-    As few idle ones as possible, then as many as possible, which is as many rows in flight; a
-    second warp only if one would have to keep too much.
+    As few idle threads as possible, then close to a warp; several warps only if the elements would
+    not fit the registers of one.
     """
     candidates = [lanes for lanes in LANES if lanes < 2 * vectors]
 
     def cost(lanes: int) -> tuple[bool, int, int]:
         steps = -(-vectors // lanes)
-        return steps * vector > _ROW_ELEMENTS, steps * lanes, abs(lanes - WARP_SIZE)
+        return steps * vector > _WARP_ELEMENTS, steps * lanes, abs(lanes - WARP_SIZE)
 
     return min(candidates, key=cost)
