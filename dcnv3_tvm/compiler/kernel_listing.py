@@ -1,84 +1,108 @@
-"""Single kernels: those that a model calls, and how one becomes a library."""
+"""List the kernels that a compiled model calls, with their arguments and number of calls."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import tvm
 from tvm import relax, tirx
 from tvm.target import Target
 
-from dcnv3_tvm.compiler.cuda.export import export_module
+from dcnv3_tvm.compiler.pipeline import run_pipeline
+from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.schedules import ScheduledKernel
-from dcnv3_tvm.targets import is_gpu
-
-ENTRY: Final = "main"
-"""Name of a kernel in a library of its own, unless another is given."""
 
 
-class Tensor(NamedTuple):
-    """Shape and element type of an argument."""
+class KernelArgument(NamedTuple):
+    """Shape and element type of a kernel's argument."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 class Kernel(NamedTuple):
-    """A kernel of a model: its function, and how it is called.
+    """A kernel of a model and how it is called.
 
     Parameters
     ----------
     name : str
-        In the module.
+        Name in the module.
     rule : str
-        The schedule rule that took it; empty where it is not scheduled yet.
+        Schedule rule that scheduled it; empty if it is not scheduled.
     function : tvm.tirx.PrimFunc
         The kernel.
-    inputs, outputs : tuple of Tensor
+    inputs, outputs : tuple of KernelArgument
         Its arguments.
     calls : int
-        In a call of the model.
+        Calls in one call of the model.
     """
 
     name: str
     rule: str
     function: tirx.PrimFunc
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[KernelArgument, ...]
+    outputs: tuple[KernelArgument, ...]
     calls: int
 
     @property
     def kind(self) -> str:
-        """What it was built to compute; for kernels that are not ours, the rule that took them."""
+        """Kind of kernel as its definition names it; for TVM's own kernels, the rule."""
         attributes = None if self.function is None else self.function.attrs
         return str((attributes or {}).get(KERNEL_ATTR, self.rule))
 
     @property
     def shapes(self) -> str:
-        """Its arguments, the outputs behind an arrow."""
-        inputs = ", ".join(map(_shown, self.inputs))
-        return f"{inputs} -> {', '.join(map(_shown, self.outputs))}"
+        """Shapes of the inputs, an arrow, and shapes of the outputs."""
+        inputs = ", ".join(map(_text, self.inputs))
+        return f"{inputs} -> {', '.join(map(_text, self.outputs))}"
+
+
+def model_kernels(
+    imported: ImportedModel,
+    target: Target,
+    *,
+    dtype: str = "float32",
+    scheduled: bool = True,
+    on_phase: Callable[[str], None] | None = None,
+) -> list[Kernel]:
+    """Run the pipeline on a model and list the kernels of its entry ``"main"``.
+
+    Parameters
+    ----------
+    imported : ImportedModel
+        Model with static shapes.
+    target : tvm.target.Target
+        Target to lower for.
+    dtype : str
+        As in `dcnv3_tvm.compiler.pipeline.run_pipeline`.
+    scheduled : bool
+        Whether to schedule the kernels.
+    on_phase : callable, optional
+        Called with the name of each phase before it runs.
+    """
+    until = "schedule" if scheduled else "fuse"
+    program, rules = run_pipeline(imported, target, dtype=dtype, until=until, on_phase=on_phase)
+    return called_kernels(program.module, rules)
 
 
 def called_kernels(
-    module: tvm.IRModule, taken: Mapping[str, ScheduledKernel] = MappingProxyType({})
+    module: tvm.IRModule, schedules: Mapping[str, ScheduledKernel] = MappingProxyType({})
 ) -> list[Kernel]:
     """List the kernels that the entry ``"main"`` of a module calls.
 
     Parameters
     ----------
     module : tvm.IRModule
-        With fixed shapes.
-    taken : dict of str to ScheduledKernel
-        How each kernel was scheduled, if they are.
+        Module with static shapes.
+    schedules : dict of str to ScheduledKernel
+        How each kernel was scheduled, by its name.
     """
     calls: collections.Counter[str] = collections.Counter()
-    found: dict[str, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = {}
+    arguments: dict[str, tuple[tuple[KernelArgument, ...], tuple[KernelArgument, ...]]] = {}
     for block in module["main"].body.blocks:
         for binding in block.bindings:
             call = binding.value
@@ -87,50 +111,28 @@ def called_kernels(
                 calls[name] += 1
                 result = call.ty_args[0]
                 outputs = result.fields if isinstance(result, relax.TupleType) else [result]
-                found[name] = (
-                    _tensors(field.ty for field in call.args[1].fields),
-                    _tensors(outputs),
+                arguments[name] = (
+                    _arguments(field.ty for field in call.args[1].fields),
+                    _arguments(outputs),
                 )
     return [
-        Kernel(name, taken[name].rule if name in taken else "", module[name], *found[name], count)
+        Kernel(
+            name,
+            schedules[name].rule if name in schedules else "",
+            module[name],
+            *arguments[name],
+            count,
+        )
         for name, count in calls.items()
     ]
 
 
-def export_kernel(
-    function: tirx.PrimFunc, target: Target, path: Path, *, name: str = ENTRY
-) -> None:
-    """Compile a kernel to a shared library.
-
-    Parameters
-    ----------
-    function : tvm.tirx.PrimFunc
-        Scheduled, for a GPU.
-    target : tvm.target.Target
-        What it is for.
-    path : Path
-        The library.
-    name : str
-        What the kernel is called in it.
-
-    Raises
-    ------
-    RuntimeError
-        If it cannot be compiled.
-    """
-    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
-    if is_gpu(target):
-        export_module(module, target, path)
-    else:
-        tvm.compile(module, target=target).export_library(str(path))
-
-
-def _tensors(types: Iterable[Any]) -> tuple[Tensor, ...]:
+def _arguments(types: Iterable[Any]) -> tuple[KernelArgument, ...]:
     return tuple(
-        Tensor(tuple(int(size) for size in found.shape), str(found.dtype.dtype)) for found in types
+        KernelArgument(tuple(int(size) for size in ty.shape), str(ty.dtype.dtype)) for ty in types
     )
 
 
-def _shown(tensor: Tensor) -> str:
-    kind = "" if tensor.dtype == "float32" else f" {tensor.dtype}"
-    return "x".join(map(str, tensor.shape)) + kind
+def _text(argument: KernelArgument) -> str:
+    dtype = "" if argument.dtype == "float32" else f" {argument.dtype}"
+    return "x".join(map(str, argument.shape)) + dtype

@@ -281,7 +281,7 @@ def _compile(spec: DCNv3Spec, target_text: str, database: str) -> CompiledOperat
 
 
 def _compile_for_gpu(function: Any, target: Target) -> DeviceLibrary:
-    from dcnv3_tvm.compiler.kernel_listing import export_kernel
+    from dcnv3_tvm.compiler.kernel_library import export_kernel
 
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-op-") as folder:
         path = Path(folder) / "op.so"

@@ -9,7 +9,7 @@ from tvm import tirx
 from tvm.target import Target
 
 from dcnv3_tvm import schedules, targets
-from dcnv3_tvm.compiler.kernel_listing import export_kernel
+from dcnv3_tvm.compiler.kernel_library import export_kernel
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.space import Decision
 

@@ -14,7 +14,8 @@ import tvm
 from tvm import tirx
 
 from dcnv3_tvm import targets
-from dcnv3_tvm.compiler.kernel_listing import ENTRY, Tensor, export_kernel
+from dcnv3_tvm.compiler.kernel_library import ENTRY, export_kernel
+from dcnv3_tvm.compiler.kernel_listing import KernelArgument
 from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.machine import usable_cores
 from dcnv3_tvm.op.reference import Float64Array
@@ -59,7 +60,7 @@ class KernelRunner:
     rpc: RpcConfig | None = None
 
     def measure(
-        self, path: Path, arguments: tuple[Tensor, ...], seconds: float, timeout: float
+        self, path: Path, arguments: tuple[KernelArgument, ...], seconds: float, timeout: float
     ) -> list[float]:
         """Time a kernel with cold caches.
 
@@ -71,7 +72,7 @@ class KernelRunner:
         ----------
         path : Path
             Library written by `build_candidate`.
-        arguments : tuple of Tensor
+        arguments : tuple of KernelArgument
             Inputs and outputs of the kernel.
         seconds : float
             Time to spend on calls.
@@ -101,7 +102,7 @@ class KernelRunner:
     def check(
         self,
         path: Path,
-        arguments: tuple[Tensor, ...],
+        arguments: tuple[KernelArgument, ...],
         function: tirx.PrimFunc,
         timeout: float,
     ) -> str:
@@ -167,7 +168,7 @@ def _call(module: Any, device: Any, inputs: list[Any], nan_output: Any) -> Float
     return result
 
 
-def _random(rng: np.random.Generator, tensor: Tensor) -> Any:
+def _random(rng: np.random.Generator, tensor: KernelArgument) -> Any:
     """Fill a tensor with repeating random values; drawing all would dominate the time."""
     values = rng.standard_normal(min(math.prod(tensor.shape), _RANDOM_VALUES), np.float32)
     return np.resize(values.astype(numpy_dtype(tensor.dtype)), tensor.shape)

@@ -13,7 +13,7 @@ from tvm.target import Target
 from dcnv3_tvm import schedules
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.compile import check_dtype
-from dcnv3_tvm.compiler.kernel_listing import Tensor, called_kernels
+from dcnv3_tvm.compiler.kernel_listing import KernelArgument, called_kernels
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.records import describe_kernel, workload_key
@@ -38,7 +38,7 @@ class TuningTask:
         Name of the schedule rule that applies to it.
     function : tvm.tirx.PrimFunc
         Unscheduled kernel.
-    arguments : tuple of Tensor
+    arguments : tuple of KernelArgument
         Its inputs, followed by its output.
     calls : int
         Number of calls in one run of everything that is tuned together.
@@ -50,13 +50,13 @@ class TuningTask:
     kernel: str
     rule: str
     function: tirx.PrimFunc
-    arguments: tuple[Tensor, ...]
+    arguments: tuple[KernelArgument, ...]
     calls: int
     space: Mapping[str, tuple[Decision, ...]]
 
     @classmethod
     def of(
-        cls, function: tirx.PrimFunc, arguments: tuple[Tensor, ...], calls: int, target: Target
+        cls, function: tirx.PrimFunc, arguments: tuple[KernelArgument, ...], calls: int, target: Target
     ) -> TuningTask:
         """Create the task of a kernel; the schedule rules give its search space."""
         scheduled = schedules.schedule(function, target)
@@ -179,7 +179,7 @@ def operator_task(spec: DCNv3Spec, target: Target) -> TuningTask:
     if not spec.is_static:
         raise InvalidArgumentError("kernels are tuned for static shapes", got=spec.slug)
     shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)
-    arguments = tuple(Tensor(tuple(size or 0 for size in shape), spec.dtype) for shape in shapes)
+    arguments = tuple(KernelArgument(tuple(size or 0 for size in shape), spec.dtype) for shape in shapes)
     return TuningTask.of(tensorir.dcnv3(spec), arguments, 1, target)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from tvm import tirx
 
-from dcnv3_tvm.compiler.kernel_listing import Tensor
+from dcnv3_tvm.compiler.kernel_listing import KernelArgument
 from dcnv3_tvm.tuning.runner import KernelRunner
 
 CRASH: Final = "crash"
@@ -49,7 +49,7 @@ class SimulatedRunner(KernelRunner):
     error: str = ""
 
     def measure(
-        self, path: Path, arguments: tuple[Tensor, ...], seconds: float, timeout: float
+        self, path: Path, arguments: tuple[KernelArgument, ...], seconds: float, timeout: float
     ) -> list[float]:
         """Return times that fall with the number of the measurement."""
         number = self._start()
@@ -68,7 +68,7 @@ class SimulatedRunner(KernelRunner):
         return [1.0 / (1 + number)] * 3
 
     def check(
-        self, path: Path, arguments: tuple[Tensor, ...], function: tirx.PrimFunc, timeout: float
+        self, path: Path, arguments: tuple[KernelArgument, ...], function: tirx.PrimFunc, timeout: float
     ) -> str:
         """Return the error that the test asked for."""
         return self.error

@@ -8,7 +8,7 @@ import pytest
 import tvm
 
 from dcnv3_tvm import schedules
-from dcnv3_tvm.compiler.kernel_listing import ENTRY
+from dcnv3_tvm.compiler.kernel_library import ENTRY
 from dcnv3_tvm.kernels.convolution import convolution
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.epilogue import Epilogue

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from dcnv3_tvm.compiler.kernel_listing import Tensor
+from dcnv3_tvm.compiler.kernel_listing import KernelArgument
 from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.tuning import measurer
@@ -27,7 +27,7 @@ def tasks(target):
     for rows in (7, 11):
         function = matmul((rows,), 1, 16, tile=16)
         shapes = ((rows, 1), (1, 1, 16), (rows, 16))
-        arguments = tuple(Tensor(shape, "float32") for shape in shapes)
+        arguments = tuple(KernelArgument(shape, "float32") for shape in shapes)
         tasks.append(TuningTask.of(function, arguments, 1, target))
     assert [task.size for task in tasks] == [12, 12]
     return tasks

@@ -3,7 +3,7 @@
 import pytest
 
 from dcnv3_tvm import machine
-from dcnv3_tvm.compiler.kernel_listing import Tensor
+from dcnv3_tvm.compiler.kernel_listing import KernelArgument
 from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.tuning.builder import build_candidate
@@ -48,7 +48,7 @@ def test_shape_mismatch_is_detected(task, target, tmp_path):
 def test_bfloat16_matmul_is_correct(target, tmp_path):
     function = matmul((5, 7), 32, 64, tile=32, dtype="bfloat16")
     arguments = tuple(
-        Tensor(tuple(int(size) for size in buffer.shape), str(buffer.dtype))
+        KernelArgument(tuple(int(size) for size in buffer.shape), str(buffer.dtype))
         for buffer in function.params
     )
     path = tmp_path / "kernel.so"

@@ -1,0 +1,44 @@
+"""Compile a single kernel to a shared library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import tvm
+from tvm import tirx
+from tvm.target import Target
+
+from dcnv3_tvm.compiler.cuda.export import export_module
+from dcnv3_tvm.targets import is_gpu
+
+ENTRY: Final = "main"
+"""Default name of the kernel in its library."""
+
+
+def export_kernel(
+    function: tirx.PrimFunc, target: Target, path: Path, *, name: str = ENTRY
+) -> None:
+    """Compile a kernel to a shared library.
+
+    Parameters
+    ----------
+    function : tvm.tirx.PrimFunc
+        The kernel; scheduled if the target is a GPU.
+    target : tvm.target.Target
+        Target to compile for.
+    path : Path
+        Library to write.
+    name : str
+        Name of the kernel in the library.
+
+    Raises
+    ------
+    RuntimeError
+        If compilation fails.
+    """
+    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
+    if is_gpu(target):
+        export_module(module, target, path)
+    else:
+        tvm.compile(module, target=target).export_library(str(path))
