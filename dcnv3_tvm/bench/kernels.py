@@ -19,7 +19,7 @@ from dcnv3_tvm.bench.measure import median_of_bursts
 from dcnv3_tvm.bench.problems import Array
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.compile import compile_model
-from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor, called_kernels
+from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument, called_kernels
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.kernels import gemm, mlp
 from dcnv3_tvm.kernels.gemm import SUMS, padded_depth
@@ -243,7 +243,7 @@ def _timed(kernels: list[Kernel], target: tvm.target.Target) -> Iterable[tuple[K
         yield kernel, median_of_bursts(call, seconds=_BURST)
 
 
-def _random(rng: np.random.Generator, tensor: Tensor) -> Array:
+def _random(rng: np.random.Generator, tensor: KernelArgument) -> Array:
     return rng.standard_normal(tensor.shape, np.float32).astype(tensor.dtype)
 
 

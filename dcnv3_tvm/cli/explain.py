@@ -37,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Explain the schedule of each kernel of a model."""
-    from dcnv3_tvm import schedules, targets
-    from dcnv3_tvm.bench.variant_kernels import variant_kernels
+    from dcnv3_tvm import frontend, schedules, targets
+    from dcnv3_tvm.bench.cases import encoder_case
     from dcnv3_tvm.compiler.compile import check_dtype
     from dcnv3_tvm.compiler.cuda.assembler_report import report
     from dcnv3_tvm.compiler.explain import launch, verdicts
+    from dcnv3_tvm.compiler.kernel_listing import model_kernels
     from dcnv3_tvm.schedules.gpu.tensorize import tensorize
+    from dcnv3_tvm.verify.placeholder_weights import placeholder_model
 
     target = targets.resolve_target(arguments.target)
     on_gpu = targets.is_gpu(target)
@@ -53,14 +55,14 @@ def execute(arguments: argparse.Namespace) -> Result:
             allowed="--target cuda-sm90 and the like",
         )
     check_dtype(arguments.dtype, target)
+    case = encoder_case(arguments.model, batch=arguments.batch, size=arguments.size)
+    imported = frontend.import_model(
+        placeholder_model(case.variant, shorten=True),
+        example=(case.batch, 3, *case.size),
+        features="never",
+    )
     rows: list[dict[str, Any]] = []
-    for kernel in variant_kernels(
-        arguments.model,
-        target,
-        arguments.dtype,
-        batch=arguments.batch,
-        size=arguments.size,
-    ):
+    for kernel in model_kernels(imported, target, dtype=arguments.dtype, scheduled=False):
         found = schedules.apply_rules(kernel.function, target)
         row: dict[str, Any] = {
             "kernel": kernel.name,

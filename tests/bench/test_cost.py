@@ -14,7 +14,7 @@ from dcnv3_tvm.bench.floors import Peaks
 from dcnv3_tvm.bench.kernels import operations, work_of
 from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor
+from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.gemm import gemm, implicit_gemm, pack_gemm_weight
@@ -28,7 +28,7 @@ PEAKS = Peaks(flops=1e9, bytes=1e8, how="made up", half_flops=1e10)
 
 def kernel(function, *shapes, dtypes, calls=1):
     """Make a kernel; the last shape is the output's."""
-    tensors = [Tensor(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    tensors = [KernelArgument(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     return Kernel("k", "rule", function, tuple(tensors[:-1]), (tensors[-1],), calls)
 
 

@@ -11,7 +11,7 @@ from dcnv3_tvm.bench.floors import Peaks
 from dcnv3_tvm.bench.kernels import operations, tabulate
 from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.compiler.kernel_listing import Kernel, Tensor
+from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules import has_bfloat16_dot
 from dcnv3_tvm.spec import DCNv3Spec
@@ -24,7 +24,7 @@ PEAKS = Peaks(flops=1e9, bytes=1e8, how="made up")
 def kernel(rule, *shapes, calls=1, function=None, weight="float32"):
     """Make a kernel of tensors of float32, the last of which is the output."""
     types = ["float32", weight, "float32", "float32"]
-    tensors = [Tensor(shape, dtype) for shape, dtype in zip(shapes, types, strict=False)]
+    tensors = [KernelArgument(shape, dtype) for shape, dtype in zip(shapes, types, strict=False)]
     return Kernel(f"{rule}_0", rule, function, tuple(tensors[:-1]), (tensors[-1],), calls)
 
 
