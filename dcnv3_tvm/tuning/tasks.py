@@ -56,7 +56,11 @@ class TuningTask:
 
     @classmethod
     def of(
-        cls, function: tirx.PrimFunc, arguments: tuple[KernelArgument, ...], calls: int, target: Target
+        cls,
+        function: tirx.PrimFunc,
+        arguments: tuple[KernelArgument, ...],
+        calls: int,
+        target: Target,
     ) -> TuningTask:
         """Create the task of a kernel; the schedule rules give its search space."""
         scheduled = schedules.schedule(function, target)
@@ -179,7 +183,9 @@ def operator_task(spec: DCNv3Spec, target: Target) -> TuningTask:
     if not spec.is_static:
         raise InvalidArgumentError("kernels are tuned for static shapes", got=spec.slug)
     shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)
-    arguments = tuple(KernelArgument(tuple(size or 0 for size in shape), spec.dtype) for shape in shapes)
+    arguments = tuple(
+        KernelArgument(tuple(size or 0 for size in shape), spec.dtype) for shape in shapes
+    )
     return TuningTask.of(tensorir.dcnv3(spec), arguments, 1, target)
 
 

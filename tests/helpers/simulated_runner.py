@@ -68,7 +68,11 @@ class SimulatedRunner(KernelRunner):
         return [1.0 / (1 + number)] * 3
 
     def check(
-        self, path: Path, arguments: tuple[KernelArgument, ...], function: tirx.PrimFunc, timeout: float
+        self,
+        path: Path,
+        arguments: tuple[KernelArgument, ...],
+        function: tirx.PrimFunc,
+        timeout: float,
     ) -> str:
         """Return the error that the test asked for."""
         return self.error
