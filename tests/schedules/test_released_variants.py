@@ -1,7 +1,7 @@
 """Every kernel of every released variant, at its own resolution, is scheduled by its own rule."""
 
 import pytest
-from tvm import tirx
+from tvm import s_tir, tirx
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.targets import resolve_target
@@ -36,11 +36,7 @@ def test_kernels_are_scheduled_by_their_own_rule(variant, name, dtype):
 
 
 def is_parallel(function):
-    found = []
-
-    def visit(statement):
-        if isinstance(statement, tirx.For) and statement.kind == tirx.ForKind.PARALLEL:
-            found.append(statement)
-
-    tirx.stmt_functor.post_order_visit(function.body, visit)
-    return bool(found)
+    schedule = s_tir.Schedule(function)
+    blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
+    loops = [schedule.get(loop) for block in blocks for loop in schedule.get_loops(block)]
+    return any(loop.kind == tirx.ForKind.PARALLEL for loop in loops)
