@@ -1,10 +1,11 @@
-"""Float32 functions as TensorIR expressions built from operations that LLVM vectorises.
+"""exp and GELU as TensorIR expressions that LLVM vectorizes.
 
-On LLVM targets ``tirx.exp`` and ``tirx.erf`` become one call into the C library per element. The
-expressions here are adds, multiplies, selects and one integer shift, which become vector code.
+TVM lowers ``tirx.exp`` and ``tirx.erf`` for LLVM targets to one call of the C library per element.
+The float32 expressions here consist of additions, multiplications, selects and one integer shift,
+which become vector instructions.
 
-The coefficients are minimax fits made for this file (iteratively reweighted least squares on
-Chebyshev nodes, in float64).
+The polynomials are minimax approximations, computed in float64 by iteratively reweighted least
+squares on Chebyshev nodes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ EXP_RELATIVE_ERROR: Final = 2.0e-7
 """Bound on the relative error of `exp` in float32, where the result is at least 2**-125."""
 
 GELU_ABSOLUTE_ERROR: Final = 5.0e-7
-"""Bound on the absolute error of `gelu` in float32 for ``x <= 8``; above, it returns x itself."""
+"""Bound on the absolute error of `gelu` in float32 for ``x <= 8``; for larger x it returns x."""
 
-# e**r for |r| <= ln(2)/2, relative error 1.9e-9.
+# e**r for |r| <= ln(2)/2, with a relative error of 1.9e-9.
 _EXP: Final = (
     1.0000000005546097,
     1.000000036344733,
@@ -32,7 +33,7 @@ _EXP: Final = (
     0.008374824054459974,
     0.0013836835225095557,
 )
-# ln 2 in two parts; the first has 9 bits, so that n times it is exact for every exponent n.
+# ln 2 as the sum of two numbers; the first has 9 bits, so n times it is exact for any exponent n.
 _LN2_HIGH: Final = 355.0 / 512.0
 _LN2_LOW: Final = 0.6931471805599453 - _LN2_HIGH
 # Below, the result flushes to zero; above, it overflows to infinity.
@@ -66,14 +67,14 @@ def exp(x: tirx.PrimExpr) -> tirx.PrimExpr:
     Parameters
     ----------
     x : tvm.tirx.PrimExpr
-        float32 or float64; the expression is repeated in the result, so let it be a load or a
-        variable. A float64 goes to the C library.
+        float32 or float64. The result repeats the expression, which should be a load or a variable.
+        float64 calls the C library.
 
     Returns
     -------
     tvm.tirx.PrimExpr
-        Of the type of `x`. In float32 the relative error is below `EXP_RELATIVE_ERROR`, results
-        for ``x < -86.5`` are 0, infinities give 0 and infinity, and NaN stays NaN.
+        Of the type of `x`. In float32, the relative error is below `EXP_RELATIVE_ERROR`, the result
+        for ``x < -86.5`` is 0, infinities give 0 and infinity, and NaN gives NaN.
     """
     if _type(x) == "float64":
         return tirx.exp(x)
@@ -81,7 +82,7 @@ def exp(x: tirx.PrimExpr) -> tirx.PrimExpr:
     exponent = tirx.min(tirx.max(x_log2, _real(-126.0)), _real(128.0))
     n = tirx.floor(exponent + _real(0.5))
     rest = (x - n * _real(_LN2_HIGH)) - n * _real(_LN2_LOW)
-    # 2**128 is not a float32: take 2**(n - 1), and twice the polynomial.
+    # 2**(n - 1) times twice the polynomial, because 2**128 overflows float32.
     bits = tirx.shift_left(tirx.Cast("int32", n) + _int(126), _int(23))
     power = tirx.reinterpret("float32", bits)
     value = _horner(rest, [2.0 * c for c in _EXP]) * power
@@ -92,36 +93,36 @@ def exp(x: tirx.PrimExpr) -> tirx.PrimExpr:
 def gelu(x: tirx.PrimExpr) -> tirx.PrimExpr:
     """Build the exact (erf) GELU, ``x/2 * (1 + erf(x / sqrt 2))``.
 
-    ``max(x, 0) - gelu(x)`` is even in x, at most 0.17, and below 1.1e-7 from |x| = 5.5 on, so that
-    one polynomial on [0, 5.5] carries it, without a division and without cancellation.
+    ``max(x, 0) - gelu(x)`` is even in x, at most 0.17, and below 1.1e-7 for |x| >= 5.5: one
+    polynomial on [0, 5.5] approximates it, without division or cancellation.
 
     Parameters
     ----------
     x : tvm.tirx.PrimExpr
-        float32 or float64; the expression is repeated in the result, so let it be a load or a
-        variable. A float64 goes to the C library's erf.
+        float32 or float64. The result repeats the expression, which should be a load or a variable.
+        float64 calls the C library's erf.
 
     Returns
     -------
     tvm.tirx.PrimExpr
-        Of the type of `x`. In float32 the absolute error is below `GELU_ABSOLUTE_ERROR`; 0 gives
-        0, and NaN stays NaN.
+        Of the type of `x`. In float32, the absolute error is below `GELU_ABSOLUTE_ERROR`; 0 gives
+        0 and NaN gives NaN.
     """
     if _type(x) == "float64":
         half, root = tirx.const(0.5, "float64"), tirx.const(0.7071067811865476, "float64")
         return x * half * (tirx.const(1.0, "float64") + tirx.erf(x * root))
-    size = tirx.abs(x)
-    a = tirx.min(size, _real(_GELU_END))
+    magnitude = tirx.abs(x)
+    a = tirx.min(magnitude, _real(_GELU_END))
     t = a * _real(2.0 / _GELU_END) - _real(1.0)
-    rectified = (x + size) * _real(0.5)
-    return rectified - a * (_real(_GELU_END) - a) * _horner(t, _GELU)
+    relu = (x + magnitude) * _real(0.5)
+    return relu - a * (_real(_GELU_END) - a) * _horner(t, _GELU)
 
 
 def _type(x: tirx.PrimExpr) -> str:
     dtype = str(x.ty.dtype)
     if dtype not in ("float32", "float64"):
         raise InvalidArgumentError(
-            "this function computes in float32 or float64",
+            "the function is not available for this type",
             got=dtype,
             allowed="float32, float64",
             hint='Cast to float32 first: tirx.Cast("float32", x).',

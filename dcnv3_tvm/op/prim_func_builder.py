@@ -1,16 +1,17 @@
-"""Blocks of unscheduled TensorIR functions, one call a block.
+"""Build unscheduled TensorIR functions block by block, from Python.
 
-Like ``te.compute``, with one freedom more: where an element is stored need not be where the loops
-stand. So a kernel loops over rows while its operands keep their leading dimensions, and a schedule
-meets one row loop whatever their number.
+`compute` is like ``te.compute``, except that the stored element's position may differ from the loop
+variables: a kernel can loop over flattened rows while its operands keep all leading dimensions, so
+a schedule sees one row loop for any rank. `block` gives full control over axes, regions and stores.
 
-All extents and loop variables are int64, so that more than 2**31 elements are addressed correctly.
+All extents and loop variables are int64, so that tensors of more than 2**31 elements are addressed
+correctly.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -21,23 +22,57 @@ from dcnv3_tvm.op.expr import KERNEL_ATTR, int64
 
 
 @contextlib.contextmanager
-def function(kernel: str) -> Iterator[IRBuilder]:
-    """Open a function; ``builder.get()`` returns it after the ``with``.
+def function(kernel: str, attributes: Mapping[str, Any] | None = None) -> Iterator[IRBuilder]:
+    """Open a function; ``builder.get()`` returns it after the ``with`` statement.
 
     Parameters
     ----------
     kernel : str
-        Value of the attribute `KERNEL_ATTR`, and the function's name.
+        Name of the function, and value of its attribute `KERNEL_ATTR`.
+    attributes : mapping of str to object, optional
+        More attributes of the function.
     """
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(kernel)
-        T.func_attr({"tirx.noalias": True, KERNEL_ATTR: kernel})
+        T.func_attr({"tirx.noalias": True, KERNEL_ATTR: kernel, **(attributes or {})})
         yield builder
 
 
-def argument(name: str, shape: Sequence[Any], dtype: str) -> Any:
-    """Declare the next parameter."""
-    return T.arg(name, T.buffer([int64(size) for size in shape], dtype))
+def argument(name: str, shape: Sequence[Any], dtype: str, *, align: int = 0) -> Any:
+    """Declare the next parameter: a tensor whose data starts at a multiple of `align` bytes.
+
+    With 0, TVM assumes its default of 64 bytes.
+    """
+    return T.arg(name, T.buffer([int64(size) for size in shape], dtype, align=align))
+
+
+def allocate(name: str, shape: Sequence[Any], dtype: str) -> Any:
+    """Allocate an intermediate buffer."""
+    buffer = T.sblock_alloc_buffer([int64(size) for size in shape], dtype)
+    IRBuilder.name(name, buffer)
+    return buffer
+
+
+@contextlib.contextmanager
+def block(name: str, extents: Sequence[Any], kinds: str) -> Iterator[list[Any]]:
+    """Open a block inside a nest of one loop per extent; yields its axes.
+
+    Parameters
+    ----------
+    name : str
+        Name of the block.
+    extents : sequence
+        Extents of the loops, outermost first.
+    kinds : str
+        One letter per loop: S for spatial, R for reduction.
+    """
+    sizes = [int64(size) for size in extents]
+    with T.grid(*sizes) as loops, T.sblock(name):
+        loops = [loops] if isinstance(loops, tirx.Var) else list(loops)
+        yield [
+            (T.axis.spatial if kind == "S" else T.axis.reduce)(size, loop, "int64")
+            for kind, size, loop in zip(kinds, sizes, loops, strict=True)
+        ]
 
 
 def compute(
@@ -51,49 +86,44 @@ def compute(
     into: Any = None,
     at: Callable[..., Sequence[Any]] | None = None,
 ) -> Any:
-    """Add a block that computes one element a point of `extents`.
+    """Add a block that computes one element for each point of `extents`.
 
     Parameters
     ----------
     name : str
-        Name of the block, and of the buffer it makes.
+        Name of the block, and of the buffer it allocates.
     extents : sequence
         Extents of the spatial loops.
     value : callable
         Element as a function of the spatial, then the reduction variables.
     dtype : str
-        Element type of the buffer it makes.
+        Element type of the allocated buffer, and of the sum.
     reduce : sequence
-        Extents of reduction loops; the values are summed over them.
+        Extents of reduction loops, over which the values are summed.
     start : callable, optional
-        What the sum starts from as a function of the spatial variables; zero by default.
+        Initial value of the sum as a function of the spatial variables; zero by default.
     into : buffer, optional
-        Where to store, instead of a new buffer of shape `extents`.
+        Existing buffer to store into; by default one of shape `extents` is allocated.
     at : callable, optional
-        Position in the buffer as a function of the spatial variables; they themselves by default.
+        Position in the buffer as a function of the spatial variables; the variables themselves by
+        default.
 
     Returns
     -------
     buffer
         The buffer written.
     """
-    spatial = [int64(size) for size in extents]
-    domain = [*spatial, *(int64(size) for size in reduce)]
     if into is None:
-        into = T.sblock_alloc_buffer(spatial, dtype)
-        IRBuilder.name(name, into)
-    with T.grid(*domain) as loops, T.sblock(name):
-        loops = [loops] if isinstance(loops, tirx.Var) else list(loops)
-        points = [
-            (T.axis.spatial if axis < len(spatial) else T.axis.reduce)(size, loop, "int64")
-            for axis, (size, loop) in enumerate(zip(domain, loops, strict=True))
-        ]
-        place = points[: len(spatial)]
-        target = list(at(*place)) if at is not None else place
+        into = allocate(name, extents, dtype)
+    kinds = "S" * len(extents) + "R" * len(reduce)
+    with block(name, [*extents, *reduce], kinds) as axes:
+        spatial = axes[: len(extents)]
+        position = list(at(*spatial)) if at is not None else spatial
+        element = value(*axes)
         if reduce:
             with T.init():
-                T.buffer_store(into, start(*place) if start else tirx.const(0, dtype), target)
-            T.buffer_store(into, into[tuple(target)] + value(*points), target)
-        else:
-            T.buffer_store(into, value(*points), target)
+                initial = start(*spatial) if start else tirx.const(0, dtype)
+                T.buffer_store(into, initial, position)
+            element = into[tuple(position)] + element
+        T.buffer_store(into, element, position)
     return into

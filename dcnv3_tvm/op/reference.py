@@ -1,7 +1,35 @@
-"""DCNv3 in float64 NumPy, from the formula: what every other implementation is compared with.
+"""DCNv3 in float64 NumPy: the reference that every other implementation is compared with.
 
-`dcnv3_loops` is written to be read beside the formula; `dcnv3_reference` computes the same with
-arrays. Neither knows the other, so that each tests the other.
+All tensors are channels-last and contiguous. G is the number of groups, C' the channels of a group,
+and P the number of kernel points, ``kernel_h * kernel_w - remove_center``.
+
+=========== ================== ===================================================================
+tensor      shape              last axis
+=========== ================== ===================================================================
+``x``       (N, H, W, G*C')    ``g*C' + c``
+``offset``  (N, Ho, Wo, G*P*2) ``(g*P + p)*2 + {0: x, 1: y}``, in pixels before ``offset_scale``
+``mask``    (N, Ho, Wo, G*P)   ``g*P + p``; logits of a softmax over p with ``spec.softmax``
+result      (N, Ho, Wo, G*C')  as ``x``
+=========== ================== ===================================================================
+
+Kernel points are numbered column by column: ``p = i*kernel_h + j`` for column i and row j. With
+``remove_center``, the middle point is left out and the numbers after it decrease by one. With
+``half = dilation*(kernel - 1) >> 1`` along each axis, point p of output pixel (ho, wo) samples x at
+
+    pos_x = wo*stride_w + half_w - pad_w + offset_scale * (i*dilation_w - half_w + offset_x[p])
+    pos_y = ho*stride_h + half_h - pad_h + offset_scale * (j*dilation_h - half_h + offset_y[p])
+
+and the result is, for every channel c of group g,
+
+    y[n, ho, wo, g, c] = sum over p of mask[p] * bilinear(x[n, :, :, g, c], pos_y, pos_x)
+
+``bilinear`` takes pixels outside the image as zero, so that padding is virtual and the value fades
+to zero within one pixel of the border; a point outside -1 < pos_y < H, -1 < pos_x < W, or at NaN,
+contributes nothing. Note that ``offset_scale`` scales the regular grid as well as the learned
+offset.
+
+`dcnv3_loops` follows the formula sample by sample; `dcnv3_reference` computes it with arrays. They
+share no code, so that each tests the other.
 """
 
 from __future__ import annotations
@@ -19,23 +47,23 @@ Float64Array = npt.NDArray[np.float64]
 
 
 def dcnv3_loops(x: Array, offset: Array, mask: Array, spec: DCNv3Spec) -> Float64Array:
-    """Compute DCNv3 one sample at a time. Slow: for small problems and for reading.
+    """Compute DCNv3 sample by sample; slow, for reading and for small problems.
 
     Parameters
     ----------
     x : numpy.ndarray
-        Shape (N, H, W, group*group_channels), any float dtype.
+        Shape (N, H, W, G*C'), any float dtype.
     offset : numpy.ndarray
-        Shape (N, Ho, Wo, group*P*2), x before y, in pixels before ``offset_scale``.
+        Shape (N, Ho, Wo, G*P*2), x before y, in pixels before ``offset_scale``.
     mask : numpy.ndarray
-        Shape (N, Ho, Wo, group*P); logits with ``spec.softmax``.
+        Shape (N, Ho, Wo, G*P); logits with ``spec.softmax``.
     spec : DCNv3Spec
-        The problem. Its sizes may be symbolic; those of the arrays count.
+        The problem. Sizes are taken from the arrays, so those of the problem may be ``None``.
 
     Returns
     -------
     numpy.ndarray
-        float64, shape (N, Ho, Wo, group*group_channels).
+        float64, shape (N, Ho, Wo, G*C').
     """
     batch, height, width, _ = x.shape
     out_height, out_width = offset.shape[1:3]
@@ -78,7 +106,7 @@ def dcnv3_loops(x: Array, offset: Array, mask: Array, spec: DCNv3Spec) -> Float6
 
 
 def dcnv3_reference(x: Array, offset: Array, mask: Array, spec: DCNv3Spec) -> Float64Array:
-    """Compute DCNv3 in float64 with arrays.
+    """Compute DCNv3 with array operations.
 
     Parameters
     ----------
@@ -88,7 +116,7 @@ def dcnv3_reference(x: Array, offset: Array, mask: Array, spec: DCNv3Spec) -> Fl
     Returns
     -------
     numpy.ndarray
-        float64, shape (N, Ho, Wo, group*group_channels).
+        float64, shape (N, Ho, Wo, G*C').
     """
     batch, height, width, _ = x.shape
     _, out_height, out_width, _ = offset.shape
@@ -107,7 +135,7 @@ def dcnv3_reference(x: Array, offset: Array, mask: Array, spec: DCNv3Spec) -> Fl
     pos_x = _positions(spec, 1, out_width, columns)[None, :, None, :] + (
         spec.offset_scale * learned[..., 0]
     )
-    # NaN compares false, and so drops the point like one outside.
+    # A comparison with NaN is false: the point counts as outside.
     inside = (pos_y > -1) & (pos_y < height) & (pos_x > -1) & (pos_x < width)
     pos_y, pos_x = np.where(inside, pos_y, 0.0), np.where(inside, pos_x, 0.0)
     top, left = np.floor(pos_y).astype(np.int64), np.floor(pos_x).astype(np.int64)
@@ -116,14 +144,13 @@ def dcnv3_reference(x: Array, offset: Array, mask: Array, spec: DCNv3Spec) -> Fl
     batch_index = np.arange(batch).reshape(-1, 1, 1, 1)
     group_index = np.arange(group).reshape(1, 1, 1, -1)
     out = np.zeros((batch, out_height, out_width, group, spec.group_channels))
-    # One point at a time bounds the memory.
+    # One point at a time, to bound the memory.
     for p in range(points):
-        for below in (0, 1):
-            for right in (0, 1):
-                row, col = top[..., p] + below, left[..., p] + right
-                weight = np.abs(1 - below - (pos_y - top)[..., p]) * np.abs(
-                    1 - right - (pos_x - left)[..., p]
-                )
+        for r in (0, 1):
+            for s in (0, 1):
+                row, col = top[..., p] + r, left[..., p] + s
+                weight_y = np.abs(1 - r - (pos_y - top)[..., p])
+                weight_x = np.abs(1 - s - (pos_x - left)[..., p])
                 used = inside[..., p] & (row >= 0) & (row < height) & (col >= 0) & (col < width)
                 pixel = images[
                     batch_index,
@@ -131,13 +158,13 @@ def dcnv3_reference(x: Array, offset: Array, mask: Array, spec: DCNv3Spec) -> Fl
                     np.where(used, col, 0),
                     group_index,
                 ]
-                factor = np.where(used, weight * masks[..., p], 0.0)[..., None]
+                factor = np.where(used, weight_y * weight_x * masks[..., p], 0.0)[..., None]
                 out += np.where(used[..., None], factor * pixel, 0.0)
     return out.reshape(batch, out_height, out_width, spec.channels)
 
 
 def _positions(spec: DCNv3Spec, axis: int, size: int, grid: Float64Array) -> Float64Array:
-    """Place the undeformed points: shape (size, P), along one axis (0: y, 1: x)."""
+    """Return where the undeformed points sample, along one axis (0: y, 1: x): shape (size, P)."""
     half = (spec.dilation[axis] * (spec.kernel_size[axis] - 1)) >> 1
     start = half - spec.pad[axis] + np.arange(size, dtype=np.float64) * spec.stride[axis]
     scaled: Float64Array = spec.offset_scale * (grid * spec.dilation[axis] - half)

@@ -1,33 +1,38 @@
-"""DCNv3 forward as TensorIR: unscheduled PrimFuncs, built of `dcnv3_tvm.op.sampling`."""
+"""DCNv3 as unscheduled TensorIR functions, built from the blocks of `dcnv3_tvm.op.sampling`."""
 
-# No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
+from __future__ import annotations
+
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
+from typing import Any, Final
 
 from tvm import tirx
-from tvm.script import tirx as T
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op.expr import KERNEL_ATTR, int64
-from dcnv3_tvm.op.sampling import blocks, extents_of, sizes_of
+from dcnv3_tvm.op.coordinates import Sizes
+from dcnv3_tvm.op.expr import KERNEL_ATTR
+from dcnv3_tvm.op.prim_func_builder import argument, function
+from dcnv3_tvm.op.sampling import emit_sampling
+from dcnv3_tvm.op.sampling_kernel import SamplingKernel
 from dcnv3_tvm.spec import DCNv3Spec
 
-SPEC_ATTR = "dcnv3_tvm.spec"
+SPEC_ATTR: Final = "dcnv3_tvm.spec"
 """Function attribute that holds the problem, as JSON; `spec_of` reads it."""
 
-CENTER_ATTR = "dcnv3_tvm.center_feature"
+CENTER_ATTR: Final = "dcnv3_tvm.center_feature"
 """Function attribute of the kernels that blend their result with their input."""
 
-PACKED_MULTIPLE = 16
-"""Offsets, logits and gates packed in one tensor are filled up to a multiple of so many channels:
-then the product that makes them has whole vectors."""
+PACKED_MULTIPLE: Final = 16
+"""The packed tensor's channels are padded to a multiple of this, so that the matmul that computes
+it has full vectors."""
 
 
 @functools.lru_cache(maxsize=64)
-def dcnv3(spec: DCNv3Spec, *, gather: bool = False) -> tirx.PrimFunc:
+def dcnv3(spec: DCNv3Spec, *, vector_loads: bool = False) -> tirx.PrimFunc:
     """Build the kernel that takes offset and mask as two tensors.
 
     Parameters
@@ -35,66 +40,61 @@ def dcnv3(spec: DCNv3Spec, *, gather: bool = False) -> tirx.PrimFunc:
     spec : DCNv3Spec
         The problem. Sizes that are ``None`` become variables, bound by the shape of ``x``. With
         ``spec.softmax`` the mask holds logits.
-    gather : bool
-        Copy the pixels of a point first, by a block ``patch``, and use the target's exponential:
-        so GPUs load many channels at once.
+    vector_loads : bool
+        Build the variant for GPUs: a block ``patch`` copies the pixels of each point in vectors of
+        channels from tensors aligned for them, and the target's own exponential is used. Otherwise
+        the variant for CPUs.
 
     Returns
     -------
     tvm.tirx.PrimFunc
         Function of ``(x, offset, mask, out)``, with the shapes of `DCNv3Spec`, unscheduled.
     """
-    sizes = sizes_of(spec)
-    n, h, w, ho, wo = sizes
-    channels, offsets, masks = extents_of(spec)
-    dtype = spec.dtype
-    align = _alignment(dtype, gather=gather)
-    body = blocks(spec, sizes, mask_start=0, stored=dtype, gather=gather, center_feature=False)
-
-    @T.prim_func(s_tir=True)
-    def dcnv3(x: T.handle, offset: T.handle, mask: T.handle, out: T.handle):
-        X = T.match_buffer(x, (n, h, w, channels), dtype, align=align)
-        Offset = T.match_buffer(offset, (n, ho, wo, offsets), dtype, align=align)
-        Mask = T.match_buffer(mask, (n, ho, wo, masks), dtype, align=align)
-        Out = T.match_buffer(out, (n, ho, wo, channels), dtype, align=align)
-        body(X, Offset, Mask, Out)
-
-    return _finish(dcnv3, "dcnv3", spec)
+    kernel = SamplingKernel(spec, Sizes.of(spec), vector_loads)
+    batch, _, _, *out_size = kernel.sizes
+    with function("dcnv3", _attributes(spec)) as builder:
+        x, offset, mask, out = (
+            _tensor(name, shape, spec.dtype, vector_loads)
+            for name, shape in {
+                "x": (*kernel.sizes[:3], spec.channels),
+                "offset": (batch, *out_size, spec.offset_shape[-1]),
+                "mask": (batch, *out_size, spec.mask_shape[-1]),
+                "out": (batch, *out_size, spec.channels),
+            }.items()
+        )
+        emit_sampling(kernel, x, offset, mask, out)
+    return builder.get()
 
 
 @functools.lru_cache(maxsize=64)
 def dcnv3_packed(
     spec: DCNv3Spec,
-    out_dtype: str | None = None,
     *,
     offset_dtype: str | None = None,
-    gather: bool = False,
+    out_dtype: str | None = None,
     center_feature: bool = False,
+    vector_loads: bool = False,
 ) -> tirx.PrimFunc:
-    """Build the kernel that takes offsets and mask logits in one tensor.
-
-    One matrix product can then produce both.
+    """Build the kernel that takes offsets and mask logits in one tensor, as one matmul makes them.
 
     Parameters
     ----------
     spec : DCNv3Spec
         The problem; ``spec.softmax`` must be set.
-    out_dtype : str, optional
-        Another element type for ``out`` than the problem's.
-    offset_dtype : str, optional
-        Another element type for ``offset_mask``.
-    gather : bool
-        As in `dcnv3`.
+    offset_dtype, out_dtype : str, optional
+        Element types of ``offset_mask`` and ``out``; by default the problem's.
     center_feature : bool
-        Blend the result y with x: ``y * (1 - s) + x * s`` where s, by group, is the sigmoid of a
-        logit. The outputs must be as many as the pixels of x.
+        Blend the result y with x: ``y * (1 - s) + x * s`` where s is the sigmoid of one logit per
+        group. The output must have the size of x.
+    vector_loads : bool
+        As in `dcnv3`.
 
     Returns
     -------
     tvm.tirx.PrimFunc
-        Function of ``(x, offset_mask, out)``, unscheduled. ``offset_mask`` has the shape
-        (N, Ho, Wo, `packed_channels`): the ``group*P*2`` offsets, then the ``group*P`` logits,
-        with `center_feature` the ``group`` logits of s, then channels that are not read.
+        Function of ``(x, offset_mask, out)``, unscheduled. The channels of ``offset_mask``, of
+        shape (N, Ho, Wo, `packed_channels`), are ``group*P*2`` offsets, ``group*P`` mask logits,
+        with `center_feature` the ``group`` logits of s, and padding that is not read.
 
     Raises
     ------
@@ -108,38 +108,30 @@ def dcnv3_packed(
             allowed="softmax=True",
             hint="Use dataclasses.replace(spec, softmax=True), or the kernel dcnv3(spec).",
         )
-    sizes = sizes_of(spec)
-    n, h, w, ho, wo = sizes
-    channels, offsets, _ = extents_of(spec)
-    packed = int64(packed_channels(spec, center_feature=center_feature))
-    dtype = spec.dtype
-    stored = out_dtype or dtype
-    learned = offset_dtype or dtype
-    align, out_align, learned_align = (
-        _alignment(kind, gather=gather) for kind in (dtype, stored, learned)
-    )
-    body = blocks(
+    kernel = SamplingKernel(
         spec,
-        sizes,
-        mask_start=int(offsets),
-        stored=stored,
-        gather=gather,
+        Sizes.of(spec),
+        vector_loads,
+        mask_start=int(spec.offset_shape[-1] or 0),
         center_feature=center_feature,
     )
-
-    @T.prim_func(s_tir=True)
-    def dcnv3_packed(x: T.handle, offset_mask: T.handle, out: T.handle):
-        X = T.match_buffer(x, (n, h, w, channels), dtype, align=align)
-        OffsetMask = T.match_buffer(offset_mask, (n, ho, wo, packed), learned, align=learned_align)
-        Out = T.match_buffer(out, (n, ho, wo, channels), stored, align=out_align)
-        body(X, OffsetMask, OffsetMask, Out)
-
-    finished = _finish(dcnv3_packed, "dcnv3_packed", spec)
-    return finished.with_attr(CENTER_ATTR, True) if center_feature else finished
+    batch, _, _, *out_size = kernel.sizes
+    attributes = _attributes(spec) | ({CENTER_ATTR: True} if center_feature else {})
+    with function("dcnv3_packed", attributes) as builder:
+        x = _tensor("x", (*kernel.sizes[:3], spec.channels), spec.dtype, vector_loads)
+        packed = packed_channels(spec, center_feature=center_feature)
+        offset_mask = _tensor(
+            "offset_mask", (batch, *out_size, packed), offset_dtype or spec.dtype, vector_loads
+        )
+        out = _tensor(
+            "out", (batch, *out_size, spec.channels), out_dtype or spec.dtype, vector_loads
+        )
+        emit_sampling(kernel, x, offset_mask, offset_mask, out)
+    return builder.get()
 
 
 def packed_channels(spec: DCNv3Spec, *, center_feature: bool = False) -> int:
-    """Count the channels of the tensor that `dcnv3_packed` takes."""
+    """Return the number of channels of the packed tensor of `dcnv3_packed`, with padding."""
     used = 3 * spec.group * spec.points + (spec.group if center_feature else 0)
     return -(-used // PACKED_MULTIPLE) * PACKED_MULTIPLE
 
@@ -147,8 +139,8 @@ def packed_channels(spec: DCNv3Spec, *, center_feature: bool = False) -> int:
 def gathering(func: tirx.PrimFunc) -> tirx.PrimFunc:
     """Build a kernel of this module anew, with the block ``patch``."""
     if str(func.attrs[KERNEL_ATTR]) == "dcnv3":
-        return dcnv3(spec_of(func), gather=True)
-    return packed_anew(func, gather=True)
+        return dcnv3(spec_of(func), vector_loads=True)
+    return packed_anew(func, vector_loads=True)
 
 
 def name_of(func: tirx.PrimFunc) -> str:
@@ -163,35 +155,33 @@ def packed_anew(
     x_dtype: str | None = None,
     offset_dtype: str | None = None,
     out_dtype: str | None = None,
-    gather: bool = False,
+    vector_loads: bool = False,
 ) -> tirx.PrimFunc:
     """Build a kernel of `dcnv3_packed` anew; element types that are not given stay."""
     x, offset_mask, out = (str(param.dtype) for param in func.params)
     return dcnv3_packed(
         dataclasses.replace(spec_of(func), dtype=x_dtype or x),
-        out_dtype or out,
+        out_dtype=out_dtype or out,
         offset_dtype=offset_dtype or offset_mask,
-        gather=gather,
+        vector_loads=vector_loads,
         center_feature=CENTER_ATTR in func.attrs,
     )
 
 
 def spec_of(func: tirx.PrimFunc) -> DCNv3Spec:
-    """Return the problem that a kernel of this module was built for."""
+    """Return the problem for which a kernel of this module was built."""
     return DCNv3Spec.from_json(json.loads(str(func.attrs[SPEC_ATTR])))
 
 
-def _alignment(dtype: str, *, gather: bool) -> int:
-    """Return the multiple of bytes where a tensor begins.
+def _attributes(spec: DCNv3Spec) -> dict[str, Any]:
+    return {SPEC_ATTR: json.dumps(spec.to_json())}
 
-    TVM would assume 64, and crash on an array of NumPy or a slice of one. GPUs get vectors, from
-    tensors that are aligned for them, into copies in registers that TVM aligns like the tensors.
+
+def _tensor(name: str, shape: Sequence[Any], dtype: str, vector_loads: bool) -> Any:
+    """Declare a tensor argument, aligned for vector loads or for its elements only.
+
+    TVM's default alignment of 64 bytes is wrong for an array of NumPy or a slice of one. TVM gives
+    copies in registers the alignment of the tensor that they copy.
     """
-    return gpu.VECTOR_BYTES if gather else DTYPE_BYTES[dtype]
-
-
-def _finish(func: tirx.PrimFunc, name: str, spec: DCNv3Spec) -> tirx.PrimFunc:
-    problem = json.dumps(spec.to_json())
-    return func.with_attr(
-        {"global_symbol": name, "tirx.noalias": True, KERNEL_ATTR: name, SPEC_ATTR: problem}
-    )
+    align = gpu.VECTOR_BYTES if vector_loads else DTYPE_BYTES[dtype]
+    return argument(name, shape, dtype, align=align)

@@ -61,9 +61,8 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
     sch = s_tir.Schedule(func)
     root = sch.get_sblock("root")
     names = {sch.get(block).name_hint for block in sch.get_child_blocks(root)}
-    sum_type = next(str(buf.dtype) for buf in sch.get(root).alloc_buffers if buf.name == "acc")
-    lanes = vector_lanes(target, sum_type)
     store, total = sch.get_sblock("store"), sch.get_sblock("sum")
+    lanes = vector_lanes(target, str(sch.get(total).writes[0].buffer.dtype))
 
     batch, row, col, group, channel = sch.get_loops(store)
     images, rows = _extent(sch, batch), _extent(sch, row)

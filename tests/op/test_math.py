@@ -1,4 +1,4 @@
-"""The vectorisable exp and GELU, compiled, against float64."""
+"""The vectorizable exp and GELU, compiled and compared with float64."""
 
 import math
 
@@ -42,14 +42,14 @@ def gelu(x):
     return 0.5 * x * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
 
 
-def test_exp_is_accurate_to_its_bound():
+def test_exp_error_bound():
     x = np.linspace(-86.5, 88.7, COUNT, dtype=np.float32)
     y, _ = evaluate(fast.exp, x)
     error = np.abs(y / np.exp(x.astype(np.float64)) - 1.0)
     assert error.max() < fast.EXP_RELATIVE_ERROR
 
 
-def test_gelu_is_accurate_to_its_bound():
+def test_gelu_error_bound():
     x = np.linspace(-8.0, 8.0, COUNT, dtype=np.float32)
     y, _ = evaluate(fast.gelu, x)
     assert np.abs(y - gelu(x.astype(np.float64))).max() < fast.GELU_ABSOLUTE_ERROR
@@ -66,7 +66,7 @@ def test_special_values():
 
 
 @pytest.mark.parametrize("name", ["exp", "gelu"])
-def test_no_library_call_is_left(name):
+def test_vectorizes_without_library_calls(name):
     _, executable = evaluate(getattr(fast, name), np.zeros(64, np.float32))
     source = executable.mod.inspect_source("ll")
     assert "expf" not in source
@@ -75,12 +75,12 @@ def test_no_library_call_is_left(name):
 
 
 @pytest.mark.parametrize(("function", "reference"), [(fast.exp, np.exp), (fast.gelu, gelu)])
-def test_float64_is_exact(function, reference):
+def test_float64(function, reference):
     x = np.linspace(-5.0, 5.0, 64)
     y, _ = evaluate(function, x)
     np.testing.assert_allclose(y, reference(x), rtol=1e-14, atol=1e-15)
 
 
-def test_other_types_are_refused():
+def test_unsupported_type_raises():
     with pytest.raises(InvalidArgumentError, match="got float16"):
         fast.exp(tirx.Var("x", "float16"))

@@ -1,4 +1,4 @@
-"""The two references against each other, and against cases worked out by hand."""
+"""The two reference implementations, compared with each other and with cases worked by hand."""
 
 import numpy as np
 import pytest
@@ -31,8 +31,7 @@ BOTH = pytest.mark.parametrize("reference", [dcnv3_loops, dcnv3_reference])
 
 
 @BOTH
-def test_no_offset_is_a_sum_over_the_window(reference, rng):
-    """Zero offsets and masks of one: a box filter."""
+def test_zero_offsets_and_unit_masks_are_a_box_filter(reference, rng):
     spec = DCNv3Spec.of((1, 6, 5, 4), group=2)
     x = rng.standard_normal((1, 6, 5, 4))
     y = reference(x, np.zeros((1, 6, 5, 36)), np.ones((1, 6, 5, 18)), spec)
@@ -42,8 +41,8 @@ def test_no_offset_is_a_sum_over_the_window(reference, rng):
 
 
 @BOTH
-def test_order_of_points_and_of_x_and_y(reference):
-    """Point 1 of a 3x3 kernel is the left column, middle row; offsets hold x before y."""
+def test_order_of_kernel_points_and_offsets(reference):
+    """Point 1 of a 3x3 kernel is in the left column and middle row; x comes before y."""
     spec = DCNv3Spec.of((1, 5, 5, 1), group=1)
     x = np.arange(25.0).reshape(1, 5, 5, 1)
     mask = np.zeros((1, 5, 5, 9))
@@ -58,8 +57,7 @@ def test_order_of_points_and_of_x_and_y(reference):
 
 
 @BOTH
-def test_borders_fade_out(reference):
-    """A sample half a pixel outside sees half the border; one pixel outside, nothing."""
+def test_values_fade_out_within_one_pixel_of_the_border(reference):
     spec = DCNv3Spec.of((1, 1, 1, 1), group=1, kernel_size=1, pad=0)
     x, mask = np.full((1, 1, 1, 1), 8.0), np.ones((1, 1, 1, 1))
     for shift, expected in ((0.0, 8.0), (-0.5, 4.0), (0.75, 2.0), (-1.0, 0.0), (1.0, 0.0)):
@@ -70,7 +68,7 @@ def test_borders_fade_out(reference):
 
 
 @BOTH
-def test_offset_scale_scales_the_grid_too(reference):
+def test_offset_scale_scales_the_grid(reference):
     spec = DCNv3Spec.of((1, 9, 9, 1), group=1, offset_scale=2.0)
     x = np.arange(81.0).reshape(1, 9, 9, 1)
     mask = np.zeros((1, 9, 9, 9))
@@ -81,7 +79,7 @@ def test_offset_scale_scales_the_grid_too(reference):
 
 @BOTH
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
-def test_points_nowhere_count_for_nothing(reference, value):
+def test_non_finite_and_huge_offsets_contribute_nothing(reference, value):
     spec = DCNv3Spec.of((1, 3, 4, 2), group=1)
     inputs = random_inputs(spec)
     offset = inputs.offset.copy()

@@ -1,4 +1,4 @@
-"""The TensorIR kernels, compiled and scheduled for this machine, against float64."""
+"""DCNv3 kernels scheduled and compiled for this machine, compared with the float64 reference."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ from helpers.specs import Inputs, random_inputs, specs
 
 
 def compile_kernels(kernels):
-    """Compile many kernels as one module: a third of the time of one by one."""
+    """Compile kernels as one module, in a third of the time of one module each."""
     target = resolve_target("auto")
     named = {f"f{i}": k.with_attr("global_symbol", f"f{i}") for i, k in enumerate(kernels)}
     module, rules = schedule_module(IRModule(named), target)
@@ -43,7 +43,7 @@ def compile_kernels(kernels):
 )
 @given(data=st.data())
 def test_random_problems(dtype, data):
-    """28 problems a dtype; every second one with logits takes them packed."""
+    """28 problems per dtype; every second one with softmax uses the packed kernel."""
     problems = data.draw(
         st.lists(specs(dtype), min_size=28, max_size=28, unique_by=lambda spec: spec.slug)
     )
@@ -59,7 +59,7 @@ def test_random_problems(dtype, data):
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
 @pytest.mark.parametrize("sizes", [(2, 5, 7), (None, None, 7)], ids=str)
-def test_blend_with_the_input(sizes, dtype):
+def test_center_feature(sizes, dtype):
     spec = DCNv3Spec.of((*sizes, 48), group=3, softmax=True, dtype=dtype)
     (kernel,) = compile_kernels([tensorir.dcnv3_packed(spec, center_feature=True)])
     static = dataclasses.replace(spec, batch=2, height=5, width=7)
@@ -98,8 +98,8 @@ def test_symbolic_sizes(sizes, softmax):
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
 @pytest.mark.parametrize("static", [True, False], ids=["static", "symbolic"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (2, 2), (5, 6)], ids=str)
-def test_nothing_outside_is_read(size, static, dtype):
-    """NaN and infinite offsets drop their points; memory around the image is NaN and not read."""
+def test_reads_stay_inside_the_image(size, static, dtype):
+    """NaN and infinite offsets contribute nothing; the NaN around the image is not read."""
     spec = DCNv3Spec.of((2, *size, 10), group=2, pad=2, dtype=dtype)
     shape = (2, *size, 10) if static else (None, None, None, 10)
     (kernel,) = compile_kernels(
@@ -122,7 +122,7 @@ def test_nothing_outside_is_read(size, static, dtype):
 
 
 def test_more_than_2_to_31_elements():
-    """The image is mostly untouched zero pages, so that the test needs little memory."""
+    """Most of the image is untouched zero pages, which take no memory."""
     spec = DCNv3Spec.of((2, 5000, 3400, 64), group=2, stride=(4900, 3300), dtype="float16")
     assert np.prod(spec.input_shape) > 2**31
     (kernel,) = compile_kernels([tensorir.dcnv3(spec)])
@@ -149,18 +149,18 @@ def test_softmax_is_stable():
     check(run(kernel, spec, shifted), spec, shifted)
 
 
-def test_packed_kernel_needs_logits():
+def test_packed_kernel_requires_softmax():
     with pytest.raises(InvalidArgumentError, match="takes mask logits"):
         tensorir.dcnv3_packed(DCNv3Spec.of((1, 4, 5, 6), group=2))
 
 
-def test_a_side_beyond_float32_integers_is_refused():
+def test_width_beyond_float32_integers_raises():
     with pytest.raises(InvalidArgumentError, match="width is too large"):
         tensorir.dcnv3(DCNv3Spec.of((1, 1, 2**24 + 1, 1), group=1))
 
 
 @pytest.mark.parametrize("build", [tensorir.dcnv3, tensorir.dcnv3_packed])
-def test_names_blocks_and_attributes(build):
+def test_name_blocks_and_attributes(build):
     spec = DCNv3Spec.of((1, 4, 5, 6), group=2, softmax=True)
     func = build(spec)
     schedule = tvm.s_tir.Schedule(func)

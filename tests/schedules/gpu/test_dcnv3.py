@@ -221,5 +221,5 @@ def test_copies_in_registers_are_aligned_for_vectors(dtype):
     for kernel in (tensorir.dcnv3_packed(spec), tensorir.dcnv3(spec)):
         scheduled = s_tir.Schedule(dcnv3(kernel, TARGET, SearchSpace()))
         buffers = scheduled.get(scheduled.get_sblock("root")).alloc_buffers
-        assert {buffer.name for buffer in buffers} >= {"Out_local", "patch_local"}
+        assert {buffer.name for buffer in buffers} >= {"out_local", "patch_local"}
         assert all(buffer.data_alignment % VECTOR_BYTES == 0 for buffer in buffers)

@@ -1,0 +1,186 @@
+"""What the blocks of a DCNv3 kernel share: the problem, its loop extents and its buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Final
+
+from tvm import tirx
+
+from dcnv3_tvm import gpu
+from dcnv3_tvm.op.coordinates import AxisCoordinates, Sizes
+from dcnv3_tvm.op.expr import int64
+from dcnv3_tvm.op.math import exp
+from dcnv3_tvm.op.prim_func_builder import allocate
+from dcnv3_tvm.spec import DCNv3Spec
+
+_INT32_LIMIT: Final = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingKernel:
+    """A DCNv3 kernel under construction.
+
+    Parameters
+    ----------
+    spec : DCNv3Spec
+        The problem.
+    sizes : Sizes
+        Its extents.
+    vector_loads : bool
+        The variant, as in `dcnv3_tvm.op.tensorir.dcnv3`.
+    mask_start : int
+        Channel at which the mask begins in the tensor that holds it.
+    center_feature : bool
+        Whether the result is blended with x, as in `dcnv3_tvm.op.tensorir.dcnv3_packed`.
+    """
+
+    spec: DCNv3Spec
+    sizes: Sizes
+    vector_loads: bool
+    mask_start: int = 0
+    center_feature: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Element type of coordinates, weights and sums."""
+        return self.spec.accumulate_dtype
+
+    @property
+    def has_pixel_index(self) -> bool:
+        """Whether the place of each patch is computed as one index, rather than a row and column.
+
+        With a dynamic width, LLVM would have to divide by it.
+        """
+        return self.vector_loads or self.spec.width is not None
+
+    @property
+    def vector_channels(self) -> int:
+        """Channels of a group that one vector load reads."""
+        return gpu.vector_elements(self.spec.group_channels, self.spec.dtype)
+
+    @property
+    def index_dtype(self) -> str:
+        """Integer type of the index of a patch: int32 where it is large enough."""
+        spec = self.spec
+        largest = (spec.height or _INT32_LIMIT) * (spec.width or _INT32_LIMIT)
+        if self.vector_loads:
+            largest *= (spec.batch or _INT32_LIMIT) * spec.channels // self.vector_channels
+        return "int32" if largest < _INT32_LIMIT else "int64"
+
+    @property
+    def group_extents(self) -> tuple[Any, ...]:
+        """Extents (N, Ho, Wo, G)."""
+        sizes = self.sizes
+        return sizes.batch, sizes.out_height, sizes.out_width, int64(self.spec.group)
+
+    @property
+    def point_extents(self) -> tuple[Any, ...]:
+        """Extents (N, Ho, Wo, G, P)."""
+        return *self.group_extents, int64(self.spec.points)
+
+    @property
+    def channel_extents(self) -> tuple[Any, ...]:
+        """Extents (N, Ho, Wo, G, C'), with C' channels in a group."""
+        return *self.group_extents, int64(self.spec.group_channels)
+
+    @functools.cached_property
+    def rows(self) -> AxisCoordinates:
+        """Coordinates along the height of the image."""
+        return AxisCoordinates(self.spec, 0, self.sizes.height, minmax_drops_nan=self.vector_loads)
+
+    @functools.cached_property
+    def columns(self) -> AxisCoordinates:
+        """Coordinates along the width of the image."""
+        return AxisCoordinates(self.spec, 1, self.sizes.width, minmax_drops_nan=self.vector_loads)
+
+    def exp(self, value: Any) -> Any:
+        """Return e**value: the target's own on GPUs, a polynomial that LLVM vectorizes on CPUs."""
+        return tirx.exp(value) if self.vector_loads else exp(value)
+
+    def constant(self, value: float) -> Any:
+        """Return a constant of the accumulation type."""
+        return tirx.const(value, self.dtype)
+
+    def cast(self, value: Any) -> Any:
+        """Convert a value to the accumulation type."""
+        return tirx.Cast(self.dtype, value)
+
+    def channel(self, group: Any, index: Any) -> Any:
+        """Return the channel of x that is number `index` of a group."""
+        return group * int64(self.spec.group_channels) + index
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffers:
+    """Intermediate buffers of a kernel; schedules shrink them to what a pixel or point needs.
+
+    All but `patch` and `center`, which hold elements of x, and `index` have the accumulation type.
+
+    Parameters
+    ----------
+    position_y, position_x : (N, Ho, Wo, G, P)
+        Sampling positions, relative to the anchor.
+    row, column : (N, Ho, Wo, G, P)
+        First pixel of the 2x2 patch, relative to the anchor.
+    weight : (N, Ho, Wo, G, 2, 2, P)
+        Bilinear weights times the mask.
+    total : (N, Ho, Wo, G, C')
+        Weighted sums.
+    index : (N, Ho, Wo, G, P)
+        Place of the patch in x, with `SamplingKernel.has_pixel_index`.
+    patch : (N, Ho, Wo, G, P, 2, 2, C')
+        The pixels of the patch, with vector loads.
+    max_logit, exp_sum : (N, Ho, Wo, G)
+        With softmax: the largest logit, the sum of the exponentials.
+    exp_logit : (N, Ho, Wo, G, P)
+        With softmax: the exponentials, not yet divided by their sum.
+    gate : (N, Ho, Wo, G)
+        With the center feature: share of x in the result.
+    center : (N, Ho, Wo, G, C')
+        With the center feature and vector loads: the pixel of x at the output pixel.
+    """
+
+    position_y: Any
+    position_x: Any
+    row: Any
+    column: Any
+    weight: Any
+    total: Any
+    index: Any
+    patch: Any
+    max_logit: Any
+    exp_logit: Any
+    exp_sum: Any
+    gate: Any
+    center: Any
+
+    @classmethod
+    def of(cls, kernel: SamplingKernel) -> Buffers:
+        """Allocate the buffers that a kernel needs; the others are None."""
+        spec, dtype = kernel.spec, kernel.dtype
+        of_group, of_point = kernel.group_extents, kernel.point_extents
+        of_channel = kernel.channel_extents
+
+        def buffer(name: str, shape: tuple[Any, ...], dtype: str, needed: bool = True) -> Any:
+            return allocate(name, shape, dtype) if needed else None
+
+        points, channels = of_point[-1], of_channel[-1]
+        return cls(
+            position_y=buffer("position_y", of_point, dtype),
+            position_x=buffer("position_x", of_point, dtype),
+            row=buffer("row", of_point, dtype),
+            column=buffer("column", of_point, dtype),
+            weight=buffer("weight", (*of_group, 2, 2, points), dtype),
+            total=buffer("total", of_channel, dtype),
+            index=buffer("index", of_point, kernel.index_dtype, kernel.has_pixel_index),
+            patch=buffer("patch", (*of_point, 2, 2, channels), spec.dtype, kernel.vector_loads),
+            max_logit=buffer("max_logit", of_group, dtype, spec.softmax),
+            exp_logit=buffer("exp_logit", of_point, dtype, spec.softmax),
+            exp_sum=buffer("exp_sum", of_group, dtype, spec.softmax),
+            gate=buffer("gate", of_group, dtype, kernel.center_feature),
+            center=buffer(
+                "center", of_channel, spec.dtype, kernel.center_feature and kernel.vector_loads
+            ),
+        )
