@@ -62,7 +62,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
     root = sch.get_sblock("root")
     names = {sch.get(block).name_hint for block in sch.get_child_blocks(root)}
     store, total = sch.get_sblock("store"), sch.get_sblock("sum")
-    lanes = vector_lanes(target, str(sch.get(total).writes[0].buffer.dtype))
+    lanes = vector_lanes(target, str(sch.get(total).writes[0].source.dtype))
 
     batch, row, col, group, channel = sch.get_loops(store)
     images, rows = _extent(sch, batch), _extent(sch, row)
