@@ -11,7 +11,6 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.gpu import vector_elements
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.op.tensorir import gathering, spec_of
 from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
@@ -81,7 +80,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
     spec = spec_of(func)
     sch = s_tir.Schedule(gathering(func))
     names = {sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))}
-    vector = vector_elements(spec.group_channels, spec.dtype)
+    vector = gpu.vector_elements(spec.group_channels, spec.dtype)
     store, total = sch.get_sblock("store"), sch.get_sblock("sum")
     # Before the loops are tiled: bounds are lost where a cache is made of a part of an output.
     copy = sch.cache_write(store, 0, "local")
@@ -171,7 +170,7 @@ def _choose(spec: DCNv3Spec, sizes: Sequence[int | None], space: SearchSpace) ->
     # column, TVM checks nothing, and the threads of pixels that are not there would store, too.
     image = (rows or _PIXELS[-1]) * (columns or _PIXELS[-1])
     outputs = (images or 1) * (rows or _OPEN_SIDE) * (columns or _OPEN_SIDE)
-    vector = vector_elements(spec.group_channels, spec.dtype)
+    vector = gpu.vector_elements(spec.group_channels, spec.dtype)
     vectors = spec.group_channels // vector
     works = {"vector": _Work()}
     if vectors % 2 == 0:
@@ -226,7 +225,7 @@ def _share_out(
 
     Returns the innermost loop of threads, and the innermost over the outputs of a thread.
     """
-    work, vector = tile.work, vector_elements(spec.group_channels, spec.dtype)
+    work, vector = tile.work, gpu.vector_elements(spec.group_channels, spec.dtype)
     batch, row, column, group, channel = sch.get_loops(store)
     known = all(static(sch.get(loop).extent) is not None for loop in (row, column))
     lane, *inner = sch.split(channel, [None, work.vectors, vector])
