@@ -23,7 +23,7 @@ from dcnv3_tvm.errors import (
 )
 from dcnv3_tvm.runtime import cuda_toolkit, library
 from dcnv3_tvm.runtime.metadata import CUDA_LIBRARY
-from dcnv3_tvm.runtime.tensors import total_bytes
+from dcnv3_tvm.runtime.tensors import allocate, total_bytes
 
 DEVICE_TYPE: Final = 2
 """DLPack's number for memory of NVIDIA GPUs."""
@@ -156,8 +156,7 @@ class Gpu:
     def _copy_in(self, host: Any, into: Any) -> Any:
         ffi = library.tvm_ffi()
         if into is None or (into.shape, into.dtype) != (host.shape, host.dtype):
-            allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
-            into = allocate(ffi.Shape(tuple(host.shape)), host.dtype, self.device, None)
+            into = allocate(host.shape, host.dtype, self.device)
         copy = ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
         copy(into, ctypes.c_void_p(host.data_ptr()), total_bytes([host]))
         return into

@@ -204,7 +204,7 @@ def check_target(target: TargetInfo, device: str | None = None) -> int | None:
                 "the artifact is for another GPU architecture",
                 got=f"{target.arch}, where cuda:{index} ({present.name}) has {present.arch}",
                 allowed="the same, or a later one of its generation with as much shared memory",
-                hint=f"Compile the model again with --target cuda-{present.arch.replace('_', '')}.",
+                hint=f"Compile the model again with --target {gpu.target_name(present.arch)}.",
             )
     return index
 

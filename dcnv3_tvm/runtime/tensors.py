@@ -147,10 +147,15 @@ def empty_like(tensor: TensorT, shape: Sequence[int]) -> TensorT:
     elif _is_torch(like):
         result = like.new_empty(shape)
     else:
-        ffi = tvm_ffi()
-        allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
-        result = allocate(ffi.Shape(shape), like.dtype, like.device, None)
+        result = allocate(shape, like.dtype, like.device)
     return cast("TensorT", result)
+
+
+def allocate(shape: Sequence[int], dtype: Any, device: Any) -> Any:
+    """Allocate an uninitialized TVM tensor."""
+    ffi = tvm_ffi()
+    alloc = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+    return alloc(ffi.Shape(tuple(shape)), dtype, device, None)
 
 
 def view(memory: Any, shape: Sequence[int], dtype: str) -> Any:
