@@ -62,6 +62,9 @@ VECTOR_BYTES: Final = 16
 FRAGMENT: Final = 16
 """Rows, columns and depth of the tiles that tensor cores multiply."""
 
+HIDDEN_SLAB: Final = 32
+"""Hidden features that a fused MLP kernel computes at a time."""
+
 FULL_GPU_BLOCKS: Final = 132
 """Thread blocks that put one on every SM of a large GPU."""
 

@@ -19,7 +19,7 @@ from dcnv3_tvm.schedules.apply import (
     schedule_module,
 )
 from dcnv3_tvm.schedules.cpu.dot_product import has_bfloat16_dot
-from dcnv3_tvm.schedules.cpu.register_tiles import weight_tile_width
+from dcnv3_tvm.schedules.cpu.register_tiles import row_slack, weight_tile_width
 from dcnv3_tvm.schedules.rule import Refusal
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "ScheduledKernel",
     "apply_rules",
     "has_bfloat16_dot",
+    "row_slack",
     "rules_for",
     "schedule",
     "schedule_by_record",

@@ -22,10 +22,11 @@ from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument, called_kernels
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.kernels import gemm, mlp
-from dcnv3_tvm.kernels.gemm import SUMS, padded_depth
+from dcnv3_tvm.kernels.gemm import ACCUMULATOR, round_up
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.runtime import library
+from dcnv3_tvm.transform.gpu_padding import depth_multiple
 from dcnv3_tvm.verify.random_weights import randomize_
 
 PRODUCTS: Final = ("matmul", "convolution", gemm.KERNEL, mlp.KERNEL)
@@ -290,8 +291,8 @@ def _depth(kernel: Kernel) -> int:
     """
     x, weight = kernel.inputs[:2]
     # `pack_gemm_weight` turns weights of float32 round.
-    channels, filled = x.shape[-1], weight.shape[0 if weight.dtype == SUMS else -1]
-    if padded_depth(channels) == filled:
+    channels, filled = x.shape[-1], weight.shape[0 if weight.dtype == ACCUMULATOR else -1]
+    if round_up(channels, depth_multiple(channels)) == filled:
         return channels
     return channels * math.isqrt(filled // channels) ** 2
 

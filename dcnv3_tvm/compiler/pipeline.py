@@ -21,8 +21,8 @@ from dcnv3_tvm.transform.fuse_center_feature import fuse_center_feature
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
 from dcnv3_tvm.transform.ir import Program
 from dcnv3_tvm.transform.legalize import LEGALIZATIONS
-from dcnv3_tvm.transform.lower_cpu import lower_layers
-from dcnv3_tvm.transform.lower_gpu import lower_layers_gpu
+from dcnv3_tvm.transform.lower_cpu import CpuTiling, lower_cpu
+from dcnv3_tvm.transform.lower_gpu import lower_gpu
 
 PHASES: Final = (
     "imported",
@@ -88,10 +88,12 @@ def run_pipeline(
 
     def lower(program: Program) -> Program:
         if is_gpu(target):
-            return lower_layers_gpu(program, dtype)
-        return lower_layers(
-            program, lambda outputs: schedules.weight_tile_width(outputs, target), dtype
+            return lower_gpu(program, dtype)
+        tiling = CpuTiling(
+            weight_tile_width=lambda outputs: schedules.weight_tile_width(outputs, target),
+            row_slack=schedules.row_slack,
         )
+        return lower_cpu(program, tiling, dtype)
 
     def schedule(program: Program) -> Program:
         module, scheduled = schedules.schedule_module(program.module, target, records=records)

@@ -9,7 +9,6 @@ from tvm import tirx
 from tvm.sym import Analyzer
 
 from dcnv3_tvm.kernels.epilogue import Epilogue, declare_epilogue
-from dcnv3_tvm.kernels.matmul import ROW_SLACK, needs_slack
 from dcnv3_tvm.kernels.packing import column_parts
 from dcnv3_tvm.op.expr import cast, int64, static
 from dcnv3_tvm.op.prim_func_builder import argument, compute, function
@@ -28,6 +27,7 @@ def convolution(
     pad: tuple[int, int],
     dilation: tuple[int, int] = (1, 1),
     tile: int,
+    row_slack: int = 0,
     epilogue: Epilogue | None = None,
     dtype: str = "float32",
 ) -> tirx.PrimFunc:
@@ -43,6 +43,9 @@ def convolution(
         (height, width) pairs.
     tile : int
         Output channels of a weight tile.
+    row_slack : int
+        Pixels computed beyond the last of each output row, which are not stored: a schedule can
+        then use tiles of any width up to ``row_slack + 1`` without a partial one.
     epilogue : Epilogue, optional
         Applied before the store.
     dtype : str
@@ -61,7 +64,7 @@ def convolution(
         output_extent(size, kernel_size[axis], stride[axis], pad[axis], dilation[axis])
         for axis, size in enumerate((height, width))
     )
-    wide = out_width + ROW_SLACK if needs_slack(out_width) else out_width
+    wide = out_width + row_slack if row_slack else out_width
     shape = [batch, out_height, out_width, out_channels]
     with function("convolution") as builder:
         x = argument("x", [batch, height, width, in_channels], dtype)

@@ -1,15 +1,15 @@
-"""Products and convolutions as one matrix product, for GPUs.
+"""Matmul and convolution as one GEMM, for GPUs.
 
-A convolution is a product of rows, one an output pixel, by columns, one an output channel, whose
-rows are gathered from the image as they are needed (an implicit GEMM). Rows, columns and the depth
-that is summed over are filled up with zeros to multiples of what a block of threads computes.
+A convolution is an implicit GEMM: a row for each output pixel, gathered from the image as it is
+read, and a column for each output channel. Rows, columns and depth are zero-padded to multiples of
+what a schedule computes at a time.
 
 ========= ==========================================================================================
 block     what it computes
 ========= ==========================================================================================
-operand   the rows, in the type of the product, zero where there is nothing
-product   sums over the depth of row times weight, in float32
-epilogue  bias, activation and residual, and the one rounding to the output type
+operand   the rows in the element type of the weights, zero in the padding
+sums      sums over the depth of row times weight, in float32
+epilogue  bias, activation and residual, and the rounding to the output type
 store     the copy to the output
 ========= ==========================================================================================
 """
@@ -19,13 +19,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from tvm import tirx
 
-from dcnv3_tvm.gpu import FRAGMENT
 from dcnv3_tvm.kernels.activations import activate
 from dcnv3_tvm.kernels.convolution import output_extent
 from dcnv3_tvm.kernels.epilogue import Epilogue
@@ -33,34 +32,28 @@ from dcnv3_tvm.op.expr import cast, int64, product, static, unflatten
 from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 KERNEL: Final = "gemm"
-"""Name of these kernels, the value of their attribute `stages.KERNEL_ATTR`."""
+"""Value of `dcnv3_tvm.op.expr.KERNEL_ATTR` of these kernels."""
 
-SUMS: Final = "float32"
-"""Element type of sums, bias and activation, whatever the type of the product."""
-
-DEPTH_UNIT: Final = 32
-"""Multiple that a depth is filled up to, unless it is short and a multiple of `FRAGMENT`."""
-
-VECTOR: Final = 8
-"""Most elements that are copied at once."""
-
-_SHORT_DEPTH: Final = 128
-_ROW_UNITS: Final = (128, 64, 32, 16)
-_ROW_WASTE: Final = 1.1
+ACCUMULATOR: Final = "float32"
+"""Element type of sums, bias and activation, whatever the operands'."""
 
 
-def row_unit(rows: Any) -> int:
-    """Return the multiple that a number of rows is filled up to: large, with few rows wasted."""
-    known = static(rows)
-    if known is None:
-        return _ROW_UNITS[0]
-    least = round_up(known, _ROW_UNITS[-1])
-    return next(unit for unit in _ROW_UNITS if round_up(known, unit) <= _ROW_WASTE * least)
+class GemmPadding(NamedTuple):
+    """How a GEMM is padded and read.
 
+    Parameters
+    ----------
+    rows, columns, depth : int
+        Multiples to which the extents are padded.
+    vector : int
+        Most neighbouring elements along the depth that are copied at once: they are gathered from
+        one pixel, and are all inside or all outside of the padding.
+    """
 
-def padded_depth(depth: int) -> int:
-    """Return the depth, filled up so that it has a divisor a block can take at a time."""
-    return int(round_up(depth, FRAGMENT if depth <= _SHORT_DEPTH else DEPTH_UNIT))
+    rows: int
+    columns: int
+    depth: int
+    vector: int
 
 
 @functools.lru_cache(maxsize=256)
@@ -69,6 +62,7 @@ def gemm(
     in_features: int,
     out_features: int,
     *,
+    padding: GemmPadding,
     epilogue: Epilogue | None = None,
     dtype: str,
     x_dtype: str | None = None,
@@ -83,17 +77,19 @@ def gemm(
         Leading dimensions of x and out.
     in_features, out_features : int
         K and N.
+    padding : GemmPadding
+        Of rows, columns and depth.
     epilogue : Epilogue, optional
-        What to apply before the store.
+        Applied before the store.
     dtype : str
-        Element type of the factors; sums are float32.
+        Element type of the operands; sums are float32.
     x_dtype, residual_dtype, out_dtype : str, optional
         Other element types for x, residual and out.
 
     Returns
     -------
     tvm.tirx.PrimFunc
-        Function of x (*lead, K), weight (as `pack_gemm_weight` gives it), [bias (N,) in float32],
+        Function of x (*lead, K), weight (`pack_gemm_weight`), [bias (N,) in float32],
         [residual (*lead, N)], out (*lead, N); unscheduled.
     """
     lead = [int64(size) for size in lead]
@@ -106,6 +102,7 @@ def gemm(
         lead,
         in_features,
         out_features,
+        padding,
         gather,
         epilogue or Epilogue(),
         (dtype, x_dtype or dtype, residual_dtype or dtype, out_dtype or dtype),
@@ -123,12 +120,13 @@ def implicit_gemm(
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     pad: tuple[int, int],
+    padding: GemmPadding,
     epilogue: Epilogue | None = None,
     dtype: str,
     x_dtype: str | None = None,
     out_dtype: str | None = None,
 ) -> tirx.PrimFunc:
-    """Build a dense convolution of channels-last tensors, zero-padded.
+    """Build a zero-padded dense convolution of channels-last tensors.
 
     Parameters
     ----------
@@ -138,33 +136,34 @@ def implicit_gemm(
         C and O.
     kernel_size, stride, pad : (int, int)
         (height, width) pairs.
+    padding : GemmPadding
+        Of the GEMM's rows, columns and depth.
     epilogue : Epilogue, optional
-        What to apply before the store.
+        Applied before the store.
     dtype : str
-        Element type of the factors; sums are float32.
+        Element type of the operands; sums are float32.
     x_dtype, out_dtype : str, optional
         Other element types for x and out.
 
     Returns
     -------
     tvm.tirx.PrimFunc
-        Function of x (N, H, W, C), weight (as `pack_gemm_weight` gives it), [bias (O,) in float32],
+        Function of x (N, H, W, C), weight (`pack_gemm_weight`), [bias (O,) in float32],
         [residual (N, Ho, Wo, O)], out (N, Ho, Wo, O); unscheduled.
     """
     batch, height, width = int64(batch), int64(height), int64(width)
-    places = [
+    pixels = [
         batch,
         *(
             output_extent(size, kernel_size[axis], stride[axis], pad[axis], 1)
             for axis, size in enumerate((height, width))
         ),
     ]
-
-    vector = math.gcd(in_channels, VECTOR)
+    vector = math.gcd(in_channels, padding.vector)
 
     def gather(x: Any, row: Any, k: Any) -> tuple[Any, Any]:
-        b, i, j = unflatten(row, places)
-        # By whole vectors, so that it is seen that the place is the same for all of a vector.
+        b, i, j = unflatten(row, pixels)
+        # Indices of whole vectors: TVM then sees that a vector comes from one pixel.
         whole = tirx.floordiv(k, int64(vector))
         extents = [int64(size) for size in (*kernel_size, in_channels // vector)]
         p, q, c = unflatten(whole, extents)
@@ -174,9 +173,10 @@ def implicit_gemm(
 
     return _gemm(
         [batch, height, width, in_channels],
-        places,
+        pixels,
         kernel_size[0] * kernel_size[1] * in_channels,
         out_channels,
+        padding,
         gather,
         epilogue or Epilogue(),
         (dtype, x_dtype or dtype, dtype, out_dtype or dtype),
@@ -188,61 +188,69 @@ def _gemm(
     lead: Sequence[Any],
     depth: int,
     columns: int,
+    padding: GemmPadding,
     gather: Callable[[Any, Any, Any], tuple[Any, Any]],
     epilogue: Epilogue,
     dtypes: tuple[str, str, str, str],
 ) -> tirx.PrimFunc:
-    """Build the kernel; ``gather(x, row, k)`` gives an element, and the condition that it exists.
+    """Build the kernel; ``gather(x, row, k)`` returns an element and the condition for reading it.
 
-    `dtypes` are those of the factors, of x, of the residual and of out.
+    `dtypes` are those of the operands, of x, of the residual and of out.
     """
     dtype, x_dtype, residual_dtype, out_dtype = dtypes
-    rows = product(lead)
-    all_columns, all_depth = round_up(columns, FRAGMENT), padded_depth(depth)
+    padded_columns = round_up(columns, padding.columns)
+    padded_depth = round_up(depth, padding.depth)
     with function(KERNEL) as builder:
         x = argument("x", shape, x_dtype)
-        by_depth = dtype == SUMS
-        shape_of_weight = [all_depth, all_columns] if by_depth else [all_columns, all_depth]
-        weight = argument("weight", shape_of_weight, dtype)
-        bias = argument("bias", [columns], SUMS) if epilogue.bias else None
+        by_depth = dtype == ACCUMULATOR
+        weight_shape = [padded_columns, padded_depth]
+        weight = argument("weight", weight_shape[::-1] if by_depth else weight_shape, dtype)
+        bias = argument("bias", [columns], ACCUMULATOR) if epilogue.bias else None
         out_shape = [*lead, columns]
         residual = argument("residual", out_shape, residual_dtype) if epilogue.residual else None
         out = argument("out", out_shape, out_dtype)
-        operand = add_operand(rows, depth, lambda row, k: gather(x, row, k), dtype)
+        operand = add_operand(
+            product(lead), depth, padding, lambda row, k: gather(x, row, k), dtype
+        )
         sums = compute(
             "sums",
-            [operand.shape[0], all_columns],
+            [operand.shape[0], padded_columns],
             lambda m, n, k: (
-                cast(SUMS, operand[m, k]) * cast(SUMS, weight[(k, n) if by_depth else (n, k)])
+                cast(ACCUMULATOR, operand[m, k])
+                * cast(ACCUMULATOR, weight[(k, n) if by_depth else (n, k)])
             ),
-            reduce=[all_depth],
-            dtype=SUMS,
+            reduce=[padded_depth],
+            dtype=ACCUMULATOR,
         )
         add_store(sums, lead, epilogue.activation, bias, residual, out)
     return builder.get()
 
 
 def add_operand(
-    rows: Any, depth: int, gather: Callable[[Any, Any], tuple[Any, Any]], dtype: str
+    rows: Any,
+    depth: int,
+    padding: GemmPadding,
+    gather: Callable[[Any, Any], tuple[Any, Any]],
+    dtype: str,
 ) -> Any:
-    """Add the block ``operand``; ``gather(row, k)`` gives an element, and whether it exists."""
-    all_rows, all_depth = round_up(rows, row_unit(rows)), padded_depth(depth)
+    """Add the block ``operand``; ``gather(row, k)`` returns an element and its condition."""
+    padded_rows, padded_depth = round_up(rows, padding.rows), round_up(depth, padding.depth)
 
     def element(row: Any, k: Any) -> Any:
         value, inside = gather(row, k)
         conditions = [] if inside is None else [inside]
-        if static(rows) is None or static(rows) != static(all_rows):
+        if static(rows) is None or static(rows) != static(padded_rows):
             conditions.append(row < rows)
-        if all_depth != depth:
-            # By whole vectors, so that a vector is read or not read as one.
-            vector = math.gcd(depth, VECTOR)
+        if padded_depth != depth:
+            # In indices of whole vectors, so that a vector is read or not read as one.
+            vector = math.gcd(depth, padding.vector)
             conditions.append(tirx.floordiv(k, int64(vector)) < depth // vector)
         value = cast(dtype, value)
         if not conditions:
             return value
         return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(0, dtype))
 
-    return compute("operand", [all_rows, all_depth], element, dtype=dtype)
+    return compute("operand", [padded_rows, padded_depth], element, dtype=dtype)
 
 
 def add_store(
@@ -254,45 +262,48 @@ def add_store(
     def position(m: Any, n: Any) -> list[Any]:
         return [*unflatten(m, lead), n]
 
-    # Rows and columns until the very end: TVM would lose sight of which elements of a tensor
-    # of more dimensions a thread has.
-    places = [product(lead), out.shape[-1]]
+    # Both loop over rows and columns: from indices of more dimensions TVM does not see which
+    # elements belong to a thread.
+    extents = [product(lead), out.shape[-1]]
 
     def value(m: Any, n: Any) -> Any:
         total = sums[m, n] if bias is None else sums[m, n] + bias[n]
         total = activate(activation, total)
         if residual is not None:
-            total = total + cast(SUMS, residual[tuple(position(m, n))])
+            total = total + cast(ACCUMULATOR, residual[tuple(position(m, n))])
         return cast(out_dtype, total)
 
-    finished = compute("epilogue", places, value, dtype=out_dtype)
-    compute("store", places, lambda m, n: finished[m, n], dtype=out_dtype, into=out, at=position)
+    finished = compute("epilogue", extents, value, dtype=out_dtype)
+    compute("store", extents, lambda m, n: finished[m, n], dtype=out_dtype, into=out, at=position)
 
 
-def pack_gemm_weight(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Fill up a weight for these kernels.
+def pack_gemm_weight(weight: npt.NDArray[Any], padding: GemmPadding) -> npt.NDArray[Any]:
+    """Pad a weight for these kernels.
 
     Parameters
     ----------
     weight : ndarray of shape (N, K) or (O, kh, kw, C)
-        In the type of the product.
+        In the element type of the operands.
+    padding : GemmPadding
+        That of the kernel.
 
     Returns
     -------
     ndarray of shape (columns, depth), in float32 (depth, columns)
-        Contiguous; zero beyond N and K. Tensor cores take columns whose depth is contiguous,
-        threads read neighbouring columns.
+        Contiguous; zero beyond N and K. Tensor cores read columns along the depth; kernels in
+        float32 run without them, and their threads read neighbouring columns.
     """
     matrix = weight.reshape(weight.shape[0], -1)
     columns, depth = matrix.shape
-    packed = np.zeros((round_up(columns, FRAGMENT), padded_depth(depth)), weight.dtype)
+    shape = round_up(columns, padding.columns), round_up(depth, padding.depth)
+    packed = np.zeros(shape, weight.dtype)
     packed[:columns, :depth] = matrix
-    return np.ascontiguousarray(packed.T) if weight.dtype == SUMS else packed
+    return np.ascontiguousarray(packed.T) if weight.dtype == ACCUMULATOR else packed
 
 
-def round_up(size: Any, unit: int) -> Any:
-    """Return a size, filled up to a multiple of a unit."""
+def round_up(size: Any, multiple: int) -> Any:
+    """Round a size up to a multiple."""
     known = static(size)
     if known is not None:
-        return -(-known // unit) * unit
-    return tirx.floordiv(size + (unit - 1), int64(unit)) * int64(unit)
+        return -(-known // multiple) * multiple
+    return tirx.floordiv(size + (multiple - 1), int64(multiple)) * int64(multiple)

@@ -5,44 +5,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from tvm import tirx
 
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import Epilogue, declare_epilogue
 from dcnv3_tvm.kernels.packing import PAIR, column_parts
-from dcnv3_tvm.op.expr import cast, int64, product, static, unflatten
+from dcnv3_tvm.op.expr import cast, int64, product, unflatten
 from dcnv3_tvm.op.prim_func_builder import argument, compute, function
-
-ROW_SLACK: Final = 15
-"""Rows computed beyond the last, when no row tile divides their number.
-
-They repeat the last row and are thrown away. So every tile of up to ``ROW_SLACK + 1`` rows is
-whole, and a schedule needs no slow tail.
-"""
-
-
-def needs_slack(rows: Any) -> bool:
-    """Whether a number of rows has no divisor that makes a good row tile.
-
-    Parameters
-    ----------
-    rows : int or expression
-        Number of rows; of a symbolic product, only the constant factor counts.
-    """
-    constant = static(rows)
-    if constant is not None and constant <= ROW_SLACK:
-        return False
-    factor = constant if constant is not None else constant_factor(rows)
-    return not any(factor % tile == 0 for tile in range(5, ROW_SLACK + 2))
-
-
-def constant_factor(extent: Any) -> int:
-    """Return the constant among the factors of a product as `stages.product` builds it."""
-    if isinstance(extent, tirx.Mul):
-        return constant_factor(extent.a) * constant_factor(extent.b)
-    return static(extent) or 1
 
 
 @functools.lru_cache(maxsize=256)
@@ -52,6 +23,7 @@ def matmul(
     out_features: int,
     *,
     tile: int,
+    row_slack: int = 0,
     epilogue: Epilogue | None = None,
     dtype: str = "float32",
     out_dtype: str | None = None,
@@ -66,6 +38,9 @@ def matmul(
         K and N.
     tile : int
         Columns of a weight tile.
+    row_slack : int
+        Rows computed beyond the last, which repeat it and are not stored: a schedule can then use
+        row tiles of any height up to ``row_slack + 1`` without a partial one.
     epilogue : Epilogue, optional
         Applied before the store.
     dtype : str
@@ -95,10 +70,9 @@ def matmul(
     accumulator = sum_dtype(dtype)
     lead = [int64(size) for size in lead]
     rows = product(lead)
-    slack = needs_slack(rows)
 
     def source(row: Any) -> list[Any]:
-        return unflatten(tirx.min(row, rows - 1) if slack else row, lead)
+        return unflatten(tirx.min(row, rows - 1) if row_slack else row, lead)
 
     def element(column: Any, k: Any) -> Any:
         place = [k, column % tile]
@@ -117,7 +91,7 @@ def matmul(
         for part in column_parts(out_features, tile):
             sums = compute(
                 f"sums{part.suffix}",
-                [rows + ROW_SLACK if slack else rows, part.width],
+                [rows + row_slack if row_slack else rows, part.width],
                 lambda m, n, k, part=part: (
                     cast(accumulator, x[(*source(m), k)])
                     * cast(accumulator, element(part.start + n, k))

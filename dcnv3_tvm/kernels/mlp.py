@@ -1,20 +1,19 @@
-"""Two products with an activation between them in one kernel, for GPUs.
+"""Two matmuls with an activation between them in one kernel, for GPUs.
 
-What the first product makes is several times as wide as what goes in and comes out. In one kernel
-it never reaches the GPU's memory: a block of threads takes some rows, makes its hidden columns
-slab by slab, and multiplies each slab at once. Rows, sums and the last blocks are those of
-`dcnv3_tvm.kernels.gemm`.
+The hidden layer, several times as wide as input and output, never reaches the GPU's memory: a
+schedule computes some hidden columns of its rows, multiplies them by the second weight at once, and
+goes on with the next. Rows, sums and the last blocks are those of `dcnv3_tvm.kernels.gemm`.
 
-========= ==========================================================================================
-block     what it computes
-========= ==========================================================================================
-operand   the rows, in the type of the products, zero where there is nothing
-inner     sums of the first product, in float32
-hidden    its bias and activation, rounded to the type of the products
-product   sums of the second product, in float32
-epilogue  its bias and residual, and the one rounding to the output type
-store     the copy to the output
-========= ==========================================================================================
+=========== ========================================================================================
+block       what it computes
+=========== ========================================================================================
+operand     the rows in the element type of the weights, zero in the padding
+hidden_sums sums of the first matmul, in float32
+hidden      their bias and activation, rounded to the operands' type
+sums        sums of the second matmul, in float32
+epilogue    their bias and residual, and the rounding to the output type
+store       the copy to the output
+=========== ========================================================================================
 """
 
 from __future__ import annotations
@@ -25,52 +24,14 @@ from typing import Any, Final
 
 from tvm import tirx
 
-from dcnv3_tvm import gpu
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.gpu import FRAGMENT
-from dcnv3_tvm.kernels import gemm
 from dcnv3_tvm.kernels.activations import activate
-from dcnv3_tvm.kernels.gemm import SUMS
+from dcnv3_tvm.kernels.gemm import ACCUMULATOR, GemmPadding, add_operand, add_store, round_up
 from dcnv3_tvm.op.expr import cast, int64, product, unflatten
 from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 KERNEL: Final = "mlp"
-"""Name of these kernels, the value of their attribute `stages.KERNEL_ATTR`."""
-
-SLAB: Final = 32
-"""Hidden columns that a block has at a time."""
-
-ROWS: Final = 128
-"""Rows of a block."""
-
-WIDEST: Final = 128
-"""Most columns that go in and come out.
-
-A warp has 32 rows, so that it reads a weight for two fragments, and keeps their sums: a register of
-each thread for a column. The slab, its sums and the factors need some 100 of the 255.
-"""
-
-
-def pays(rows: int | None, inputs: int, hidden: int, outputs: int) -> bool:
-    """Whether one kernel takes less time than two.
-
-    It spares the writing and reading of the hidden columns, 4 bytes each in a row. That takes an
-    H200 (4.3 TB/s) 0.93 ps, and their ``2 * (inputs + outputs)`` operations (790 TFLOP/s) 0.65 ps
-    with 128 columns that go in and come out: two kernels wait for memory, one for arithmetic. From
-    184 on arithmetic binds both; but `WIDEST` columns are what the registers suffice for.
-
-    With less than a tile for each multiprocessor two kernels, which have tiles of columns too, use
-    more of the GPU.
-
-    Parameters
-    ----------
-    rows : int or None
-        None where they are known only at run time.
-    inputs, hidden, outputs : int
-        Columns that go in, between, and come out.
-    """
-    large = rows is None or rows >= gpu.FULL_GPU_BLOCKS * ROWS
-    return large and hidden % SLAB == 0 and max(inputs, outputs) <= WIDEST
+"""Value of `dcnv3_tvm.op.expr.KERNEL_ATTR` of these kernels."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -80,6 +41,7 @@ def mlp(
     hidden: int,
     outputs: int,
     *,
+    padding: GemmPadding,
     activation: str,
     residual: bool,
     dtype: str,
@@ -94,13 +56,16 @@ def mlp(
     lead : sequence of int or tirx.Var
         Leading dimensions of x and out.
     inputs, hidden, outputs : int
-        Columns of x, between the products, and of out; `hidden` a multiple of `SLAB`.
+        Features of x, of the hidden layer, and of out.
+    padding : GemmPadding
+        Of rows, inputs (as depth) and outputs (as columns). The hidden features, which are columns
+        and depth, need a multiple of both.
     activation : str
         One of `dcnv3_tvm.kernels.activations.ACTIVATIONS`.
     residual : bool
         Whether a tensor of the shape of out is added last.
     dtype : str
-        Element type of the factors, float16 or bfloat16; sums are float32.
+        Element type of the operands, float16 or bfloat16; sums are float32.
     x_dtype, residual_dtype, out_dtype : str, optional
         Other element types for x, residual and out.
 
@@ -109,27 +74,27 @@ def mlp(
     tvm.tirx.PrimFunc
         Function of x (*lead, inputs), weight1, bias1 (hidden,) in float32, weight2, bias2
         (outputs,) in float32, [residual (*lead, outputs)], out (*lead, outputs); unscheduled.
-        Weights are as `gemm.pack` gives them.
+        Weights are packed by `gemm.pack_gemm_weight`.
 
     Raises
     ------
     InvalidArgumentError
-        If `hidden` is no multiple of `SLAB`, or the factors are float32.
+        If the hidden features need padding, or the operands are float32.
     """
-    if hidden % SLAB or dtype == SUMS:
+    if hidden % padding.columns or hidden % padding.depth or dtype == ACCUMULATOR:
         raise InvalidArgumentError(
-            "the two products cannot be one kernel",
-            got=f"{hidden} hidden columns in {dtype}",
-            allowed=f"a multiple of {SLAB} in float16 or bfloat16",
+            "the two matmuls cannot be one kernel",
+            got=f"{hidden} hidden features in {dtype}",
+            allowed=f"a multiple of {padding.columns} and {padding.depth} in float16 or bfloat16",
         )
     lead = [int64(size) for size in lead]
     with function(KERNEL) as builder:
         x = argument("x", [*lead, inputs], x_dtype or dtype)
-        weight1 = argument("weight1", [hidden, gemm.padded_depth(inputs)], dtype)
-        bias1 = argument("bias1", [hidden], SUMS)
-        columns = gemm.round_up(outputs, FRAGMENT)
+        weight1 = argument("weight1", [hidden, round_up(inputs, padding.depth)], dtype)
+        bias1 = argument("bias1", [hidden], ACCUMULATOR)
+        columns = round_up(outputs, padding.columns)
         weight2 = argument("weight2", [columns, hidden], dtype)
-        bias2 = argument("bias2", [outputs], SUMS)
+        bias2 = argument("bias2", [outputs], ACCUMULATOR)
         shape = [*lead, outputs]
         added = argument("residual", shape, residual_dtype or dtype) if residual else None
         out = argument("out", shape, out_dtype or dtype)
@@ -137,27 +102,27 @@ def mlp(
         def element(row: Any, k: Any) -> tuple[Any, None]:
             return x[(*unflatten(row, lead), k)], None
 
-        operand = gemm.add_operand(product(lead), inputs, element, dtype)
+        operand = add_operand(product(lead), inputs, padding, element, dtype)
         rows, depth = operand.shape
-        inner = compute(
+        hidden_sums = compute(
             "hidden_sums",
             [rows, hidden],
-            lambda m, n, k: cast(SUMS, operand[m, k]) * cast(SUMS, weight1[n, k]),
+            lambda m, n, k: cast(ACCUMULATOR, operand[m, k]) * cast(ACCUMULATOR, weight1[n, k]),
             reduce=[depth],
-            dtype=SUMS,
+            dtype=ACCUMULATOR,
         )
-        between = compute(
+        activated = compute(
             "hidden",
             [rows, hidden],
-            lambda m, n: cast(dtype, activate(activation, inner[m, n] + bias1[n])),
+            lambda m, n: cast(dtype, activate(activation, hidden_sums[m, n] + bias1[n])),
             dtype=dtype,
         )
         sums = compute(
             "sums",
             [rows, columns],
-            lambda m, n, k: cast(SUMS, between[m, k]) * cast(SUMS, weight2[n, k]),
+            lambda m, n, k: cast(ACCUMULATOR, activated[m, k]) * cast(ACCUMULATOR, weight2[n, k]),
             reduce=[hidden],
-            dtype=SUMS,
+            dtype=ACCUMULATOR,
         )
-        gemm.add_store(sums, lead, None, bias2, added, out)
+        add_store(sums, lead, None, bias2, added, out)
     return builder.get()

@@ -36,6 +36,13 @@ def product(extents: Sequence[Any]) -> Any:
     return math.prod(symbolic, start=int64(constant)) if symbolic else int64(constant)
 
 
+def constant_factor(extent: Any) -> int:
+    """Return the constant factor of a product as `product` builds it; 1 without one."""
+    if isinstance(extent, tirx.Mul):
+        return constant_factor(extent.a) * constant_factor(extent.b)
+    return static(extent) or 1
+
+
 def unflatten(index: Any, extents: Sequence[Any]) -> list[Any]:
     """Split a row-major position into one index an extent."""
     indices: list[Any] = []

@@ -1,20 +1,21 @@
-"""Finds the layers of a function: operators with weights, and what can be fused behind them.
+"""Find layers: operators with constant weights, and what their kernels' epilogues can absorb.
 
-A layer begins at a product, a convolution or a LayerNorm and grows along its only consumer as far
-as our kernels' epilogues reach: bias, LayerNorm (behind a depthwise convolution), activation,
-residual sum, in this order.
+A layer begins at a matmul, a convolution or a LayerNorm. It grows along the only reader of its
+result through bias, LayerNorm (after a depthwise convolution), activation and residual sum, in this
+order.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Final
 
 import tvm
 import tvm_ffi
 from tvm import relax
 
-from dcnv3_tvm.transform.ir import count_uses, dimensions, element_type
+from dcnv3_tvm.transform.ir import count_uses, dimensions, element_type, variables
 
 _ACTIVATIONS: Final = {
     "relax.nn.gelu": "gelu",
@@ -26,7 +27,7 @@ _ACTIVATIONS: Final = {
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One kernel to be: the operator with weights, and what follows it.
+    """An operator with weights and its epilogue, which become one kernel.
 
     Parameters
     ----------
@@ -35,13 +36,13 @@ class Layer:
     root : relax.Call
         The operator it begins with.
     bias : relax.Var or None
-        One number for each channel.
+        One number for each output channel.
     norm : relax.Call or None
         LayerNorm over the channels of a depthwise convolution.
     activation : str or None
-        Name of the activation.
+        One of `dcnv3_tvm.kernels.activations.ACTIVATIONS`.
     residual : relax.Expr or None
-        Tensor of the shape of the result, added last.
+        Tensor of the result's shape, added last.
     """
 
     kind: str
@@ -53,12 +54,13 @@ class Layer:
 
 
 def find_layers(function: relax.Function, inputs: int) -> dict[relax.Var, Layer]:
-    """Find the layers of a function by the variables that hold their results.
+    """Find the layers of a function, by the variables that hold their results.
 
     Parameters
     ----------
     function : relax.Function
-        Channels last, with weights folded; its first `inputs` parameters are no weights.
+        Channels last, with weights folded. Its first `inputs` parameters are inputs, the others
+        weights.
     inputs : int
         Number of inputs.
     """
@@ -86,10 +88,28 @@ def find_layers(function: relax.Function, inputs: int) -> dict[relax.Var, Layer]
     return layers
 
 
+def absorbed_values(function: relax.Function, layers: Mapping[relax.Var, Layer]) -> set[relax.Var]:
+    """Find variables that need no storage: values inside a layer's kernel, and dead ones."""
+    read = set(variables(function.body.body))
+    absorbed = set()
+    for block in reversed(function.body.blocks):
+        for binding in reversed(block.bindings):
+            layer = layers.get(binding.var)
+            if binding.var not in read:
+                absorbed.add(binding.var)
+            elif layer is None:
+                read.update(variables(binding.value))
+            else:
+                read.add(layer.root.args[0])
+                if layer.residual is not None:
+                    read.add(layer.residual)
+    return absorbed
+
+
 def _begin(call: relax.Call, weights: set[relax.Var]) -> Layer | None:
     name = call.op.name
     if name == "relax.nn.layer_norm":
-        return Layer("layer_norm", call) if _normalizes(call, weights) else None
+        return Layer("layer_norm", call) if _is_channel_norm(call, weights) else None
     if name not in ("relax.matmul", "relax.nn.conv2d"):
         return None
     source, weight = call.args
@@ -114,8 +134,8 @@ def _begin_convolution(call: relax.Call) -> Layer | None:
     outputs, height, width, _ = dimensions(weight)
     if int(attrs.groups) == 1:
         pointwise = (height, width, top, left) == (1, 1, 0, 0)
-        unit = all(int(step) == 1 for step in attrs.strides)
-        return Layer("matmul" if pointwise and unit else "convolution", call)
+        unit_stride = all(int(step) == 1 for step in attrs.strides)
+        return Layer("matmul" if pointwise and unit_stride else "convolution", call)
     if int(attrs.groups) == channels == outputs:
         return Layer("depthwise", call)
     return None
@@ -124,6 +144,7 @@ def _begin_convolution(call: relax.Call) -> Layer | None:
 def _grow(
     layer: Layer, source: relax.Var, call: relax.Call, weights: set[relax.Var]
 ) -> Layer | None:
+    """Absorb a call that reads a layer's result `source`; None if the kernel cannot."""
     name = call.op.name
     if name == "relax.add":
         other = call.args[1] if call.args[0].same_as(source) else call.args[0]
@@ -133,7 +154,7 @@ def _grow(
     if name in _ACTIVATIONS:
         return dataclasses.replace(layer, activation=_ACTIVATIONS[name])
     plain_depthwise = layer.kind == "depthwise" and layer.norm is None
-    if name == "relax.nn.layer_norm" and plain_depthwise and _normalizes(call, weights):
+    if name == "relax.nn.layer_norm" and plain_depthwise and _is_channel_norm(call, weights):
         return dataclasses.replace(layer, norm=call)
     return None
 
@@ -155,10 +176,10 @@ def _add(
     return None
 
 
-def _normalizes(call: relax.Call, weights: set[relax.Var]) -> bool:
-    """Tell whether a LayerNorm is over the channels alone, with known scale and shift."""
+def _is_channel_norm(call: relax.Call, weights: set[relax.Var]) -> bool:
+    """Whether a LayerNorm is over the channels alone, with constant scale and shift."""
     rank = call.args[0].ty.ndim
     over_channels = [int(axis) % rank for axis in call.attrs.axes] == [rank - 1]
     affine = bool(call.attrs.center) and bool(call.attrs.scale)
-    known = all(argument in weights for argument in call.args[1:])
-    return over_channels and affine and known and element_type(call.args[0]) == "float32"
+    constant = all(argument in weights for argument in call.args[1:])
+    return over_channels and affine and constant and element_type(call.args[0]) == "float32"

@@ -15,9 +15,8 @@ from tvm import relax
 
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.transform.fuse_sampling import Projection, emit_merged, projection
+from dcnv3_tvm.transform.fuse_sampling import Projection, emit_merged, packed_dcnv3, projection
 from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions
-from dcnv3_tvm.transform.storage import packed_sampling
 
 _GATE: Final = (
     ("relax.reshape",),
@@ -76,7 +75,7 @@ def _blended(
 ) -> relax.Var | None:
     """Emit the kernel that blends, if `sampled` is a packed DCNv3 of `source`."""
     sampling = rebuilder.call(sampled, "relax.call_tir", only_use=True)
-    unblended = packed_sampling(sampling, rebuilder.module)
+    unblended = packed_dcnv3(sampling, rebuilder.module)
     if sampling is None or unblended is None or tensorir.CENTER_ATTR in unblended.attrs:
         return None
     x, offset_mask = sampling.args[1].fields

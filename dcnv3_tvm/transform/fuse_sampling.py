@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import tvm
 from tvm import relax
 
 from dcnv3_tvm.op import relax_op, tensorir
+from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions, static_shape
 
 
@@ -75,6 +77,14 @@ def _packed(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var
     kernel = tensorir.dcnv3_packed(spec)
     function = rebuilder.add_kernel(kernel, tensorir.name_of(kernel))
     return rebuilder.emit(relax.call_tir(function, [x, offset_mask], var.ty), like=var)
+
+
+def packed_dcnv3(call: relax.Expr, module: tvm.IRModule) -> tvm.tirx.PrimFunc | None:
+    """Return the packed DCNv3 kernel that a call runs; None if it is another call."""
+    if not isinstance(call, relax.Call) or getattr(call.op, "name", "") != "relax.call_tir":
+        return None
+    kernel = module[call.args[0]]
+    return kernel if kernel.attrs.get(KERNEL_ATTR) == "dcnv3_packed" else None
 
 
 def projection(rebuilder: Rebuilder, tensor: relax.Expr) -> Projection | None:

@@ -1,56 +1,73 @@
-"""The layers of the model become calls of our kernels, with their weights packed for them."""
+"""Lower layers to kernels for CPUs, with their weights packed in column tiles."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from tvm import relax
 
-from dcnv3_tvm.kernels.convolution import convolution
+from dcnv3_tvm.kernels.convolution import convolution, output_extent
 from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.kernels.packing import pack_convolution_weight, pack_matmul_weight
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.transform.find_layers import Layer, find_layers
+from dcnv3_tvm.op.expr import int64, product
+from dcnv3_tvm.transform.find_layers import Layer, absorbed_values, find_layers
+from dcnv3_tvm.transform.fuse_sampling import packed_dcnv3
 from dcnv3_tvm.transform.ir import Program, Rebuilder, element_type
-from dcnv3_tvm.transform.layer_context import LayerContext, epilogue_of, pair_of
-from dcnv3_tvm.transform.lower_normalization import lower_depthwise, lower_layer_norm
-from dcnv3_tvm.transform.storage import Values, find_values, packed_sampling
+from dcnv3_tvm.transform.lower_common import (
+    LayerContext,
+    call_depthwise,
+    depthwise_kernel,
+    lower_layer_norm,
+)
+from dcnv3_tvm.transform.storage_cpu import find_bfloat16
 
 
-def lower_layers(
-    program: Program, tile_width: Callable[[int], int], dtype: str = "float32"
-) -> Program:
-    """Lower every layer that has a kernel of ours; the rest is left to TVM's legalisation.
+class CpuTiling(NamedTuple):
+    """Choices of the CPU schedules that the kernels they get depend on.
+
+    Parameters
+    ----------
+    weight_tile_width : callable
+        Width of the column tiles to pack a weight in, for a number of output features.
+    row_slack : callable
+        Extra rows to compute, for a number of rows.
+    """
+
+    weight_tile_width: Callable[[int], int]
+    row_slack: Callable[[Any], int]
+
+
+def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Program:
+    """Lower every layer that has a kernel; the rest is left to TVM's legalisation.
 
     Parameters
     ----------
     program : Program
         Channels last, with weights folded.
-    tile_width : callable
-        Gives, for a number of output features, the width of the tiles to pack weights in.
+    tiling : CpuTiling
+        From the schedules for the target.
     dtype : str
-        Element type of the operands of products: float32, or bfloat16 for those that can.
+        Element type of matmul operands: float32, or bfloat16 for the matmuls that support it.
     """
-    found: dict[relax.Var, Layer] = {}
-    per_entry: list[Values] = []
+    layers: dict[relax.Var, Layer] = {}
+    absorbed: set[relax.Var] = set()
+    bfloat16_matmuls: set[relax.Var] = set()
+    bfloat16_stored: set[relax.Var] = set()
     for name, entry in program.entries.items():
         function = program.module[name]
-        layers = find_layers(function, len(entry.inputs))
-        found |= layers
-        per_entry.append(find_values(function, layers, program.module))
-    values = Values(*(set[relax.Var]().union(*kind) for kind in zip(*per_entry, strict=True)))
-    if dtype == "float32":
-        values = Values(values.inner, set(), set())
-    lower: dict[str, Callable[[LayerContext], relax.Var]] = {
-        "matmul": lambda context: _lower_matmul(context, tile_width),
-        "convolution": lambda context: _lower_convolution(context, tile_width),
-        "depthwise": lower_depthwise,
-        "layer_norm": lower_layer_norm,
-    }
+        found = find_layers(function, len(entry.inputs))
+        layers |= found
+        absorbed |= absorbed_values(function, found)
+        if dtype == "bfloat16":
+            values = find_bfloat16(function, found, program.module)
+            bfloat16_matmuls |= values.matmuls
+            bfloat16_stored |= values.stored
     converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
 
-    def operand(rebuilder: Rebuilder, source: relax.Expr) -> relax.Var:
-        """Return a tensor in bfloat16; one that is read several times is converted once."""
+    def as_bfloat16(rebuilder: Rebuilder, source: relax.Expr) -> relax.Expr:
+        """Convert a tensor to bfloat16, once for all its readers."""
         if element_type(source) == "bfloat16":
             return source
         if (rebuilder, source) not in converted:
@@ -58,67 +75,72 @@ def lower_layers(
         return converted[rebuilder, source]
 
     def visit(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
-        if var in values.inner:
-            return relax.Var(var.name, var.ty)  # a name that nothing refers to in the end
-        layer = found.get(var)
+        if var in absorbed:
+            return relax.Var(var.name, var.ty)  # placeholder: nothing reads it in the end
+        layer = layers.get(var)
         if layer is None:
-            return _lower_sampling(rebuilder, var, call) if var in values.narrow else None
+            return _lower_sampling(rebuilder, var, call) if var in bfloat16_stored else None
         source = rebuilder.current(layer.root.args[0])
-        if var in values.products:
-            source = operand(rebuilder, source)
-        out_dtype = "bfloat16" if var in values.narrow else element_type(var)
-        return lower[layer.kind](LayerContext(rebuilder, var, layer, source, out_dtype))
+        if var in bfloat16_matmuls:
+            source = as_bfloat16(rebuilder, source)
+        out_dtype = "bfloat16" if var in bfloat16_stored else element_type(var)
+        context = LayerContext(rebuilder, var, layer, source, out_dtype)
+        if layer.kind == "matmul":
+            return _lower_matmul(context, tiling)
+        if layer.kind == "convolution":
+            return _lower_convolution(context, tiling)
+        if layer.kind == "depthwise":
+            return call_depthwise(context, depthwise_kernel(context))
+        return lower_layer_norm(context)
 
     return program.rebuilt(visit)
 
 
-def _lower_sampling(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
-    """Let the packed DCNv3 kernel store bfloat16."""
-    kernel = packed_sampling(call, rebuilder.module)
-    assert kernel is not None, "only kernels known to store bfloat16 are asked to"
+def _lower_sampling(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var:
+    """Store the result of a packed DCNv3 kernel in bfloat16."""
+    kernel = packed_dcnv3(call, rebuilder.module)
+    assert kernel is not None, "find_bfloat16 lists layers and packed DCNv3 kernels only"
     narrow = tensorir.packed_anew(kernel, out_dtype="bfloat16")
     function = rebuilder.add_kernel(narrow, tensorir.name_of(narrow))
     ty = relax.TensorType(var.ty.shape, "bfloat16")
     return rebuilder.emit(relax.call_tir(function, list(call.args[1].fields), ty), like=var)
 
 
-def _lower_matmul(context: LayerContext, tile_width: Callable[[int], int]) -> relax.Var:
+def _lower_matmul(context: LayerContext, tiling: CpuTiling) -> relax.Var:
     layer, matrix = context.layer, context.matrix
     outputs, inputs = matrix.shape
-    tile = tile_width(outputs)
+    tile = tiling.weight_tile_width(outputs)
+    lead = context.sizes[:-1]
     kernel = matmul(
-        context.sizes(layer.root.args[0])[:-1],
+        lead,
         inputs,
         outputs,
         tile=tile,
-        epilogue=epilogue_of(layer),
+        row_slack=tiling.row_slack(product([int64(size) for size in lead])),
+        epilogue=context.epilogue,
         dtype=context.dtype,
         out_dtype=context.out_dtype,
     )
     packed = context.packed(pack_matmul_weight(matrix.astype(context.dtype), tile))
-    return context.call(
-        kernel, f"matmul_{inputs}_{outputs}", [context.source, packed, layer.bias, layer.residual]
-    )
+    arguments = [context.source, packed, layer.bias, layer.residual]
+    return context.call(kernel, f"matmul_{inputs}_{outputs}", arguments)
 
 
-def _lower_convolution(context: LayerContext, tile_width: Callable[[int], int]) -> relax.Var:
-    layer, weight = context.layer, context.weight
-    outputs, height, width, inputs = weight.shape
-    tile = tile_width(outputs)
-    batch, rows, columns, _ = context.sizes(layer.root.args[0])
+def _lower_convolution(context: LayerContext, tiling: CpuTiling) -> relax.Var:
+    weight, window = context.weight, context.window
+    outputs, *kernel_size, inputs = weight.shape
+    tile = tiling.weight_tile_width(outputs)
+    width = int64(context.sizes[2])
+    out_width = output_extent(width, kernel_size[1], window["stride"][1], window["pad"][1], 1)
     kernel = convolution(
-        batch,
-        rows,
-        columns,
-        inputs,
+        *context.sizes,
         outputs,
-        kernel_size=(height, width),
-        stride=pair_of(layer.root.attrs.strides),
-        pad=pair_of(layer.root.attrs.padding),
+        kernel_size=tuple(kernel_size),
+        **window,
         tile=tile,
-        epilogue=epilogue_of(layer),
+        row_slack=tiling.row_slack(out_width),
+        epilogue=context.epilogue,
     )
     packed = context.packed(pack_convolution_weight(weight.transpose(0, 3, 1, 2), tile))
-    return context.call(
-        kernel, f"convolution_{inputs}_{outputs}", [context.source, packed, layer.bias]
-    )
+    arguments = [context.source, packed, context.layer.bias]
+    return context.call(kernel, f"convolution_{inputs}_{outputs}", arguments)

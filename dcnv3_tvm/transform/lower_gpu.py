@@ -1,177 +1,154 @@
-"""The layers of the model become calls of our kernels for GPUs.
-
-Every result of a kernel of ours is stored in the type of the products, except
-
-- results of the model, which are float32;
-- the residual stream of stages with many sums, which would lose digits: it is float32;
-- in bfloat16, what lies far within float16, unless a product reads it that multiplies in
-  bfloat16: it is float16 (`half_products`);
-- in bfloat16, of the rest every residual stream, and what makes sampling points, whose errors the
-  image's gradients magnify: they are float32.
-
-Operators that have no kernel of ours read float32: what they read is converted in their kernel.
-"""
+"""Lower layers to kernels for GPUs, in the element type of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Final
+from collections.abc import Mapping
 
-import tvm
 from tvm import relax
 
 from dcnv3_tvm.kernels.gemm import gemm, implicit_gemm, pack_gemm_weight
+from dcnv3_tvm.kernels.mlp import mlp
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.transform.find_layers import Layer, find_layers
-from dcnv3_tvm.transform.half_products import PRODUCTS, half_products
-from dcnv3_tvm.transform.ir import Program, Rebuilder, element_type, variables
-from dcnv3_tvm.transform.layer_context import LayerContext, epilogue_of, pair_of
-from dcnv3_tvm.transform.lower_mlp import find_mlps, lower_mlp
-from dcnv3_tvm.transform.lower_normalization import lower_depthwise, lower_layer_norm
-from dcnv3_tvm.transform.storage import find_values, packed_sampling
+from dcnv3_tvm.op.expr import int64, product, static
+from dcnv3_tvm.transform.find_layers import Layer, absorbed_values, find_layers
+from dcnv3_tvm.transform.fuse_sampling import packed_dcnv3
+from dcnv3_tvm.transform.gpu_padding import fuses_mlp, gemm_padding
+from dcnv3_tvm.transform.ir import Program, Rebuilder, count_uses, dimensions, element_type
+from dcnv3_tvm.transform.lower_common import (
+    LayerContext,
+    call_depthwise,
+    depthwise_kernel,
+    lower_layer_norm,
+)
+from dcnv3_tvm.transform.storage_gpu import float32_values
 
-MANY_SUMS: Final = 16
-"""Of two sums a block, those of the third stage of every released variant are more, and all others
-fewer. In float16 they make up most of the errors of its maps and of those behind it: of
-InternImage-T, 96x160 pixels, 2.1e-3 instead of 1.8e-3 in the last one. Float32 takes 9 % more time
-for all the memory that a call of 64 images reads and writes."""
 
+def lower_gpu(program: Program, dtype: str = "float32") -> Program:
+    """Lower every layer that has a kernel; the rest is left to TVM's legalisation.
 
-def lower_layers_gpu(program: Program, dtype: str = "float32") -> Program:
-    """Lower every layer that has a kernel of ours; the rest is left to TVM's legalisation.
+    Operators without a kernel of ours read float32: their inputs are converted.
 
     Parameters
     ----------
     program : Program
         Channels last, with weights folded.
     dtype : str
-        Element type of the operands of products: float32, float16 or bfloat16.
+        Element type of operands and stored values: float32, float16 or bfloat16.
     """
-    found: dict[relax.Var, Layer] = {}
-    inner: set[relax.Var] = set()
-    wide: set[relax.Var] = set()
-    half: set[relax.Var] = set()
-    values: set[relax.Var] = set()
-    sensitive: set[relax.Var] = set()
-    pairs: dict[relax.Var, relax.Var] = {}
+    layers: dict[relax.Var, Layer] = {}
+    absorbed: set[relax.Var] = set()
+    float32_stored: set[relax.Var] = set()
+    mlps: dict[relax.Var, Layer] = {}
     for name, entry in program.entries.items():
         function = program.module[name]
-        layers = find_layers(function, len(entry.inputs))
-        found |= layers
-        wide |= _results(function)
-        if dtype == "bfloat16":
-            arrays = (program.weights[weight] for weight in entry.weights)
-            weights = dict(zip(function.params[len(entry.inputs) :], arrays, strict=True))
-            found_half = half_products(function, layers, len(entry.inputs), weights, program.module)
-            half |= found_half.products
-            values |= found_half.values
-            sensitive |= _sensitive(function, layers, program.module)
+        found = find_layers(function, len(entry.inputs))
+        layers |= found
+        absorbed |= absorbed_values(function, found)
+        float32_stored |= float32_values(function, found, program.module, dtype)
         if dtype != "float32":
-            wide |= _long_streams(layers)
-            mlps = find_mlps(function, layers)
-            # Both products of a kernel have factors of one type.
-            pairs |= {var: first for var, first in mlps.items() if (var in half) == (first in half)}
-        inner |= find_values(function, layers, program.module).inner | set(pairs.values())
-    narrow = values - _read_by_others(found, half)
-    wide |= sensitive - narrow
+            hidden = _find_mlps(function, found)
+            absorbed |= set(hidden.values())
+            mlps |= {var: found[first] for var, first in hidden.items()}
     converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
 
-    def stored(var: relax.Var) -> str:
-        return "float32" if var in wide else "float16" if var in narrow else dtype
-
-    def float32(rebuilder: Rebuilder, expr: relax.Expr) -> relax.Expr:
-        """Return an argument in float32; one that is read several times is converted once."""
+    def as_float32(rebuilder: Rebuilder, expr: relax.Expr) -> relax.Expr:
+        """Convert an argument to float32, once for all its readers."""
         if isinstance(expr, relax.Tuple):
-            return relax.Tuple([float32(rebuilder, field) for field in expr.fields])
-        if dtype == "float32" or not _is_half(expr):
+            return relax.Tuple([as_float32(rebuilder, field) for field in expr.fields])
+        if not isinstance(expr.ty, relax.TensorType) or element_type(expr) != dtype:
             return expr
         if (rebuilder, expr) not in converted:
             converted[rebuilder, expr] = rebuilder.emit(relax.op.astype(expr, "float32"))
         return converted[rebuilder, expr]
 
     def visit(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
-        if var in inner:
-            return relax.Var(var.name, var.ty)  # a name that nothing refers to in the end
-        if packed_sampling(call, rebuilder.module) is not None:
-            return _lower_sampling(rebuilder, var, call, stored(var))
-        layer = found.get(var)
+        if var in absorbed:
+            return relax.Var(var.name, var.ty)  # placeholder: nothing reads it in the end
+        stored = "float32" if var in float32_stored else dtype
+        if packed_dcnv3(call, rebuilder.module) is not None:
+            return _lower_sampling(rebuilder, var, call, stored)
+        layer = layers.get(var)
         if layer is None:
-            arguments = [float32(rebuilder, argument) for argument in call.args]
+            if dtype == "float32":
+                return None
+            arguments = [as_float32(rebuilder, argument) for argument in call.args]
             return rebuilder.emit(
                 relax.Call(call.op, arguments, call.attrs, call.ty_args), like=var
             )
-        factors = "float16" if var in half else dtype
-        if var in pairs:
-            return lower_mlp(rebuilder, var, found[pairs[var]], layer, factors, stored(var))
+        if var in mlps:
+            return _lower_mlp(rebuilder, var, mlps[var], layer, dtype, stored)
         source = rebuilder.current(layer.root.args[0])
-        context = LayerContext(rebuilder, var, layer, source, stored(var))
-        return _LOWER[layer.kind](context, factors)
+        context = LayerContext(rebuilder, var, layer, source, stored)
+        if layer.kind == "matmul":
+            return _lower_matmul(context, dtype)
+        if layer.kind == "convolution":
+            return _lower_convolution(context, dtype)
+        if layer.kind == "depthwise":
+            return call_depthwise(context, depthwise_kernel(context))
+        return lower_layer_norm(context)
 
     return program.rebuilt(visit)
 
 
-def _results(function: relax.Function) -> set[relax.Var]:
-    """Find the variables that are a function's results, under any name."""
-    found = set(variables(function.body.body))
-    for block in reversed(function.body.blocks):
-        for binding in reversed(block.bindings):
-            if binding.var in found and not isinstance(binding.value, relax.Call):
-                found.update(variables(binding.value))
+def _find_mlps(
+    function: relax.Function, layers: Mapping[relax.Var, Layer]
+) -> dict[relax.Var, relax.Var]:
+    """Find pairs of matmuls to fuse: the result of the second, and that of the first."""
+    uses = count_uses(function)
+    found = {}
+    for var, layer in layers.items():
+        hidden = layer.root.args[0]
+        first = layers.get(hidden) if isinstance(hidden, relax.Var) else None
+        if first is not None and uses[hidden] == 1 and _is_mlp(first, layer, hidden, var):
+            found[var] = hidden
     return found
 
 
-def _is_half(expr: relax.Expr) -> bool:
-    return isinstance(expr.ty, relax.TensorType) and element_type(expr) in ("float16", "bfloat16")
+def _is_mlp(first: Layer, second: Layer, hidden: relax.Var, result: relax.Var) -> bool:
+    if any(layer.kind != "matmul" or layer.bias is None for layer in (first, second)):
+        return False
+    if first.activation is None or first.residual is not None or second.activation is not None:
+        return False
+    *lead, inputs = dimensions(first.root.args[0])
+    features = inputs, dimensions(hidden)[-1], dimensions(result)[-1]
+    return fuses_mlp(static(product(lead)), *features)
 
 
-def _read_by_others(layers: Mapping[relax.Var, Layer], half: set[relax.Var]) -> set[relax.Var]:
-    """Find the factors of products that do not multiply in float16."""
-    return {
-        layer.root.args[0]
-        for var, layer in layers.items()
-        if layer.kind in PRODUCTS and var not in half
-    }
-
-
-def _sensitive(
-    function: relax.Function, layers: Mapping[relax.Var, Layer], module: tvm.IRModule
-) -> set[relax.Var]:
-    """Find the residual stream and the offsets, which bfloat16 has too few digits for."""
-    found: set[relax.Var] = set()
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            layer = layers.get(binding.var)
-            if layer is not None and layer.residual is not None:
-                found.update((binding.var, layer.residual))
-            elif packed_sampling(binding.value, module) is not None:
-                found.add(binding.value.args[1].fields[1])
-    return found
-
-
-def _long_streams(layers: Mapping[relax.Var, Layer]) -> set[relax.Var]:
-    """Find the residual streams of so many sums that float16 loses digits of them.
-
-    Not where products read the sums themselves, with no norm between: they would have to convert
-    them, and could not copy them into shared memory without a detour through registers.
-    """
-    streams: dict[relax.Var, list[relax.Var]] = {}
-    for var, layer in layers.items():  # in the order in which they are computed
-        if layer.residual is not None:
-            stream = streams.pop(layer.residual, [layer.residual])
-            streams[var] = [*stream, var]
-    read = {layer.root.args[0] for layer in layers.values() if layer.kind != "layer_norm"}
-    return {
-        var
-        for stream in streams.values()
-        if len(stream) > MANY_SUMS and not read.intersection(stream[:-1])
-        for var in stream
-    }
+def _lower_mlp(
+    rebuilder: Rebuilder, var: relax.Var, first: Layer, second: Layer, dtype: str, out_dtype: str
+) -> relax.Var:
+    source = rebuilder.current(first.root.args[0])
+    inner = LayerContext(rebuilder, var, first, source, dtype)
+    outer = LayerContext(rebuilder, var, second, source, out_dtype)
+    hidden, inputs = inner.matrix.shape
+    outputs, _ = outer.matrix.shape
+    lead = inner.sizes[:-1]
+    padding = gemm_padding(_rows(lead), inputs)
+    kernel = mlp(
+        lead,
+        inputs,
+        hidden,
+        outputs,
+        padding=padding,
+        activation=first.activation or "",
+        residual=second.residual is not None,
+        dtype=dtype,
+        x_dtype=inner.dtype,
+        residual_dtype=outer.residual_dtype,
+        out_dtype=out_dtype,
+    )
+    weight1, weight2 = (
+        context.packed(pack_gemm_weight(context.matrix.astype(dtype), padding))
+        for context in (inner, outer)
+    )
+    arguments = [source, weight1, first.bias, weight2, second.bias, second.residual]
+    return outer.call(kernel, f"mlp_{inputs}_{hidden}_{outputs}", arguments)
 
 
 def _lower_sampling(
     rebuilder: Rebuilder, var: relax.Var, call: relax.Call, out_dtype: str
 ) -> relax.Var:
-    """Call the packed DCNv3 kernel for the element types that its arguments have."""
+    """Call the packed DCNv3 kernel for the element types of its arguments."""
     x, offset_mask = call.args[1].fields
     kernel = tensorir.packed_anew(
         rebuilder.module[call.args[0]],
@@ -187,49 +164,43 @@ def _lower_sampling(
 def _lower_matmul(context: LayerContext, dtype: str) -> relax.Var:
     layer, matrix = context.layer, context.matrix
     outputs, inputs = matrix.shape
+    lead = context.sizes[:-1]
+    padding = gemm_padding(_rows(lead), inputs)
     kernel = gemm(
-        context.sizes(layer.root.args[0])[:-1],
+        lead,
         inputs,
         outputs,
-        epilogue=epilogue_of(layer),
+        padding=padding,
+        epilogue=context.epilogue,
         dtype=dtype,
         x_dtype=context.dtype,
         residual_dtype=context.residual_dtype,
         out_dtype=context.out_dtype,
     )
-    packed = context.packed(pack_gemm_weight(matrix.astype(dtype)))
-    return context.call(
-        kernel, f"matmul_{inputs}_{outputs}", [context.source, packed, layer.bias, layer.residual]
-    )
+    packed = context.packed(pack_gemm_weight(matrix.astype(dtype), padding))
+    arguments = [context.source, packed, layer.bias, layer.residual]
+    return context.call(kernel, f"matmul_{inputs}_{outputs}", arguments)
 
 
 def _lower_convolution(context: LayerContext, dtype: str) -> relax.Var:
-    layer, weight = context.layer, context.weight
-    outputs, height, width, inputs = weight.shape
-    batch, rows, columns, _ = context.sizes(layer.root.args[0])
+    weight = context.weight
+    outputs, *kernel_size, inputs = weight.shape
+    padding = gemm_padding(_rows(dimensions(context.var)[:-1]), weight[0].size)
     kernel = implicit_gemm(
-        batch,
-        rows,
-        columns,
-        inputs,
+        *context.sizes,
         outputs,
-        kernel_size=(height, width),
-        stride=pair_of(layer.root.attrs.strides),
-        pad=pair_of(layer.root.attrs.padding),
-        epilogue=epilogue_of(layer),
+        kernel_size=tuple(kernel_size),
+        **context.window,
+        padding=padding,
+        epilogue=context.epilogue,
         dtype=dtype,
         x_dtype=context.dtype,
         out_dtype=context.out_dtype,
     )
-    packed = context.packed(pack_gemm_weight(weight.astype(dtype)))
-    return context.call(
-        kernel, f"convolution_{inputs}_{outputs}", [context.source, packed, layer.bias]
-    )
+    packed = context.packed(pack_gemm_weight(weight.astype(dtype), padding))
+    arguments = [context.source, packed, context.layer.bias]
+    return context.call(kernel, f"convolution_{inputs}_{outputs}", arguments)
 
 
-_LOWER: Final[dict[str, Callable[[LayerContext, str], relax.Var]]] = {
-    "matmul": _lower_matmul,
-    "convolution": _lower_convolution,
-    "depthwise": lambda context, _: lower_depthwise(context),
-    "layer_norm": lambda context, _: lower_layer_norm(context),
-}
+def _rows(lead: tuple[object, ...]) -> object:
+    return product([int64(size) for size in lead])

@@ -8,8 +8,7 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
-from dcnv3_tvm.kernels.matmul import constant_factor
-from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.op.expr import constant_factor, static
 from dcnv3_tvm.schedules.cpu.lane_sum import sum_lanes
 from dcnv3_tvm.schedules.cpu.register_tiles import (
     accumulate_tile,

@@ -12,10 +12,12 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.kernels.matmul import ROW_SLACK, constant_factor, needs_slack
-from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.op.expr import constant_factor, static
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import vector_bits
+
+MAX_ROWS: Final = 16
+"""Most rows of a register tile."""
 
 _L2_WEIGHT_BYTES: Final = 512 * 1024
 """Bytes of weights that stay in the L2 cache."""
@@ -60,6 +62,25 @@ def weight_tile_width(out_features: int, target: Target, dtype: str = "float32")
     return lanes if out_features <= lanes else 2 * lanes
 
 
+def row_slack(rows: Any) -> int:
+    """Return the extra rows for a kernel none of whose row tiles of at least 5 rows is whole.
+
+    With ``MAX_ROWS - 1`` rows computed beyond the last, every row tile is whole.
+
+    Parameters
+    ----------
+    rows : int or expression
+        Rows of the matmul, or pixels of an output row. Of a symbolic number only the constant
+        factor is known.
+    """
+    constant = static(rows)
+    if constant is not None and constant < MAX_ROWS:
+        return 0
+    factor = constant if constant is not None else constant_factor(rows)
+    divides = any(factor % tile == 0 for tile in range(5, MAX_ROWS + 1))
+    return 0 if divides else MAX_ROWS - 1
+
+
 def weights_stay_cached(weight: Any) -> bool:
     """Whether packed weights fit the L2 cache, so that each row tile may read all of them."""
     sizes = [size for size in map(static, weight.shape) if size is not None]
@@ -95,7 +116,7 @@ def row_tile(
     row_bytes : int, optional
         Distance of neighbouring rows in memory, in bytes.
     """
-    most = max(1, min(unspilled_rows(columns, unit, dtype), ROW_SLACK + 1))
+    most = max(1, min(unspilled_rows(columns, unit, dtype), MAX_ROWS))
     if row_bytes is not None:
         sets = _L1_WAY_BYTES // math.gcd(row_bytes, _L1_WAY_BYTES)
         most = min(most, sets * _L1_WAYS)
@@ -103,7 +124,7 @@ def row_tile(
     if known is not None and known <= most:
         return known
     factor = known if known is not None else constant_factor(rows)
-    larger = (size for size in range(most + 1, ROW_SLACK + 2) if factor % size == 0)
+    larger = (size for size in range(most + 1, MAX_ROWS + 1) if factor % size == 0)
     # Spilling a few sums is faster than tiles of two sizes.
     return whole_tile(factor, most) or next(larger, most)
 
@@ -119,8 +140,8 @@ def row_tiles(rows: Any) -> list[int]:
     known = static(rows)
     if known is None:
         return []
-    sizes = range(1, min(known, ROW_SLACK + 1) + 1)
-    return [size for size in sizes if needs_slack(known) or known % size == 0]
+    sizes = range(1, min(known, MAX_ROWS) + 1)
+    return [size for size in sizes if row_slack(known) or known % size == 0]
 
 
 def largest_divisor(number: int, most: int) -> int:

@@ -9,8 +9,8 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.gpu import FRAGMENT
-from dcnv3_tvm.kernels.mlp import KERNEL, ROWS, SLAB
+from dcnv3_tvm.gpu import FRAGMENT, HIDDEN_SLAB
+from dcnv3_tvm.kernels.mlp import KERNEL
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu import tensor_core
 from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
@@ -26,6 +26,9 @@ from dcnv3_tvm.schedules.gpu.tiles import (
 )
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
+
+_ROWS: Final = 128
+"""Most rows of a block."""
 
 _WARP_ROWS: Final = 2
 """Fragments of rows of a warp: a weight that it reads is multiplied so often. With twice as many it
@@ -64,21 +67,24 @@ def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFun
     """
     if refusal := refuse_other_kernels(func, KERNEL):
         return refusal
+    if (hidden_features := int(func.params[1].shape[0])) % HIDDEN_SLAB:
+        return Refusal(f"needs a multiple of {HIDDEN_SLAB} hidden features; got {hidden_features}")
     sch = s_tir.Schedule(func)
     dtype = str(func.params[1].dtype)
     operand, inner, hidden = map(sch.get_sblock, ("operand", "hidden_sums", "hidden"))
     product, epilogue = map(sch.get_sblock, ("sums", "epilogue"))
     row, column, depth = sch.get_loops(product)
-    high = max(d for d in divisors(static(sch.get(row).extent) or ROWS, ROWS) if d % FRAGMENT == 0)
+    extent = static(sch.get(row).extent) or _ROWS
+    high = max(d for d in divisors(extent, _ROWS) if d % FRAGMENT == 0)
     fitting = [tall for tall in (4, _WARP_ROWS, 1) if high % (tall * FRAGMENT) == 0]
     tall = space.pick("rows", fitting, next(tall for tall in fitting if tall <= _WARP_ROWS))
     warps = high // (tall * FRAGMENT)
-    slabs = (static(sch.get(depth).extent) or SLAB) // SLAB
+    slabs = (static(sch.get(depth).extent) or HIDDEN_SLAB) // HIDDEN_SLAB
     stages = min(space.pick("stages", (2, 3), _STAGES), slabs)
 
     row, warp, rows, i = sch.split(row, [None, warps, tall, FRAGMENT])
     columns, j = sch.split(column, [None, FRAGMENT])
-    step, depth, k = sch.split(depth, [None, SLAB // FRAGMENT, FRAGMENT])
+    step, depth, k = sch.split(depth, [None, HIDDEN_SLAB // FRAGMENT, FRAGMENT])
     sch.reorder(row, warp, step, depth, rows, columns, i, j, k)
     sch.bind(row, "blockIdx.x")
     sch.bind(warp, "threadIdx.y")

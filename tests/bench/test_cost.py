@@ -17,10 +17,9 @@ from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import Epilogue
-from dcnv3_tvm.kernels.gemm import gemm, implicit_gemm, pack_gemm_weight
-from dcnv3_tvm.kernels.mlp import mlp
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.spec import DCNv3Spec
+from helpers.gpu_kernels import gemm, implicit_gemm, mlp, pack_gemm_weight
 
 TINY = "test_internimage_pre_norm"
 PEAKS = Peaks(flops=1e9, bytes=1e8, how="made up", half_flops=1e10)

@@ -7,8 +7,10 @@ from dcnv3_tvm.kernels.activations import ACTIVATIONS, activate
 from dcnv3_tvm.kernels.convolution import convolution
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.gemm import GemmPadding
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
-from dcnv3_tvm.kernels.matmul import matmul, needs_slack
+from dcnv3_tvm.kernels.matmul import matmul
+from dcnv3_tvm.kernels.mlp import mlp
 from dcnv3_tvm.kernels.packing import column_parts, pack_convolution_weight, pack_matmul_weight
 from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.verify.tolerances import LAYER
@@ -26,18 +28,19 @@ def assert_close(result, reference, dtype="float32"):
 
 
 @pytest.mark.parametrize("epilogue", [Epilogue(), Epilogue(True, "relu", True)])
+@pytest.mark.parametrize("row_slack", [0, 15])
 @pytest.mark.parametrize(("columns", "tile"), [(8, 4), (11, 4), (3, 16), (25, 16)])
-def test_matmul_means_x_times_weight_transposed(rng, columns, tile, epilogue):
+def test_matmul(rng, columns, tile, row_slack, epilogue):
     x, weight = random(rng, 2, 3, 5), random(rng, columns, 5)
     bias, residual = random(rng, columns), random(rng, 2, 3, columns)
-    func = matmul((2, 3), 5, columns, tile=tile, epilogue=epilogue)
+    func = matmul((2, 3), 5, columns, tile=tile, row_slack=row_slack, epilogue=epilogue)
     given = [x, pack_matmul_weight(weight, tile)]
     given += [bias, residual] if epilogue.bias else []
     result = run_kernel(func, given, (2, 3, columns), scheduled=False)
     assert_close(result, layers.finish(epilogue, x @ weight.T.astype("float64"), bias, residual))
 
 
-def test_matmul_takes_float64(rng):
+def test_matmul_in_float64(rng):
     x, weight = random(rng, 7, 5, dtype="float64"), random(rng, 6, 5, dtype="float64")
     func = matmul((7,), 5, 6, tile=4, dtype="float64")
     result = run_kernel(func, [x, pack_matmul_weight(weight, 4)], (7, 6), scheduled=False)
@@ -45,14 +48,14 @@ def test_matmul_takes_float64(rng):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_of_an_epilogue(rng, name):
+def test_epilogue_activations(rng, name):
     x, weight = random(rng, 30, 2) * 4, random(rng, 6, 2)
     func = matmul((30,), 2, 6, tile=4, epilogue=Epilogue(activation=name))
     result = run_kernel(func, [x, pack_matmul_weight(weight, 4)], (30, 6), scheduled=False)
     assert_close(result, layers.activation(name, x @ weight.T.astype("float64")))
 
 
-def test_an_unknown_activation_is_refused_by_name():
+def test_unknown_activation_is_an_error():
     with pytest.raises(InvalidArgumentError, match=r"'swish'.*allowed: gelu, relu, sigmoid, silu"):
         activate("swish", tirx.Var("x", "float32"))
 
@@ -65,7 +68,7 @@ def test_an_unknown_activation_is_refused_by_name():
         ((2, 3), (1, 1), (0, 0), (3, 1)),
     ],
 )
-def test_convolution_means_what_it_means_everywhere(rng, kernel, stride, pad, dilation):
+def test_convolution(rng, kernel, stride, pad, dilation):
     x, weight = random(rng, 2, 7, 9, 3), random(rng, 5, 3, *kernel)
     func = convolution(
         2, 7, 9, 3, 5, kernel_size=kernel, stride=stride, pad=pad, dilation=dilation, tile=4
@@ -89,7 +92,7 @@ def test_convolution_with_an_epilogue(rng):
 
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
-def test_depthwise_convolves_then_normalises_then_activates(rng, stride, normalized):
+def test_depthwise_convolution_norm_and_activation(rng, stride, normalized):
     x, weight, bias = random(rng, 2, 5, 7, 6), random(rng, 3, 5, 6), random(rng, 6)
     gamma, beta = random(rng, 6), random(rng, 6)
     func = depthwise_kernel(
@@ -111,7 +114,7 @@ def test_depthwise_convolves_then_normalises_then_activates(rng, stride, normali
     assert_close(result, layers.activation("gelu", normal))
 
 
-def test_layer_norm_takes_activation_and_residual(rng):
+def test_layer_norm_with_activation_and_residual(rng):
     x, gamma, beta, residual = (random(rng, *shape) for shape in ((2, 9), (9,), (9,), (2, 9)))
     func = layer_norm_kernel((2,), 9, eps=1e-6, activation="relu", residual=True)
     normal = layers.layer_norm(x, gamma, beta, 1e-6)
@@ -119,7 +122,7 @@ def test_layer_norm_takes_activation_and_residual(rng):
     assert_close(result, np.maximum(normal, 0) + residual)
 
 
-def test_packing_keeps_every_weight_and_fills_up_with_zeros(rng):
+def test_packed_weights_are_zero_padded(rng):
     weight = random(rng, 6, 2, 3, 3)
     packed = pack_convolution_weight(weight, 4)
     assert packed.shape == (2, 3, 3, 2, 4)
@@ -139,16 +142,6 @@ def test_column_parts_cover_every_channel_once():
             assert covered == list(range(channels))
 
 
-def test_slack_only_where_no_row_tile_divides():
-    n = tirx.Var("n", "int64")
-    assert not needs_slack(3136)
-    assert not needs_slack(n * 49)
-    assert not needs_slack(3)
-    assert needs_slack(17 * 19)
-    assert needs_slack(n)
-    assert needs_slack(n * 17)
-
-
 @pytest.mark.parametrize(
     ("func", "name"),
     [
@@ -159,3 +152,9 @@ def test_slack_only_where_no_row_tile_divides():
 def test_kernels_carry_their_name(func, name):
     assert func.attrs[KERNEL_ATTR] == name
     assert func.attrs["tirx.noalias"]
+
+
+def test_mlp_needs_whole_hidden_tiles():
+    padding = GemmPadding(rows=16, columns=16, depth=16, vector=8)
+    with pytest.raises(InvalidArgumentError, match=r"40 hidden features.*a multiple of 16"):
+        mlp((8,), 16, 40, 16, padding=padding, activation="gelu", residual=False, dtype="float16")

@@ -1,9 +1,9 @@
 import dcnv3_tvm as dt
 from dcnv3_tvm.compiler.explain import launch, verdicts
-from dcnv3_tvm.kernels.gemm import gemm
 from dcnv3_tvm.kernels.layer_norm import layer_norm
 from dcnv3_tvm.schedules import CPU_RULES, GPU_RULES, apply_rules
 from dcnv3_tvm.targets import resolve_target
+from helpers.gpu_kernels import gemm
 
 SPEC = dt.DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16")
 GPU = resolve_target("cuda-sm90")

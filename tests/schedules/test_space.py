@@ -12,16 +12,15 @@ from dcnv3_tvm.compiler.kernel_library import ENTRY
 from dcnv3_tvm.kernels.convolution import convolution
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.epilogue import Epilogue
-from dcnv3_tvm.kernels.gemm import gemm
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
 from dcnv3_tvm.kernels.matmul import matmul
-from dcnv3_tvm.kernels.mlp import mlp
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
+from helpers.gpu_kernels import gemm, mlp
 
 GPU = resolve_target("cuda-sm90")
 
@@ -53,7 +52,7 @@ SPEC = DCNv3Spec.of((2, 7, 9, 64), group=4, softmax=True)
 
 CPU_KERNELS = {
     "matmul": matmul((3, 13), 24, 64, tile=32, epilogue=Epilogue(bias=True)),
-    "matmul_slack": matmul((47,), 24, 75, tile=32),
+    "matmul_slack": matmul((47,), 24, 75, tile=32, row_slack=15),
     "matmul_residual": matmul(
         (4, 14), 64, 40, tile=32, epilogue=Epilogue(bias=True, residual=True)
     ),
@@ -61,7 +60,7 @@ CPU_KERNELS = {
         1, 15, 29, 8, 40, kernel_size=(3, 3), stride=(2, 2), pad=(1, 1), tile=32
     ),
     "convolution_whole": convolution(
-        2, 12, 17, 8, 64, kernel_size=(3, 3), stride=(1, 1), pad=(1, 1), tile=32
+        2, 12, 17, 8, 64, kernel_size=(3, 3), stride=(1, 1), pad=(1, 1), tile=32, row_slack=15
     ),
     "depthwise": depthwise_kernel(
         1, 9, 14, 96, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6, activation="gelu"

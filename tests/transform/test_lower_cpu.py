@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from dcnv3_tvm.transform.find_layers import find_layers
-from dcnv3_tvm.transform.lower_cpu import lower_layers
+from dcnv3_tvm.transform.find_layers import absorbed_values, find_layers
+from dcnv3_tvm.transform.lower_cpu import CpuTiling, lower_cpu
 from helpers.programs import make_program, operators, run_program
+
+TILING = CpuTiling(weight_tile_width=lambda _outputs: 16, row_slack=lambda _rows: 0)
 
 
 def _random(rng, *shape):
@@ -19,7 +21,7 @@ def _conv(bb, x, weight, **attrs):
 
 
 def _lowered(program, *inputs):
-    lowered = lower_layers(program, lambda _outputs: 16)
+    lowered = lower_cpu(program, TILING)
     relax.analysis.well_formed(lowered.module)
     expected = run_program(program, *inputs)
     result = run_program(lowered, *inputs)
@@ -27,7 +29,7 @@ def _lowered(program, *inputs):
     return lowered
 
 
-def test_a_product_takes_bias_activation_and_residual(rng):
+def test_matmul_absorbs_bias_activation_and_residual(rng):
     def build(bb, x, skip, weight, bias):
         value = bb.emit(relax.op.add(bb.emit(relax.op.matmul(x, weight)), bias))
         return bb.emit(relax.op.add(skip, bb.emit(relax.op.nn.gelu(value))))
@@ -39,7 +41,7 @@ def test_a_product_takes_bias_activation_and_residual(rng):
     assert lowered.weights["weight:packed"].shape == (2, 10, 16)
 
 
-def test_a_value_needed_elsewhere_ends_the_layer(rng):
+def test_value_with_two_readers_ends_the_layer(rng):
     def build(bb, x, weight, bias):
         value = bb.emit(relax.op.add(bb.emit(relax.op.matmul(x, weight)), bias))
         return bb.emit(relax.op.multiply(bb.emit(relax.op.nn.gelu(value)), value))
@@ -50,7 +52,7 @@ def test_a_value_needed_elsewhere_ends_the_layer(rng):
     assert operators(lowered) == ["matmul_10_21", "relax.nn.gelu", "relax.multiply"]
 
 
-def test_a_product_of_two_computed_tensors_is_left_to_tvm(rng):
+def test_matmul_without_weight_is_left_to_tvm(rng):
     program = make_program(
         lambda bb, x, y: bb.emit(relax.op.matmul(x, y)), {"x": (2, 3, 4), "y": (2, 4, 5)}, {}
     )
@@ -67,7 +69,7 @@ def test_a_product_of_two_computed_tensors_is_left_to_tvm(rng):
         (3, {"padding": (0, 2)}, "convolution_6_9"),
     ],
 )
-def test_a_convolution_takes_its_bias(rng, kernel, attrs, name):
+def test_convolution_absorbs_its_bias(rng, kernel, attrs, name):
     def build(bb, x, weight, bias):
         return bb.emit(relax.op.add(_conv(bb, x, weight, **attrs), bias))
 
@@ -77,17 +79,17 @@ def test_a_convolution_takes_its_bias(rng, kernel, attrs, name):
 
 
 @pytest.mark.parametrize("attrs", [{"dilation": 2}, {"padding": (1, 0, 0, 1)}, {"groups": 2}])
-def test_a_convolution_without_a_kernel_of_ours_is_left_to_tvm(rng, attrs):
+def test_unsupported_convolution_is_left_to_tvm(rng, attrs):
     weight = _random(rng, 8, 3, 3, 6 // attrs.get("groups", 1))
     program = make_program(
         lambda bb, x, w: _conv(bb, x, w, **attrs), {"x": (1, 7, 6, 6)}, {"w": weight}
     )
-    lowered = lower_layers(program, lambda _outputs: 16)
+    lowered = lower_cpu(program, TILING)
     assert operators(lowered) == ["relax.nn.conv2d"]
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_a_depthwise_convolution_takes_bias_norm_and_activation(rng, kernel):
+def test_depthwise_convolution_absorbs_bias_norm_and_activation(rng, kernel):
     def build(bb, x, weight, bias, gamma, beta):
         value = _conv(bb, x, weight, padding=kernel // 2, groups=6)
         value = bb.emit(relax.op.add(value, bias))
@@ -105,7 +107,7 @@ def test_a_depthwise_convolution_takes_bias_norm_and_activation(rng, kernel):
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_layer_norm_takes_the_residual_sum(rng, swapped):
+def test_layer_norm_absorbs_the_residual_sum(rng, swapped):
     def build(bb, x, skip, gamma, beta):
         value = bb.emit(relax.op.nn.layer_norm(x, gamma, beta, axes=[-1], epsilon=1e-6))
         operands = (value, skip) if swapped else (skip, value)
@@ -118,17 +120,17 @@ def test_a_layer_norm_takes_the_residual_sum(rng, swapped):
     assert operators(lowered) == ["layer_norm_7_residual"]
 
 
-def test_a_layer_norm_over_other_axes_is_left_to_tvm(rng):
+def test_layer_norm_over_other_axes_is_left_to_tvm(rng):
     weights = {"gamma": _random(rng, 3, 7), "beta": _random(rng, 3, 7)}
     program = make_program(
         lambda bb, x, g, b: bb.emit(relax.op.nn.layer_norm(x, g, b, axes=[-2, -1])),
         {"x": (2, 3, 7)},
         weights,
     )
-    assert operators(lower_layers(program, lambda _outputs: 16)) == ["relax.nn.layer_norm"]
+    assert operators(lower_cpu(program, TILING)) == ["relax.nn.layer_norm"]
 
 
-def test_a_sum_that_broadcasts_is_no_residual(rng):
+def test_broadcast_sum_is_not_absorbed(rng):
     def build(bb, x, skip, weight):
         return bb.emit(relax.op.add(bb.emit(relax.op.matmul(x, weight)), skip))
 
@@ -139,13 +141,13 @@ def test_a_sum_that_broadcasts_is_no_residual(rng):
     assert operators(lowered) == ["matmul_4_6", "relax.add"]
 
 
-def test_symbolic_sizes_reach_the_kernels(rng):
+def test_kernels_take_symbolic_sizes(rng):
     def build(bb, x, weight, bias):
         return bb.emit(relax.op.add(_conv(bb, x, weight, strides=2, padding=1), bias))
 
     weights = {"weight": _random(rng, 9, 3, 3, 6), "bias": _random(rng, 9)}
     program = make_program(build, {"x": ("n", "h", "w", 6)}, weights)
-    lowered = lower_layers(program, lambda _outputs: 16)
+    lowered = lower_cpu(program, TILING)
     for size in ((1, 7, 5), (2, 8, 3)):
         x = _random(rng, *size, 6)
         np.testing.assert_allclose(
@@ -153,7 +155,7 @@ def test_symbolic_sizes_reach_the_kernels(rng):
         )
 
 
-def test_layers_are_found_by_the_variable_of_their_result(rng):
+def test_layers_are_keyed_by_their_result(rng):
     def build(bb, x, weight, bias):
         return bb.emit(relax.op.add(bb.emit(relax.op.matmul(x, weight)), bias))
 
@@ -162,3 +164,17 @@ def test_layers_are_found_by_the_variable_of_their_result(rng):
     (layer,) = find_layers(program.module["main"], 1).values()
     assert (layer.kind, layer.activation, layer.residual) == ("matmul", None, None)
     assert layer.bias.name == "bias"
+
+
+def test_absorbed_values_are_inside_a_layer_or_dead(rng):
+    def build(bb, x, weight):
+        bb.emit(relax.op.nn.relu(x))
+        return bb.emit(relax.op.nn.gelu(bb.emit(relax.op.matmul(x, weight))))
+
+    program = make_program(build, {"x": (2, 4)}, {"weight": _random(rng, 4, 6)})
+    function = program.module["main"]
+    absorbed = absorbed_values(function, find_layers(function, 1))
+    values = [
+        binding.value for binding in function.body.blocks[0].bindings if binding.var in absorbed
+    ]
+    assert [value.op.name for value in values] == ["relax.nn.relu", "relax.matmul"]

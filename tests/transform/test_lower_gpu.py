@@ -3,7 +3,7 @@ import pytest
 from tvm import relax, tirx
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.transform.lower_gpu import lower_layers_gpu
+from dcnv3_tvm.transform.lower_gpu import lower_gpu
 from helpers.programs import make_program, operators, run_program
 
 
@@ -21,7 +21,7 @@ def _types(program):
 
 
 def _block(bb, x, skip, first, second, bias):
-    """A product with GELU, and one whose result joins a stream, which a third reads."""
+    """Matmul and GELU; a matmul added to a residual stream; a matmul that reads the stream."""
     hidden = bb.emit(relax.op.nn.gelu(bb.emit(relax.op.matmul(x, first))))
     value = bb.emit(relax.op.add(bb.emit(relax.op.matmul(hidden, second)), bias))
     stream = bb.emit(relax.op.add(skip, value))
@@ -38,10 +38,10 @@ def _program(rng):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_results_agree(dtype, rng):
+def test_lowering_preserves_the_results(dtype, rng):
     program = _program(rng)
     inputs = _random(rng, 5, 16), _random(rng, 5, 16)
-    lowered = lower_layers_gpu(program, dtype)
+    lowered = lower_gpu(program, dtype)
     relax.analysis.well_formed(lowered.module)
     expected, result = run_program(program, *inputs), run_program(lowered, *inputs)
     error = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
@@ -50,10 +50,10 @@ def test_results_agree(dtype, rng):
 
 
 @pytest.mark.parametrize(("dtype", "stream"), [("float16", "float16"), ("bfloat16", "float32")])
-def test_what_is_stored_in_which_type(dtype, stream, rng):
-    lowered = lower_layers_gpu(_program(rng), dtype)
+def test_storage_types(dtype, stream, rng):
+    lowered = lower_gpu(_program(rng), dtype)
     assert _types(lowered) == {
-        # x, weight, out: what a model is given and gives is float32.
+        # x, weight, out: inputs and outputs of a model are float32.
         "matmul_16_48_gelu": ["float32", dtype, dtype],
         "matmul_48_16_residual": [dtype, dtype, "float32", "float32", stream],
         "matmul_16_48": [stream, dtype, "float32"],
@@ -62,8 +62,8 @@ def test_what_is_stored_in_which_type(dtype, stream, rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("used_twice", [False, True])
-def test_two_products_become_one_kernel(dtype, used_twice, rng, monkeypatch):
-    monkeypatch.setattr(gpu, "FULL_GPU_BLOCKS", 0)  # so that few rows are enough
+def test_two_matmuls_become_one_kernel(dtype, used_twice, rng, monkeypatch):
+    monkeypatch.setattr(gpu, "FULL_GPU_BLOCKS", 0)  # few rows are enough
 
     def build(bb, x, first, bias1, second, bias2):
         inner = bb.emit(relax.op.add(bb.emit(relax.op.matmul(x, first)), bias1))
@@ -79,7 +79,7 @@ def test_two_products_become_one_kernel(dtype, used_twice, rng, monkeypatch):
         "bias2": _random(rng, 16),
     }
     program = make_program(build, {"x": (3, 5, 16)}, weights)
-    lowered = lower_layers_gpu(program, dtype)
+    lowered = lower_gpu(program, dtype)
     relax.analysis.well_formed(lowered.module)
     x = _random(rng, 3, 5, 16)
     expected, result = run_program(program, x), run_program(lowered, x)
@@ -89,13 +89,13 @@ def test_two_products_become_one_kernel(dtype, used_twice, rng, monkeypatch):
     assert ("mlp_16_64_16_residual" in operators(lowered)) == fused
 
 
-def test_other_operators_read_float32(rng):
+def test_operators_without_a_kernel_read_float32(rng):
     def build(bb, x, weight):
         value = bb.emit(relax.op.matmul(x, weight))
         return bb.emit(relax.op.mean(bb.emit(relax.op.exp(value)), axis=[1]))
 
     program = make_program(build, {"x": (4, 16)}, {"weight": _random(rng, 16, 16) / 8})
-    lowered = lower_layers_gpu(program, "float16")
+    lowered = lower_gpu(program, "float16")
     assert operators(lowered) == ["matmul_16_16", "relax.astype", "relax.exp", "relax.mean"]
     x = _random(rng, 4, 16)
     np.testing.assert_allclose(run_program(lowered, x), run_program(program, x), rtol=4e-3)

@@ -1,10 +1,11 @@
 import pytest
 from tvm import tirx
 
-from dcnv3_tvm.kernels.convolution import convolution
+from dcnv3_tvm.kernels.convolution import convolution, output_extent
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.packing import pack_convolution_weight
-from dcnv3_tvm.schedules import weight_tile_width
+from dcnv3_tvm.op.expr import int64
+from dcnv3_tvm.schedules import row_slack, weight_tile_width
 from helpers import layers
 from helpers.layers import run_kernel
 
@@ -34,8 +35,16 @@ def check(
     weight = random(rng, outputs, inputs, *kernel) / (inputs * 9) ** 0.5
     bias = random(rng, outputs)
     where = {"stride": stride, "pad": pad, "dilation": dilation}
+    width = int64((given or sizes)[2])
+    slack = row_slack(output_extent(width, kernel[1], stride[1], pad[1], dilation[1]))
     func = convolution(
-        *(given or sizes), *channels, kernel_size=kernel, tile=tile, epilogue=epilogue, **where
+        *(given or sizes),
+        *channels,
+        kernel_size=kernel,
+        tile=tile,
+        row_slack=slack,
+        epilogue=epilogue,
+        **where,
     )
     sums = layers.convolution(x, weight, **where)
     residual = random(rng, *sums.shape)

@@ -11,7 +11,8 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.kernels.packing import pack_matmul_weight
-from dcnv3_tvm.schedules import has_bfloat16_dot, schedule_module
+from dcnv3_tvm.op.expr import int64, product
+from dcnv3_tvm.schedules import has_bfloat16_dot, row_slack, schedule_module
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
 from helpers.layers import run_kernel
@@ -33,7 +34,14 @@ def check(rng, assert_close, lead, sizes, inner, columns, *, epilogue=FULL, out_
     bias = rng.standard_normal(columns).astype("float32")
     residual = rng.standard_normal((*sizes, columns)).astype("float32")
     func = matmul(
-        lead, inner, columns, tile=32, epilogue=epilogue, dtype="bfloat16", out_dtype=out_dtype
+        lead,
+        inner,
+        columns,
+        tile=32,
+        row_slack=row_slack(product([int64(size) for size in lead])),
+        epilogue=epilogue,
+        dtype="bfloat16",
+        out_dtype=out_dtype,
     )
     given = [x, pack_matmul_weight(weight, 32)]
     given += [bias] if epilogue.bias else []
@@ -88,7 +96,8 @@ def test_weights_larger_than_the_cache(rng, assert_close):
 
 
 def compiled(rows, inner, columns):
-    func = matmul((rows,), inner, columns, tile=32, dtype="bfloat16")
+    slack = row_slack(rows)
+    func = matmul((rows,), inner, columns, tile=32, row_slack=slack, dtype="bfloat16")
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     target = resolve_target(TARGET)
     module, rules = schedule_module(module, target)

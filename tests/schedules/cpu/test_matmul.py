@@ -4,11 +4,17 @@ from tvm.target import Target
 
 from dcnv3_tvm import schedules
 from dcnv3_tvm.kernels.epilogue import Epilogue
-from dcnv3_tvm.kernels.matmul import ROW_SLACK, matmul, needs_slack
+from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.kernels.packing import pack_matmul_weight
-from dcnv3_tvm.op.expr import product
+from dcnv3_tvm.op.expr import int64, product
 from dcnv3_tvm.schedules import weight_tile_width
-from dcnv3_tvm.schedules.cpu.register_tiles import VectorUnit, row_tile, vector_unit
+from dcnv3_tvm.schedules.cpu.register_tiles import (
+    MAX_ROWS,
+    VectorUnit,
+    row_slack,
+    row_tile,
+    vector_unit,
+)
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
 from helpers.layers import run_kernel
@@ -25,7 +31,8 @@ def check(rng, assert_close, lead, sizes, inner, columns, target, epilogue=FULL)
     tile = weight_tile_width(columns, target)
     x, weight = random(rng, *sizes, inner), random(rng, columns, inner) / inner**0.5
     bias, residual = random(rng, columns), random(rng, *sizes, columns)
-    func = matmul(lead, inner, columns, tile=tile, epilogue=epilogue)
+    slack = row_slack(product([int64(size) for size in lead]))
+    func = matmul(lead, inner, columns, tile=tile, row_slack=slack, epilogue=epilogue)
     given = [x, pack_matmul_weight(weight, tile)]
     given += [bias] if epilogue.bias else []
     given += [residual] if epilogue.residual else []
@@ -102,8 +109,8 @@ def test_every_row_tile_is_whole_or_has_slack(unit):
     for columns in (1, unit.lanes("float32"), 2 * unit.lanes("float32")):
         for rows in range(1, 2000):
             tile = row_tile(rows, columns, unit, "float32")
-            assert tile <= ROW_SLACK + 1
-            assert rows % tile == 0 or needs_slack(rows)
+            assert tile <= MAX_ROWS
+            assert rows % tile == 0 or row_slack(rows)
 
 
 def test_vector_units_of_targets():
@@ -123,3 +130,9 @@ def test_steps_along_the_depth_are_unrolled_where_sums_are_spilled():
     func = matmul((49,), 64, 64, tile=32)
     wide = schedules.schedule(func, resolve_target("cpu-znver4")).space
     assert (wide["rows"][0], wide["unroll"][0]) == (7, 1)
+
+
+def test_row_slack_only_where_no_row_tile_divides():
+    n = tirx.Var("n", "int64")
+    assert [row_slack(rows) for rows in (3136, n * 49, 3)] == [0, 0, 0]
+    assert [row_slack(rows) for rows in (17 * 19, n, n * 17)] == [MAX_ROWS - 1] * 3

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tvm import s_tir
 
 from dcnv3_tvm.gpu import VECTOR_BYTES
-from dcnv3_tvm.kernels.gemm import gemm
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
 from dcnv3_tvm.schedules.rule import Refusal
@@ -17,6 +16,7 @@ from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from helpers import operator
+from helpers.gpu_kernels import gemm
 from helpers.operator import check
 from helpers.specs import Inputs, random_inputs, specs
 

@@ -3,8 +3,6 @@ import pytest
 import tvm
 
 from dcnv3_tvm.kernels.epilogue import Epilogue
-from dcnv3_tvm.kernels.gemm import gemm as gemm_kernel
-from dcnv3_tvm.kernels.gemm import implicit_gemm, pack_gemm_weight
 from dcnv3_tvm.kernels.layer_norm import layer_norm
 from dcnv3_tvm.schedules.gpu.gemm import default_tile, gemm
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
@@ -12,6 +10,8 @@ from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
+from helpers.gpu_kernels import gemm as gemm_kernel
+from helpers.gpu_kernels import implicit_gemm, pack_gemm_weight
 
 TARGET = resolve_target("cuda-sm90")
 DTYPES = ("float32", "float16", "bfloat16")

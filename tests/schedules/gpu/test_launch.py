@@ -6,8 +6,8 @@ import pytest
 
 from dcnv3_tvm import schedules
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
-from dcnv3_tvm.kernels.mlp import mlp
 from dcnv3_tvm.targets import resolve_target
+from helpers.gpu_kernels import mlp
 
 TARGET = resolve_target("cuda-sm90")
 LAYER_NORM = layer_norm_kernel((4096,), 256, eps=1e-6, dtype="float16")

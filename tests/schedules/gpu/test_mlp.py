@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 import tvm
 
-from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import Epilogue
-from dcnv3_tvm.kernels.gemm import gemm, pack_gemm_weight
-from dcnv3_tvm.kernels.mlp import mlp as mlp_kernel
-from dcnv3_tvm.kernels.mlp import pays
 from dcnv3_tvm.schedules.gpu.mlp import mlp
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
+from helpers.gpu_kernels import gemm, pack_gemm_weight
+from helpers.gpu_kernels import mlp as mlp_kernel
 
 TARGET = resolve_target("cuda-sm90")
 HALF = ("float16", "bfloat16")
@@ -101,20 +99,13 @@ def test_any_number_of_rows(gpu, assert_close, rng):
         assert_close(result, expected, "float16")
 
 
-def test_what_one_kernel_pays_for():
-    rows = 64 * 56 * 56
-    assert pays(rows, 64, 256, 64)
-    assert pays(None, 128, 512, 128)
-    assert not pays(rows, 160, 640, 160)
-    assert not pays(rows, 64, 250, 64)
-    assert not pays(56 * 56, 64, 256, 64)
-
-
 def test_refuses_other_kernels():
     other = gemm((8,), 16, 16, dtype="float16")
     assert mlp(other, TARGET, SearchSpace()) == Refusal("schedules kernel 'mlp'; this is 'gemm'")
 
 
-def test_hidden_columns_must_fill_slabs():
-    with pytest.raises(InvalidArgumentError, match="a multiple of 32"):
-        mlp_kernel((8,), 16, 40, 16, activation="gelu", residual=False, dtype="float16")
+def test_hidden_features_must_fill_slabs():
+    kernel = mlp_kernel((8,), 16, 48, 16, activation="gelu", residual=False, dtype="float16")
+    assert mlp(kernel, TARGET, SearchSpace()) == Refusal(
+        "needs a multiple of 32 hidden features; got 48"
+    )

@@ -6,8 +6,8 @@ from tvm import relax
 from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.transform.find_layers import find_layers
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
-from dcnv3_tvm.transform.lower_cpu import lower_layers
-from dcnv3_tvm.transform.storage import find_values, takes_bfloat16
+from dcnv3_tvm.transform.lower_cpu import CpuTiling, lower_cpu
+from dcnv3_tvm.transform.storage_cpu import find_bfloat16, supports_bfloat16
 from helpers.programs import make_program, operators
 
 
@@ -24,7 +24,8 @@ def _norm(bb, x, gamma, beta):
 
 
 def _lowered(program):
-    lowered = lower_layers(program, lambda _outputs: 16, "bfloat16")
+    tiling = CpuTiling(weight_tile_width=lambda _outputs: 16, row_slack=lambda _rows: 0)
+    lowered = lower_cpu(program, tiling, "bfloat16")
     relax.analysis.well_formed(lowered.module)
     return lowered
 
@@ -44,7 +45,7 @@ def _weights(rng, *names):
     return {name: _random(rng, *shapes[name]) for name in names}
 
 
-def test_what_only_products_read_is_stored_in_bfloat16(rng):
+def test_matmul_operands_are_stored_in_bfloat16(rng):
     def build(bb, x, square, gamma, beta):
         normal = _norm(bb, x, gamma, beta)
         hidden = bb.emit(relax.op.nn.gelu(_matmul(bb, normal, square)))
@@ -61,7 +62,7 @@ def test_what_only_products_read_is_stored_in_bfloat16(rng):
     assert lowered.weights["square:packed"].dtype == ml_dtypes.bfloat16
 
 
-def test_a_value_needed_in_float32_is_converted_once_for_all_products(rng):
+def test_float32_operands_are_converted_once(rng):
     def build(bb, x, square, gamma, beta):
         normal = _norm(bb, x, gamma, beta)
         first, second = _matmul(bb, normal, square), _matmul(bb, normal, square)
@@ -78,7 +79,7 @@ def test_a_value_needed_in_float32_is_converted_once_for_all_products(rng):
     assert _types(lowered)[:2] == ["float32", "bfloat16"]
 
 
-def test_a_result_of_the_model_stays_float32(rng):
+def test_model_outputs_are_float32(rng):
     def build(bb, x, square):
         hidden = _matmul(bb, x, square)
         return bb.emit(relax.Tuple([hidden, _matmul(bb, hidden, square)]))
@@ -89,17 +90,17 @@ def test_a_result_of_the_model_stays_float32(rng):
 
 
 @pytest.mark.parametrize("shape", [(16, 21), (15, 16)])
-def test_a_product_that_fills_no_vectors_or_pairs_stays_float32(rng, shape):
+def test_partial_vectors_or_pairs_stay_in_float32(rng, shape):
     program = make_program(_matmul, {"x": (4, shape[0])}, {"weight": _random(rng, *shape)})
     lowered = _lowered(program)
     assert operators(lowered) == [f"matmul_{shape[0]}_{shape[1]}"]
     assert _types(lowered) == ["float32"]
     (layer,) = find_layers(program.module["main"], 1).values()
-    assert not takes_bfloat16(layer)
+    assert not supports_bfloat16(layer)
 
 
 @pytest.mark.parametrize("offset_scale", [1.0, 2.0])
-def test_sampling_stores_bfloat16_and_reads_float32(rng, offset_scale):
+def test_dcnv3_reads_float32_and_stores_bfloat16(rng, offset_scale):
     def build(bb, x, offset_weight, mask_weight, bias_offset, bias_mask, square):
         offset = bb.emit(relax.op.add(_matmul(bb, x, offset_weight), bias_offset))
         logits = bb.emit(relax.op.add(_matmul(bb, x, mask_weight), bias_mask))
@@ -124,25 +125,23 @@ def test_sampling_stores_bfloat16_and_reads_float32(rng, offset_scale):
         assert short == ["relax.astype", "matmul", "dcnv3_packed", "matmul"]
         assert types == ["bfloat16", "float32", "bfloat16", "float32"]
     else:
-        # Errors of offsets would be magnified: their product stays in float32.
+        # Errors of offsets would be magnified: their matmul stays in float32.
         assert short == ["matmul", "dcnv3_packed", "matmul"]
         assert types == ["float32", "bfloat16", "float32"]
 
 
-def test_values_inside_layers_are_not_stored(rng):
+def test_values_inside_a_layer_are_not_stored(rng):
     def build(bb, x, square):
         return bb.emit(relax.op.nn.gelu(_matmul(bb, x, square)))
 
     program = make_program(build, {"x": (4, 16)}, _weights(rng, "square"))
     function = program.module["main"]
-    values = find_values(function, find_layers(function, 1), program.module)
-    inner = {var.name for var in values.inner}
-    assert len(inner) == 1
-    assert values.narrow == set()
-    assert len(values.products) == 1
+    values = find_bfloat16(function, find_layers(function, 1), program.module)
+    assert values.stored == set()
+    assert len(values.matmuls) == 1
 
 
-def test_rounded_operands_give_the_product_of_rounded_operands(rng):
+def test_weights_are_rounded_to_bfloat16(rng):
     weights = _weights(rng, "square")
     program = make_program(_matmul, {"x": (4, 16)}, weights)
     lowered = _lowered(program)

@@ -1,0 +1,158 @@
+"""Lowering steps shared by CPU and GPU targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax
+
+from dcnv3_tvm.kernels.depthwise import depthwise
+from dcnv3_tvm.kernels.epilogue import Epilogue
+from dcnv3_tvm.kernels.layer_norm import layer_norm
+from dcnv3_tvm.transform.find_layers import Layer
+from dcnv3_tvm.transform.ir import Rebuilder, dimensions, element_type
+
+
+class LayerContext:
+    """A layer being lowered to one kernel call: its input, weights and sizes.
+
+    Parameters
+    ----------
+    rebuilder : Rebuilder
+        Rebuilds the function that holds the layer.
+    var : relax.Var
+        The layer's result in the old function.
+    layer : Layer
+        The layer.
+    source : relax.Expr
+        The input in the new function.
+    out_dtype : str
+        Element type in which the result is stored.
+    """
+
+    def __init__(
+        self,
+        rebuilder: Rebuilder,
+        var: relax.Var,
+        layer: Layer,
+        source: relax.Expr,
+        out_dtype: str,
+    ) -> None:
+        self.rebuilder = rebuilder
+        self.var = var
+        self.layer = layer
+        self.source = source
+        self.dtype = element_type(source)
+        self.out_dtype = out_dtype
+        self._symbols: dict[str, tvm.tirx.Var] = {}
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Shape of the input, with a new variable for each symbolic size."""
+        return tuple(
+            size
+            if isinstance(size, int)
+            else self._symbols.setdefault(
+                str(size), tvm.tirx.Var(f"size{len(self._symbols)}", "int64")
+            )
+            for size in dimensions(self.layer.root.args[0])
+        )
+
+    @property
+    def weight(self) -> np.ndarray:
+        """The layer's weight, not packed, in float32."""
+        array = self.rebuilder.array(self.rebuilder.current(self.layer.root.args[1]))
+        assert array is not None, "find_layers takes operators with a constant weight only"
+        return array
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """The weight of a matmul as (out_features, in_features)."""
+        weight = self.weight
+        # Stored as (in, out); that of a 1x1 convolution as (out, 1, 1, in).
+        return weight.T if weight.ndim == 2 else weight.reshape(weight.shape[0], weight.shape[-1])
+
+    @property
+    def residual_dtype(self) -> str | None:
+        """Element type of the residual; None without one."""
+        residual = self.layer.residual
+        return None if residual is None else element_type(self.rebuilder.current(residual))
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """What follows the sums of a matmul or convolution."""
+        return Epilogue(
+            bias=self.layer.bias is not None,
+            activation=self.layer.activation,
+            residual=self.layer.residual is not None,
+        )
+
+    @property
+    def window(self) -> dict[str, tuple[int, int]]:
+        """Stride and padding of a convolution, as keyword arguments of its kernel."""
+        attrs = self.layer.root.attrs
+        return {"stride": _pair(attrs.strides), "pad": _pair(attrs.padding)}
+
+    def packed(self, array: np.ndarray) -> relax.Var:
+        """Add the weight in the kernel's layout."""
+        parent = self.rebuilder.current(self.layer.root.args[1])
+        return self.rebuilder.weight(array, parent, "packed")
+
+    def call(
+        self, kernel: tvm.tirx.PrimFunc, name: str, arguments: list[relax.Expr | None]
+    ) -> relax.Var:
+        """Emit the call of a kernel, without the arguments that are None."""
+        suffixes = [self.layer.activation, None if self.layer.residual is None else "residual"]
+        name = "_".join([name, *(suffix for suffix in suffixes if suffix)])
+        function = self.rebuilder.add_kernel(kernel, name)
+        given = [self.rebuilder.current(argument) for argument in arguments if argument is not None]
+        ty = relax.TensorType(self.var.ty.shape, self.out_dtype)
+        return self.rebuilder.emit(relax.call_tir(function, given, ty), like=self.var)
+
+
+def _pair(values: Any) -> tuple[int, int]:
+    return int(values[0]), int(values[1])
+
+
+def depthwise_kernel(context: LayerContext, *, run: int | None = None) -> tvm.tirx.PrimFunc:
+    """Build the kernel of a depthwise convolution with its LayerNorm and activation."""
+    layer = context.layer
+    return depthwise(
+        *context.sizes,
+        kernel_size=context.weight.shape[1:3],
+        **context.window,
+        bias=layer.bias is not None,
+        norm_eps=None if layer.norm is None else float(layer.norm.attrs.epsilon),
+        activation=layer.activation,
+        x_dtype=context.dtype,
+        out_dtype=context.out_dtype,
+        run=run,
+    )
+
+
+def call_depthwise(context: LayerContext, kernel: tvm.tirx.PrimFunc) -> relax.Var:
+    """Emit the call of a depthwise kernel, whose weight is (kh, kw, C)."""
+    layer = context.layer
+    packed = context.packed(context.weight[..., 0].transpose(1, 2, 0))
+    norm = [] if layer.norm is None else list(layer.norm.args[1:])
+    arguments = [context.source, packed, layer.bias, *norm]
+    return context.call(kernel, f"depthwise_{context.sizes[-1]}", arguments)
+
+
+def lower_layer_norm(context: LayerContext) -> relax.Var:
+    """Lower a LayerNorm with its activation and residual."""
+    layer = context.layer
+    *lead, channels = context.sizes
+    kernel = layer_norm(
+        tuple(lead),
+        channels,
+        eps=float(layer.root.attrs.epsilon),
+        activation=layer.activation,
+        residual=layer.residual is not None,
+        x_dtype=context.dtype,
+        residual_dtype=context.residual_dtype,
+        out_dtype=context.out_dtype,
+    )
+    return context.call(kernel, f"layer_norm_{channels}", [*layer.root.args, layer.residual])

@@ -1,0 +1,113 @@
+"""Which values a model compiled in bfloat16 for a CPU stores in bfloat16.
+
+A value that only matmuls read is stored in bfloat16 by the kernel that computes it. These stay in
+float32:
+
+- the residual stream, whose many sums would lose digits;
+- what DCNv3 samples, and its offsets;
+- the convolutions between the stages, whose errors no residual sum dilutes.
+
+The matmul that computes the offsets runs in bfloat16 unless ``offset_scale`` magnifies its errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import tvm
+from tvm import relax
+
+from dcnv3_tvm.kernels.packing import PAIR
+from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.transform.find_layers import Layer
+from dcnv3_tvm.transform.fuse_sampling import packed_dcnv3
+from dcnv3_tvm.transform.ir import dimensions, variables
+
+_OUTPUT_MULTIPLE: Final = 16
+"""Sums in a vector register. A matmul with a partial vector of outputs stays in float32."""
+
+
+class Bfloat16Values(NamedTuple):
+    """Variables of a function that are in bfloat16.
+
+    Parameters
+    ----------
+    matmuls : set of relax.Var
+        Results of matmuls with bfloat16 operands.
+    stored : set of relax.Var
+        Values stored in bfloat16: matmuls read them, and nothing else but depthwise convolutions.
+    """
+
+    matmuls: set[relax.Var]
+    stored: set[relax.Var]
+
+
+def find_bfloat16(
+    function: relax.Function, layers: Mapping[relax.Var, Layer], module: tvm.IRModule
+) -> Bfloat16Values:
+    """Find what is multiplied and stored in bfloat16.
+
+    Parameters
+    ----------
+    function : relax.Function
+        Channels last, with weights folded.
+    layers : mapping of relax.Var to Layer
+        Result of `find_layers`.
+    module : tvm.IRModule
+        Holds the function and its kernels.
+    """
+    bindings = {
+        binding.var: binding.value for block in function.body.blocks for binding in block.bindings
+    }
+    # Values whose readers take bfloat16, and whether one of these is a matmul.
+    readers: dict[relax.Var, bool] = {}
+    float32 = set(variables(function.body.body))
+    magnified: set[relax.Expr] = set()
+    matmuls = set()
+    # In reverse: readers before what they read.
+    for var, value in reversed(bindings.items()):
+        layer = layers.get(var)
+        if var not in readers and var not in float32:
+            continue
+        if layer is None:
+            float32.update(variables(value))
+            sampling = packed_dcnv3(value, module)
+            if sampling is not None and tensorir.spec_of(sampling).offset_scale > 1:
+                magnified.add(value.args[1].fields[1])
+            continue
+        source = layer.root.args[0]
+        matmul = supports_bfloat16(layer) and var not in magnified
+        if matmul:
+            matmuls.add(var)
+        if matmul or layer.kind == "depthwise":
+            readers[source] = readers.get(source, False) or matmul
+        else:
+            float32.add(source)
+        if layer.residual is not None:
+            float32.add(layer.residual)
+    stored = {
+        var
+        for var, matmul in readers.items()
+        if matmul
+        and var not in float32
+        and _stores_bfloat16(layers.get(var), bindings.get(var), module)
+    }
+    return Bfloat16Values(matmuls, stored)
+
+
+def supports_bfloat16(layer: Layer) -> bool:
+    """Whether a layer is a matmul whose sizes suit dot products of bfloat16 pairs."""
+    if layer.kind != "matmul":
+        return False
+    source, weight = layer.root.args
+    inputs = dimensions(source)[-1]
+    outputs = dimensions(weight)[1 if weight.ty.ndim == 2 else 0]
+    return bool(inputs % PAIR == 0 and outputs % _OUTPUT_MULTIPLE == 0)
+
+
+def _stores_bfloat16(layer: Layer | None, value: relax.Expr, module: tvm.IRModule) -> bool:
+    """Whether the kernel that computes a value can store bfloat16."""
+    if layer is None:
+        return packed_dcnv3(value, module) is not None
+    return layer.kind != "convolution"
