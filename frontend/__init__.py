@@ -13,9 +13,9 @@ from dcnv3_tvm.errors import MissingDependencyError
 if TYPE_CHECKING:
     from dcnv3_tvm.frontend.checkpoints.load import load_checkpoint
     from dcnv3_tvm.frontend.checkpoints.report import LoadReport
+    from dcnv3_tvm.frontend.factory import create_model
     from dcnv3_tvm.frontend.models.config import InternImageConfig
     from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
-    from dcnv3_tvm.frontend.models.factory import create_model
     from dcnv3_tvm.frontend.models.internimage import InternImage
     from dcnv3_tvm.frontend.models.variants import list_models
     from dcnv3_tvm.frontend.torch.importer import import_model
@@ -25,7 +25,7 @@ _MODULES = {
     "InternImage": "models.internimage",
     "InternImageConfig": "models.config",
     "LoadReport": "checkpoints.report",
-    "create_model": "models.factory",
+    "create_model": "factory",
     "import_model": "torch.importer",
     "list_models": "models.variants",
     "load_checkpoint": "checkpoints.load",

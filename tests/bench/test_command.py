@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -98,9 +96,3 @@ def test_wrong_outputs_give_no_times(capsys, monkeypatch):
 def test_bad_usage(capsys, arguments, words):
     assert main(["bench", *arguments]) == 2
     assert words in capsys.readouterr().err
-
-
-def test_module():
-    command = [sys.executable, "-m", "dcnv3_tvm.bench", "op", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "--against" in done.stdout

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dcnv3_tvm.frontend.models.factory import create_model
+from dcnv3_tvm.frontend.factory import create_model
 from dcnv3_tvm.frontend.models.parameter_count import parameter_count
 from dcnv3_tvm.frontend.models.variants import VARIANTS
 

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from tvm import relax
 
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
-from dcnv3_tvm.frontend.models.factory import create_model
+from dcnv3_tvm.frontend.factory import create_model
 from dcnv3_tvm.frontend.torch.importer import import_model
 from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.pytorch import operator
