@@ -193,7 +193,7 @@ def device(index: int = 0) -> GpuInfo:
         )
     if not 0 <= index < len(found):
         raise TargetError(
-            "there is no such GPU",
+            "the GPU does not exist",
             got=f"cuda:{index}",
             allowed=", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in found),
         )

@@ -82,7 +82,7 @@ def test_cuda_is_the_first_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "devices", lambda: (here,))
     assert target_slug(resolve_target("cuda")) == "cuda-sm86"
     with pytest.raises(
-        TargetError, match=r"no such GPU; got cuda:1; allowed: cuda:0 \(NVIDIA A10\)"
+        TargetError, match=r"GPU does not exist; got cuda:1; allowed: cuda:0 \(NVIDIA A10\)"
     ):
         gpu.device(1)
 

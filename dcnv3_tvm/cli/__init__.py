@@ -1,6 +1,6 @@
-"""The command line ``dcnv3-tvm``: data on stdout, words on stderr.
+"""The command line ``dcnv3-tvm``: data on stdout, messages on stderr.
 
-Exit codes: 0 for success, 1 for a failure, 2 for bad usage or bad input, 130 for Ctrl-C.
+Exit codes: 0 for success, 1 for failure, 2 for invalid usage or input, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final, Protocol, cast
 from dcnv3_tvm import errors
 from dcnv3_tvm.cli.result import Result
 
-_VERBS: Final = (
+VERBS: Final = (
     "models",
     "compile",
     "run",
@@ -32,7 +32,7 @@ _VERBS: Final = (
     "env",
 )
 _STDOUT: Final = "-"
-_BAD_INPUT: Final = (
+_INPUT_ERRORS: Final = (
     errors.InvalidArgumentError,
     errors.CheckpointError,
     errors.TargetError,
@@ -42,15 +42,15 @@ _BAD_INPUT: Final = (
 
 
 class _Verb(Protocol):
-    """A module of this package: one sub-command."""
+    """A module of this package that implements a subcommand."""
 
     HELP: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare what the verb takes."""
+        """Declare the arguments."""
 
     def execute(self, arguments: argparse.Namespace) -> Result:
-        """Do it."""
+        """Run the subcommand."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv : sequence of str, optional
-        Arguments without the program's name; those of the process by default.
+        Arguments without the program's name; by default those of the process.
     """
-    verbs = {name: _load(name) for name in _VERBS}
+    verbs = {name: _load(name) for name in VERBS}
     arguments = _parser(verbs).parse_args(argv)
     try:
         result = verbs[arguments.verb].execute(arguments)
@@ -70,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except errors.DCNv3Error as error:
         print(f"dcnv3-tvm {arguments.verb}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, _BAD_INPUT) else 1
+        return 2 if isinstance(error, _INPUT_ERRORS) else 1
     except KeyboardInterrupt:
         print(f"dcnv3-tvm {arguments.verb}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough; without this the exit would complain again.
+        # The reader, such as `head`, has closed the pipe. Flushing at exit would raise once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0 if result.ok else 1
@@ -87,15 +87,16 @@ def _load(name: str) -> _Verb:
 
 def _parser(verbs: dict[str, _Verb]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dcnv3-tvm", description="InternImage and DCNv3, compiled with TVM."
+        prog="dcnv3-tvm", description="Compile InternImage and DCNv3 with TVM."
     )
     version = importlib.metadata.version("dcnv3-tvm")
     parser.add_argument("--version", action="version", version=f"dcnv3-tvm {version}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for name, verb in verbs.items():
-        command = commands.add_parser(name, help=verb.HELP, description=verb.HELP)
+        description = f"{verb.HELP[0].upper()}{verb.HELP[1:]}."
+        command = commands.add_parser(name, help=verb.HELP, description=description)
         verb.add_arguments(command)
-        # A verb that can write JSON to a file, too, has declared an option of its own.
+        # Some subcommands declare a --json of their own, which can also write to a file.
         with contextlib.suppress(argparse.ArgumentError):
             command.add_argument("--json", action="store_true", help="print JSON")
     return parser

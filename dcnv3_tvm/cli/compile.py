@@ -1,4 +1,4 @@
-"""``dcnv3-tvm compile``: from a model's name and weights to an artifact."""
+"""``dcnv3-tvm compile``: compile a model to an artifact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm.cli.info import tuned
+from dcnv3_tvm.cli.info import tuning_summary
 from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
@@ -16,66 +16,76 @@ from dcnv3_tvm.progress import Progress
 if TYPE_CHECKING:
     from dcnv3_tvm.imported_model import ImportedModel
 
-HELP: Final = "compile a model to a folder that runs without PyTorch"
+HELP: Final = "compile a model to an artifact, which runs without PyTorch"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.add_argument(
-        "model", help="a name of `dcnv3-tvm models`, or a checkpoint file that is named after one"
+        "model",
+        help="name listed by `models`, or a checkpoint file whose name starts with one",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--force", action="store_true", help="replace an artifact that is there")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="artifact folder to write"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing artifact")
     add_weights(parser)
     parser.add_argument(
         "--target",
         default="auto",
-        help="auto (this machine's processor), cuda (its GPU), cpu-znver4, cuda-sm90, ...",
+        help="auto (this machine's CPU), cuda (its GPU), cpu-znver4, cuda-sm90, ... "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
         default="float32",
-        help="float32, bfloat16, or on GPUs float16 (default: %(default)s)",
+        help="element type of matmul operands: float32, bfloat16, or on GPUs float16 "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--database",
         default="default",
         metavar="DIR",
-        help="tuning records: default (this package's), none, or a folder that `tune` wrote",
+        help="tuning records: default (shipped with this package), none, or a folder written by "
+        "`dcnv3-tvm tune` (default: %(default)s)",
     )
     parser.add_argument(
         "--no-cuda-graph",
         action="store_true",
-        help="let a GPU launch kernel after kernel instead of a graph of them",
+        help="on a GPU, launch kernels one by one instead of as a CUDA graph",
     )
-    parser.add_argument("--batch", type=int, default=1, help="images in a call (default: 1)")
-    parser.add_argument("--dynamic-batch", action="store_true", help="any number of images")
-    parser.add_argument("--dynamic-size", action="store_true", help="any image size")
+    parser.add_argument("--batch", type=int, default=1, help="batch size (default: %(default)s)")
+    parser.add_argument("--dynamic-batch", action="store_true", help="accept any batch size")
+    parser.add_argument("--dynamic-size", action="store_true", help="accept any image size")
     parser.add_argument(
         "--size",
         type=parse_size,
         metavar="HxW",
-        help="size of the image (default: the model's own)",
+        help="image size (default: the model's resolution)",
     )
     parser.add_argument(
-        "--features-only", action="store_true", help="return the four feature maps, no logits"
+        "--features-only",
+        action="store_true",
+        help="return four feature maps instead of logits",
     )
     parser.add_argument(
-        "--debug-dump", type=Path, metavar="DIR", help="write the module after each phase there"
+        "--debug-dump", type=Path, metavar="DIR", help="write the module after each phase to DIR"
     )
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Declare where weights come from."""
+    """Declare the options for weights."""
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--checkpoint", type=Path, help=".safetensors, .pth or .bin file")
     weights.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="random weights, for trying it out"
+        "--checkpoint", type=Path, metavar="FILE", help="weights (.safetensors, .pth or .bin)"
+    )
+    weights.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="use random weights, for trials"
     )
 
 
 def execute(arguments: argparse.Namespace) -> Result:
-    """Build, import, compile, write."""
+    """Compile the model and write the artifact."""
     from dcnv3_tvm.runtime.model import check_replaceable
 
     name, checkpoint = _model_and_checkpoint(arguments)
@@ -83,13 +93,13 @@ def execute(arguments: argparse.Namespace) -> Result:
     check_replaceable(arguments.output)
     if arguments.output.exists() and any(arguments.output.iterdir()) and not arguments.force:
         raise InvalidArgumentError(
-            "the output folder holds an artifact already",
+            "the output folder already holds an artifact",
             got=arguments.output,
             hint="Use --force to replace it.",
         )
     _check_compilation(name, arguments)
     with Progress(f"compile {name}") as progress:
-        progress.step("build the PyTorch model")
+        progress.step("build PyTorch model")
         imported = _import(name, checkpoint, arguments, progress)
         from dcnv3_tvm.compiler.compile import compile_artifact
 
@@ -117,13 +127,13 @@ def execute(arguments: argparse.Namespace) -> Result:
     }
     text = (
         f"{arguments.output}: {metadata.name} for {metadata.target.slug}, {metadata.dtype}, "
-        f"{size / 1e6:.1f} MB, {seconds:.1f} s; tuned: {tuned(metadata)}"
+        f"{size / 1e6:.1f} MB, {seconds:.1f} s; tuning records: {tuning_summary(metadata)}"
     )
     return Result(data, text)
 
 
 def _check_compilation(name: str, arguments: argparse.Namespace) -> None:
-    """Refuse what the compiler would refuse, before the model is built and imported."""
+    """Raise the compiler's errors early, before the model is built and imported."""
     from dcnv3_tvm.compiler.compile import check_dtype
     from dcnv3_tvm.frontend.models.variants import model_config
     from dcnv3_tvm.schedules.records import find_records
@@ -151,7 +161,7 @@ def _import(
         randomize_(model, arguments.random_weights)
     resolution = model_config(name).resolution
     height, width = arguments.size or (resolution, resolution)
-    progress.step("import it into Relax")
+    progress.step("import into Relax")
     imported = frontend.import_model(
         model,
         example=(arguments.batch, 3, height, width),
@@ -164,7 +174,7 @@ def _import(
 
 
 def _preprocessing(settings: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """Fit the crop to the compiled size."""
+    """Set the crop to the compiled image size."""
     if not settings or settings["crop"] == [height, width]:
         return settings
     return settings | {"resize": max(height, width), "crop": [height, width]}
@@ -178,17 +188,17 @@ def _model_and_checkpoint(arguments: argparse.Namespace) -> tuple[str, Path | No
         return model_config(arguments.model).variant, arguments.checkpoint
     if arguments.checkpoint is not None or arguments.random_weights is not None:
         raise InvalidArgumentError(
-            "weights are given twice",
+            "weights are specified twice",
             got=f"{arguments.model} and --checkpoint or --random-weights",
-            allowed="a model's name with one of these, or a checkpoint alone",
+            allowed="a model name with one of these options, or a checkpoint without them",
         )
     for name in list_models():
         if re.match(rf"{name}(?![a-z])", path.name.lower()):
             return name, path
     raise InvalidArgumentError(
-        "the checkpoint's file name does not begin with a model's name",
+        "the checkpoint's file name does not start with a model name",
         got=path.name,
-        hint=f"Name the model: dcnv3-tvm compile internimage_t --checkpoint {path} -o ...",
+        hint=f"Name the model: dcnv3-tvm compile internimage_t --checkpoint {path} -o DIR",
     )
 
 
@@ -198,12 +208,12 @@ def _check_sizes(arguments: argparse.Namespace) -> None:
             "--batch is out of range", got=arguments.batch, allowed="1 or more"
         )
     if arguments.checkpoint is not None and not arguments.checkpoint.exists():
-        raise InvalidArgumentError("there is no such checkpoint", got=arguments.checkpoint)
+        raise InvalidArgumentError("the checkpoint does not exist", got=arguments.checkpoint)
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Read ``HxW``, or one number for both, for argparse."""
+    """Parse ``HxW``, or one number for both, for argparse."""
     match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 384x512 or 224")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 384x512 or 224")
     return int(match[1]), int(match[2] or match[1])

@@ -1,4 +1,4 @@
-"""``dcnv3-tvm env``: what this machine and installation are."""
+"""``dcnv3-tvm env``: describe the machine and the installation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.provenance import installed_version
 
-HELP: Final = "show versions, processor, GPUs, threads and environment variables"
+HELP: Final = "show versions, CPU, GPUs, threads and environment variables"
 
 _PACKAGES: Final = {
     "dcnv3_tvm": "dcnv3-tvm",
@@ -24,7 +24,7 @@ _PACKAGES: Final = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Take nothing."""
+    """Declare no arguments."""
     del parser
 
 
@@ -65,7 +65,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("cpu", f"{data['cpu']}, {data['physical_cores']} cores"),
         ("cpu features", "unknown" if features is None else " ".join(sorted(features))),
         ("threads", data["threads"]),
-        ("target auto", data["auto_target"] or "unknown: TVM cannot be imported"),
+        ("target auto", data["auto_target"] or "unknown (TVM cannot be imported)"),
         *[
             (f"cuda:{found.index}", f"{found.name}, {found.arch}, {found.total_bytes / 1e9:.0f} GB")
             for found in gpu.devices()
@@ -85,7 +85,7 @@ def execute(arguments: argparse.Namespace) -> Result:
 
 
 def _cuda() -> dict[str, str | None]:
-    """Tell what there is to run and to compile code for GPUs with."""
+    """Return what is installed for running and compiling GPU code."""
     from dcnv3_tvm import gpu
     from dcnv3_tvm.runtime import cuda_toolkit
 
@@ -96,18 +96,19 @@ def _cuda() -> dict[str, str | None]:
         "NVRTC": cuda_toolkit.find_nvrtc(),
     }
     return {
-        "NVIDIA driver": None if version is None else "for CUDA {}.{}".format(*version),
+        "NVIDIA driver": None if version is None else "CUDA {}.{}".format(*version),
         **{name: None if path is None else str(path) for name, path in tools.items()},
     }
 
 
 def version_warnings(versions: dict[str, str | None]) -> list[str]:
-    """Name combinations of versions that are known to break."""
+    """Return warnings about incompatible versions."""
+    # See tvm_workarounds: ffi-json.
     tvm, ffi = versions.get("tvm"), versions.get("tvm_ffi")
     if tvm and ffi and tvm.startswith("0.27.") and _release(ffi) >= (0, 1, 15):
         return [
-            f"TVM {tvm} with tvm-ffi {ffi} crashes the process when it reads or writes JSON, which "
-            "tuning does. Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
+            f"TVM {tvm} with tvm-ffi {ffi} crashes when it reads or writes JSON, as tuning does. "
+            "Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
         ]
     return []
 

@@ -1,4 +1,4 @@
-"""``dcnv3-tvm info``: what an artifact is."""
+"""``dcnv3-tvm info``: describe an artifact."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dcnv3_tvm.cli.result import Result, table
 if TYPE_CHECKING:
     from dcnv3_tvm.runtime.metadata import ArtifactMetadata
 
-HELP: Final = "show what an artifact is, without running it"
+HELP: Final = "describe an artifact without running it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("artifact", type=Path, help="folder of the artifact")
+    parser.add_argument("artifact", type=Path, help="artifact folder")
 
 
 def execute(arguments: argparse.Namespace) -> Result:
-    """Read the artifact's description."""
+    """Describe the artifact."""
     from dcnv3_tvm.errors import TargetError
     from dcnv3_tvm.runtime.loading import check_target, read_metadata
     from dcnv3_tvm.runtime.metadata import WEIGHTS
@@ -48,13 +48,13 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
         ("memory", _memory(sizes[WEIGHTS], metadata.activation_bytes)),
         ("kernels", _kernels(metadata.kernels)),
-        ("tuned", tuned(metadata)),
+        ("tuning records", tuning_summary(metadata)),
         ("verified", _verification(metadata.verification)),
     ]
     for name, entry in metadata.entries.items():
-        facts += [(f"{name} takes", tensor.describe()) for tensor in entry.inputs]
+        facts += [(f"input of {name}", tensor.describe()) for tensor in entry.inputs]
         facts += [
-            (f"{name} gives", f"{tensor.name}: {tensor.describe()} {tensor.dtype}")
+            (f"output of {name}", f"{tensor.name}: {tensor.describe()} {tensor.dtype}")
             for tensor in entry.outputs
         ]
     data = metadata.to_json() | {"files": sizes, "runs_here": runs_here}
@@ -63,7 +63,7 @@ def execute(arguments: argparse.Namespace) -> Result:
 
 def _memory(weights: int, activations: dict[str, int]) -> str:
     parts = [f"weights {weights / 1e6:.1f} MB"]
-    parts += [f"a call of {name} {size / 1e6:.1f} MB" for name, size in activations.items()]
+    parts += [f"activations of {name} {size / 1e6:.1f} MB" for name, size in activations.items()]
     return ", ".join(parts)
 
 
@@ -71,29 +71,29 @@ def _kernels(kernels: dict[str, str]) -> str:
     counts: dict[str, int] = {}
     for rule in kernels.values():
         counts[rule] = counts.get(rule, 0) + 1
-    rules = ", ".join(f"{count} by {rule}" for rule, count in sorted(counts.items()))
+    rules = ", ".join(f"{count} {rule}" for rule, count in sorted(counts.items()))
     return f"{len(kernels)} ({rules})" if rules else "0"
 
 
-def tuned(metadata: ArtifactMetadata) -> str:
-    """Say how many kernels tuning records decided on, and what became of the others."""
+def tuning_summary(metadata: ArtifactMetadata) -> str:
+    """Summarize how many kernels were scheduled by tuning records, and why others were not."""
     outcomes = collections.Counter(metadata.records.values())
     if not outcomes:
-        return "no kernel; no records were used"
+        return "not used"
     origin = metadata.records_from
     text = (
-        f"{outcomes.pop('hit', 0)} of {len(metadata.records)} kernels by records for "
-        f"{origin['target']} of {origin['date'][:10]} ({origin['hardware']})"
+        f"hit for {outcomes.pop('hit', 0)} of {len(metadata.records)} kernels (recorded for "
+        f"{origin['target']} on {origin['date'][:10]}, {origin['hardware']})"
     )
     missed = outcomes.pop("miss", 0)
-    parts = [text, *([f"{missed} have none"] if missed else [])]
-    parts += [f"{count} refused: {reason}" for reason, count in outcomes.items()]
+    parts = [text, *([f"{missed} without a record"] if missed else [])]
+    parts += [f"{count} rejected: {reason}" for reason, count in outcomes.items()]
     return "; ".join(parts)
 
 
 def _verification(verification: dict[str, Any] | None) -> str:
     if verification is None:
-        return "no; `dcnv3-tvm verify --record` does"
+        return "no (run `dcnv3-tvm verify --record`)"
     worst = max(row["max_error"] for row in verification["outputs"])
     verdict = "agrees with" if verification["ok"] else "DIFFERS from"
-    return f"{verdict} {verification['reference']} (largest error {worst:.1e} of max |reference|)"
+    return f"{verdict} {verification['reference']} (max error {worst:.1e} of max |reference|)"

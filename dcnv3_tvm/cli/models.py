@@ -1,4 +1,4 @@
-"""``dcnv3-tvm models``: what can be built."""
+"""``dcnv3-tvm models``: list the models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.errors import InvalidArgumentError
 
-HELP: Final = "list the models, with parameters and resolution"
+HELP: Final = "list the models with their parameters and resolution"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What a verb gives back, and how tables are printed."""
+"""Result of a subcommand, and tables as text."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Outcome of a verb.
+    """Result of a subcommand.
 
     Parameters
     ----------
     data : object
-        Plain values, printed with ``--json``.
+        JSON values, printed with ``--json``.
     text : str
-        The same for people.
+        Text, printed otherwise.
     ok : bool
         Whether the exit code is 0.
     """
@@ -27,7 +27,7 @@ class Result:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Align columns: numbers to the right, words to the left.
+    """Format rows with aligned columns: numbers to the right, text to the left.
 
     Examples
     --------

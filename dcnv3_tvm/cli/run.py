@@ -1,4 +1,4 @@
-"""``dcnv3-tvm run``: classify or encode a photograph."""
+"""``dcnv3-tvm run``: run an artifact on an image."""
 
 from __future__ import annotations
 
@@ -15,28 +15,37 @@ if TYPE_CHECKING:
 
     from dcnv3_tvm.runtime import CompiledModel
 
-HELP: Final = "run an artifact on an image file of any size"
+HELP: Final = "run an artifact on an image"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("artifact", type=Path, help="folder of the artifact")
-    parser.add_argument("image", type=Path, help="image file")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to print")
+    parser.add_argument("artifact", type=Path, help="artifact folder")
+    parser.add_argument("image", type=Path, help="image file of any size")
     parser.add_argument(
-        "--features", type=Path, metavar="FILE.npz", help="save the feature maps instead"
+        "--top", type=int, default=5, metavar="K", help="classes to print (default: 5)"
     )
     parser.add_argument(
-        "--repeat", type=int, default=0, metavar="N", help="time N more calls and print quartiles"
+        "--features",
+        type=Path,
+        metavar="FILE.npz",
+        help="save feature maps instead of classes",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=0,
+        metavar="N",
+        help="time N more calls; print quartiles",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     add_device(parser)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Declare where the artifact runs."""
+    """Declare the device option."""
     parser.add_argument(
-        "--device", help="cpu, cuda or cuda:1 (default: what the artifact was compiled for)"
+        "--device", help="cpu, cuda or cuda:1 (default: the device it was compiled for)"
     )
 
 
@@ -77,7 +86,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         data["milliseconds"] = times | {"calls": arguments.repeat, "threads": model.threads}
         where = f"{model.threads} threads"
         if model.device != "cpu":
-            where = f"on {model.device}, with the copies there and back"
+            where = f"on {model.device}, with copies between host and device"
         lines.append(
             f"{times['median']:.2f} ms median, quartiles {times['lower_quartile']:.2f} to "
             f"{times['upper_quartile']:.2f} ms ({arguments.repeat} calls, {where}, "
@@ -87,7 +96,7 @@ def execute(arguments: argparse.Namespace) -> Result:
 
 
 def _batch(model: CompiledModel, image: Path) -> np.ndarray:
-    """Preprocess the image, repeated where the model takes a fixed batch."""
+    """Preprocess the image, repeated to the batch size of a model with static batch."""
     batch = model.metadata.entries["main"].inputs[0].shape[0]
     return model.preprocess([image] * (batch if isinstance(batch, int) else 1))
 

@@ -17,31 +17,31 @@ if TYPE_CHECKING:
 
     from dcnv3_tvm.runtime import CompiledModel
 
-HELP: Final = "compare an artifact with PyTorch in float64, on random and real inputs"
+HELP: Final = "compare an artifact with PyTorch in float64"
 
 _DYNAMIC_BATCH: Final = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("artifact", type=Path, help="folder of the artifact")
-    parser.add_argument("image", type=Path, nargs="*", help="image files to compare on as well")
+    parser.add_argument("artifact", type=Path, help="artifact folder")
+    parser.add_argument("image", type=Path, nargs="*", help="image files to compare on, too")
     add_weights(parser)
     add_device(parser)
     parser.add_argument(
-        "--record", action="store_true", help="write the result into the artifact's metadata"
+        "--record", action="store_true", help="write the result to the artifact's metadata"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random image (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random input (default: 0)")
 
 
 def execute(arguments: argparse.Namespace) -> Result:
-    """Compare on every input and say how far each output is off."""
+    """Compare the outputs on each input."""
     from dcnv3_tvm import runtime
 
     if arguments.checkpoint is None and arguments.random_weights is None:
         raise InvalidArgumentError(
-            "the weights to compare with are not given",
-            allowed="--checkpoint FILE or --random-weights SEED, as they were given to compile",
+            "the weights to compare with are missing",
+            allowed="--checkpoint FILE or --random-weights SEED, as given to compile",
         )
     from dcnv3_tvm.verify.tolerances import model_tolerance
 
@@ -50,7 +50,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     dtype = compiled.metadata.dtype
     measure, tolerance = model_tolerance(dtype)
     with Progress(f"verify {compiled.metadata.name}") as progress:
-        progress.step("build the PyTorch model")
+        progress.step("build PyTorch model")
         model = _model(compiled.metadata.config, arguments)
         from dcnv3_tvm.verify.compare import compare
 
@@ -120,8 +120,8 @@ def _model(config: dict[str, Any], arguments: argparse.Namespace) -> Any:
 
     if config.get("variant") not in VARIANTS:
         raise InvalidArgumentError(
-            "the artifact names no InternImage variant, so there is nothing to compare with",
-            hint="Compare a model of your own with dcnv3_tvm.verify.compare.",
+            "the artifact is not of an InternImage variant, so it cannot be verified here",
+            hint="Compare your own model with dcnv3_tvm.verify.compare.",
         )
     try:
         from dcnv3_tvm import frontend
@@ -136,7 +136,7 @@ def _model(config: dict[str, Any], arguments: argparse.Namespace) -> Any:
         )
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
-            "PyTorch, which the artifact is compared with, is not installed",
+            "verification needs PyTorch, which is not installed",
             hint="Run: pip install 'dcnv3-tvm[torch]'",
         ) from error
     if arguments.random_weights is not None:

@@ -1,4 +1,4 @@
-"""Write a compiled model to a folder, whole or not at all."""
+"""Write a compiled model to an artifact folder, atomically."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def write(
     Parameters
     ----------
     destination : str or path
-        The folder. An artifact there is replaced, and stays whole when anything fails.
+        The folder. An artifact in it is replaced, and unchanged if writing fails.
     library : Path or bytes
-        What ``Executable.export_library`` wrote.
+        The compiled shared library, as a file or its content.
     weights : mapping of str to numpy.ndarray
-        By the names the entries have; any layout in memory.
+        By the names that the entries use; any memory layout.
     metadata : ArtifactMetadata
-        Digests are filled in; so are versions and the date where they are empty.
+        Digests are filled in, and versions and date if empty.
 
     Raises
     ------
     ArtifactError
-        If `destination` holds something that is no artifact, or cannot be written; if a weight an
-        entry needs is missing, or one has a type that cannot be written.
+        If `destination` holds something other than an artifact or cannot be written; if a weight of
+        an entry is missing or has an unsupported dtype.
     """
     destination = Path(destination)
     check_replaceable(destination)
@@ -61,7 +61,7 @@ def write(
     runtime = installed_runtime()
     if runtime is None:
         raise MissingDependencyError(
-            "apache-tvm, whose runtime library goes into the artifact, is not installed",
+            "apache-tvm, whose runtime library is copied into the artifact, is not installed",
             hint="Run: pip install apache-tvm==0.27.0.post1",
         )
     try:
@@ -88,24 +88,24 @@ def write(
         raise ArtifactError(
             "the artifact cannot be written",
             got=f"{error.strerror or error} ({error.filename or destination})",
-            hint=f"What was at {destination} is unchanged.",
+            hint=f"{destination} is unchanged.",
         ) from error
 
 
 def record_verification(folder: Path, verification: dict[str, Any]) -> None:
-    """Write into an artifact how far its outputs were from the truth.
+    """Record in an artifact how its outputs compare with the reference implementation.
 
     Parameters
     ----------
     folder : Path
         The artifact.
     verification : dict
-        Plain values: what it was compared with, on what, and the errors of each output.
+        JSON values: the reference, the inputs, and the errors of each output.
 
     Raises
     ------
     ArtifactError
-        If the artifact cannot be read or written; it then stays as it was.
+        If the artifact cannot be read or written; it is then unchanged.
     """
     metadata = dataclasses.replace(read_metadata(folder), verification=verification)
     try:
@@ -113,14 +113,14 @@ def record_verification(folder: Path, verification: dict[str, Any]) -> None:
             path.write_text(metadata.dumps(), encoding="utf-8")
     except OSError as error:
         raise ArtifactError(
-            "the verification cannot be written into the artifact",
+            "the verification cannot be written to the artifact",
             got=f"{error.strerror} ({error.filename})",
             hint="The artifact is unchanged.",
         ) from error
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions an artifact records, of the packages as they are installed."""
+    """Return the installed versions of the packages that an artifact records."""
     packages = {"dcnv3_tvm": "dcnv3-tvm", "tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
     return {name: importlib.metadata.version(package) for name, package in packages.items()}
 

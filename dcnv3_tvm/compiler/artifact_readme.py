@@ -1,4 +1,4 @@
-"""The README of an artifact."""
+"""Render the README of an artifact."""
 
 from __future__ import annotations
 
@@ -9,23 +9,17 @@ from dcnv3_tvm.signature import TensorInfo
 
 
 def render(metadata: ArtifactMetadata) -> str:
-    """Return the card's Markdown text.
-
-    Parameters
-    ----------
-    metadata : ArtifactMetadata
-        Complete, with versions and date.
-    """
+    """Return the Markdown text for complete metadata."""
     sections = [
         f"# {metadata.name}",
-        f"Compiled with dcnv3-tvm {metadata.versions.get('dcnv3_tvm', '?')} (TVM "
-        f"{metadata.versions.get('tvm', '?')}) on {metadata.created}, in {metadata.dtype}, for "
-        f"`{metadata.target.slug}`.",
-        "It runs with the packages `dcnv3-tvm`, `apache-tvm-ffi`, `numpy` and `pillow`; neither "
-        "PyTorch nor TVM's compiler is needed. Processes that run it have its weights mapped: "
-        "replace or remove this folder, but do not overwrite its files in place.",
+        f"Compiled for `{metadata.target.slug}` in {metadata.dtype} by dcnv3-tvm "
+        f"{metadata.versions.get('dcnv3_tvm', '?')} (TVM {metadata.versions.get('tvm', '?')}) on "
+        f"{metadata.created}.",
+        "It needs the packages `dcnv3-tvm`, `apache-tvm-ffi`, `numpy` and `pillow`, but neither "
+        "PyTorch nor TVM's compiler. Running processes map the weights into memory: replace or "
+        "remove the folder as a whole, but do not overwrite its files in place.",
         *_gpu(metadata),
-        "## Run it",
+        "## Usage",
         _example(metadata),
     ]
     for name, entry in metadata.entries.items():
@@ -38,8 +32,8 @@ def render(metadata: ArtifactMetadata) -> str:
         ]
     sections += ["## Target", f"`{metadata.target.text or metadata.target.slug}`"]
     if metadata.preprocessing:
-        settings = "\n".join(f"- {name}: {value}" for name, value in metadata.preprocessing.items())
-        sections += ["## Preprocessing", settings]
+        settings = [f"- `{name}`: {value}" for name, value in metadata.preprocessing.items()]
+        sections += ["## Preprocessing", "\n".join(settings)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -47,9 +41,9 @@ def _gpu(metadata: ArtifactMetadata) -> list[str]:
     if metadata.target.kind != "cuda":
         return []
     return [
-        f"It is for NVIDIA GPUs of architecture {metadata.target.arch}, with a driver for CUDA 13, "
-        "and needs CUDA's runtime library: the package `nvidia-cuda-runtime` 13, which PyTorch for "
-        "CUDA 13 brings along, or the toolkit."
+        f"It runs on NVIDIA GPUs of architecture {metadata.target.arch}, with a driver for CUDA 13 "
+        "and CUDA's runtime library: the package `nvidia-cuda-runtime` 13, which PyTorch for CUDA "
+        "13 installs, or the CUDA toolkit."
     ]
 
 
@@ -77,7 +71,7 @@ def _example(metadata: ArtifactMetadata) -> str:
 
 
 def _table(rows: Sequence[tuple[str, TensorInfo]]) -> str:
-    lines = ["| | name | shape | layout | type | stride |", "|---|---|---|---|---|---|"]
+    lines = ["| | name | shape | layout | dtype | stride |", "|---|---|---|---|---|---|"]
     for role, tensor in rows:
         shape = ", ".join(str(size) for size in tensor.shape)
         stride = "" if tensor.stride is None else str(tensor.stride)

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as models use them: streams, copies, memory, and TVM's runtime library for them."""
+"""Run compiled code on NVIDIA GPUs: streams, copies, memory, and TVM's GPU runtime library."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ from dcnv3_tvm.runtime.metadata import CUDA_LIBRARY
 from dcnv3_tvm.runtime.tensors import allocate, total_bytes
 
 DEVICE_TYPE: Final = 2
-"""DLPack's number for memory of NVIDIA GPUs."""
+"""DLPack's device type of NVIDIA GPUs."""
 
 _DRIVER_RELEASE: Final = 580
 _FREE_MEMORY: Final = 15
-"""TVM's number of a device's attribute."""
+"""TVM's number of the device attribute."""
 
 _OUT_OF_MEMORY: Final = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 
-_making = threading.Lock()
+_lock = threading.Lock()
 _gpus: dict[int, Gpu] = {}
 
 
 class Gpu:
-    """A GPU of this machine; `of` gives the one object there is for each.
+    """A GPU of this machine. Use `of`, which returns one object per GPU.
 
-    All calls on a GPU, of all models, take turns: while one is captured into a graph, no thread may
-    allocate. A model uses the memory of its calls before, and all of them that of results nobody
-    holds any more: where the caller's stream changes, the new one waits for what the last one has
-    been given.
+    Calls on a GPU are serialized across all models, because no thread may allocate memory while
+    another captures a CUDA graph. Models reuse memory of their earlier calls and of freed results;
+    therefore a call on another stream waits for the work on the previous one.
 
     Parameters
     ----------
     index : int
-        Its number, as CUDA counts.
+        CUDA's device index.
     """
 
     def __init__(self, index: int) -> None:
@@ -63,31 +62,32 @@ class Gpu:
 
     @staticmethod
     def of(index: int) -> Gpu:
-        """Return the GPU of a number; `load_runtime` comes first."""
-        with _making:
+        """Return the GPU with this index. Call `load_runtime` before."""
+        with _lock:
             if index not in _gpus:
                 _gpus[index] = Gpu(index)
             return _gpus[index]
 
     @contextlib.contextmanager
     def on_stream(self, stream: int) -> Iterator[None]:
-        """While entered, kernels that this thread calls run on `stream`, a CUDA handle."""
+        """Run kernels called by this thread on `stream`, a CUDA stream handle."""
         raw_stream = library.tvm_ffi().use_raw_stream
         with self._lock, _torch_device(self.index), raw_stream(self.device, stream):
-            self._select(DEVICE_TYPE, self.index)  # which a graph does not do by itself
+            # See tvm_workarounds: cuda-current-device.
+            self._select(DEVICE_TYPE, self.index)
             yield
 
     @contextlib.contextmanager
-    def turn_on_stream(self, stream: int) -> Iterator[None]:
-        """Do the same for a model, behind all that streams of earlier models hold.
+    def model_call(self, stream: int) -> Iterator[None]:
+        """Run a call of a model on `stream`, after the calls of all models on other streams.
 
         Raises
         ------
         InvalidArgumentError
-            If PyTorch captures the stream.
+            If PyTorch is capturing the stream into a CUDA graph.
         """
         with self.on_stream(stream):
-            _refuse_capture()
+            _check_not_capturing()
             if self._last_stream not in (None, stream):
                 order = library.tvm_ffi().get_global_func("runtime.Device_StreamSyncFromTo")
                 with self.own_errors():
@@ -96,31 +96,31 @@ class Gpu:
             yield
 
     def stream_of(self, tensor: Any) -> int:
-        """Return the stream on which the caller works with a tensor of this GPU."""
+        """Return the current stream of the framework that a tensor on this GPU belongs to."""
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(tensor, torch.Tensor):
             return int(library.tvm_ffi().get_raw_stream(self.device))
         return int(torch.cuda.current_stream(self.index).cuda_stream)
 
     def open_executable(self, code: bytes) -> Any:
-        """Open a model's compiled code and return its virtual machine, ready on this GPU.
+        """Open a compiled model and return its virtual machine, initialized on this GPU.
 
         Raises
         ------
         ArtifactError
             If it cannot be loaded.
         DeviceError
-            If there is too little memory, or the GPU fails.
+            If the GPU has too little free memory, or fails.
         """
         with self._lock, _torch_device(self.index):
             try:
                 machine = library.open_executable(code, (DEVICE_TYPE, self.index))
             except ArtifactError as error:
-                told = self.error(error)
-                if told is None:
+                gpu_error = self.error(error)
+                if gpu_error is None:
                     raise
-                raise told from error
-            self._wait(0)  # for its literals, which are copied on the default stream
+                raise gpu_error from error
+            self._synchronize(0)  # Constants are copied on the default stream.
         return machine
 
     def upload_all(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,26 +129,26 @@ class Gpu:
         Raises
         ------
         DeviceError
-            If there is too little memory, or the GPU fails.
+            If the GPU has too little free memory, or fails.
         """
-        needed = f"{in_words(total_bytes(tensors.values()))} for weights"
+        needed = f"{format_bytes(total_bytes(tensors.values()))} for weights"
         with self._lock, _torch_device(self.index), self.own_errors(needed):
             return {name: self._copy_in(tensor, None) for name, tensor in tensors.items()}
 
     def upload(self, host: Any, into: Any = None) -> Any:
-        """Copy a contiguous TVM tensor in CPU memory to this GPU, and wait until it is there.
+        """Copy a contiguous TVM tensor from CPU memory to this GPU, synchronously.
 
         Parameters
         ----------
         host : tvm_ffi.Tensor
-            What is copied.
+            The source.
         into : tvm_ffi.Tensor, optional
-            Memory on this GPU, used if it has the shape and the type.
+            Destination on this GPU, used if its shape and dtype match.
 
         Raises
         ------
         DeviceError
-            If there is too little memory, or the GPU fails.
+            If the GPU has too little free memory, or fails.
         """
         with self._lock, _torch_device(self.index), self.own_errors():
             return self._copy_in(host, into)
@@ -162,7 +162,7 @@ class Gpu:
         return into
 
     def download(self, tensor: Any, buffer: np.ndarray, stream: int) -> None:
-        """Copy a tensor of this GPU to `buffer`, bytes of its size, when `stream` has written it.
+        """Copy a tensor to `buffer`, an array of as many bytes, after the work on `stream`.
 
         Raises
         ------
@@ -171,49 +171,49 @@ class Gpu:
         """
         ffi = library.tvm_ffi()
         with self._lock, _torch_device(self.index), self.own_errors():
-            self._wait(stream)
+            self._synchronize(stream)
             copy = ffi.get_global_func("runtime.TVMTensorCopyToBytes")
             copy(tensor, ctypes.c_void_p(buffer.ctypes.data), buffer.nbytes)
 
-    def _wait(self, stream: int) -> None:
+    def _synchronize(self, stream: int) -> None:
         library.tvm_ffi().get_global_func("runtime.Device_StreamSync")(self.device, stream)
 
     def release_unused(self) -> None:
-        """Give back to the GPU what models held for later calls and none uses any more."""
+        """Free the memory that models keep for later calls and that is not in use."""
         with self._lock, _torch_device(self.index):
             library.tvm_ffi().get_global_func("vm.builtin.memory_manager.clear")()
 
     def free_bytes(self) -> int | None:
-        """Measure the free memory; None where the GPU does not say."""
+        """Return the free memory; None if the GPU does not report it."""
         ffi = library.tvm_ffi()
         with self._lock, _torch_device(self.index):
             try:
                 self._select(DEVICE_TYPE, self.index)
-                ask = ffi.get_global_func("runtime.GetDeviceAttr")
-                return int(ask(DEVICE_TYPE, self.index, _FREE_MEMORY))
+                attribute = ffi.get_global_func("runtime.GetDeviceAttr")
+                return int(attribute(DEVICE_TYPE, self.index, _FREE_MEMORY))
             except (RuntimeError, ValueError, TypeError):
                 return None
 
     @contextlib.contextmanager
     def own_errors(self, needed: str | None = None) -> Iterator[None]:
-        """While entered, what fails on this GPU is raised as `error` says it."""
+        """Raise failures of this GPU as the error that `error` returns."""
         try:
             yield
         except (RuntimeError, ValueError, TypeError) as error:
-            told = self.error(error, needed=needed)
-            if told is None:
+            gpu_error = self.error(error, needed=needed)
+            if gpu_error is None:
                 raise
-            raise told from error
+            raise gpu_error from error
 
     def error(self, error: BaseException, *, needed: str | None = None) -> DCNv3Error | None:
-        """Say in words what failed on this GPU; None where it was not the GPU.
+        """Convert an error of TVM that reports a failure of this GPU; None for any other error.
 
         Parameters
         ----------
         error : BaseException
-            What TVM raised.
+            Raised by TVM.
         needed : str, optional
-            The memory that was needed, in words.
+            Description of the memory that was needed.
         """
         text = str(error)
         if not any(word in text for word in _OUT_OF_MEMORY):
@@ -222,41 +222,42 @@ class Gpu:
             return DeviceError(
                 f"the GPU {self.name} failed",
                 got=first_line(error),
-                hint="What failed may be an earlier operation; after an illegal access, every "
-                "later one of the process fails too.",
+                hint="An earlier operation may have caused it. After an illegal access, all later "
+                "operations of the process fail as well.",
             )
-        _forget_error()
+        # See tvm_workarounds: cuda-last-error.
+        cuda_toolkit.load_cudart().cudaGetLastError()
         free = self.free_bytes()
         got = [] if needed is None else [f"needed: {needed}"]
-        got += [] if free is None else [f"free: {in_words(free)}"]
+        got += [] if free is None else [f"free: {format_bytes(free)}"]
         return DeviceError(
             f"the GPU {self.name} has too little free memory",
             got=", ".join(got) or first_line(error),
-            hint="Close other models and programs on it (torch.cuda.empty_cache() gives back what "
-            "PyTorch keeps), or compile for a smaller batch.",
+            hint="Close other models and programs that use it (torch.cuda.empty_cache() frees "
+            "PyTorch's cache), or compile for a smaller batch.",
         )
 
 
 def needed_memory(weights: int, activations: int | None) -> str:
-    """Say how much memory a call takes, from numbers of bytes."""
-    call = "an unknown amount" if activations is None else in_words(activations)
-    return f"{in_words(weights)} for weights and {call} for a call"
+    """Describe the memory that a call needs; sizes in bytes."""
+    call = "an unknown amount" if activations is None else format_bytes(activations)
+    return f"{format_bytes(weights)} for weights and {call} for a call"
 
 
-def in_words(size: int) -> str:
-    """Return a number of bytes for people."""
+def format_bytes(size: int) -> str:
+    """Format a number of bytes, for example ``"2.50 GB"``."""
     return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
 def load_runtime(bundled: Path | None = None) -> None:
-    """Make sure that this process holds TVM's runtime library for NVIDIA GPUs, once.
+    """Load TVM's runtime library for NVIDIA GPUs, unless this process holds it already.
 
-    TVM's own runtime library is there already (`library.load_runtime`).
+    `library.load_runtime` must have loaded the main runtime library.
 
     Parameters
     ----------
     bundled : Path, optional
-        The artifact's copy, used where TVM is not installed.
+        The copy in the artifact, used if TVM is not installed.
 
     Raises
     ------
@@ -265,14 +266,14 @@ def load_runtime(bundled: Path | None = None) -> None:
     MissingDependencyError
         If CUDA's runtime library is not installed.
     ArtifactError
-        If TVM's library for GPUs is missing or broken.
+        If TVM's GPU library is missing or cannot be loaded.
     """
     ffi = library.tvm_ffi()
 
     def loaded() -> bool:
         return ffi.get_global_func("device_api.cuda", allow_missing=True) is not None
 
-    with _making:
+    with _lock:
         if loaded():
             return
         _check_driver()
@@ -286,7 +287,7 @@ def load_runtime(bundled: Path | None = None) -> None:
         if not loaded():
             raise ArtifactError(
                 f"{CUDA_LIBRARY}, TVM's runtime library for GPUs, is missing",
-                got=found or "no such file",
+                got=found or "no file",
                 hint="Compile the model again, or reinstall apache-tvm.",
             )
 
@@ -297,14 +298,14 @@ def _check_driver() -> None:
     if version is not None and version < cuda_toolkit.VERSION:
         raise TargetError(
             "the driver of the GPU is too old",
-            got="one for CUDA {}.{}".format(*version),
+            got="a driver for CUDA {}.{}".format(*version),
             allowed="CUDA {}.{} or newer".format(*cuda_toolkit.VERSION),
             hint=f"Install an NVIDIA driver of release {_DRIVER_RELEASE} or newer.",
         )
 
 
 def _torch_device(index: int) -> contextlib.AbstractContextManager[Any]:
-    """Keep PyTorch's current device, which belongs to the thread and which TVM changes."""
+    """Restore PyTorch's current device. See tvm_workarounds: cuda-current-device."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return contextlib.nullcontext()
@@ -312,17 +313,12 @@ def _torch_device(index: int) -> contextlib.AbstractContextManager[Any]:
     return device
 
 
-def _refuse_capture() -> None:
+def _check_not_capturing() -> None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return
     if torch.cuda.is_current_stream_capturing():
         raise InvalidArgumentError(
             "a compiled model cannot be captured into a CUDA graph",
-            hint="Call it outside of torch.cuda.graph: it replays a graph of its own.",
+            hint="Call it outside of torch.cuda.graph; it replays a CUDA graph of its own.",
         )
-
-
-def _forget_error() -> None:
-    """Clear the error that CUDA keeps for the thread, or the next to ask would take it for his."""
-    cuda_toolkit.load_cudart().cudaGetLastError()

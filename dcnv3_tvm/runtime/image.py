@@ -1,4 +1,4 @@
-"""From a photograph to the input of a model, and from logits to classes."""
+"""Preprocess images for a model, and convert logits to classes."""
 
 from __future__ import annotations
 
@@ -16,47 +16,48 @@ if TYPE_CHECKING:
     import PIL.Image
 
 Source: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray"
-"""One image: a file, a PIL image, or bytes of shape (H, W, 3)."""
+"""One image: a file, a PIL image, or a uint8 array of shape (H, W, 3)."""
 
-_EXTREME_ASPECT: Final = 8
-"""Beyond this, the ends of the longer side are cut before resizing, which bounds the memory."""
+_MAX_ASPECT_RATIO: Final = 8
+"""Images with a larger aspect ratio are cropped before resizing, which bounds the memory."""
 
 
 def preprocess(
     source: Source | Sequence[Source], settings: Mapping[str, Any], *, dtype: str = "float32"
 ) -> np.ndarray:
-    """Resize the shorter side, crop the centre, normalise.
+    """Resize the shorter side, crop the center, normalize.
 
     Parameters
     ----------
     source : path, PIL image, uint8 array of shape (H, W, 3), or a sequence of these
-        Any size; grey and transparent images become RGB, and EXIF orientation is applied.
+        Any size. Grayscale and transparent images are converted to RGB, and the EXIF orientation is
+        applied.
     settings : mapping
-        ``resize`` (shorter side, pixels), ``crop`` (height, width), ``mean`` and ``std`` (RGB,
-        of values between 0 and 1), ``interpolation``, ``layout``.
+        ``resize`` (shorter side in pixels), ``crop`` (height, width), ``mean`` and ``std`` (RGB,
+        for values between 0 and 1), ``interpolation``, ``layout``.
     dtype : str
         Element type of the result.
 
     Returns
     -------
     numpy.ndarray
-        Of shape (N, 3, crop height, crop width), or (N, height, width, 3) for ``layout="NHWC"``.
+        Shape (N, 3, crop height, crop width), or (N, height, width, 3) for ``layout="NHWC"``.
 
     Raises
     ------
     ImageError
-        If something is not an image.
+        If an item is not an image.
     InvalidArgumentError
         If `settings` is empty.
     """
     if not settings:
         raise InvalidArgumentError(
-            "this artifact does not say how an image becomes its input",
-            hint="Prepare the array yourself and call the model with it.",
+            "this artifact has no preprocessing settings",
+            hint="Prepare the input array yourself and call the model with it.",
         )
     sources = list(source) if isinstance(source, list | tuple) else [source]
     if not sources:
-        raise ImageError("there is no image in the sequence")
+        raise ImageError("the sequence of images is empty")
     height, width = settings["crop"]
     pixels = np.stack([_resize_and_crop(_open(item), settings) for item in sources])
     mean = np.asarray(settings["mean"], np.float32) * 255
@@ -73,20 +74,20 @@ def preprocess(
 
 
 def top_k(logits: Any, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """Return the likeliest classes and their probabilities.
+    """Return the most probable classes and their probabilities.
 
     Parameters
     ----------
     logits : array of shape (N, classes)
-        NumPy's, PyTorch's or TVM's.
+        A NumPy, PyTorch or TVM array.
     k : int
-        How many; at most the number of classes.
+        Number of classes to return.
 
     Returns
     -------
     classes : numpy.ndarray of int64, shape (N, k)
     probabilities : numpy.ndarray of float64, shape (N, k)
-        In falling order.
+        In descending order.
 
     Raises
     ------
@@ -118,7 +119,7 @@ def _open(source: Any) -> PIL.Image.Image:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise ImageError(
-                "the array is no image",
+                "the array is not an image",
                 got=f"{source.dtype} of shape {source.shape}",
                 allowed="uint8 of shape (height, width, 3), RGB",
             )
@@ -127,20 +128,18 @@ def _open(source: Any) -> PIL.Image.Image:
         opened = source if isinstance(source, pil.Image) else pil.open(Path(source))
         return ops.exif_transpose(opened).convert("RGB")
     except FileNotFoundError as error:
-        raise ImageError("there is no such image file", got=source) from error
+        raise ImageError("the image file does not exist", got=source) from error
     except (OSError, ValueError, SyntaxError, TypeError, pil.DecompressionBombError) as error:
-        what = source if isinstance(source, str | os.PathLike) else type(source).__name__
-        raise ImageError(
-            "this is no image that can be read", got=what, hint=f"({error})"
-        ) from error
+        got = source if isinstance(source, str | os.PathLike) else type(source).__name__
+        raise ImageError("the image cannot be read", got=got, hint=f"({error})") from error
 
 
 def _resize_and_crop(picture: PIL.Image.Image, settings: Mapping[str, Any]) -> np.ndarray:
     pil, _ = _pillow()
-    picture = _cut_ends(picture)
+    picture = _limit_aspect_ratio(picture)
     crop_height, crop_width = settings["crop"]
     scale = settings["resize"] / min(picture.size)
-    # int() and round() as the published preprocessing has them, for the same pixels.
+    # Rounded as in the published preprocessing, for the same pixels.
     width, height = (
         settings["resize"] if size == min(picture.size) else int(scale * size)
         for size in picture.size
@@ -153,9 +152,9 @@ def _resize_and_crop(picture: PIL.Image.Image, settings: Mapping[str, Any]) -> n
     return np.asarray(cropped, np.uint8)
 
 
-def _cut_ends(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _limit_aspect_ratio(picture: PIL.Image.Image) -> PIL.Image.Image:
     width, height = picture.size
-    limit = _EXTREME_ASPECT * min(width, height)
+    limit = _MAX_ASPECT_RATIO * min(width, height)
     if max(width, height) <= limit:
         return picture
     new_width, new_height = min(width, limit), min(height, limit)

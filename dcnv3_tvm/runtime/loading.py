@@ -1,4 +1,4 @@
-"""Open an artifact, and refuse by name what does not fit this machine."""
+"""Load an artifact, after checking that it is intact and runs on this machine."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def load(
     threads: int | None = None,
     owner: object | None = None,
 ) -> CompiledModel:
-    """Open a compiled model. Neither PyTorch nor TVM's compiler is needed or imported.
+    """Load a compiled model. Neither PyTorch nor TVM's compiler is needed or imported.
 
-    Weights are mapped, not copied: the folder may be replaced or removed while the model is in
-    use, but its weights must not be edited in place.
+    Weights are memory-mapped: the folder may be replaced or removed while the model is in use, but
+    its weights must not be edited in place.
 
     Parameters
     ----------
     path : str or path
         The artifact's folder.
     verify_digests : bool
-        Refuse an artifact any byte of which was changed, which takes reading all of it. Without,
-        weights are read from the disk when they are first needed.
+        Check the SHA-256 of every file, which reads all of them. Otherwise weights are read from
+        disk on first use.
     device : str, optional
-        ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:1"``; by default what the artifact was
-        compiled for. Weights are copied to a GPU at once.
+        ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:1"``; by default the device the artifact
+        was compiled for. Weights are copied to a GPU on loading.
     threads : int, optional
-        Threads of the processor to compute with; the default is the environment's
-        ``TVM_NUM_THREADS`` or ``OMP_NUM_THREADS``, or else the physical cores this process may use.
+        CPU threads; by default ``TVM_NUM_THREADS`` or ``OMP_NUM_THREADS`` of the environment, else
+        the number of physical cores this process may use.
     owner : object, optional
-        Kept alive as long as the model, for example the temporary folder of `path`.
+        Kept alive as long as the model, for example a temporary folder that holds `path`.
 
     Returns
     -------
@@ -61,13 +61,13 @@ def load(
     InvalidArgumentError
         If `threads` is less than one.
     ArtifactError
-        If the artifact is missing, changed, truncated, of another schema or TVM version.
+        If the artifact is missing, modified, truncated, or of another schema or TVM version.
     TargetError
-        If it was compiled for another machine or device, or this machine has no such GPU.
+        If it was compiled for another machine or device, or the GPU does not exist.
     DeviceError
         If the GPU has too little free memory for the weights.
     MissingDependencyError
-        If CUDA's runtime library, which a GPU needs, is not installed.
+        If the artifact is for a GPU and CUDA's runtime library is not installed.
 
     Examples
     --------
@@ -98,27 +98,27 @@ def load(
     except OSError as error:
         raise _unreadable(folder, error) from error
     _check_weights(tensors, metadata)
-    place = None if index is None else cuda.Gpu.of(index)
+    device_gpu = None if index is None else cuda.Gpu.of(index)
     return CompiledModel(
-        library.open_executable(code) if place is None else place.open_executable(code),
-        tensors if place is None else place.upload_all(tensors),
+        library.open_executable(code) if device_gpu is None else device_gpu.open_executable(code),
+        tensors if device_gpu is None else device_gpu.upload_all(tensors),
         metadata,
         folder=folder.absolute(),
         threads=library.default_threads() if threads is None else threads,
-        gpu=place,
+        gpu=device_gpu,
         owner=owner,
     )
 
 
 def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetadata:
-    """Read an artifact's description without opening its code.
+    """Read an artifact's metadata without loading its code.
 
     Parameters
     ----------
     folder : Path
         The artifact.
     verify_digest : bool
-        Refuse a description that was changed.
+        Check that the metadata was not modified.
 
     Returns
     -------
@@ -127,23 +127,25 @@ def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetada
     Raises
     ------
     ArtifactError
-        If `folder` is no artifact, or its description is broken or changed.
+        If `folder` is not an artifact, or its metadata is invalid or modified.
     """
     if not folder.exists():
         raise ArtifactError(
-            "there is no such artifact",
+            "the artifact does not exist",
             got=folder,
             hint=f"Make it with: dcnv3-tvm compile internimage_t -o {folder}",
         )
     if not folder.is_dir():
         raise ArtifactError(
-            "an artifact is a folder, and this is not one", got=folder, hint="Give the folder."
+            "an artifact is a folder, but this is a file",
+            got=folder,
+            hint="Pass the folder.",
         )
     try:
         text = (folder / METADATA).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ArtifactError(
-            f"the folder is no artifact: it has no {METADATA}", got=folder
+            f"the folder is not an artifact: it has no {METADATA}", got=folder
         ) from error
     except UnicodeDecodeError as error:
         raise ArtifactError(
@@ -155,30 +157,31 @@ def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetada
 
 
 def check_target(target: TargetInfo, device: str | None = None) -> int | None:
-    """Refuse code that this machine, or a device of it, cannot run.
+    """Check that code for a target runs on a device of this machine.
 
     Parameters
     ----------
     target : TargetInfo
-        What the code is for.
+        Target of the code.
     device : str, optional
         As in `load`.
 
     Returns
     -------
     int or None
-        The number of the GPU it will run on; None for the processor.
+        Index of the GPU it will run on; None for the CPU.
 
     Raises
     ------
     TargetError
-        If the code is for another device, architecture, or processor features not present.
+        If the code is for another kind of device, another architecture, or needs CPU features
+        that this machine lacks.
     """
     index = _device_index(target, device)
-    hint = "Compile the model again on this machine, or with a --target this machine has."
+    hint = "Compile the model again on this machine, or with a --target that fits it."
     if target.architecture and target.architecture != architecture():
         raise TargetError(
-            "the artifact is for another processor architecture",
+            "the artifact is for another CPU architecture",
             got=target.architecture,
             allowed=architecture(),
             hint=hint,
@@ -186,23 +189,23 @@ def check_target(target: TargetInfo, device: str | None = None) -> int | None:
     missing = missing_features(target.features)
     if missing:
         raise TargetError(
-            f"the artifact is for another processor ({target.mcpu or target.slug}): this one lacks "
+            f"the artifact is for another CPU ({target.mcpu or target.slug}): this one lacks "
             f"{', '.join(missing)}",
             hint=hint,
         )
     if index is not None:
         if not gpu.devices():
             raise TargetError(
-                "the artifact is for NVIDIA GPUs, and this machine has none, or no driver for it",
+                "the artifact is for NVIDIA GPUs, and this machine has none, or no driver",
                 got=target.slug or target.arch,
-                hint="Check that nvidia-smi shows the GPU, or compile the model again for the "
-                "processor (--target auto).",
+                hint="Check that nvidia-smi lists the GPU, or compile the model again for the CPU "
+                "(--target auto).",
             )
         present = gpu.device(index)
         if not gpu.runs_on(target.arch, present.arch):
             raise TargetError(
                 "the artifact is for another GPU architecture",
-                got=f"{target.arch}, where cuda:{index} ({present.name}) has {present.arch}",
+                got=f"{target.arch}, but cuda:{index} ({present.name}) is {present.arch}",
                 allowed="the same, or a later one of its generation with as much shared memory",
                 hint=f"Compile the model again with --target {gpu.target_name(present.arch)}.",
             )
@@ -218,26 +221,26 @@ def _device_index(target: TargetInfo, device: str | None) -> int | None:
             allowed=", ".join(kinds),
         )
     kind = kinds[target.kind]
-    asked, colon, number = (device or kind).partition(":")
-    if asked not in kinds.values() or (colon and not (asked == "cuda" and number.isdecimal())):
+    wanted, colon, number = (device or kind).partition(":")
+    if wanted not in kinds.values() or (colon and not (wanted == "cuda" and number.isdecimal())):
         raise TargetError(
-            "the device is not understood", got=repr(device), allowed="'cpu', 'cuda', 'cuda:1'"
+            "the device name is invalid", got=repr(device), allowed="'cpu', 'cuda', 'cuda:1'"
         )
-    if asked != kind:
-        other = "auto" if asked == "cpu" else asked
+    if wanted != kind:
+        other = "auto" if wanted == "cpu" else wanted
         raise TargetError(
-            f"the artifact runs on {kind}, not on {asked}",
-            got=f"device={device!r} and an artifact for {target.slug or target.kind}",
+            f"the artifact runs on {kind}, not on {wanted}",
+            got=f"device={device!r} for an artifact compiled for {target.slug or target.kind}",
             allowed=repr(kind),
             hint=f"Compile the model again with --target {other}.",
         )
-    return int(number or 0) if asked == "cuda" else None
+    return int(number or 0) if wanted == "cuda" else None
 
 
 def _check_digest(name: str, digest: str, metadata: ArtifactMetadata) -> None:
     if digest != metadata.digests.get(name):
         raise ArtifactError(
-            f"{name} was changed after it was written",
+            f"{name} was modified after it was written",
             got=f"SHA-256 {digest[:12]}…",
             allowed=f"{str(metadata.digests.get(name))[:12]}…",
             hint="Copy the artifact again, or compile the model again.",
@@ -250,7 +253,7 @@ def _check_weights(tensors: dict[str, Any], metadata: ArtifactMetadata) -> None:
     if missing:
         raise ArtifactError(
             f"{WEIGHTS} lacks {len(missing)} weights of the model",
-            got=f"no {', '.join(missing[:3])}",
+            got=f"missing {', '.join(missing[:3])}",
             hint="Compile the model again.",
         )
 

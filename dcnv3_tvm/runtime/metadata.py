@@ -1,4 +1,4 @@
-"""The description inside an artifact: what it computes, for which machine, made by what."""
+"""The metadata of an artifact: its entries, target, kernels, versions and digests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.signature import Entry, TensorInfo
 
 SCHEMA_VERSION: Final = 2
-"""Changes when an older reader could not understand the folder."""
+"""Incremented when older readers can no longer load the folder."""
 
 LIBRARY: Final = "model.so"
 WEIGHTS: Final = "weights.safetensors"
@@ -19,7 +19,7 @@ METADATA: Final = "metadata.json"
 CARD: Final = "README.md"
 RUNTIME_LIBRARY: Final = "libtvm_runtime.so"
 CUDA_LIBRARY: Final = "libtvm_runtime_cuda.so"
-"""What artifacts for GPUs hold besides."""
+"""Additional library in artifacts for GPUs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +31,17 @@ class TargetInfo:
     kind : str
         TVM's target kind, ``"llvm"`` or ``"cuda"``.
     triple : str
-        LLVM's target triple, of the host for a GPU; its first part is the architecture.
+        LLVM's target triple of the CPU, or of a GPU's host.
     mcpu : str
-        LLVM's processor name.
+        LLVM's name of the CPU.
     features : tuple of str
-        LLVM's names of the processor features the code may use.
+        LLVM's names of the CPU features that the code may use.
     slug : str
         Short name, for example ``"cpu-znver4"``.
     text : str
-        The target as TVM prints it.
+        The target in TVM's syntax.
     arch : str
-        The GPU's architecture, for example ``"sm_90"``; empty for a CPU.
+        GPU architecture, for example ``"sm_90"``; empty for a CPU.
     """
 
     kind: str
@@ -54,46 +54,46 @@ class TargetInfo:
 
     @property
     def architecture(self) -> str:
-        """The processor architecture, for example ``"x86_64"``; empty when unknown."""
+        """The CPU architecture, for example ``"x86_64"``; empty if unknown."""
         return self.triple.partition("-")[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class ArtifactMetadata:
-    """Everything an artifact says about itself.
+    """Metadata of an artifact.
 
     Parameters
     ----------
     name : str
-        The model, for example ``"internimage_t"``.
+        Name of the model, for example ``"internimage_t"``.
     entries : dict of str to Entry
-        The callable functions; ``"main"`` is always there.
+        Callable functions; ``"main"`` always exists.
     target : TargetInfo
-        What it was compiled for.
+        Machine it was compiled for.
     dtype : str
-        Element type of the computation.
+        Element type of the matmul operands.
     config : dict
-        The variant and its configuration, plain values.
+        Variant and configuration of the model, JSON values.
     preprocessing : dict
-        How an image becomes the input, plain values; empty when unknown.
+        Settings of `preprocess`, JSON values; empty if unknown.
     versions : dict of str to str
-        Of ``dcnv3_tvm``, ``tvm`` and ``tvm_ffi`` at compilation.
+        Versions of ``dcnv3_tvm``, ``tvm`` and ``tvm_ffi`` it was compiled with.
     kernels : dict of str to str
-        The schedule rule that took each kernel.
+        Schedule rule that was applied to each kernel.
     activation_bytes : dict of str to int
-        Memory a call takes for intermediate results, by entry; an entry whose sizes are known only
-        at run time is not there.
+        Memory for intermediate results of a call, by entry; entries with dynamic shapes are left
+        out.
     records : dict of str to str
-        For each kernel ``"hit"`` where a tuning record decided on its schedule, ``"miss"``, or why
-        its record was refused; empty where no records were asked.
+        For each kernel ``"hit"`` if a tuning record determined its schedule, ``"miss"`` if there is
+        none, or why its record was rejected; empty if compiled without records.
     records_from : dict
-        Where these records come from, plain values.
+        Origin of these records, JSON values.
     verification : dict or None
-        The comparison with PyTorch it passed.
+        Result of `dcnv3-tvm verify --record`.
     created : str
         Date and time of compilation, ISO 8601.
     digests : dict of str to str
-        SHA-256 of the libraries and the weights, filled in on writing.
+        SHA-256 of the libraries and the weights, filled in when it is written.
     """
 
     name: str
@@ -113,13 +113,13 @@ class ArtifactMetadata:
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """The names of TVM's runtime libraries in the folder."""
+        """Names of TVM's runtime libraries in the folder."""
         gpu = (CUDA_LIBRARY,) if self.target.kind == "cuda" else ()
         return RUNTIME_LIBRARY, *gpu
 
     @property
     def feature_entry(self) -> str | None:
-        """The entry that returns feature maps; None when there is none."""
+        """Name of the entry that returns feature maps; None without one."""
         for name in ("features", "main"):
             entry = self.entries.get(name)
             if entry and all(output.stride is not None for output in entry.outputs):
@@ -128,7 +128,7 @@ class ArtifactMetadata:
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """Name, channels and stride of every feature map; empty when there is none."""
+        """Name, channels and stride of each feature map; empty without feature maps."""
         if self.feature_entry is None:
             return []
         return [
@@ -137,7 +137,7 @@ class ArtifactMetadata:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for ``json.dumps``, sealed with a digest of themselves."""
+        """Return JSON values, with a digest of themselves."""
         target = dataclasses.asdict(self.target) | {"features": list(self.target.features)}
         target["str"] = target.pop("text")
         data: dict[str, Any] = {
@@ -158,27 +158,27 @@ class ArtifactMetadata:
             "created": self.created,
             "digests": self.digests,
         }
-        return data | {"digest": _seal(data)}
+        return data | {"digest": _digest(data)}
 
     def dumps(self) -> str:
-        """Return the text of ``metadata.json``."""
+        """Return the content of ``metadata.json``."""
         return json.dumps(self.to_json(), indent=2) + "\n"
 
     @classmethod
     def loads(cls, text: str, *, verify_digest: bool = True) -> ArtifactMetadata:
-        """Read back what `dumps` gave.
+        """Parse the content of ``metadata.json``.
 
         Parameters
         ----------
         text : str
-            The text of ``metadata.json``.
+            What `dumps` returned.
         verify_digest : bool
-            Refuse a text that was changed.
+            Check that it was not modified.
 
         Raises
         ------
         ArtifactError
-            If it is no JSON, of another schema version, changed, or incomplete.
+            If it is not JSON, of another schema version, modified, or incomplete.
         """
         try:
             data = json.loads(text)
@@ -194,10 +194,10 @@ class ArtifactMetadata:
                 allowed=SCHEMA_VERSION,
                 hint="Compile the model again with the installed dcnv3_tvm.",
             )
-        seal = data.pop("digest", None)
-        if verify_digest and seal != _seal(data):
+        digest = data.pop("digest", None)
+        if verify_digest and digest != _digest(data):
             raise ArtifactError(
-                f"{METADATA} was changed after it was written",
+                f"{METADATA} was modified after it was written",
                 hint="Compile the model again, or load with verify_digests=False.",
             )
         try:
@@ -237,7 +237,7 @@ def _channels(tensor: TensorInfo) -> int | str | None:
     return tensor.shape[axis] if axis >= 0 else None
 
 
-def _seal(data: dict[str, Any]) -> str:
-    plain = json.loads(json.dumps(data))  # as the reader will see it: string keys, lists
+def _digest(data: dict[str, Any]) -> str:
+    plain = json.loads(json.dumps(data))  # String keys and lists, as a reader gets them.
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -223,7 +223,7 @@ class CompiledModel:
         """Run the kernels of this thread on the caller's stream."""
         if self._gpu is None:
             return contextlib.nullcontext()
-        return self._gpu.turn_on_stream(arguments.stream)
+        return self._gpu.model_call(arguments.stream)
 
     def _failure(self, error: Exception, name: str) -> DCNv3Error:
         if self._gpu is not None:

@@ -1,7 +1,7 @@
-"""Weights in a safetensors file: written so that they can be mapped, and mapped instead of copied.
+"""Write weights to a safetensors file in an order that allows memory-mapping, and map them.
 
-The format is written and read here, not by its package, because compiled code takes aligned
-addresses alone: of a file that starts as many tensors as possible at such, few have to be copied.
+Compiled code needs aligned tensors, which the safetensors package does not provide. Here tensors
+are ordered so that most start at aligned offsets, and only the others are copied.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ _HEADER_LIMIT: Final = 100_000_000
 
 
 def write(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file whose tensors can be used where they lie, as far as possible.
+    """Write a safetensors file with as many aligned tensors as possible.
 
     Parameters
     ----------
     path : Path
         The file.
     weights : mapping of str to numpy.ndarray
-        Any layout in memory; one at a time is copied.
+        Any memory layout; weights are made contiguous one at a time.
 
     Raises
     ------
     ArtifactError
-        If a weight has a type that has no place in the file.
+        If the format does not support the dtype of a weight.
     OSError
         If it cannot be written.
     """
@@ -61,10 +61,10 @@ def write(path: Path, weights: Mapping[str, np.ndarray]) -> None:
         tag = _TAGS.get(str(array.dtype))
         if tag is None:
             raise ArtifactError(
-                f"the weight {name!r} has a type that cannot be written",
+                f"the weight {name!r} has a dtype that safetensors does not support",
                 got=array.dtype,
                 allowed=", ".join(_TAGS),
-                hint="Convert it to one of these before the model is imported.",
+                hint="Convert it before importing the model.",
             )
         end = position + array.nbytes
         header[name] = {"dtype": tag, "shape": array.shape, "data_offsets": (position, end)}
@@ -74,81 +74,78 @@ def write(path: Path, weights: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            # As bytes, because not every type has a buffer that files take.
+            # As bytes, because bfloat16 arrays do not export a buffer.
             flat = np.ascontiguousarray(weights[name]).reshape(-1)
             stream.write(flat.view(np.uint8).data)
 
 
 def _order(weights: Mapping[str, np.ndarray]) -> list[str]:
-    """Put in front what leaves the next one aligned; the largest of the rest is aligned too."""
+    """Put multiples of the alignment first, so that all of these and the next one are aligned."""
     sizes = {name: array.nbytes for name, array in weights.items()}
-    even = [name for name, size in sizes.items() if size % ALIGNMENT == 0]
-    odd = [name for name, size in sizes.items() if size % ALIGNMENT != 0]
-    return even + sorted(odd, key=sizes.__getitem__, reverse=True)
+    multiples = [name for name, size in sizes.items() if size % ALIGNMENT == 0]
+    others = [name for name, size in sizes.items() if size % ALIGNMENT != 0]
+    return multiples + sorted(others, key=sizes.__getitem__, reverse=True)
 
 
 def read(path: Path, *, digest: bool = True) -> tuple[dict[str, Any], str]:
-    """Give the tensors of a safetensors file, without a copy where they are aligned in it.
+    """Map the tensors of a safetensors file; copy those that are not aligned.
 
-    Those share the file's pages with every other process that has it mapped, and are read from the
-    disk when they are first needed.
+    Mapped tensors share memory with other processes that map the file, and are read from disk on
+    first use.
 
     Parameters
     ----------
     path : Path
-        The file. It may be replaced or removed afterwards, and must not be edited in place.
+        The file. It may be replaced or removed afterwards, but must not be edited in place.
     digest : bool
-        Go through the whole file once for its digest.
+        Compute the digest, which reads the whole file.
 
     Returns
     -------
     tensors : dict of str to tvm_ffi.Tensor
-        Each keeps what it needs of the file.
+        Each keeps the mapping alive.
     digest : str
-        SHA-256 of the whole file; empty where not asked for.
+        SHA-256 of the whole file; empty if not requested.
 
     Raises
     ------
     ArtifactError
-        If the file is truncated, or no safetensors file.
+        If the file is truncated, or not a safetensors file.
     OSError
         If it cannot be read.
     """
     content = _content(path)
     length = int.from_bytes(content[:8].tobytes(), "little")
     if content.size < 8 or length > min(_HEADER_LIMIT, content.size - 8):
-        raise _broken(path, f"a header of {length} bytes in a file of {content.size}")
+        raise _format_error(path, f"a header of {length} bytes in a file of {content.size}")
     header, data = content[8 : 8 + length], content[8 + length :]
     tensors: dict[str, Any] = {}
     position = 0
     for name, start, end, shape, dtype in _entries(header.tobytes(), data.size, path):
         if start != position:
-            raise _broken(path, f"{name!r} starts at {start}, not at {position}")
+            raise _format_error(path, f"{name!r} starts at byte {start} instead of {position}")
         part = data[start:end]
         if part.ctypes.data % ALIGNMENT:
             part = aligned_copy(part)
         tensors[name] = view(part, shape, dtype)
         position = end
     if position != data.size:
-        raise _broken(path, f"{data.size - position} bytes more than its tensors have")
+        raise _format_error(path, f"{data.size - position} bytes after the last tensor")
     return tensors, hashlib.sha256(content.data).hexdigest() if digest else ""
 
 
 def _content(path: Path) -> np.ndarray:
-    """Return the bytes of a file from an aligned address on: mapped, or read where that fails."""
+    """Return the bytes of a file at an aligned address: mapped, or read if mapping fails."""
     with path.open("rb") as stream:
         try:
-            # A mapping holds the file, not its name: one that is removed, or replaced by a rename
-            # as by all that write artifacts, stays as it was until the last array over it is gone.
-            # One that is cut short in place takes its pages away, and touching them kills the
-            # process: nothing but a copy could prevent that, and it is what is saved here.
-            # Private instead of read-only, because DLPack refuses read-only arrays; nobody writes,
-            # and what somebody wrote would stay in this process.
+            # The mapping keeps the content of a file that is removed or replaced by a rename, which
+            # is how artifacts are written. Truncating the file in place would crash this process.
+            # The mapping is private, not read-only, because DLPack rejects read-only arrays.
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError):  # not every file system can; an empty file cannot be
+        except (OSError, ValueError):  # The file system cannot map, or the file is empty.
             content = aligned_bytes(os.fstat(stream.fileno()).st_size)
             if stream.readinto(content.data) != content.size:
-                raise _broken(path, "it is cut short") from None
+                raise _format_error(path, "the file ends early") from None
             return content
     return np.frombuffer(mapping, np.uint8)
 
@@ -164,14 +161,14 @@ def _entries(
             start, end = entry["data_offsets"]
             dtype, size = _DTYPES[entry["dtype"]]
             if not all(_is_count(number) for number in (start, end, *entry["shape"])):
-                raise ValueError(f"{name!r} has a shape or offsets that cannot be")
+                raise ValueError(f"{name!r} has an invalid shape or invalid offsets")
             if end - start != size * math.prod(entry["shape"]):
-                raise ValueError(f"{name!r} has a size that is not its shape's")
+                raise ValueError(f"{name!r} has a size that does not match its shape")
             if end > available:
                 raise ValueError(f"{name!r} ends at byte {end} of {available}")
             entries.append((name, start, end, entry["shape"], dtype))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _broken(path, f"{type(error).__name__}: {error}") from error
+        raise _format_error(path, f"{type(error).__name__}: {error}") from error
     return sorted(entries, key=lambda entry: entry[1:3])
 
 
@@ -179,9 +176,9 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def _broken(path: Path, what: str) -> ArtifactError:
+def _format_error(path: Path, got: str) -> ArtifactError:
     return ArtifactError(
-        f"{path.name} is truncated or no safetensors file",
-        got=what,
+        f"{path.name} is truncated or not a safetensors file",
+        got=got,
         hint="Copy the artifact again, or compile the model again.",
     )

@@ -1,4 +1,4 @@
-"""The command line, called in this process, and things to call it with."""
+"""The command line, called in this process, and its inputs."""
 
 import dataclasses
 import json

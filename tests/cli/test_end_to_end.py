@@ -1,4 +1,4 @@
-"""From a model's name to an artifact that agrees with PyTorch, by the command line."""
+"""Compile, verify, inspect and run a model with the command line."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ MODEL = "test_internimage_pre_norm"
 
 @pytest.fixture(scope="module")
 def compilation(tmp_path_factory):
-    """The folder that holds artifact and dump, what was printed, and what was said."""
+    """The folder with artifact and dump, stdout, and stderr."""
     folder = tmp_path_factory.mktemp("classifier")
     out, err = io.StringIO(), io.StringIO()
     options = ["--random-weights", "3", "--json", "--debug-dump", str(folder / "dump")]
@@ -42,7 +42,7 @@ def encoder(tmp_path_factory):
     return path
 
 
-def test_compile_reports(compilation):
+def test_compile_output(compilation):
     folder, out, err = compilation
     data = json.loads(out)
     assert data["name"] == MODEL
@@ -63,7 +63,7 @@ def test_verify(cli, classifier, photo):
     assert all(0 < row["mean_error"] <= row["max_error"] < 1e-4 for row in found.data["outputs"])
 
 
-def test_verify_records_its_result_where_asked(cli, classifier, tmp_path):
+def test_verify_record(cli, classifier, tmp_path):
     folder = shutil.copytree(classifier, tmp_path / "copy")
     assert "verify --record" in cli("info", folder).out
     assert cli("verify", folder, "--random-weights", 3, "--record").code == 0
@@ -73,7 +73,7 @@ def test_verify_records_its_result_where_asked(cli, classifier, tmp_path):
     assert "agrees with PyTorch in float64" in cli("info", folder).out
 
 
-def test_verify_of_other_weights(cli, classifier):
+def test_verify_with_other_weights(cli, classifier):
     found = cli("verify", classifier, "--random-weights", 2)
     assert found.code == 1
     assert "DIFFERS" in found.out
@@ -90,7 +90,7 @@ def test_verify_uses_the_reference_operator(monkeypatch):
 
     monkeypatch.setattr(compare, "dcnv3_reference", count)
     compare.reference_outputs(create_model(MODEL), np.zeros((1, 3, 32, 32), np.float32))
-    assert len(calls) == 2 * 5  # the five blocks, for logits and for features
+    assert len(calls) == 2 * 5  # Five blocks, for logits and for features.
     assert {spec.dtype for spec in calls} == {"float64"}
 
 
@@ -138,19 +138,19 @@ def test_checkpoint_named_after_the_model(cli, classifier, photo, tmp_path):
     save_file(randomize_(create_model(MODEL), 3).state_dict(), checkpoint)
     found = cli("verify", classifier, photo, "--checkpoint", checkpoint)
     assert found.code == 0
-    (tmp_path / f"{MODEL}_broken.safetensors").write_bytes(b"no checkpoint")
+    (tmp_path / f"{MODEL}_broken.safetensors").write_bytes(b"not a checkpoint")
     broken = tmp_path / f"{MODEL}_broken.safetensors"
     found = cli("compile", broken, "-o", tmp_path / "x")
     assert found.code == 2
     assert not (tmp_path / "x").exists()
 
 
-def test_interrupted_compilation_leaves_nothing(tmp_path):
+def test_interrupted_compile_writes_nothing(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "dcnv3_tvm", "compile", MODEL, "-o", str(tmp_path / "x")],
         stderr=subprocess.PIPE,
         text=True,
-        # A shell that runs the tests in the background makes them ignore Ctrl-C.
+        # Background jobs of a shell ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None

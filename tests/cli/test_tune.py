@@ -13,7 +13,7 @@ import time
 import pytest
 
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.cli.info import tuned as tuned_text
+from dcnv3_tvm.cli.info import tuning_summary
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
 
 OPERATOR = "dcnv3-n1-h9-w9-c64-g4-k3-s1-p1-d1-f32"
@@ -51,7 +51,7 @@ def test_compile_uses_records(tuned, cli, tmp_path):
     results = set(cli("compile", MODEL, *options).data["records"].values())
     assert "hit" in results
     assert results <= {"hit", "miss"}
-    assert "kernels by records for cpu-" in cli("info", artifact).out
+    assert "kernels (recorded for cpu-" in cli("info", artifact).out
     assert cli("verify", artifact, "--random-weights", "1").code == 0
 
 
@@ -64,12 +64,12 @@ def test_info_counts_records():
         records={"a": "hit", "b": "miss", "c": "hit", "d": "it is gone.", "e": "it is gone."},
         records_from=origin,
     )
-    assert tuned_text(metadata) == (
-        "2 of 5 kernels by records for cpu-znver4 of 2026-01-02 (a machine); 1 have none; "
-        "2 refused: it is gone."
+    assert tuning_summary(metadata) == (
+        "hit for 2 of 5 kernels (recorded for cpu-znver4 on 2026-01-02, a machine); "
+        "1 without a record; 2 rejected: it is gone."
     )
     plain = dataclasses.replace(metadata, records={}, records_from={})
-    assert tuned_text(plain) == "no kernel; no records were used"
+    assert tuning_summary(plain) == "not used"
 
 
 def test_records_check_lists_hits_and_misses(tuned, cli):

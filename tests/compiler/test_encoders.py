@@ -1,97 +1,92 @@
-"""Whole encoders against PyTorch in float64 with the reference as operator."""
+"""Whole encoders on the CPU, compared with PyTorch in float64 with the reference operator."""
 
-import functools
-
-import numpy as np
 import pytest
 
 import dcnv3_tvm as dt
 from dcnv3_tvm import frontend, machine
 from dcnv3_tvm.frontend.models.variants import model_config
-from dcnv3_tvm.verify.compare import compare, reference_outputs
+from dcnv3_tvm.verify.compare import compare
 from dcnv3_tvm.verify.random_weights import randomize_
+from helpers.encoders import random_encoder
 
 TINY = frontend.list_models("test_internimage_*")
-CLIP = [name for name in TINY if model_config(name).clip_projector]
-POOLED = [name for name in TINY if name not in CLIP]
-# Importing and compiling open sizes takes longest: one variant of each head shows it.
-OPEN = [POOLED[0], CLIP[0]]
+"""One variant for each path through a block."""
+
+CLIP_HEAD = [name for name in TINY if model_config(name).clip_projector]
+POOLED_HEAD = [name for name in TINY if name not in CLIP_HEAD]
 
 DOT_PRODUCT = pytest.mark.skipif(
     "avx512bf16" in machine.missing_features(["avx512bf16"]),
-    reason="this processor multiplies no bfloat16",
+    reason="the CPU has no bfloat16 dot product",
 )
 
 
-@functools.lru_cache(maxsize=2)
-def _problem(name, shape):
-    """Make a model, its import, an image and the truth, which all dtypes share."""
-    model = randomize_(frontend.create_model(name), seed=1)
-    image = np.random.default_rng(20260801).standard_normal(shape).astype("float32")
-    truth = reference_outputs(model, image)
-    return model, frontend.import_model(model, example=shape), image, truth
+def bfloat16(*arguments):
+    return pytest.param(*arguments, "bfloat16", marks=DOT_PRODUCT)
 
 
-def _assert_agrees(compiled, model, image, truth=None):
-    differences = compare(compiled, model, image, truth)
+def assert_agrees(compiled, model, image, reference=None):
+    differences = compare(compiled, model, image, reference)
     assert len(differences) == 1 + 4
     assert [d for d in differences if not d.within(compiled.metadata.dtype)] == []
-    # A model whose weights do nothing would agree with anything.
+    # Outputs of about zero would agree with anything.
     assert all(d.scale > 1e-2 for d in differences)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=DOT_PRODUCT)])
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in TINY),
+        # Both heads, and all norms but that of internimage_t below.
+        bfloat16("test_internimage_post_norm_scale"),
+        bfloat16("test_internimage_res_post_norm"),
+    ],
+)
 def test_every_block_path_and_head(name, dtype):
-    model, imported, image, truth = _problem(name, (2, 3, 64, 96))
+    model, imported, image, reference = random_encoder(name, (2, 3, 64, 96))
     compiled = dt.compile_model(imported, dtype=dtype)
     rules = list(compiled.metadata.kernels.values())
     assert "unscheduled" not in rules
     if dtype == "bfloat16":
-        # One a stage: those that stored float32 are gone.
+        # One kernel a stage, which stores bfloat16.
         assert rules.count("dcnv3") == 4
         assert {tensor.dtype for tensor in compiled.metadata.entries["main"].outputs} == {"float32"}
-    _assert_agrees(compiled, model, image, truth)
+    assert_agrees(compiled, model, image, reference)
 
 
-def _images(rng, *shapes):
-    return [rng.standard_normal(shape).astype("float32") for shape in shapes]
-
-
-@pytest.mark.parametrize("name", OPEN)
-def test_any_batch(name, rng):
-    model = randomize_(frontend.create_model(name), seed=2)
+def test_dynamic_batch(rng):
+    model = randomize_(frontend.create_model(CLIP_HEAD[0]), seed=2)
     imported = frontend.import_model(model, example=(1, 3, 64, 32), dynamic_batch=True)
     compiled = dt.compile_model(imported)
     assert compiled.metadata.activation_bytes == {}
-    for image in _images(rng, (1, 3, 64, 32), (5, 3, 64, 32)):
-        _assert_agrees(compiled, model, image)
+    for shape in ((1, 3, 64, 32), (5, 3, 64, 32)):
+        assert_agrees(compiled, model, rng.standard_normal(shape).astype("float32"))
 
 
-def test_any_size(rng):
-    model = randomize_(frontend.create_model(POOLED[-1]), seed=3)
+def test_dynamic_batch_and_size(rng):
+    model = randomize_(frontend.create_model(POOLED_HEAD[-1]), seed=3)
     imported = frontend.import_model(
         model, example=(1, 3, 64, 96), dynamic_batch=True, dynamic_size=True
     )
     compiled = dt.compile_model(imported)
-    for image in _images(rng, (1, 3, 64, 96), (2, 3, 75, 131), (1, 3, 33, 40)):
-        _assert_agrees(compiled, model, image)
+    for shape in ((1, 3, 64, 96), (2, 3, 75, 131), (1, 3, 33, 40)):
+        assert_agrees(compiled, model, rng.standard_normal(shape).astype("float32"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "batch", "dtype"),
+    ("name", "batch", "depths", "dtype"),
     [
-        ("internimage_t", 3, "float32"),
-        pytest.param("internimage_t", 1, "bfloat16", marks=DOT_PRODUCT),
-        ("internimage_b", 1, "float32"),
+        ("internimage_t", 1, None, "float32"),
+        bfloat16("internimage_t", 1, None),
+        ("internimage_b", 3, (1, 1, 1, 1), "float32"),
     ],
 )
-def test_released_variants(name, batch, dtype):
-    model, imported, image, truth = _problem(name, (batch, 3, 224, 224))
+def test_released_variants(name, batch, depths, dtype):
+    model, imported, image, reference = random_encoder(name, (batch, 3, 224, 224), depths)
     compiled = dt.compile_model(imported, dtype=dtype)
     if dtype == "float32":
-        # Pooling, and the layout of the input and of the feature maps, are all that is not ours.
-        others = [name for name, rule in compiled.metadata.kernels.items() if rule == "fallback"]
-        assert len(others) <= 8
-    _assert_agrees(compiled, model, image, truth)
+        # Pooling, and the layout of the input and of the feature maps.
+        fallback = [name for name, rule in compiled.metadata.kernels.items() if rule == "fallback"]
+        assert len(fallback) <= 8
+    assert_agrees(compiled, model, image, reference)

@@ -1,4 +1,4 @@
-"""The toy artifact, on the disk, and a GPU that is emulated."""
+"""The toy artifact, for the CPU and for the emulated GPU."""
 
 import functools
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def image() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a process with an emulated GPU has in its environment."""
+    """Environment of a process with the emulated GPU."""
     return emulated_gpu.install(tmp_path_factory.mktemp("cuda"))
 
 
@@ -44,6 +44,6 @@ def gpu_artifact(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Path:
-    """The toy for the emulated GPU, for which the test compiles as well."""
+    """The toy artifact for the emulated GPU, which the test also compiles for."""
     monkeypatch.setenv("CUDA_HOME", emulated["CUDA_HOME"])
     return make_toy(1, arch="sm_90").write(tmp_path / "gpu-artifact")

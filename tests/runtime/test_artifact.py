@@ -1,4 +1,4 @@
-"""Artifacts on the disk: written whole or not at all, read back, refused by name."""
+"""Artifact folders: atomic writing, reading back, and errors about damaged ones."""
 
 import dataclasses
 import errno
@@ -29,10 +29,10 @@ def test_files(artifact_path):
     assert {path.name for path in artifact_path.iterdir()} == FILES
     assert len({path.stat().st_mode for path in artifact_path.iterdir()}) == 1
     assert [path.name for path in artifact_path.parent.iterdir()] == ["artifact"]
-    card = (artifact_path / "README.md").read_text()
-    assert "runtime.load" in card
-    assert "do not overwrite its files in place" in card
-    assert "| output | feature_1 | 1, 3, 8, 8 | NCHW | float32 | 8 |" in card
+    readme = (artifact_path / "README.md").read_text()
+    assert "runtime.load" in readme
+    assert "do not overwrite its files in place" in readme
+    assert "| output | feature_1 | 1, 3, 8, 8 | NCHW | float32 | 8 |" in readme
 
 
 def test_metadata_round_trip(toy, artifact_path):
@@ -46,13 +46,13 @@ def test_metadata_round_trip(toy, artifact_path):
     assert ArtifactMetadata.loads(read.dumps()) == read
 
 
-def test_metadata_with_integer_keys_and_floats_keeps_its_seal(toy):
+def test_metadata_digest_with_integer_keys_and_floats(toy):
     config = {"by_level": {9: 0.1, 10: 1e-6}, "pair": (3, 3)}
     text = dataclasses.replace(toy.metadata, config=config).dumps()
     assert ArtifactMetadata.loads(text).config["by_level"] == {"9": 0.1, "10": 1e-6}
 
 
-def test_replaces_an_artifact(toy, artifact_path, image):
+def test_write_replaces_an_artifact(toy, artifact_path, image):
     first = runtime.load(artifact_path)
     other = dataclasses.replace(toy, weights={"bias": toy.weights["bias"] + 1})
     other.write(artifact_path)
@@ -62,14 +62,14 @@ def test_replaces_an_artifact(toy, artifact_path, image):
     assert [path.name for path in artifact_path.parent.iterdir()] == ["artifact"]
 
 
-def test_replaced_code_is_the_code_that_runs(make_toy, toy, artifact_path, image):
+def test_replaced_code_is_loaded(make_toy, toy, artifact_path, image):
     runtime.load(artifact_path)(image)
     make_toy("n").write(artifact_path)
     double = np.concatenate([image, image])
     np.testing.assert_array_equal(runtime.load(artifact_path)(double), toy.main(double))
 
 
-def test_library_from_a_path(toy, tmp_path, image):
+def test_write_library_from_a_path(toy, tmp_path, image):
     library_path = tmp_path / "x.so"
     library_path.write_bytes(toy.code)
     artifact.write(
@@ -78,11 +78,11 @@ def test_library_from_a_path(toy, tmp_path, image):
     np.testing.assert_array_equal(runtime.load(tmp_path / "a" / "b")(image), toy.main(image))
 
 
-def test_save_and_vanished_source(toy, artifact_path, tmp_path, image):
+def test_save_after_the_source_was_removed(toy, artifact_path, tmp_path, image):
     model = runtime.load(artifact_path)
     model.save(tmp_path / "copy")
     assert contents(tmp_path / "copy") == contents(artifact_path)
-    model.save(artifact_path)  # onto itself
+    model.save(artifact_path)  # Onto itself.
     shutil.rmtree(artifact_path)
     np.testing.assert_array_equal(model(image), toy.main(image))
     with pytest.raises(ArtifactError, match="cannot be saved"):
@@ -102,41 +102,41 @@ def test_owner_lives_as_long_as_the_model(toy, tmp_path):
     assert (tmp_path / "kept").exists()
 
 
-def test_save_refuses_a_changed_source(artifact_path, tmp_path):
+def test_save_of_a_modified_source(artifact_path, tmp_path):
     model = runtime.load(artifact_path)
     flip(artifact_path / "weights.safetensors", -1)
-    with pytest.raises(ArtifactError, match=r"weights\.safetensors was changed"):
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors was modified"):
         model.save(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
-@pytest.mark.parametrize("how", ["write", "save"])
-def test_foreign_destination_is_kept(toy, artifact_path, tmp_path, how):
+@pytest.mark.parametrize("method", ["write", "save"])
+def test_destination_that_is_not_an_artifact_is_kept(toy, artifact_path, tmp_path, method):
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.txt").write_text("three years")
     occupied = tmp_path / "file"
     occupied.write_text("x")
-    act = toy.write if how == "write" else runtime.load(artifact_path).save
+    act = toy.write if method == "write" else runtime.load(artifact_path).save
     for destination in (home, occupied):
-        with pytest.raises(ArtifactError, match="is no artifact"):
+        with pytest.raises(ArtifactError, match="not an artifact"):
             act(destination)
     assert (home / "thesis.txt").read_text() == "three years"
     assert occupied.read_text() == "x"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-@pytest.mark.parametrize("how", ["write", "save"])
+@pytest.mark.parametrize("method", ["write", "save"])
 @pytest.mark.parametrize("stage", ["copyfile", "fsync", "mkdir"])
-def test_full_or_read_only_disk(toy, artifact_path, tmp_path, monkeypatch, how, stage, code):
+def test_full_or_read_only_disk(toy, artifact_path, tmp_path, monkeypatch, method, stage, code):
     destination = toy.write(tmp_path / "precious")
     before = contents(destination)
-    act = toy.write if how == "write" else runtime.load(artifact_path).save
-    left = [0 if (how, stage) == ("write", "copyfile") else 1]
+    act = toy.write if method == "write" else runtime.load(artifact_path).save
+    remaining = [0 if (method, stage) == ("write", "copyfile") else 1]
 
     def fail(*arguments, **keywords):
-        if left[0]:
-            left[0] -= 1
+        if remaining[0]:
+            remaining[0] -= 1
             return original(*arguments, **keywords)
         raise OSError(code, os.strerror(code), str(arguments[0]))
 
@@ -155,9 +155,9 @@ def test_full_or_read_only_disk(toy, artifact_path, tmp_path, monkeypatch, how, 
     assert {path.name for path in tmp_path.iterdir()} == {"artifact", "precious"}
 
 
-def test_weights_writer_error_is_ours(toy, tmp_path, monkeypatch):
+def test_error_while_writing_weights(toy, tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name, as from a write
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # No file name, as from write().
 
     monkeypatch.setattr(weights_file, "write", fail)
     with pytest.raises(ArtifactError, match=r"No space left.*new"):
@@ -166,7 +166,7 @@ def test_weights_writer_error_is_ours(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["copyfile", "fsync"])
-def test_interrupt_leaves_nothing_half_written(toy, artifact_path, tmp_path, monkeypatch, stage):
+def test_interrupted_write_changes_nothing(toy, artifact_path, tmp_path, monkeypatch, stage):
     before = contents(artifact_path)
 
     def interrupt(*_, **__):
@@ -181,7 +181,7 @@ def test_interrupt_leaves_nothing_half_written(toy, artifact_path, tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
-def test_without_exchange_of_names(toy, artifact_path, image, monkeypatch):
+def test_write_without_renameat2_exchange(toy, artifact_path, image, monkeypatch):
     monkeypatch.setattr(files, "_exchange", lambda *_: False)
     other = dataclasses.replace(toy, weights={"bias": toy.weights["bias"] + 1})
     other.write(artifact_path)
@@ -206,13 +206,13 @@ def test_atomic_file(tmp_path):
     path = tmp_path / "maps.npz"
     path.write_text("old")
 
-    def stop_half_way():
+    def fail_half_way():
         with files.atomic_file(path) as temporary:
             temporary.write_text("new")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        stop_half_way()
+        fail_half_way()
     assert path.read_text() == "old"
     with files.atomic_file(path) as temporary:
         assert temporary.suffix == ".npz"
@@ -229,16 +229,16 @@ def flip(path: Path, position: int) -> None:
 
 @pytest.mark.parametrize("name", ["model.so", "weights.safetensors", "libtvm_runtime.so"])
 @pytest.mark.parametrize("position", [0, 100, -1])
-def test_changed_byte(artifact_path, name, position):
+def test_modified_byte(artifact_path, name, position):
     flip(artifact_path / name, position)
     with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
         runtime.load(artifact_path)
 
 
-def test_changed_metadata(artifact_path):
+def test_modified_metadata(artifact_path):
     path = artifact_path / "metadata.json"
     path.write_text(path.read_text().replace('"dtype": "float32"', '"dtype": "float16"'))
-    with pytest.raises(ArtifactError, match=r"metadata\.json was changed"):
+    with pytest.raises(ArtifactError, match=r"metadata\.json was modified"):
         runtime.load(artifact_path)
 
 
@@ -250,23 +250,23 @@ def test_missing_file(artifact_path, name):
 
 
 def test_not_an_artifact(tmp_path):
-    with pytest.raises(ArtifactError, match=r"no such artifact.*dcnv3-tvm compile"):
+    with pytest.raises(ArtifactError, match=r"artifact does not exist.*dcnv3-tvm compile"):
         runtime.load(tmp_path / "nothing")
-    with pytest.raises(ArtifactError, match="is no artifact"):
+    with pytest.raises(ArtifactError, match="not an artifact"):
         runtime.load(tmp_path)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="an artifact is a folder"):
         runtime.load(tmp_path / "file")
 
 
-def test_no_permission(artifact_path, monkeypatch):
-    def refuse(self, *_, **__):
+def test_unreadable_file(artifact_path, monkeypatch):
+    def deny(self, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "read_bytes", deny)
     with pytest.raises(ArtifactError, match=r"model\.so cannot be read.*Permission denied"):
         runtime.load(artifact_path)
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_text", deny)
     with pytest.raises(ArtifactError, match=r"metadata\.json cannot be read"):
         runtime.load(artifact_path)
 
@@ -277,37 +277,37 @@ def edit(artifact_path: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("version", [0, 1, None, "2"])
-def test_other_schema_version(artifact_path, version):
+def test_unsupported_schema_version(artifact_path, version):
     edit(artifact_path, schema_version=version)
     with pytest.raises(ArtifactError, match="another schema version"):
         runtime.load(artifact_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', '{"schema_version": 2}'])
-def test_broken_metadata(artifact_path, text):
+def test_invalid_metadata(artifact_path, text):
     (artifact_path / "metadata.json").write_text(text)
     for verify in (True, False):
         with pytest.raises(ArtifactError, match=r"metadata\.json"):
             runtime.load(artifact_path, verify_digests=verify)
 
 
-def test_metadata_that_is_no_text(artifact_path):
+def test_metadata_is_not_text(artifact_path):
     (artifact_path / "metadata.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ArtifactError, match="not valid JSON"):
         runtime.load(artifact_path)
 
 
 @pytest.mark.parametrize(
-    ("target", "words"),
+    ("target", "message"),
     [
         (TargetInfo("rocm"), "neither for a CPU nor for an NVIDIA GPU"),
-        (TargetInfo("llvm", "riscv64-unknown-linux-gnu"), "another processor architecture"),
+        (TargetInfo("llvm", "riscv64-unknown-linux-gnu"), "another CPU architecture"),
         (TargetInfo("llvm", features=("+avx512f", "amx-int8", "clwb")), "lacks amx-int8"),
     ],
 )
-def test_other_target(toy, tmp_path, monkeypatch, target, words):
+def test_target_does_not_fit(toy, tmp_path, monkeypatch, target, message):
     monkeypatch.setattr(machine, "cpu_features", lambda: frozenset({"avx2", "avx512f"}))
-    with pytest.raises(TargetError, match=words):
+    with pytest.raises(TargetError, match=message):
         runtime.load(toy.write(tmp_path / "x", target=target))
 
 
@@ -317,13 +317,13 @@ def test_features_of_this_machine_are_accepted(toy, tmp_path, image):
     np.testing.assert_array_equal(model(image), toy.main(image))
 
 
-def test_other_tvm(toy, tmp_path):
+def test_unsupported_tvm_version(toy, tmp_path):
     path = toy.write(tmp_path / "x", versions=artifact.installed_versions() | {"tvm": "0.28.0"})
     with pytest.raises(ArtifactError, match=r"allowed: TVM 0\.28\.0.*pip install"):
         runtime.load(path)
 
 
-def test_other_device(artifact_path):
+def test_device_does_not_fit(artifact_path):
     with pytest.raises(TargetError, match=r"runs on cpu, not on cuda.*--target cuda"):
         runtime.load(artifact_path, device="cuda")
     with pytest.raises(TargetError, match="allowed: 'cpu', 'cuda', 'cuda:1'"):
@@ -343,7 +343,7 @@ def test_truncated_weights(artifact_path, keep):
 @pytest.mark.parametrize(
     "header",
     [
-        b"no json",
+        b"not json",
         b"[]",
         b'{"a": 1}',
         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
@@ -406,13 +406,13 @@ def test_missing_weight(toy, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_library_at_all(toy, tmp_path):
-    path = dataclasses.replace(toy, code=b"\x7fELF no library").write(tmp_path / "x")
+def test_invalid_library(toy, tmp_path):
+    path = dataclasses.replace(toy, code=b"\x7fELF invalid").write(tmp_path / "x")
     with pytest.raises(ArtifactError, match=r"model\.so cannot be loaded"):
         runtime.load(path)
 
 
-def test_installed_runtime_honours_the_environment(tmp_path, monkeypatch):
+def test_tvm_library_path(tmp_path, monkeypatch):
     (tmp_path / "libtvm_runtime.so").write_bytes(b"")
     monkeypatch.setenv("TVM_LIBRARY_PATH", str(tmp_path))
     found = library.installed_runtime()

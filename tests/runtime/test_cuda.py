@@ -1,4 +1,4 @@
-"""What concerns GPUs and needs neither one nor a fake of CUDA: rules, words, PyTorch's side."""
+"""GPU support that needs neither a GPU nor its emulation: compatibility, errors, PyTorch."""
 
 import contextlib
 import json
@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from dcnv3_tvm import gpu, runtime
-from dcnv3_tvm.errors import DeviceError, InvalidArgumentError, MissingDependencyError, TargetError
+from dcnv3_tvm.errors import (
+    ArtifactError,
+    DeviceError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    TargetError,
+)
 from dcnv3_tvm.runtime import TargetInfo, cuda, cuda_toolkit, library
 from dcnv3_tvm.runtime.arguments import Arguments
 from dcnv3_tvm.runtime.loading import check_target
@@ -27,14 +33,14 @@ OUT_OF_MEMORY = RuntimeError("CUDA Runtime Error: cudaErrorMemoryAllocation (2):
         ("sm_90", "sm_90", True),
         ("sm_86", "sm_89", True),
         ("sm_89", "sm_86", False),
-        ("sm_80", "sm_86", False),  # which has less shared memory
-        ("sm_86", "sm_87", False),  # which is no desktop GPU
+        ("sm_80", "sm_86", False),  # Less shared memory.
+        ("sm_86", "sm_87", False),  # Embedded GPU.
         ("sm_80", "sm_90", False),
         ("sm_90", "sm_100", False),
-        ("sm_90", "sm_91", False),  # of which nobody knows what it has
+        ("sm_90", "sm_91", False),  # Unknown architecture.
     ],
 )
-def test_which_code_runs_where(compiled, present, runs):
+def test_runs_on(compiled, present, runs):
     assert gpu.runs_on(compiled, present) is runs
 
 
@@ -54,26 +60,30 @@ def test_device(device, index):
 
 
 @pytest.mark.parametrize(
-    ("target", "device", "words"),
+    ("target", "device", "message"),
     [
-        (FOR_HOPPER, "cuda:1", r"sm_90, where cuda:1 \(NVIDIA A10\) has sm_86.*--target cuda-sm86"),
-        (FOR_HOPPER, "cuda:2", r"no such GPU; got cuda:2; allowed: cuda:0 \(NVIDIA H200\), cuda:1"),
+        (FOR_HOPPER, "cuda:1", r"sm_90, but cuda:1 \(NVIDIA A10\) is sm_86.*--target cuda-sm86"),
+        (
+            FOR_HOPPER,
+            "cuda:2",
+            r"not exist; got cuda:2; allowed: cuda:0 \(NVIDIA H200\), cuda:1",
+        ),
         (FOR_HOPPER, "cpu", "runs on cuda, not on cpu.*--target auto"),
         (TargetInfo("llvm"), "cuda", "runs on cpu, not on cuda.*--target cuda"),
-        (FOR_HOPPER, "cuda:x", "not understood; got 'cuda:x'"),
-        (FOR_HOPPER, "gpu", "not understood; got 'gpu'"),
-        (TargetInfo("llvm"), "cpu:0", "not understood"),
+        (FOR_HOPPER, "cuda:x", "device name is invalid; got 'cuda:x'"),
+        (FOR_HOPPER, "gpu", "device name is invalid; got 'gpu'"),
+        (TargetInfo("llvm"), "cpu:0", "device name is invalid"),
         (TargetInfo("rocm"), None, "neither for a CPU nor for an NVIDIA GPU; got target rocm"),
     ],
 )
 @pytest.mark.usefixtures("two_gpus")
-def test_device_that_does_not_fit(target, device, words):
-    with pytest.raises(TargetError, match=words):
+def test_device_does_not_fit(target, device, message):
+    with pytest.raises(TargetError, match=message):
         check_target(target, device)
 
 
 @pytest.mark.skipif(bool(gpu.devices()), reason="needs a machine without a GPU")
-def test_an_artifact_for_gpus_on_a_machine_without(gpu_artifact):
+def test_gpu_artifact_on_a_machine_without_a_gpu(gpu_artifact):
     files = {path.name for path in gpu_artifact.iterdir()}
     assert {"libtvm_runtime.so", "libtvm_runtime_cuda.so", "model.so"} <= files
     metadata = runtime.read_metadata(gpu_artifact)
@@ -85,25 +95,25 @@ def test_an_artifact_for_gpus_on_a_machine_without(gpu_artifact):
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_a_changed_library_is_refused(gpu_artifact):
+def test_modified_library(gpu_artifact):
     path = gpu_artifact / "libtvm_runtime_cuda.so"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(runtime.loading.ArtifactError, match=r"libtvm_runtime_cuda\.so was changed"):
+    with pytest.raises(ArtifactError, match=r"libtvm_runtime_cuda\.so was modified"):
         runtime.load(gpu_artifact)
 
 
-def test_metadata_without_an_architecture_is_still_read(toy):
+def test_metadata_without_arch(toy):
     data = json.loads(toy.metadata.dumps())
     del data["target"]["arch"]
     read = runtime.ArtifactMetadata.loads(json.dumps(data), verify_digest=False)
     assert read.target == toy.metadata.target
 
 
-def test_no_runtime_library_of_cuda(monkeypatch, tmp_path):
-    def refuse(path, *_):
+def test_cudart_not_installed(monkeypatch, tmp_path):
+    def fail(path, *_):
         raise OSError(path)
 
-    monkeypatch.setattr(cuda_toolkit.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(cuda_toolkit.ctypes, "CDLL", fail)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     cuda_toolkit._cudart.cache_clear()
     try:
@@ -114,7 +124,7 @@ def test_no_runtime_library_of_cuda(monkeypatch, tmp_path):
         cuda_toolkit._cudart.cache_clear()
 
 
-def test_parts_of_cuda_are_found(monkeypatch, tmp_path):
+def test_find_parts_of_the_toolkit(monkeypatch, tmp_path):
     package, home = tmp_path / "nvidia" / "cu13", tmp_path / "toolkit"
     for file in ("lib/libnvrtc.so.13", "include/cuda_fp16.h", "include/cccl/cuda/std/cstdint"):
         (package / file).parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +139,7 @@ def test_parts_of_cuda_are_found(monkeypatch, tmp_path):
 
 
 class FakeGpu(cuda.Gpu):
-    """A GPU that is the processor, so that PyTorch's tensors in its memory are where it is."""
+    """A GPU whose memory is the CPU's, so that it accepts PyTorch's CPU tensors."""
 
     def __init__(self, index: int = 0) -> None:
         self.streams: list[int] = []
@@ -144,18 +154,28 @@ class FakeGpu(cuda.Gpu):
 
 @pytest.fixture
 def fake_gpu(artifact_path):
-    runtime.load(artifact_path)  # and with it TVM's runtime library
+    runtime.load(artifact_path)  # Loads TVM's runtime library.
     return FakeGpu()
 
 
+class FakeCudart:
+    """Count how often the last error is cleared."""
+
+    def __init__(self) -> None:
+        self.cleared = 0
+
+    def cudaGetLastError(self):  # noqa: N802 - CUDA's name
+        self.cleared += 1
+
+
 def test_errors_of_the_gpu(fake_gpu, monkeypatch):
-    forgotten = []
-    monkeypatch.setattr(cuda, "_forget_error", lambda: forgotten.append(1))
+    cudart = FakeCudart()
+    monkeypatch.setattr(cuda_toolkit, "load_cudart", lambda: cudart)
     needed = cuda.needed_memory(2_500_000_000, 1_500_000)
-    told = str(fake_gpu.error(OUT_OF_MEMORY, needed=needed))
-    assert "needed: 2.50 GB for weights and 1.5 MB for a call, free: 5.0 MB" in told
-    assert "torch.cuda.empty_cache()" in told
-    assert forgotten == [1]
+    message = str(fake_gpu.error(OUT_OF_MEMORY, needed=needed))
+    assert "needed: 2.50 GB for weights and 1.5 MB for a call, free: 5.0 MB" in message
+    assert "torch.cuda.empty_cache()" in message
+    assert cudart.cleared == 1
     assert "an unknown amount for a call" in cuda.needed_memory(1, None)
     failed = fake_gpu.error(RuntimeError("CUDALaunch Error: CUDA_ERROR_ILLEGAL_ADDRESS\n grid"))
     assert isinstance(failed, DeviceError)
@@ -164,7 +184,7 @@ def test_errors_of_the_gpu(fake_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
-def test_tensors_of_pytorch_are_taken_in_place_where_aligned(fake_gpu, offset):
+def test_aligned_torch_tensors_are_not_copied(fake_gpu, offset):
     memory = torch.arange(192.0 + 4)
     image = memory[offset : offset + 192].view(1, 3, 8, 8)
     (taken,) = Arguments([image], [IMAGE], fake_gpu).to_kernel([])
@@ -173,7 +193,7 @@ def test_tensors_of_pytorch_are_taken_in_place_where_aligned(fake_gpu, offset):
     np.testing.assert_array_equal(np.from_dlpack(taken), image.numpy())
 
 
-def test_strided_tensors_of_pytorch_are_copied(fake_gpu):
+def test_strided_torch_tensors_are_copied(fake_gpu):
     image = torch.arange(192.0).view(1, 8, 8, 3).permute(0, 3, 1, 2).requires_grad_()
     (taken,) = Arguments([image], [IMAGE], fake_gpu).to_kernel([])
     np.testing.assert_array_equal(np.from_dlpack(taken), image.detach().numpy())
@@ -187,14 +207,14 @@ def test_inputs_of_different_kinds(fake_gpu):
 
 @pytest.fixture
 def busy_torch(monkeypatch):
-    """A PyTorch that says it uses GPUs: the stream 7 is current, and devices are noted."""
+    """Let PyTorch report an initialized GPU and stream 7; return the devices it switches to."""
     entered = []
 
     @contextlib.contextmanager
     def device(index):
         entered.append(index)
         yield
-        entered.append("back")
+        entered.append("restored")
 
     stream = type("Stream", (), {"cuda_stream": 7})()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -204,7 +224,7 @@ def busy_torch(monkeypatch):
     return entered
 
 
-def test_the_stream_of_pytorch_is_used_and_its_device_kept(fake_gpu, busy_torch):
+def test_torch_stream_is_used_and_torch_device_restored(fake_gpu, busy_torch):
     arguments = Arguments([torch.zeros(1, 3, 8, 8)], [IMAGE], fake_gpu)
     assert arguments.stream == 7
     ffi = library.tvm_ffi()
@@ -212,17 +232,17 @@ def test_the_stream_of_pytorch_is_used_and_its_device_kept(fake_gpu, busy_torch)
         assert ffi.get_raw_stream(fake_gpu.device) == 7
         assert busy_torch == [0]
     assert ffi.get_raw_stream(fake_gpu.device) == 0
-    assert busy_torch == [0, "back"]
+    assert busy_torch == [0, "restored"]
     assert Arguments([np.zeros((1, 3, 8, 8), np.float32)], [IMAGE], fake_gpu).stream == 0
 
 
 @pytest.mark.usefixtures("busy_torch")
-def test_a_model_refuses_to_be_captured(fake_gpu, monkeypatch):
+def test_model_call_during_graph_capture(fake_gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with (
         pytest.raises(InvalidArgumentError, match="cannot be captured"),
-        fake_gpu.turn_on_stream(7),
+        fake_gpu.model_call(7),
     ):
         pytest.fail("the model ran")
     with fake_gpu.on_stream(7):
-        pass  # as an operator, which may be captured, does
+        pass  # Operators can be captured.

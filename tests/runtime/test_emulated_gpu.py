@@ -1,7 +1,6 @@
-"""Artifacts for GPUs on an emulated one: what is launched where, and in which order.
+"""GPU artifacts on the emulated GPU: launches, copies, graphs, streams and memory.
 
-Each test is a process of its own, which finds the emulated GPU where it looks for CUDA, and reads
-the log of its driver.
+Each test is a process that has the emulated GPU and checks the log of its driver.
 """
 
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-BEGIN = """
+PRELUDE = """
     import ctypes, sys
     import numpy as np
     from dcnv3_tvm import errors, runtime
@@ -33,10 +32,10 @@ BEGIN = """
         fake.fake_clear()
         return lines
 
-    def words(*starts):
+    def log_of(*starts):
         return [line for line in log() if line.startswith(starts)]
 
-    def told(call):
+    def error_of(call):
         try:
             call()
         except errors.DCNv3Error as error:
@@ -49,7 +48,7 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture
 def run(emulated, gpu_artifact):
     def call(code: str, before: str = "", path: Path = gpu_artifact, **environment: str) -> str:
-        script = "\n".join(map(textwrap.dedent, (before, BEGIN, code)))
+        script = "\n".join(map(textwrap.dedent, (before, PRELUDE, code)))
         done = subprocess.run(
             [sys.executable, "-c", script, str(path)],
             capture_output=True,
@@ -64,7 +63,7 @@ def run(emulated, gpu_artifact):
     return call
 
 
-BLOCK = """
+BLOCK_IMPORTS = """
     import importlib.abc, sys
 
     class Block(importlib.abc.MetaPathFinder):
@@ -74,7 +73,7 @@ BLOCK = """
 
     sys.meta_path.insert(0, Block())
 """
-CALLS = """
+LOAD_AND_CALL = """
     model = runtime.load(path)
     assert model.device == "cuda:0"
     results = [model(image + i) for i in range(3)]
@@ -86,32 +85,32 @@ CALLS = """
 """
 
 
-def test_neither_torch_nor_tvm_is_needed(run):
-    assert run(CALLS, before=BLOCK) == "2 2"
+def test_without_torch_and_tvm_the_bundled_libraries_are_loaded(run):
+    assert run(LOAD_AND_CALL, before=BLOCK_IMPORTS) == "2 2"
 
 
-@pytest.mark.parametrize("before", ["", "import tvm", "import torch"])
-def test_gets_along_with_both(run, before):
-    found = run(CALLS, before=before).split()
-    assert found[0] == "0"  # the installed TVM's libraries, once each, instead of the artifact's
+@pytest.mark.parametrize("before", ["", "import torch, tvm"])
+def test_libraries_of_an_installed_tvm_are_preferred(run, before):
+    bundled, _ = run(LOAD_AND_CALL, before=before).split()
+    assert bundled == "0"
 
 
-def test_weights_are_copied_once_and_code_is_machine_code(run):
+def test_weights_are_copied_once_and_the_code_is_a_cubin(run):
     run("""
     model = runtime.load(path)
-    assert words("copy") == ["copy h2d 768 stream=0"]  # the bias
+    assert log_of("copy") == ["copy h2d 768 stream=0"]  # The bias.
     model(image), model(image)
-    assert words("copy h2d", "load") == ["copy h2d 768 stream=0", "load cubin"] + [
+    assert log_of("copy h2d", "load") == ["copy h2d 768 stream=0", "load cubin"] + [
         "copy h2d 768 stream=0"
     ]
     """)
 
 
-def test_what_lies_between_input_and_output_is_replayed_as_a_graph(run):
+def test_kernels_between_input_and_output_are_replayed_as_a_graph(run):
     run("""
     model = runtime.load(path)
     model(image)
-    assert words("launch", "capture", "graph") == [
+    assert log_of("launch", "capture", "graph") == [
         "launch relu_kernel gpu=0 stream=0",
         "launch add_kernel gpu=0 stream=0",
         "capture add_kernel",
@@ -119,7 +118,7 @@ def test_what_lies_between_input_and_output_is_replayed_as_a_graph(run):
     ]
     for shift in (1, 2):
         assert np.array_equal(model(image + shift), logits(image + shift))
-        assert words("launch", "capture", "graph") == [
+        assert log_of("launch", "capture", "graph") == [
             "launch relu_kernel gpu=0 stream=0",
             "graph of 1 stream=0",
             "launch reshape_kernel gpu=0 stream=0",
@@ -127,7 +126,7 @@ def test_what_lies_between_input_and_output_is_replayed_as_a_graph(run):
     """)
 
 
-def test_without_a_graph(run, make_toy, tmp_path):
+def test_cuda_graph_disabled(run, make_toy, tmp_path):
     path = make_toy(1, arch="sm_90", cuda_graph=False).write(tmp_path / "plain")
     run(
         """
@@ -135,14 +134,14 @@ def test_without_a_graph(run, make_toy, tmp_path):
         for _ in range(2):
             log()
             assert np.array_equal(model(image), logits(image))
-            kernels = [line.split()[1] for line in words("launch", "capture", "graph")]
+            kernels = [line.split()[1] for line in log_of("launch", "capture", "graph")]
             assert kernels == ["relu_kernel", "add_kernel", "reshape_kernel"]
         """,
         path=path,
     )
 
 
-def test_calls_run_on_the_callers_stream_behind_those_on_the_last_one(run):
+def test_calls_run_on_the_current_stream_after_those_on_the_previous_one(run):
     run("""
     import tvm_ffi
 
@@ -170,11 +169,11 @@ def test_calls_run_on_the_callers_stream_behind_those_on_the_last_one(run):
     assert call(model, 9)[0] == []
     assert tvm_ffi.get_raw_stream(gpu.device) == 0
     model(image)
-    assert words("stream") == ["stream 0 waits for 9"]
+    assert log_of("stream") == ["stream 0 waits for 9"]
     """)
 
 
-def test_models_on_two_gpus(run):
+def test_two_gpus(run):
     run("""
     models = [runtime.load(path, device=f"cuda:{index}") for index in (1, 0, 1)]
     assert [model.device for model in models] == ["cuda:1", "cuda:0", "cuda:1"]
@@ -182,12 +181,12 @@ def test_models_on_two_gpus(run):
         for model in models:
             log()
             assert np.array_equal(model(image), logits(image))
-            gpus = {line.split()[2] for line in words("launch")}
+            gpus = {line.split()[2] for line in log_of("launch")}
             assert gpus == {f"gpu={model.device[-1]}"}
     """)
 
 
-def test_results_stay_what_they_were(run):
+def test_results_are_not_overwritten(run):
     run("""
     import tvm_ffi
 
@@ -206,44 +205,44 @@ def test_results_stay_what_they_were(run):
     """)
 
 
-def test_close_gives_the_memory_back(run):
+def test_close_frees_the_memory(run):
     run("""
     for _ in range(2):
         with runtime.load(path) as model:
             model(image), model.features(image)
             assert fake.fake_used() > 0
         assert fake.fake_used() == 0
-    assert "InvalidArgumentError: the model is closed" in told(lambda: model(image))
+    assert "InvalidArgumentError: the model is closed" in error_of(lambda: model(image))
     """)
 
 
-def test_tensors_that_are_elsewhere(run):
+def test_tensors_on_another_device(run):
     run("""
     import tvm_ffi
 
     model = runtime.load(path)
     there = Gpu.of(1).upload(tvm_ffi.from_dlpack(image))
-    assert "a tensor on cuda:1; allowed: cuda:0" in told(lambda: model(there))
+    assert "a tensor on cuda:1; allowed: cuda:0" in error_of(lambda: model(there))
     here = tvm_ffi.from_dlpack(image.copy())
-    assert "a tensor on cpu; allowed: cuda:0" in told(lambda: model(here))
+    assert "a tensor on cpu; allowed: cuda:0" in error_of(lambda: model(here))
     import torch
-    words = told(lambda: model(torch.from_numpy(image)))
-    assert 'a tensor on cpu; allowed: cuda:0. Use x.to("cuda:0").' in words
+    message = error_of(lambda: model(torch.from_numpy(image)))
+    assert 'a tensor on cpu; allowed: cuda:0. Use x.to("cuda:0").' in message
     """)
 
 
-def test_too_little_memory_for_the_weights(run):
-    out = run("print(told(lambda: runtime.load(path)))", FAKE_BYTES="700")
+def test_out_of_memory_for_the_weights(run):
+    out = run("print(error_of(lambda: runtime.load(path)))", FAKE_BYTES="700")
     assert out.startswith("DeviceError: the GPU cuda:0 has too little free memory")
     assert "needed: 0.0 MB for weights, free: 0.0 MB" in out
     assert "smaller batch" in out
 
 
-def test_too_little_memory_for_a_call(run):
+def test_out_of_memory_in_a_call(run):
     out = run(
         """
         model = runtime.load(path)
-        print(told(lambda: model(image)))
+        print(error_of(lambda: model(image)))
         assert "forget error" in log()
         """,
         FAKE_BYTES="6000",
@@ -252,26 +251,26 @@ def test_too_little_memory_for_a_call(run):
 
 
 @pytest.mark.parametrize(
-    ("environment", "words"),
+    ("environment", "message"),
     [
-        ({"FAKE_SM": "80"}, "sm_90, where cuda:0 (Fake) has sm_80"),
+        ({"FAKE_SM": "80"}, "sm_90, but cuda:0 (Fake) is sm_80"),
         ({"FAKE_SM": "100"}, "Compile the model again with --target cuda-sm100"),
         ({"FAKE_GPUS": "0"}, "this machine has none, or no driver"),
-        ({"FAKE_CUDA": "12080"}, "one for CUDA 12.8; allowed: CUDA 13.0 or newer"),
+        ({"FAKE_CUDA": "12080"}, "a driver for CUDA 12.8; allowed: CUDA 13.0 or newer"),
     ],
 )
-def test_another_machine(run, environment, words):
-    out = run("print(told(lambda: runtime.load(path)))", **environment)
+def test_gpu_or_driver_does_not_fit(run, environment, message):
+    out = run("print(error_of(lambda: runtime.load(path)))", **environment)
     assert out.startswith("TargetError")
-    assert words in out
+    assert message in out
 
 
-def test_there_is_no_such_gpu(run):
-    out = run("print(told(lambda: runtime.load(path, device='cuda:2')))")
+def test_gpu_does_not_exist(run):
+    out = run("print(error_of(lambda: runtime.load(path, device='cuda:2')))")
     assert "got cuda:2; allowed: cuda:0 (Fake), cuda:1 (Fake)" in out
 
 
-def test_the_operator_runs_where_its_tensors_are(run):
+def test_operator_runs_on_the_device_and_stream_of_its_tensors(run):
     run("""
     import tvm
     import dcnv3_tvm as dt
@@ -290,16 +289,17 @@ def test_the_operator_runs_where_its_tensors_are(run):
         with tvm_ffi.use_raw_stream(tvm.cuda(1), stream):
             result = dt.dcnv3(x, offset, mask, group=2)
         assert result.shape == (1, 6, 5, 32) and str(result.device) == "cuda:1"
-        assert words("launch") == [f"launch dcnv3_kernel gpu=1 stream={stream}"]
+        assert log_of("launch") == [f"launch dcnv3_kernel gpu=1 stream={stream}"]
         problems.check(result.numpy(), spec, inputs)
     assert dt.compile_op(spec, "cuda") is operator is dt.compile_op(spec, "cuda-sm90")
-    assert "not on the operator's device; got cpu" in told(lambda: operator(*arrays))
+    assert "not on the operator's device; got cpu" in error_of(lambda: operator(*arrays))
     on_other = tvm.runtime.tensor(arrays[2], tvm.cuda(0))
-    assert "mask: cuda:0; allowed: the same for all" in told(lambda: operator(x, offset, on_other))
+    message = error_of(lambda: operator(x, offset, on_other))
+    assert "mask: cuda:0; allowed: the same for all" in message
     processor = dt.compile_op(spec)
-    assert "got cuda:1; allowed: cpu" in told(lambda: processor(x, offset, mask))
-    hopper = dt.compile_op(spec, "cuda-sm80")
-    assert "sm_80, where cuda:1 (Fake) has sm_90" in told(lambda: hopper(x, offset, mask))
+    assert "got cuda:1; allowed: cpu" in error_of(lambda: processor(x, offset, mask))
+    ampere = dt.compile_op(spec, "cuda-sm80")
+    assert "sm_80, where cuda:1 (Fake) has sm_90" in error_of(lambda: ampere(x, offset, mask))
     """)
 
 
@@ -318,31 +318,6 @@ def test_command_line(run, tmp_path):
         """
     )
     assert "Fake, sm_90, 1 GB" in out
-    assert "for CUDA 13.0" in out
-    lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert {"runs here yes", "architecture sm_90"} <= set(lines)
-    assert "2 calls, on cuda:1, with the copies there and back" in out
-
-
-@pytest.mark.slow
-def test_a_whole_model_is_one_graph(run, tmp_path):
-    """The kernels that read the image and write the results, which move, are outside of it."""
-    from dcnv3_tvm import compile_artifact, frontend
-
-    model = frontend.create_model(frontend.list_models("test_internimage_*")[0])
-    imported = frontend.import_model(model, example=(1, 3, 64, 64))
-    compile_artifact(imported, tmp_path / "model", target="cuda-sm90", dtype="float16")
-    run(
-        """
-        image = np.zeros((1, 3, 64, 64), np.float32)
-        with runtime.load(path) as model:
-            for entry, results in ((model, 1), (model.features, 4)):
-                entry(image)
-                log()
-                entry(image)
-                kinds = [line.split()[0] for line in words("launch", "graph")]
-                assert kinds == ["launch", "graph"] + results * ["launch"], kinds
-        assert fake.fake_used() == 0
-        """,
-        path=tmp_path / "model",
-    )
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert {"NVIDIA driver CUDA 13.0", "runs here yes", "architecture sm_90"} <= lines
+    assert "2 calls, on cuda:1, with copies between host and device" in out

@@ -1,4 +1,4 @@
-"""On a GPU: the operator and models, beside the reference and PyTorch's streams and memory."""
+"""The operator and models on a real GPU, with PyTorch's streams, graphs and memory."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = ("float32", "float16", "bfloat16")
-SLEEP = 50_000_000  # cycles: some 30 ms
+SLEEP = 50_000_000  # Cycles; about 30 ms.
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,14 @@ def test_operator(here, shape, group, dtype, softmax, more):
     assert dt.compile_op(spec, "cuda")(*tensors).equal(output)
 
 
-def test_operator_on_tensors_that_are_not_contiguous_or_aligned(here):
+def test_operator_on_strided_and_unaligned_tensors(here):
     spec = DCNv3Spec.of((1, 7, 5, 64), group=4, dtype="float16")
     x, offset, mask = tensors_of(spec, here)
-    turned = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    moved = torch.empty(offset.numel() + 1, dtype=offset.dtype, device=here)[1:].view(offset.shape)
-    moved.copy_(offset)
-    assert moved.data_ptr() % 16
-    check(spec, (x, offset, mask), dt.dcnv3(turned, moved, mask, group=4))
+    strided = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    memory = torch.empty(offset.numel() + 1, dtype=offset.dtype, device=here)
+    unaligned = memory[1:].view(offset.shape).copy_(offset)
+    assert unaligned.data_ptr() % 16
+    check(spec, (x, offset, mask), dt.dcnv3(strided, unaligned, mask, group=4))
 
 
 def test_operator_runs_on_the_current_stream(here):
@@ -101,7 +101,7 @@ def test_operator_runs_on_the_current_stream(here):
     check(spec, tensors, output)
 
 
-def test_operator_in_a_graph_of_pytorch(here):
+def test_operator_in_a_torch_cuda_graph(here):
     spec = DCNv3Spec.of((1, 9, 9, 64), group=4)
     tensors = tensors_of(spec, here)
     x = torch.zeros_like(tensors[0])
@@ -114,7 +114,7 @@ def test_operator_in_a_graph_of_pytorch(here):
     check(spec, tensors, output)
 
 
-def test_operator_of_pytorch(here):
+def test_operator_under_torch_compile(here):
     from dcnv3_tvm.pytorch.operator import dcnv3
 
     spec = DCNv3Spec.of((1, 9, 9, 64), group=4)
@@ -124,7 +124,7 @@ def test_operator_of_pytorch(here):
         check(spec, tensors, compiled(*tensors) / 2)
 
 
-def test_operator_refuses_tensors_in_two_places(here):
+def test_operator_on_tensors_of_two_devices(here):
     spec = DCNv3Spec.of((1, 9, 9, 64), group=4)
     x, offset, mask = tensors_of(spec, here)
     with pytest.raises(InvalidArgumentError, match="mask: cpu; allowed: the same for all"):
@@ -133,7 +133,7 @@ def test_operator_refuses_tensors_in_two_places(here):
         dt.compile_op(spec)(x, offset, mask)
 
 
-def test_model_on_tensors_of_pytorch(model, toy, images):
+def test_model_on_torch_tensors(model, toy, images):
     results = [model(image) for image in images]
     assert all(result.device == images.device for result in results)
     again = [model(image) for image in images]
@@ -144,7 +144,7 @@ def test_model_on_tensors_of_pytorch(model, toy, images):
     np.testing.assert_array_equal(maps[1].cpu().numpy(), images[0].cpu().relu().numpy())
 
 
-def test_model_on_arrays(model, toy, images):
+def test_model_on_numpy_arrays(model, toy, images):
     for image in images.cpu().numpy():
         result = model(image)
         assert isinstance(result, np.ndarray)
@@ -183,7 +183,7 @@ def test_two_models(toy, tmp_path, images):
         assert first.equal(second)
 
 
-def test_what_a_model_refuses(model, images):
+def test_model_on_a_cpu_tensor_and_during_graph_capture(model, images):
     with pytest.raises(InvalidArgumentError, match=r'on cpu; allowed: cuda:0. Use x\.to\("cuda:0"'):
         model(images[0].cpu())
     graph = torch.cuda.CUDAGraph()
@@ -192,7 +192,7 @@ def test_what_a_model_refuses(model, images):
         model(images[0])
 
 
-def test_close_gives_the_memory_back(toy, tmp_path, images):
+def test_close_frees_the_memory(toy, tmp_path, images):
     path = toy.write(tmp_path / "toy")
 
     def cycle():
@@ -207,7 +207,7 @@ def test_close_gives_the_memory_back(toy, tmp_path, images):
     assert min(cycle() for _ in range(5)) >= first - 2**21
 
 
-def test_the_current_device_is_kept(toy, tmp_path, images):
+def test_current_device_is_restored(toy, tmp_path, images):
     if len(gpu.devices()) < 2 or not gpu.runs_on(gpu.device(0).arch, gpu.device(1).arch):
         pytest.skip("needs two GPUs")
     with runtime.load(toy.write(tmp_path / "toy"), device="cuda:1") as model:

@@ -1,4 +1,4 @@
-"""Photographs in, classes out."""
+"""Preprocessing of images, and classes from logits."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_pixels(photo):
     np.testing.assert_allclose(batch[0].transpose(1, 2, 0), expected, atol=1e-5)
 
 
-def test_kinds_agree(photo):
+def test_paths_pil_images_and_arrays_agree(photo):
     opened = Image.open(photo)
     batch = runtime.preprocess([photo, opened, np.asarray(opened)], SETTINGS)
     assert batch.shape == (3, 3, 32, 24)
@@ -48,7 +48,7 @@ def test_kinds_agree(photo):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_other_types(photo, dtype):
+def test_dtypes(photo, dtype):
     batch = runtime.preprocess(photo, SETTINGS, dtype=dtype)
     assert str(batch.dtype) == dtype
     reference = runtime.preprocess(photo, SETTINGS)
@@ -65,12 +65,12 @@ def test_any_size_and_mode(size, mode, tmp_path):
     assert np.isfinite(batch).all()
 
 
-def test_orientation_is_applied(tmp_path):
-    path = tmp_path / "turned.jpg"
+def test_exif_orientation(tmp_path):
+    path = tmp_path / "rotated.jpg"
     pixels = np.zeros((40, 40, 3), np.uint8)
     pixels[:20] = 255
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
+    exif[0x0112] = 3  # Orientation: upside down.
     Image.fromarray(pixels).save(path, exif=exif, quality=95)
     batch = runtime.preprocess(path, SETTINGS)
     assert batch[0, 0, -4:].min() > 1 > -1 > batch[0, 0, :4].max()
@@ -88,13 +88,13 @@ def test_orientation_is_applied(tmp_path):
         [],
     ],
 )
-def test_no_image(bad):
+def test_not_an_image(bad):
     with pytest.raises(ImageError):
         runtime.preprocess(bad, SETTINGS)
 
 
-def test_no_image_file(tmp_path, photo):
-    with pytest.raises(ImageError, match="no such image"):
+def test_not_an_image_file(tmp_path, photo):
+    with pytest.raises(ImageError, match="does not exist"):
         runtime.preprocess(tmp_path / "missing.jpg", SETTINGS)
     with pytest.raises(ImageError):
         runtime.preprocess(tmp_path, SETTINGS)
@@ -117,7 +117,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
 
 
 def test_without_settings(photo):
-    with pytest.raises(InvalidArgumentError, match="does not say"):
+    with pytest.raises(InvalidArgumentError, match="no preprocessing settings"):
         runtime.preprocess(photo, {})
 
 

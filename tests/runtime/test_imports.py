@@ -1,4 +1,4 @@
-"""Loading needs neither PyTorch nor TVM, and gets along with both."""
+"""Loading a model without PyTorch and TVM, and next to both."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ def run(*code: str, arguments: tuple[Path, ...] = (), **environment: str) -> str
         [sys.executable, "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,  # TVM's threads wait for each other: on a busy machine that takes long
+        timeout=300,  # TVM's threads spin while they wait, which is slow on a busy machine.
         env=os.environ | environment,
         check=False,
     )
@@ -31,7 +31,7 @@ def files(toy, artifact_path, tmp_path, image) -> tuple[Path, Path, Path]:
     return artifact_path, tmp_path / "image.npy", tmp_path / "expected.npy"
 
 
-BLOCK = """
+BLOCK_IMPORTS = """
     import importlib.abc, sys
 
     class Block(importlib.abc.MetaPathFinder):
@@ -57,17 +57,17 @@ MAPPED = """
 """
 
 
-def test_importing_them_fails_and_the_bundled_library_is_used(files):
-    mapped = run(BLOCK, LOAD, MAPPED, "print(mapped)", arguments=files).strip()
+def test_without_torch_and_tvm_the_bundled_library_is_loaded(files):
+    mapped = run(BLOCK_IMPORTS, LOAD, MAPPED, "print(mapped)", arguments=files).strip()
     assert mapped == str({str(files[0] / "libtvm_runtime.so")})
 
 
-def test_neither_is_imported_where_installed(files):
+def test_torch_and_tvm_are_not_imported(files):
     unwanted = "assert not {'torch', 'tvm', 'PIL', 'safetensors'} & set(sys.modules)"
     run(LOAD, unwanted, arguments=files)
 
 
-def test_importing_the_package_is_light():
+def test_runtime_imports_neither_torch_nor_tvm():
     run("import sys, dcnv3_tvm.runtime; assert not {'torch', 'tvm', 'tvm_ffi'} & set(sys.modules)")
 
 
@@ -91,20 +91,20 @@ def test_tvm_imported_before(files, first):
     assert run(first, LOAD, MAPPED, "print(len(mapped))", arguments=files).strip() == "1"
 
 
-def test_runtime_only_tvm(files):
+def test_tvm_runtime_only(files):
     run("import tvm", LOAD, arguments=files, TVM_USE_RUNTIME_LIB="1")
 
 
 def test_threads_of_the_environment(files):
-    ask = "print(runtime.load(sys.argv[1]).threads)"
-    # Never more threads than cores: TVM's wait by spinning, and beside other work they starve.
-    found = run(LOAD, ask, arguments=files, TVM_NUM_THREADS="1", OMP_NUM_THREADS="2")
+    show = "print(runtime.load(sys.argv[1]).threads)"
+    # One thread, because TVM's threads spin while they wait.
+    found = run(LOAD, show, arguments=files, TVM_NUM_THREADS="1", OMP_NUM_THREADS="2")
     assert found.strip() == "1"
-    found = run(LOAD, ask, arguments=files, TVM_NUM_THREADS="", OMP_NUM_THREADS="1")
+    found = run(LOAD, show, arguments=files, TVM_NUM_THREADS="", OMP_NUM_THREADS="1")
     assert found.strip() == "1"
 
 
-def test_no_pillow_is_said(files):
+def test_missing_pillow(files):
     code = """
     import sys
     sys.modules["PIL"] = None

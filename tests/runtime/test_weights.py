@@ -1,4 +1,4 @@
-"""The file of weights: laid out to be mapped, mapped where that is safe, refused where broken."""
+"""The weights file: layout, memory-mapping, and errors about damaged files."""
 
 import dataclasses
 import gc
@@ -63,7 +63,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / NAME
 
 
-def assert_right(tensors) -> None:
+def assert_as_written(tensors) -> None:
     given = some_weights()
     assert set(tensors) == set(given)
     for name, tensor in tensors.items():
@@ -73,30 +73,30 @@ def assert_right(tensors) -> None:
         assert array.ctypes.data % ALIGNMENT == 0 or array.size == 0
 
 
-def test_the_even_and_the_largest_are_mapped_the_odd_copied(path):
+def test_aligned_tensors_are_mapped_and_others_copied(path):
     tensors, _ = weights.read(path)
-    assert_right(tensors)
+    assert_as_written(tensors)
     assert {name for name in tensors if is_mapped(tensors[name], path)} - {"empty"} == MAPPED
 
 
-def test_read_where_mapping_fails(path, monkeypatch):
+def test_read_if_mapping_fails(path, monkeypatch):
     expected = weights.read(path)[1]
 
-    def refuse(*_, **__):
+    def fail(*_, **__):
         raise OSError(19, "No such device")
 
-    monkeypatch.setattr(mmap, "mmap", refuse)
+    monkeypatch.setattr(mmap, "mmap", fail)
     tensors, digest = weights.read(path)
     assert not mappings(path)
     assert digest == expected
-    assert_right(tensors)
+    assert_as_written(tensors)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match="truncated"):
         weights.read(path)
-    assert_right(tensors)
+    assert_as_written(tensors)
 
 
-def test_the_package_reads_it(path):
+def test_safetensors_reads_our_files(path):
     given = some_weights()
     with safetensors.safe_open(path, "numpy") as file:
         assert set(file.keys()) == set(given)
@@ -108,7 +108,7 @@ def test_the_package_reads_it(path):
         assert data[name]["dtype"] == tags.get(name, data[name]["dtype"])
 
 
-def test_the_package_s_files_are_read(tmp_path):
+def test_files_of_safetensors_are_read(tmp_path):
     given = {name: array for name, array in some_weights().items() if "bfloat16" not in name}
     given = {name: np.ascontiguousarray(array) for name, array in given.items()}
     safetensors.numpy.save_file(given, tmp_path / NAME, metadata={"format": "np"})
@@ -118,7 +118,7 @@ def test_the_package_s_files_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("length", range(1, 70, 4))
-def test_data_starts_aligned_whatever_the_header(tmp_path, length):
+def test_data_is_aligned_for_any_header_length(tmp_path, length):
     weights.write(tmp_path / NAME, {"n" * length: np.ones(16, np.float32)})
     tensors, _ = weights.read(tmp_path / NAME)
     assert is_mapped(tensors["n" * length], tmp_path / NAME)
@@ -131,7 +131,7 @@ def test_no_weights(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [">f4", "complex64", "U3"])
-def test_type_without_a_place(toy, tmp_path, dtype):
+def test_unsupported_dtype(toy, tmp_path, dtype):
     bad = dataclasses.replace(toy, weights=toy.weights | {"x": np.zeros(3, dtype)})
     with pytest.raises(ArtifactError, match=r"'x'.*allowed: float64, .*bfloat16"):
         bad.write(tmp_path / "x")
@@ -149,7 +149,7 @@ def test_writing_copies_one_weight_at_a_time(tmp_path):
     assert peak < 3 * 512 * 512 * 4
 
 
-def test_reading_copies_none(tmp_path):
+def test_reading_copies_nothing(tmp_path):
     weights.write(tmp_path / NAME, {f"{index}": np.ones(1 << 16) for index in range(16)})
     tracemalloc.start()
     try:
@@ -161,7 +161,7 @@ def test_reading_copies_none(tmp_path):
     assert peak < 1 << 18
 
 
-def test_one_tensor_keeps_the_mapping(path):
+def test_tensor_keeps_the_mapping_alive(path):
     tensors, _ = weights.read(path)
     kept = tensors["strided"]
     copied = tensors["odd"]
@@ -176,7 +176,7 @@ def test_one_tensor_keeps_the_mapping(path):
     np.testing.assert_array_equal(to_numpy(copied), some_weights()["odd"])
 
 
-def test_what_is_written_into_a_tensor_stays_here(path):
+def test_writes_to_a_tensor_do_not_change_the_file(path):
     before = path.read_bytes()
     array = to_numpy(weights.read(path)[0]["a"])
     array += 1
@@ -184,19 +184,19 @@ def test_what_is_written_into_a_tensor_stays_here(path):
     assert path.read_bytes() == before
 
 
-def test_digest_only_where_asked(path):
+def test_digest_is_optional(path):
     assert weights.read(path)[1] == files.sha256(path)
     assert weights.read(path, digest=False)[1] == ""
 
 
-def test_a_byte_of_a_mapped_tensor_was_changed(artifact_path):
+def test_modified_byte_of_a_mapped_tensor(artifact_path):
     path = artifact_path / NAME
     header = json.loads(path.read_bytes()[8:].partition(b"}}")[0] + b"}}")
     assert header["bias"]["data_offsets"] == [0, 768]
     with path.open("r+b") as stream:
         stream.seek(-400, 2)
         stream.write(b"\x7f")
-    with pytest.raises(ArtifactError, match=r"weights\.safetensors was changed"):
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors was modified"):
         runtime.load(artifact_path)
     gc.collect()
     assert not mappings(path)
@@ -204,11 +204,11 @@ def test_a_byte_of_a_mapped_tensor_was_changed(artifact_path):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("how", ["replaced", "removed"])
-def test_model_outlives_its_folder(toy, artifact_path, image, how, verify):
+@pytest.mark.parametrize("change", ["replaced", "removed"])
+def test_model_outlives_its_folder(toy, artifact_path, image, change, verify):
     model = runtime.load(artifact_path, verify_digests=verify)
     assert len(mappings(artifact_path / NAME)) == 1
-    if how == "replaced":
+    if change == "replaced":
         dataclasses.replace(toy, weights={"bias": toy.weights["bias"] + 1}).write(artifact_path)
     else:
         shutil.rmtree(artifact_path)
@@ -216,7 +216,7 @@ def test_model_outlives_its_folder(toy, artifact_path, image, how, verify):
     np.testing.assert_array_equal(model.features(image)[0], image + toy.weights["bias"])
 
 
-def test_closing_lets_go_of_the_mapping(toy, artifact_path, image):
+def test_close_unmaps_the_file(toy, artifact_path, image):
     model = runtime.load(artifact_path)
     result, maps = model(image), model.features(image)
     assert len(mappings(artifact_path / NAME)) == 1
