@@ -105,7 +105,7 @@ def test_owner_lives_as_long_as_the_model(toy, tmp_path):
 def test_save_of_a_modified_source(artifact_path, tmp_path):
     model = runtime.load(artifact_path)
     flip(artifact_path / "weights.safetensors", -1)
-    with pytest.raises(ArtifactError, match=r"weights\.safetensors was modified"):
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors was changed"):
         model.save(tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
@@ -366,7 +366,7 @@ def test_truncated_weights(artifact_path, keep):
 def test_broken_weights(tmp_path, header):
     path = tmp_path / "w.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(ArtifactError, match="no safetensors file"):
+    with pytest.raises(ArtifactError, match="not a safetensors file"):
         weights_file.read(path)
 
 
