@@ -1,4 +1,4 @@
-"""Two products with an activation between them on tensor cores, the hidden columns in registers."""
+"""Fused MLP on tensor cores: two matmuls and an activation, hidden features in registers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
-from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.gpu import FRAGMENT, HIDDEN_SLAB
 from dcnv3_tvm.kernels.mlp import KERNEL
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu import tensor_core
 from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
 from dcnv3_tvm.schedules.gpu.loops import divisors, unroll_all
-from dcnv3_tvm.schedules.gpu.tensorize import annotate
 from dcnv3_tvm.schedules.gpu.tiles import (
-    PAD_BYTES,
-    by_fragments,
-    fetch,
-    in_tiles,
-    vector_of,
-    write_vectors,
+    copy_tile,
+    fragment_layout,
+    load_fragments,
+    multiply_fragments,
+    store_fragments,
+    store_tile,
 )
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
@@ -31,39 +29,24 @@ _ROWS: Final = 128
 """Most rows of a block."""
 
 _WARP_ROWS: Final = 2
-"""Fragments of rows of a warp: a weight that it reads is multiplied so often. With twice as many it
-would read half of them, but a thread would need all its registers."""
+"""Fragments of rows of a warp, which reuse each weight fragment. Twice as many would halve the
+reads of weights, but need all registers of a thread."""
 
 _STAGES: Final = 2
-"""Slabs of weights in shared memory: one is multiplied while the other arrives."""
+"""Slabs of weights in shared memory: one is multiplied while the other is copied."""
 
 _MIN_BLOCKS: Final = 2
-"""Blocks of four warps for which a multiprocessor has registers; of sm_120, ptxas was seen to make
-room for four, and to spill."""
+"""Blocks of four warps whose registers fit a multiprocessor. For sm_120 ptxas chooses four without
+this bound, and spills."""
 
 
 def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule the kernels of `dcnv3_tvm.kernels.mlp`.
 
-    A block takes up to 128 rows, which lie in shared memory, and goes through the hidden columns
-    slab by slab. Each warp has rows of its own: it sums its part of a slab, applies bias and
-    activation in the registers in which the sums lie, which are those in which the tensor cores
-    want the factor of the second product, and multiplies. So the warps share nothing but the
-    weights, of which the next slab is copied meanwhile.
-
-    Parameters
-    ----------
-    func : tvm.tirx.PrimFunc
-        Any unscheduled function.
-    target : tvm.target.Target
-        The target.
-    space : SearchSpace
-        What to decide otherwise than by default.
-
-    Returns
-    -------
-    tvm.tirx.PrimFunc or Refusal
-        The scheduled function; a refusal of other kernels.
+    A block keeps up to 128 rows of the input in shared memory and iterates over slabs of hidden
+    features. Each warp has rows of its own: it computes its part of a slab, applies bias and
+    activation in registers, whose layout is that of an operand of the second matmul, and multiplies
+    again. Warps share only the weights; the next slab of them is copied asynchronously.
     """
     if refusal := refuse_other_kernels(func, KERNEL):
         return refusal
@@ -72,8 +55,10 @@ def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFun
     sch = s_tir.Schedule(func)
     dtype = str(func.params[1].dtype)
     operand, inner, hidden = map(sch.get_sblock, ("operand", "hidden_sums", "hidden"))
-    product, epilogue = map(sch.get_sblock, ("sums", "epilogue"))
-    row, column, depth = sch.get_loops(product)
+    outer, epilogue = map(sch.get_sblock, ("sums", "epilogue"))
+    row, column, depth = sch.get_loops(outer)
+
+    # Step 1. Choose the rows of a block and a warp, and the stages of the pipeline.
     extent = static(sch.get(row).extent) or _ROWS
     high = max(d for d in divisors(extent, _ROWS) if d % FRAGMENT == 0)
     fitting = [tall for tall in (4, _WARP_ROWS, 1) if high % (tall * FRAGMENT) == 0]
@@ -82,45 +67,51 @@ def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFun
     slabs = (static(sch.get(depth).extent) or HIDDEN_SLAB) // HIDDEN_SLAB
     stages = min(space.pick("stages", (2, 3), _STAGES), slabs)
 
+    # Step 2. Tile the second matmul by blocks, warps, slabs and fragments.
     row, warp, rows, i = sch.split(row, [None, warps, tall, FRAGMENT])
     columns, j = sch.split(column, [None, FRAGMENT])
     step, depth, k = sch.split(depth, [None, HIDDEN_SLAB // FRAGMENT, FRAGMENT])
     sch.reorder(row, warp, step, depth, rows, columns, i, j, k)
     sch.bind(row, "blockIdx.x")
     sch.bind(warp, "threadIdx.y")
-    sums = sch.cache_write(product, 0, "warp")
+
+    # Step 3. Accumulate in registers, and pass the sums to the epilogue through shared memory.
+    sums = sch.cache_write(outer, 0, "warp")
     sch.reverse_compute_at(sums, warp, preserve_unit_loops=True)
     sch.reverse_compute_at(epilogue, row, preserve_unit_loops=True)
     sch.set_scope(sums, 0, "shared.dyn")
-    weight2, second = _weight(sch, product, depth)
-    inner_loops = _slab(sch, inner, hidden, step)
+    weight2, second = _cache_weight(sch, outer, depth)
+
+    # Step 4. Compute the first matmul of a slab in the loop over slabs.
+    inner_loops = _tile_inner(sch, inner, hidden, step)
     inner_depth, *_, inner_i = inner_loops
-    weight1, first = _weight(sch, inner, inner_depth)
-    factor = sch.cache_read(inner, 0, "warp")
-    sch.compute_at(factor, inner_depth, preserve_unit_loops=True)
-    # In shared memory before it is moved: so it is a tile of the block, not of a warp.
+    weight1, first = _cache_weight(sch, inner, inner_depth)
+    rows_operand = sch.cache_read(inner, 0, "warp")
+    sch.compute_at(rows_operand, inner_depth, preserve_unit_loops=True)
+
+    # Step 5. Copy the rows of a block and the weights of a slab to shared memory.
     sch.set_scope(operand, 0, "shared.dyn")
     for copy, loop in ((operand, row), (weight1, step), (weight2, step)):
-        sch.compute_at(copy, loop, preserve_unit_loops=True)
-        fetch(sch, copy, warps, vector_of(sch, copy))
-        sch.storage_align(copy, 0, axis=-2, factor=32, offset=PAD_BYTES // DTYPE_BYTES[dtype])
-    write_vectors(sch, epilogue, row, warps)
+        copy_tile(sch, copy, loop, warps)
 
-    # Last: of blocks that are laid out so, TVM does not see that they are computed whole.
-    for block in (factor, inner, hidden):
-        sch.transform_layout(block, ("write", 0), in_tiles(tensor_core.fragment))
-    by_fragments(sch, factor, tensor_core.load(dtype, second=False))
-    for block in (first, second):
-        sch.transform_layout(block, ("write", 0), in_tiles(tensor_core.transposed_fragment))
-        by_fragments(sch, block, tensor_core.load(dtype, second=True))
-    sch.transform_layout(sums, ("read", 0), in_tiles(tensor_core.fragment))
-    stored = by_fragments(sch, sums, tensor_core.store())
-    sch.storage_align(stored, 0, axis=-2, factor=32, offset=8)
-    _by_thread(sch, hidden)
-    _multiply(sch, inner_loops[:3], inner_i, inner_depth, dtype)
-    _multiply(sch, (depth, rows, columns), i, step, dtype)
+    # Step 6. Apply the epilogue and store in vectors.
+    store_tile(sch, epilogue, row, warps)
+
+    # Step 7. Load, multiply and store fragments by tensor intrinsics. Layouts are changed last,
+    # because TVM cannot prove that blocks in them are computed completely.
+    for block in (inner, hidden):
+        sch.transform_layout(block, ("write", 0), fragment_layout(tensor_core.fragment))
+    load_fragments(sch, rows_operand, dtype, second=False)
+    load_fragments(sch, first, dtype, second=True)
+    load_fragments(sch, second, dtype, second=True)
+    store_fragments(sch, sums)
+    _bind_fragment(sch, hidden)
+    multiply_fragments(sch, inner_loops[:3], inner_i, inner_depth, dtype)
+    multiply_fragments(sch, (depth, rows, columns), i, step, dtype)
+
+    # Step 8. Pipeline: copy the weights of later slabs, the first and fifth statement of a step,
+    # asynchronously before everything else.
     if stages > 1:
-        # The copies of the weights, first and fifth in a step, before all else; they do not wait.
         last = stages - 1
         sch.annotate(step, "software_pipeline_stage", [0, last, last, last, 0, last])
         sch.annotate(step, "software_pipeline_order", [0, 2, 3, 4, 1, 5])
@@ -128,20 +119,22 @@ def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFun
     return set_min_blocks(sch.mod["main"], target, space, _MIN_BLOCKS)
 
 
-def _weight(sch: s_tir.Schedule, product: SBlockRV, depth: LoopRV) -> tuple[SBlockRV, SBlockRV]:
-    """Let a weight come by way of shared memory; return the blocks that copy it there and on."""
-    weight = sch.cache_read(product, 1, "shared.dyn")
-    fragments = sch.cache_read(product, 1, "warp")
+def _cache_weight(
+    sch: s_tir.Schedule, matmul: SBlockRV, depth: LoopRV
+) -> tuple[SBlockRV, SBlockRV]:
+    """Return the copies of a weight to shared memory and to fragments, the latter at `depth`."""
+    weight = sch.cache_read(matmul, 1, "shared.dyn")
+    fragments = sch.cache_read(matmul, 1, "warp")
     sch.compute_at(fragments, depth, preserve_unit_loops=True)
     return weight, fragments
 
 
-def _slab(
+def _tile_inner(
     sch: s_tir.Schedule, inner: SBlockRV, hidden: SBlockRV, step: LoopRV
 ) -> tuple[LoopRV, LoopRV, LoopRV, LoopRV]:
-    """Move the first product into the loop over slabs, and return its loops down to fragments.
+    """Compute the first matmul at `step` and tile it by fragments.
 
-    Those of depth, rows and columns, and the first one inside a fragment.
+    Returns the loops (depth, row, column) over fragments, and the first loop inside a fragment.
     """
     for block in (hidden, inner):
         sch.set_scope(block, 0, "warp")
@@ -154,11 +147,11 @@ def _slab(
     return depth, row, column, i
 
 
-def _by_thread(sch: s_tir.Schedule, block: SBlockRV) -> None:
-    """Let every thread compute those elements of each fragment that it holds, by their layout.
+def _bind_fragment(sch: s_tir.Schedule, block: SBlockRV) -> None:
+    """Bind each fragment of an elementwise block to threads by its layout.
 
-    The loops over these eight stay loops: unrolled, TVM would not see that an index belongs to the
-    thread.
+    The loops over a thread's eight elements are not unrolled: TVM could not prove then that an
+    index belongs to the thread.
     """
     row, column = sch.get_loops(block)[-2:]
     row, upper, group = sch.split(row, [None, 2, 8])
@@ -166,15 +159,3 @@ def _by_thread(sch: s_tir.Schedule, block: SBlockRV) -> None:
     sch.reorder(row, column, group, member, right, upper, odd)
     unroll_all(sch, [row, column])
     sch.bind(sch.fuse(group, member), "threadIdx.x")
-
-
-def _multiply(
-    sch: s_tir.Schedule, loops: tuple[LoopRV, ...], i: LoopRV, start: LoopRV, dtype: str
-) -> None:
-    """Give a product to the tensor cores, its sums cleared in front of the loop `start`."""
-    unroll_all(sch, loops)
-    multiply = sch.blockize(i)
-    clear = sch.decompose_reduction(multiply, start)
-    annotate(sch, multiply, tensor_core.multiply(dtype))
-    annotate(sch, clear, tensor_core.clear())
-    unroll_all(sch, sch.get_loops(clear)[-2:])

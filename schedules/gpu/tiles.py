@@ -1,27 +1,65 @@
-"""Tiles of matrices in shared memory and on tensor cores: steps that rules for products share."""
+"""Steps of the GEMM and MLP rules: tiles in shared memory, tensor-core fragments, epilogue."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from tvm import s_tir
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.gpu import FRAGMENT, WARP_SIZE, vector_elements
 from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.schedules.gpu import tensor_core
 from dcnv3_tvm.schedules.gpu.loops import unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.gpu.tensorize import annotate
 
 PAD_BYTES: Final = 16
-"""Added to every row in shared memory, so that eight rows lie in different banks."""
+"""Bytes added to each row in shared memory, so that eight rows are in different banks."""
 
 
-def in_tiles(
+def copy_vector(sch: s_tir.Schedule, copy: SBlockRV) -> int:
+    """Return how many neighbouring elements a copy moves at once; 1 if it converts their type."""
+    read = sch.get(copy).reads[0].source
+    source, stored = str(read.dtype), str(sch.get(copy).writes[0].source.dtype)
+    return vector_elements(static(read.shape[-1]) or 1, source) if source == stored else 1
+
+
+def copy_tile(sch: s_tir.Schedule, copy: SBlockRV, loop: LoopRV, warps: int) -> None:
+    """Copy a tile to shared memory at a loop, in vectors by all threads of a block.
+
+    The tile must be in shared memory already: `compute_at` makes a copy to registers a tile of a
+    warp instead of the block.
+    """
+    sch.compute_at(copy, loop, preserve_unit_loops=True)
+    turn, _, lane = _bind_tile(sch, copy, warps, copy_vector(sch, copy))
+    sch.unroll(turn)
+    sch.vectorize(lane)
+    padding = PAD_BYTES // DTYPE_BYTES[str(sch.get(copy).writes[0].source.dtype)]
+    sch.storage_align(copy, 0, axis=-2, factor=32, offset=padding)
+
+
+def _bind_tile(
+    sch: s_tir.Schedule, block: SBlockRV, warps: int, vector: int
+) -> tuple[LoopRV, LoopRV, LoopRV]:
+    """Bind a tile to all threads of a block, and return the loops (turn, thread, vector element).
+
+    Vectors are split off first, so that TVM can tell which elements a thread has.
+    """
+    row, column = sch.get_loops(block)[-2:]
+    column, lane = sch.split(column, [None, vector])
+    turn, warp, thread = sch.split(sch.fuse(row, column), [None, warps, WARP_SIZE])
+    sch.bind(warp, "threadIdx.y")
+    sch.bind(thread, "threadIdx.x")
+    return turn, thread, lane
+
+
+def fragment_layout(
     place: Callable[[Any, Any], tuple[Any, Any]],
 ) -> Callable[[Any, Any], tuple[Any, ...]]:
-    """Turn the place of an element in a 16x16 tile into one in a matrix of such tiles."""
+    """Return the index map from a matrix to fragments of (thread, register)."""
 
     def index(i: Any, j: Any) -> tuple[Any, ...]:
         return i // FRAGMENT, j // FRAGMENT, *place(i % FRAGMENT, j % FRAGMENT)
@@ -29,8 +67,37 @@ def in_tiles(
     return index
 
 
-def by_fragments(sch: s_tir.Schedule, block: SBlockRV, intrinsic: str) -> SBlockRV:
-    """Let a block move whole fragments, by an intrinsic, and return the block of a fragment."""
+def load_fragments(sch: s_tir.Schedule, copy: SBlockRV, dtype: str, *, second: bool) -> None:
+    """Load fragments of an operand from shared memory; `second` is the right one."""
+    place = tensor_core.transposed_fragment if second else tensor_core.fragment
+    sch.transform_layout(copy, ("write", 0), fragment_layout(place))
+    _by_fragments(sch, copy, tensor_core.load(dtype, second=second))
+
+
+def store_fragments(sch: s_tir.Schedule, sums: SBlockRV) -> None:
+    """Store the fragments of the sums to shared memory."""
+    sch.transform_layout(sums, ("read", 0), fragment_layout(tensor_core.fragment))
+    stored = _by_fragments(sch, sums, tensor_core.store())
+    sch.storage_align(stored, 0, axis=-2, factor=32, offset=8)
+
+
+def multiply_fragments(
+    sch: s_tir.Schedule, loops: Sequence[LoopRV], i: LoopRV, start: LoopRV, dtype: str
+) -> None:
+    """Multiply fragments on tensor cores, and clear the sums before the loop `start`.
+
+    `loops` iterate over fragments, and `i` is the first loop inside a fragment.
+    """
+    unroll_all(sch, loops)
+    multiply = sch.blockize(i)
+    clear = sch.decompose_reduction(multiply, start)
+    annotate(sch, multiply, tensor_core.multiply(dtype))
+    annotate(sch, clear, tensor_core.clear())
+    unroll_all(sch, sch.get_loops(clear)[-2:])
+
+
+def _by_fragments(sch: s_tir.Schedule, block: SBlockRV, intrinsic: str) -> SBlockRV:
+    """Tile a copy by fragments, mark each for an intrinsic, and return the block of a fragment."""
     row, column = sch.get_loops(block)[-2:]
     row, i = sch.split(row, [None, FRAGMENT])
     column, j = sch.split(column, [None, FRAGMENT])
@@ -41,62 +108,31 @@ def by_fragments(sch: s_tir.Schedule, block: SBlockRV, intrinsic: str) -> SBlock
     return fragment
 
 
-def fetch(sch: s_tir.Schedule, copy: SBlockRV, warps: int, vector: int) -> None:
-    """Let all threads of a block copy a tile, in vectors."""
-    turn, _, lane = _share(sch, copy, warps, vector)
-    sch.unroll(turn)
-    sch.vectorize(lane)
+def store_tile(sch: s_tir.Schedule, epilogue: SBlockRV, block: LoopRV, warps: int) -> None:
+    """Apply the epilogue to a tile in shared memory, and store it in vectors by all threads.
 
-
-def _share(
-    sch: s_tir.Schedule, block: SBlockRV, warps: int, vector: int
-) -> tuple[LoopRV, LoopRV, LoopRV]:
-    """Share out a tile among all threads of a block, and return the loops of turns, threads, lanes.
-
-    Lanes are split off first, so that TVM sees which elements a thread has.
-    """
-    row, column = sch.get_loops(block)[-2:]
-    column, lane = sch.split(column, [None, vector])
-    turn, warp, thread = sch.split(sch.fuse(row, column), [None, warps, WARP_SIZE])
-    sch.bind(warp, "threadIdx.y")
-    sch.bind(thread, "threadIdx.x")
-    return turn, thread, lane
-
-
-def vector_of(sch: s_tir.Schedule, copy: SBlockRV) -> int:
-    """Return how many neighbouring elements one copy can take: they must be so in the source."""
-    read = sch.get(copy).reads[0].source
-    source, stored = str(read.dtype), str(sch.get(copy).writes[0].source.dtype)
-    if source != stored:
-        return 1
-    return vector_elements(static(read.shape[-1]) or 1, source)
-
-
-def write_vectors(sch: s_tir.Schedule, epilogue: SBlockRV, block: LoopRV, warps: int) -> None:
-    """Let all threads of a block finish a tile that lies in shared memory, in vectors.
-
-    What is stored is shared out, and the rest follows it: a thread that has no part of the tile
-    may compute something, but must not store it.
+    The block that stores is bound to threads and the others follow it: a thread without a part of
+    the tile may compute, but must not store.
     """
     store = sch.get_sblock("store")
     columns = static(sch.get(store).writes[0].source.shape[-1]) or 1
     vector = math.gcd(columns, 4)
     sch.set_scope(epilogue, 0, "local")
     sch.reverse_compute_at(store, block, preserve_unit_loops=True)
-    _, thread, _ = _share(sch, store, warps, vector)
+    _, thread, _ = _bind_tile(sch, store, warps, vector)
     sch.compute_at(epilogue, thread, preserve_unit_loops=True)
     unroll_all(sch, sch.get_loops(epilogue)[-2:])
     copies = [store]
     for index in range(len(sch.get(epilogue).reads)):
-        copy = read_early(sch, epilogue, index)
+        copy = cache_epilogue_read(sch, epilogue, index)
         sch.compute_at(copy, thread, preserve_unit_loops=True)
         copies.append(copy)
     for copy in copies:
         vectorize_copy(sch, copy, vector)
 
 
-def read_early(sch: s_tir.Schedule, epilogue: SBlockRV, index: int) -> SBlockRV:
-    """Let a tensor that the epilogue reads be copied to registers first, by row and column."""
+def cache_epilogue_read(sch: s_tir.Schedule, epilogue: SBlockRV, index: int) -> SBlockRV:
+    """Copy a tensor that the epilogue reads to registers; the residual as a matrix."""
     if sch.get(epilogue).reads[index].source.name == "residual":
         return sch.reindex_cache_read(epilogue, index, "local", lambda m, n: (m, n))
     return sch.cache_read(epilogue, index, "local")

@@ -4,7 +4,8 @@ import tvm
 
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.layer_norm import layer_norm
-from dcnv3_tvm.schedules.gpu.gemm import default_tile, gemm
+from dcnv3_tvm.schedules.gpu.gemm import gemm
+from dcnv3_tvm.schedules.gpu.gemm_tensor_core import default_tile
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
