@@ -4,7 +4,6 @@ import tvm
 from tvm.target import Target
 
 from dcnv3_tvm.compiler.cuda import device_pipeline
-from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.tolerances import LAYER
@@ -17,25 +16,13 @@ def host():
 
 @pytest.fixture(scope="session", params=["auto", "cpu-haswell", "cpu-x86-64"])
 def target(request):
-    """Return this machine's target, and older ones whose code it runs too."""
+    """Return this machine's target, and those of older CPUs whose code it runs."""
     target = resolve_target(request.param)
     if request.param != "auto" and "avx2" not in str(
         tvm.target.codegen.llvm_get_cpu_features(resolve_target())
     ):
         pytest.skip("not an x86 machine with AVX2")
     return target
-
-
-@pytest.fixture
-def scheduled():
-    """Schedule one function; return its script and the rule that took it."""
-
-    def script(func, target: Target):
-        module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
-        module, rules = schedule_module(module, target)
-        return module["main"].script(), rules["main"].rule
-
-    return script
 
 
 @pytest.fixture
@@ -65,9 +52,9 @@ def assert_close():
 
 @pytest.fixture
 def run_together(gpu):
-    """Compile kernels for a GPU together; yield each one's name, result, and what is expected.
+    """Compile kernels for a GPU together; yield the name, result and expected value of each.
 
-    Problems are ``(scheduled kernel, inputs, (shape, dtype) of the output, expected)``, by name.
+    Problems by name are ``(scheduled kernel, inputs, (shape, dtype) of the output, expected)``.
     """
 
     def run(target: Target, problems):

@@ -1,4 +1,4 @@
-"""Products of bfloat16 operands. The instruction is looked for everywhere, and run where it is."""
+"""Matmuls of bfloat16 pairs: the instruction is checked everywhere and run where supported."""
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +21,7 @@ FULL = Epilogue(bias=True, activation="gelu", residual=True)
 TARGET = "cpu-znver4"
 
 runs_here = pytest.mark.skipif(
-    bool(machine.missing_features(["avx512bf16"])), reason="this processor multiplies no bfloat16"
+    bool(machine.missing_features(["avx512bf16"])), reason="this CPU has no AVX512-BF16"
 )
 
 
@@ -56,7 +56,7 @@ def check(rng, assert_close, lead, sizes, inner, columns, *, epilogue=FULL, out_
     exact = x.astype("float64") @ weight.T.astype("float64")
     reference = layers.finish(epilogue, exact, bias, residual)
     if out_dtype:
-        # One rounding at the store, of a value that may itself be off in its last digits.
+        # The store rounds a float32 value, which has rounding errors of its own.
         limit = 2.0**-8 * np.abs(reference) + 1e-5 * np.abs(reference).max()
         assert (np.abs(result.astype("float64") - reference) <= limit).all()
     else:
@@ -72,13 +72,13 @@ def test_any_number_of_rows(rng, assert_close, sizes):
 @runs_here
 @pytest.mark.parametrize("inner", [2, 6, 512, 1024])
 @pytest.mark.parametrize("columns", [16, 32, 80, 112])
-def test_any_pairs_of_features_and_whole_vectors_of_columns(rng, assert_close, inner, columns):
+def test_any_number_of_pairs_and_column_vectors(rng, assert_close, inner, columns):
     check(rng, assert_close, (28,), (28,), inner, columns)
 
 
 @runs_here
 @pytest.mark.parametrize("sizes", [(1, 7, 7), (3, 7, 7), (2, 1, 1)])
-def test_symbolic_batch_and_symbolic_everything(rng, assert_close, sizes):
+def test_dynamic_batch_and_dynamic_shape(rng, assert_close, sizes):
     n, h, w = (tirx.Var(name, "int64") for name in "nhw")
     check(rng, assert_close, (n, *sizes[1:]), sizes, 16, 64)
     check(rng, assert_close, (n, h, w), sizes, 16, 64)
@@ -86,7 +86,7 @@ def test_symbolic_batch_and_symbolic_everything(rng, assert_close, sizes):
 
 @runs_here
 @pytest.mark.parametrize("epilogue", [Epilogue(), FULL])
-def test_the_output_may_be_bfloat16(rng, assert_close, epilogue):
+def test_bfloat16_output(rng, assert_close, epilogue):
     check(rng, assert_close, (21,), (21,), 32, 48, epilogue=epilogue, out_dtype="bfloat16")
 
 
@@ -105,7 +105,7 @@ def compiled(rows, inner, columns):
     return tvm.compile(module, target=target).mod.inspect_source("asm")
 
 
-def test_the_inner_loop_is_nothing_but_dot_products():
+def test_inner_loop_has_only_dot_products():
     assembly = compiled(56, 64, 32)
     lines = assembly.splitlines()
     dots = [number for number, line in enumerate(lines) if "vdpbf16ps" in line]
@@ -121,12 +121,12 @@ def test_targets_without_the_instruction():
     assert not has_bfloat16_dot(resolve_target("cpu-haswell"))
 
 
-def test_an_odd_number_of_input_features_is_refused():
+def test_rejects_odd_number_of_input_features():
     with pytest.raises(InvalidArgumentError, match="in pairs"):
         matmul((4,), 7, 16, tile=16, dtype="bfloat16")
 
 
-def test_packing_lays_pairs_side_by_side(rng):
+def test_packing_interleaves_pairs(rng):
     weight = narrow(rng, 40, 6)
     packed = pack_matmul_weight(weight, 32)
     assert packed.shape == (2, 3, 32, 2)

@@ -18,6 +18,7 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
 from helpers.layers import run_kernel
+from helpers.structure import block_names, buffer_scopes, loop_kinds
 
 FULL = Epilogue(bias=True, activation="gelu", residual=True)
 
@@ -52,7 +53,7 @@ def test_any_number_of_columns(rng, assert_close, host, columns):
 
 
 @pytest.mark.parametrize("sizes", [(1, 7, 7), (3, 7, 7), (2, 1, 1)])
-def test_symbolic_batch_and_symbolic_everything(rng, assert_close, host, sizes):
+def test_dynamic_batch_and_dynamic_shape(rng, assert_close, host, sizes):
     n, h, w = (tirx.Var(name, "int64") for name in "nhw")
     check(rng, assert_close, (n, *sizes[1:]), sizes, 16, 70, host)
     check(rng, assert_close, (n, h, w), sizes, 16, 70, host)
@@ -63,27 +64,27 @@ def test_weights_larger_than_the_cache(rng, assert_close, host):
 
 
 @pytest.mark.parametrize("sizes", [(2, 5, 7), (7, 7), (13,)])
-def test_other_instruction_sets(rng, assert_close, scheduled, target, sizes):
+def test_other_instruction_sets(rng, assert_close, target, sizes):
     check(rng, assert_close, sizes, sizes, 19, 75, target)
-    _, rule = scheduled(matmul(sizes, 19, 75, tile=weight_tile_width(75, target)), target)
-    assert rule == "matmul"
+    found = schedules.schedule(matmul(sizes, 19, 75, tile=weight_tile_width(75, target)), target)
+    assert found.rule == "matmul"
 
 
 def test_without_epilogue(rng, assert_close, host):
     check(rng, assert_close, (14,), (14,), 8, 32, host, Epilogue())
 
 
-def test_sums_stay_in_registers(scheduled, host):
+def test_sums_stay_in_registers(host):
     func = matmul((3136,), 64, 256, tile=weight_tile_width(256, host))
-    script, rule = scheduled(func, host)
-    assert rule == "matmul"
-    assert "T.parallel" in script
-    assert "T.vectorized" in script
-    assert 'scope="local"' in script
-    assert script.index("sums_init") < script.index("sums_update")
+    found = schedules.schedule(func, host)
+    assert found.rule == "matmul"
+    assert {"PARALLEL", "VECTORIZED"} <= loop_kinds(found.function)
+    assert "local" in buffer_scopes(found.function)
+    blocks = block_names(found.function)
+    assert blocks.index("sums_init") < blocks.index("sums_update")
 
 
-def test_a_row_tile_fills_the_registers_and_divides_the_rows():
+def test_row_tile_fills_registers_and_divides_rows():
     wide = VectorUnit(bits=512, registers=32)
     for rows in (96 * 96, 56 * 56, 28 * 28, 24 * 24, 14 * 14, 12 * 12, 49):
         tile = row_tile(rows, 32, wide, "float32")
@@ -95,7 +96,7 @@ def test_a_row_tile_fills_the_registers_and_divides_the_rows():
     assert row_tile(n, 32, wide, "float32") == 14
 
 
-def test_rows_that_share_a_set_of_the_cache_are_no_more_than_it_keeps():
+def test_row_tile_fits_a_cache_set():
     wide = VectorUnit(bits=512, registers=32)
     assert row_tile(196, 32, wide, "float32", row_bytes=1024 * 4) == 7
     assert row_tile(196, 32, wide, "float32", row_bytes=3072 * 4) == 7
@@ -105,7 +106,7 @@ def test_rows_that_share_a_set_of_the_cache_are_no_more_than_it_keeps():
 
 
 @pytest.mark.parametrize("unit", [VectorUnit(512, 32), VectorUnit(256, 16), VectorUnit(128, 32)])
-def test_every_row_tile_is_whole_or_has_slack(unit):
+def test_row_tiles_are_whole_or_have_slack(unit):
     for columns in (1, unit.lanes("float32"), 2 * unit.lanes("float32")):
         for rows in range(1, 2000):
             tile = row_tile(rows, columns, unit, "float32")
@@ -123,7 +124,7 @@ def test_vector_units_of_targets():
     assert unit(mtriple="aarch64-linux-gnu", mcpu="cortex-a76") == VectorUnit(128, 32)
 
 
-def test_steps_along_the_depth_are_unrolled_where_sums_are_spilled():
+def test_depth_is_unrolled_if_sums_spill():
     func = matmul((49,), 64, 64, tile=16)
     narrow = schedules.schedule(func, resolve_target("cpu-haswell")).space
     assert (narrow["rows"][0], narrow["unroll"][0]) == (7, 4)
