@@ -1,1 +1,1 @@
-"""Import PyTorch models into Relax."""
+"""Import PyTorch models into Relax, through ``torch.export``."""

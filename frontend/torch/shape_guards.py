@@ -1,7 +1,7 @@
-"""Whether an exported program holds for all sizes of the image, or only for some like the example.
+"""Check the shape guards of an exported program: the conditions on sizes that it depends on.
 
-A model may take another way for another size (``if height % 32: pad``). ``torch.export`` follows
-the one of the example, and notes on what it depended. Nothing of that is left in the graph.
+A model may branch on the image size (``if height % 32: pad``). ``torch.export`` follows the branch
+of the example and records the condition as a guard; the graph itself does not contain it.
 """
 
 from __future__ import annotations
@@ -18,106 +18,111 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from dcnv3_tvm.errors import ModelImportError
 
-_AXES: Final = "nchw"
+_SIZE_NAMES: Final = "nchw"
 
-_PROBES: Final = (*range(2, 132), 256, 257, 384, 510, 513, 800, 1023, 1333, 4096, 5001)
-"""Sizes at which a note is looked at: all remainders of the usual steps, small and large."""
+_TESTED_SIZES: Final = (*range(2, 132), 256, 257, 384, 510, 513, 800, 1023, 1333, 4096, 5001)
+"""Sizes for which guards are evaluated: all remainders of common strides, small and large."""
 
-_NAMES: Final = {each.__name__: each for each in (math, torch, min, max, abs, int, float, round)}
-"""What the notes call."""
+_NAMESPACE: Final = {
+    each.__name__: each for each in (math, torch, min, max, abs, int, float, round)
+}
+"""Names that PyTorch uses in printed guards."""
 
 
-def check_guards(program: ExportedProgram, shape: tuple[int, ...], dynamic: set[int]) -> None:
-    """Refuse a program that holds only for some of the sizes that are to be open.
+def check_shape_guards(
+    program: ExportedProgram, shape: tuple[int, ...], dynamic_axes: set[int]
+) -> None:
+    """Raise an error for a program that is valid only for some of the dynamic sizes.
 
-    Notes that some map has more than one pixel are no reason: ``torch.export`` always makes them,
-    and what is left in the graph holds for one pixel as well.
+    Guards that exclude only a size of one are accepted: ``torch.export`` always adds them, and the
+    operators left in the graph are valid for one as well.
 
     Parameters
     ----------
     program : ExportedProgram
-        Of one argument, ``image``.
+        A program with one argument, ``image``.
     shape : tuple of int
-        Of the example.
-    dynamic : set of int
-        Its open axes.
+        Shape of the example.
+    dynamic_axes : set of int
+        Axes whose size is dynamic.
 
     Raises
     ------
     ModelImportError
-        With what the program depends on.
+        If a guard fails for some size; the message names the guard and its source line.
     """
-    depends = [
-        f"{note} ({place})" if place else note
-        for note, place in _notes(program).items()
-        if not _holds(note, shape, dynamic)
+    failing = [
+        f"{guard} ({source})" if source else guard
+        for guard, source in _guards(program).items()
+        if not _always_holds(guard, shape, dynamic_axes)
     ]
-    if depends:
+    if failing:
         raise ModelImportError(
-            "the model computes other things for images of another size",
-            got=f"it was exported for sizes where {' and '.join(depends)}",
-            hint="Import it with fixed sizes (dynamic_batch=False, dynamic_size=False), or without "
-            "the step that depends on the size, for example a padding, and do that outside.",
+            "the model computes something else for images of another size",
+            got=f"it was exported for sizes where {' and '.join(failing)}",
+            hint="Import it with fixed sizes (dynamic_batch=False, dynamic_size=False), or move "
+            "the step that depends on the size (for example a padding) out of the model.",
         )
 
 
-def _notes(program: ExportedProgram) -> dict[str, str]:
-    """Return the conditions on n, c, h and w under which the graph was made, and who set them."""
+def _guards(program: ExportedProgram) -> dict[str, str]:
+    """Return the guards as Python expressions of n, c, h and w, with their source lines."""
     image = next(node for node in program.graph.nodes if node.name == "image").meta["val"]
     print_python = PythonPrinter().doprint
     sizes = {
-        axis: size.node
-        for axis, size in zip(_AXES, image.shape, strict=True)
+        name: size.node
+        for name, size in zip(_SIZE_NAMES, image.shape, strict=True)
         if isinstance(size, torch.SymInt)
     }
-    axes: dict[str, str] = {}
-    notes: dict[str, str] = {}
-    for axis, size in sizes.items():
-        text = print_python(size.expr)
-        if text.isidentifier() and text not in axes:
-            axes[text] = axis
-        else:  # The sizes of the image depend on each other.
-            notes[f"{axis} == {text}"] = ""
-    for size in list(sizes.values())[:1]:  # all sizes have the same
+    names: dict[str, str] = {}
+    guards: dict[str, str] = {}
+    for name, size in sizes.items():
+        symbol = print_python(size.expr)
+        if symbol.isidentifier() and symbol not in names:
+            names[symbol] = name
+        else:  # torch.export concluded that one size depends on another.
+            guards[f"{name} == {symbol}"] = ""
+    for size in list(sizes.values())[:1]:  # All sizes share one list of guards.
         for guard in size.shape_env.guards:
-            notes[print_python(guard.expr)] = str(guard.sloc).strip("()")
+            guards[print_python(guard.expr)] = str(guard.sloc).strip("()")
 
-    def with_axes(note: str) -> str:
-        return re.sub(r"\w+", lambda found: axes.get(found[0], found[0]), note)
+    def renamed(guard: str) -> str:
+        return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), guard)
 
-    return {with_axes(note): place for note, place in notes.items()}
+    return {renamed(guard): source for guard, source in guards.items()}
 
 
-def _holds(note: str, shape: tuple[int, ...], dynamic: set[int]) -> bool:
-    tree = ast.parse(note, mode="eval")
-    code = compile(tree, note, "eval")
+def _always_holds(guard: str, shape: tuple[int, ...], dynamic_axes: set[int]) -> bool:
+    tree = ast.parse(guard, mode="eval")
+    code = compile(tree, guard, "eval")
     try:
         return all(
-            _value(code, sizes) or _is_single(tree, sizes) for sizes in _probes(shape, dynamic)
+            _evaluate(code, sizes) or _has_size_of_one(tree, sizes)
+            for sizes in _tested_sizes(shape, dynamic_axes)
         )
     except (NameError, AttributeError, TypeError, ArithmeticError):
-        return False  # It speaks of more than sizes, so nobody knows.
+        return False  # The guard depends on more than sizes.
 
 
-def _probes(shape: tuple[int, ...], dynamic: set[int]) -> Iterator[dict[str, int]]:
-    example = dict(zip(_AXES, shape, strict=True))
-    for axis in sorted(dynamic):
-        for size in _PROBES:
-            yield example | {_AXES[axis]: size}
+def _tested_sizes(shape: tuple[int, ...], dynamic_axes: set[int]) -> Iterator[dict[str, int]]:
+    """Yield the example's sizes with one dynamic size changed at a time."""
+    example = dict(zip(_SIZE_NAMES, shape, strict=True))
+    for axis in sorted(dynamic_axes):
+        for size in _TESTED_SIZES:
+            yield example | {_SIZE_NAMES[axis]: size}
 
 
-def _value(code: Any, sizes: Mapping[str, int]) -> Any:
-    """Compute what ``torch.export`` wrote."""
-    return eval(code, {"__builtins__": {}, **_NAMES, **sizes})
+def _evaluate(code: Any, sizes: Mapping[str, int]) -> Any:
+    return eval(code, {"__builtins__": {}, **_NAMESPACE, **sizes})
 
 
-def _is_single(tree: ast.Expression, sizes: Mapping[str, int]) -> bool:
-    """Tell whether a size that a note speaks of is one (or none), of a map for example."""
+def _has_size_of_one(tree: ast.Expression, sizes: Mapping[str, int]) -> bool:
+    """Whether a computed size in a guard is one (or zero), for example that of a feature map."""
     for node in ast.walk(tree):
-        # A remainder or a ratio of one says nothing of a size; neither does a number.
+        # A remainder or a ratio is not a size.
         if not isinstance(node, ast.BinOp) or isinstance(node.op, (ast.Mod, ast.Div)):
             continue
         depends = any(isinstance(part, ast.Name) for part in ast.walk(node))
-        if depends and _value(compile(ast.Expression(node), "", "eval"), sizes) in (0, 1):
+        if depends and _evaluate(compile(ast.Expression(node), "", "eval"), sizes) in (0, 1):
             return True
     return False

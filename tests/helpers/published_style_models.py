@@ -1,7 +1,7 @@
-"""Small models in the manner of the published ones, for the importer's tests.
+"""Small models in the style of the published ones, for tests of the importer.
 
-The attributes and the way to the sampling function are those that importers meet; the text and the
-networks are this project's own.
+They have the attributes of the published modules and call the sampling function in the ways found
+in published code; the code and the networks are this project's own.
 """
 
 import dataclasses
@@ -14,17 +14,24 @@ from torch import nn
 
 from dcnv3_tvm.verify.pytorch_reference import dcnv3_core_pytorch
 
+this_module = sys.modules[__name__]
+
 
 class DCNv3Function(torch.autograd.Function):
-    """Stands for the CUDA extension: must never run, and never be traced."""
+    """Has the name of the CUDA extension's function; must never run or be traced."""
 
     @staticmethod
     def forward(_context: Any, *_arguments: Any) -> Any:
         raise RuntimeError("not implemented on the CPU")
 
 
+class ToChannelsLast(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
+
+
 class DCNv3Base(nn.Module):
-    """What both published modules have."""
+    """The layers and attributes of both published modules, without a forward."""
 
     def __init__(
         self,
@@ -52,7 +59,7 @@ class DCNv3Base(nn.Module):
         points = kernel_size * kernel_size - self.remove_center
         self.dw_conv = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
-            ToLast(),
+            ToChannelsLast(),
             nn.LayerNorm(channels, eps=1e-6),
             nn.GELU(),
         )
@@ -64,18 +71,19 @@ class DCNv3Base(nn.Module):
             self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(group, channels))
             self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(group))
 
-    def sampling(self, x):
-        """Return the projected input, the offsets, the mask and the features they come from."""
+    def sampling_inputs(self, x):
+        """Return the projected input, the offsets, the mask and the local features."""
         local = self.dw_conv(x.permute(0, 3, 1, 2))
         mask = F.softmax(self.mask(local).unflatten(-1, (self.group, -1)), -1).flatten(-2)
         return self.input_proj(x), self.offset(local), mask, local
 
-    def sizes(self):
+    def sampling_arguments(self):
+        """Return the published positional arguments from kernel_h to offset_scale."""
         values = (self.kernel_size, self.stride, self.pad, self.dilation)
         pairs = [value for value in values for _ in range(2)]
         return (*pairs, self.group, self.group_channels, self.offset_scale)
 
-    def finish(self, y, projected, local):
+    def project_output(self, y, projected, local):
         if self.center_feature_scale:
             gate = F.linear(
                 local, self.center_feature_scale_proj_weight, self.center_feature_scale_proj_bias
@@ -85,41 +93,36 @@ class DCNv3Base(nn.Module):
         return self.output_proj(y)
 
 
-class ToLast(nn.Module):
-    def forward(self, x):
-        return x.permute(0, 2, 3, 1)
-
-
 class DCNv3Pytorch(DCNv3Base):
-    """With the published fallback, known by a global name."""
+    """Calls the published PyTorch fallback by its global name."""
 
     def forward(self, x):
-        projected, offset, mask, local = self.sampling(x)
-        y = dcnv3_core_pytorch(projected, offset, mask, *self.sizes(), self.remove_center)
-        return self.finish(y, projected, local)
+        projected, offset, mask, local = self.sampling_inputs(x)
+        arguments = (*self.sampling_arguments(), self.remove_center)
+        y = dcnv3_core_pytorch(projected, offset, mask, *arguments)
+        return self.project_output(y, projected, local)
 
 
 class DCNv3Cuda(DCNv3Base):
-    """With the autograd function in front of the CUDA extension."""
+    """Calls the autograd function around the CUDA extension."""
 
     def forward(self, x):
-        projected, offset, mask, local = self.sampling(x)
-        y = DCNv3Function.apply(
-            projected, offset, mask.type(x.dtype), *self.sizes(), 256, self.remove_center
-        )
-        return self.finish(y, projected, local)
+        projected, offset, mask, local = self.sampling_inputs(x)
+        arguments = (*self.sampling_arguments(), 256, self.remove_center)
+        y = DCNv3Function.apply(projected, offset, mask.type(x.dtype), *arguments)
+        return self.project_output(y, projected, local)
 
 
 class DCNv3CudaOld(DCNv3Base):
-    """As the first published version: without remove_center."""
+    """Calls the first published version of the autograd function, without remove_center."""
 
     def forward(self, x):
-        projected, offset, mask, local = self.sampling(x)
-        y = DCNv3Function.apply(projected, offset, mask, *self.sizes(), 256)
-        return self.finish(y, projected, local)
+        projected, offset, mask, local = self.sampling_inputs(x)
+        y = DCNv3Function.apply(projected, offset, mask, *self.sampling_arguments(), 256)
+        return self.project_output(y, projected, local)
 
 
-def decorated(method):
+def decorator(method):
     def wrapper(self, *arguments):
         return method(self, *arguments)
 
@@ -127,107 +130,108 @@ def decorated(method):
 
 
 class DCNv3Decorated(DCNv3Base):
-    """The method that knows the name is inside a decorator."""
+    """Calls the function from a lambda in a decorated method."""
 
-    @decorated
+    @decorator
     def forward(self, x):
-        projected, offset, mask, local = self.sampling(x)
-        y = (lambda *tensors: dcnv3_core_pytorch(*tensors, *self.sizes()))(projected, offset, mask)
-        return self.finish(y, projected, local)
+        projected, offset, mask, local = self.sampling_inputs(x)
+        arguments = self.sampling_arguments()
+        y = (lambda *tensors: dcnv3_core_pytorch(*tensors, *arguments))(projected, offset, mask)
+        return self.project_output(y, projected, local)
 
 
-def helper(tensors, sizes):
-    return dcnv3_core_pytorch(*tensors, *sizes)
+def call_core(tensors, arguments):
+    return dcnv3_core_pytorch(*tensors, *arguments)
 
 
 class DCNv3Helper(DCNv3Base):
-    """The name is known to a function that forward calls."""
+    """Calls the function through another function."""
 
     def forward(self, x):
-        projected, offset, mask, local = self.sampling(x)
-        return self.finish(helper((projected, offset, mask), self.sizes()), projected, local)
-
-
-this = sys.modules[__name__]
+        projected, offset, mask, local = self.sampling_inputs(x)
+        y = call_core((projected, offset, mask), self.sampling_arguments())
+        return self.project_output(y, projected, local)
 
 
 class DCNv3ThroughModule(DCNv3Base):
-    """The name is an attribute of an imported Python module."""
+    """Calls the function as an attribute of an imported Python module."""
 
     def forward(self, x):
-        projected, offset, mask, local = self.sampling(x)
-        y = this.dcnv3_core_pytorch(projected, offset, mask, *self.sizes())
-        return self.finish(y, projected, local)
+        projected, offset, mask, local = self.sampling_inputs(x)
+        y = this_module.dcnv3_core_pytorch(projected, offset, mask, *self.sampling_arguments())
+        return self.project_output(y, projected, local)
 
 
 class DCNv3Attribute(DCNv3Base):
-    """The function is an attribute of the instance."""
+    """Calls the function as an attribute of the instance."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         self.core = DCNv3Function.apply
 
     def forward(self, x):
-        projected, offset, mask, local = self.sampling(x)
-        y = self.core(projected, offset, mask, *self.sizes(), 64, self.remove_center)
-        return self.finish(y, projected, local)
+        projected, offset, mask, local = self.sampling_inputs(x)
+        arguments = (*self.sampling_arguments(), 64, self.remove_center)
+        y = self.core(projected, offset, mask, *arguments)
+        return self.project_output(y, projected, local)
 
 
-class DCNv3Inlined(DCNv3Base):
-    """The sampling has another name, but computes the published result."""
+def sample_under_another_name(*arguments):
+    return getattr(this_module, "dcnv3_core_" + "pytorch")(*arguments)
+
+
+class DCNv3OtherName(DCNv3Base):
+    """Samples with a function of another name that computes the published result."""
 
     def forward(self, x):
-        projected, offset, mask, local = self.sampling(x)
-        y = sampled_elsewhere(projected, offset, mask, *self.sizes())
-        return self.finish(y, projected, local)
-
-
-def sampled_elsewhere(*arguments):
-    return getattr(this, "dcnv3_core_" + "pytorch")(*arguments)
+        projected, offset, mask, local = self.sampling_inputs(x)
+        y = sample_under_another_name(projected, offset, mask, *self.sampling_arguments())
+        return self.project_output(y, projected, local)
 
 
 class DCNv3Different(DCNv3Base):
-    """Has the attributes, and computes something else."""
+    """Has the published layers, but computes another result."""
 
     def forward(self, x):
-        projected, _, _, local = self.sampling(x)
-        return self.finish(projected * 2, projected, local)
+        projected, _, _, local = self.sampling_inputs(x)
+        return self.project_output(projected * 2, projected, local)
 
 
 class DCNv3LateImport(DCNv3Base):
-    """Gets its function when it runs, so that no name can be exchanged."""
+    """Imports the function inside forward, where its name cannot be rebound."""
 
     def forward(self, x):
-        projected, offset, mask, local = self.sampling(x)
+        projected, offset, mask, local = self.sampling_inputs(x)
         from helpers.published_style_models import dcnv3_core_pytorch as late
 
-        return self.finish(late(projected, offset, mask, *self.sizes()), projected, local)
+        y = late(projected, offset, mask, *self.sampling_arguments())
+        return self.project_output(y, projected, local)
 
 
 class Block(nn.Module):
-    def __init__(self, core, channels, **options):
+    def __init__(self, dcnv3, channels, **options):
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.dcn = core(channels, **options)
+        self.dcn = dcnv3(channels, **options)
         self.with_cp = True
 
-    def _inner(self, x):
+    def _residual(self, x):
         return x + self.dcn(self.norm(x))
 
     def forward(self, x):
         if self.with_cp:
-            return torch.utils.checkpoint.checkpoint(self._inner, x, use_reentrant=False)
-        return self._inner(x)
+            return torch.utils.checkpoint.checkpoint(self._residual, x, use_reentrant=False)
+        return self._residual(x)
 
 
 class Encoder(nn.Module):
-    """Two stages of one block, at strides 2 and 4; the first map is NHWC inside."""
+    """Two stages of one block each, at strides 2 and 4, with NHWC feature maps."""
 
-    def __init__(self, core=DCNv3Pytorch, channels=8, **options):
+    def __init__(self, dcnv3=DCNv3Pytorch, channels=8, **options):
         super().__init__()
         self.stem = nn.Conv2d(3, channels, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList(
-            [Block(core, channels, **options), Block(core, 2 * channels, **options)]
+            [Block(dcnv3, channels, **options), Block(dcnv3, 2 * channels, **options)]
         )
         self.downsample = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False)
 
@@ -238,7 +242,7 @@ class Encoder(nn.Module):
 
 
 class Classifier(Encoder):
-    """As the published classification class: BatchNorm only in the head."""
+    """Like the published classification class: a head with BatchNorm."""
 
     def __init__(self, *arguments, channels=8, **options):
         super().__init__(*arguments, channels=channels, **options)
@@ -257,7 +261,7 @@ class Classifier(Encoder):
 
 
 class Detector(Encoder):
-    """As the published detection class: NCHW maps, chosen; and a train() that returns None."""
+    """Like the published detection class: selected NCHW maps, and a train() that returns None."""
 
     def __init__(self, *arguments, out_indices=(0, 1), **options):
         super().__init__(*arguments, **options)
@@ -279,7 +283,7 @@ class Output:
 
 
 class WithOutput(nn.Module):
-    """As the Hugging Face classes: the model inside, and a structure as the result."""
+    """Like the Hugging Face classes: wraps a model and returns a structure."""
 
     def __init__(self, *arguments, result=Output, **options):
         super().__init__()
@@ -292,7 +296,7 @@ class WithOutput(nn.Module):
 
 
 def randomised(model, seed=0):
-    """Give a model weights that deform and scale, and statistics that are not neutral."""
+    """Fill in weights and BatchNorm statistics that all change the result."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

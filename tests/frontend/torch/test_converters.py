@@ -10,7 +10,7 @@ import tvm
 from torch import nn
 
 from dcnv3_tvm.errors import ModelImportError
-from dcnv3_tvm.frontend.torch.exported_program import convert
+from dcnv3_tvm.frontend.torch.to_relax import to_relax
 from helpers.relax_vm import compile_relax
 
 SHAPE = (2, 4, 6, 9)
@@ -34,7 +34,7 @@ def convert_function(function, *, dynamic_size=False):
         program = torch.export.export(
             model, (torch.zeros(SHAPE),), dynamic_shapes=shapes, strict=False
         )
-        return model, convert(program)
+        return model, to_relax(program)
 
 
 def check(function, *shapes):

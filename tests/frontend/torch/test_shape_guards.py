@@ -1,54 +1,98 @@
-"""Models that decide by the size of the image."""
+"""Models whose computation depends on the image size."""
+
+from collections import namedtuple
 
 import pytest
+import torch
 from torch import nn
 
 from dcnv3_tvm.errors import ModelImportError
 from dcnv3_tvm.frontend import import_model
-from helpers import published_style_models as twin
+from dcnv3_tvm.frontend.torch.shape_guards import check_shape_guards
+from dcnv3_tvm.pytorch import operator
 
-SHAPE = (1, 3, 18, 26)
+SHAPE = (2, 3, 18, 26)
+
+Sizes = namedtuple("Sizes", "n c h w")
 
 
-class Changing(nn.Module):
-    """A model that doubles some images first."""
+class DoubledIf(nn.Module):
+    """Doubles the images whose sizes satisfy a condition."""
 
-    def __init__(self, decide):
+    def __init__(self, condition):
         super().__init__()
-        self.classifier = twin.Classifier()
-        self.decide = decide
+        self.condition = condition
 
     def forward(self, image):
-        return self.classifier(image * 2 if self.decide(*image.shape) else image)
+        return image * 2 if self.condition(Sizes(*image.shape)) else image + 1
+
+
+def export(model, dynamic_axes=(0, 2, 3)):
+    dynamic = dict.fromkeys(dynamic_axes, torch.export.Dim.DYNAMIC)
+    return torch.export.export(
+        model, (torch.zeros(SHAPE),), dynamic_shapes={"image": dynamic}, strict=False
+    )
+
+
+CONDITIONS = {
+    "h % 32": (lambda s: s.h % 32, r"\(h % 32\) != 0 \(.*test_shape_guards.py:\d+"),
+    "w % 2": (lambda s: s.w % 2, r"\(w % 2\) == 0"),
+    "h > 12": (lambda s: s.h > 12, "h > 12"),
+    "h == w": (lambda s: s.h == s.w, "(h != w|w != h)"),
+    "h * w": (lambda s: s.h * s.w > 300, r"(w\*h|h\*w) > 300"),
+    "h / w": (lambda s: s.h / s.w > 0.5, r"\(h / w\) > 0.5"),
+    "h - w": (lambda s: s.h - s.w > -20, ""),
+    "int(h)": (lambda s: int(s.h * 0.5) > 4, ""),
+    "round(h)": (lambda s: round(s.h / 3) > 5, ""),
+    "sqrt(h * w)": (lambda s: (s.h * s.w) ** 0.5 > 10, ""),
+    "aspect ratio": (lambda s: 9 * s.w == 13 * s.h, ""),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_condition_on_dynamic_size_is_an_error(name):
+    condition, guard = CONDITIONS[name]
+    program = export(DoubledIf(condition))
+    with pytest.raises(ModelImportError, match=f"another size; .*where {guard}"):
+        check_shape_guards(program, SHAPE, {0, 2, 3})
 
 
 @pytest.mark.parametrize(
-    ("decide", "depends"),
+    ("condition", "dynamic_axes"),
     [
-        (lambda *shape: shape[2] % 32, r"where \(h % 32\) != 0 \(.*test_shape_guards.py:\d+"),
-        (lambda *shape: shape[3] % 2, r"another size; .*where \(w % 2\) == 0"),
-        (lambda *shape: shape[2] > 12, "another size; .*where h > 12"),
-        (lambda *shape: shape[2] > 4000, "no larger image; got h <= 4000"),
-        (lambda *shape: shape[2] == shape[3], "another size; .*where (h != w|w != h)"),
-        (lambda *shape: shape[2] * shape[3] > 300, r"another size; .*where (w\*h|h\*w) > 300"),
-        (lambda *shape: shape[2] / shape[3] > 0.5, r"another size; .*where \(h / w\) > 0.5"),
-        (lambda *shape: shape[2] - shape[3] > -20, "another size; .*where "),
-        (lambda *shape: int(shape[2] * 0.5) > 4, "another size; .*where "),
-        (lambda *shape: round(shape[2] / 3) > 5, "another size; .*where "),
-        (lambda *shape: (shape[2] * shape[3]) ** 0.5 > 10, "another size; .*where "),
-        (lambda *shape: shape[0] > 3, "no larger image; got n <= 3"),
-        (lambda *shape: shape[2] == 18, "torch.export cannot trace"),
-        (lambda *shape: 9 * shape[3] == 13 * shape[2], "another size; .*where "),
+        (lambda s: s.h % 32, {0}),
+        (lambda s: s.n > 3, {2, 3}),
+        (lambda s: s.c == 3, {0, 2, 3}),
     ],
+    ids=["height", "batch", "channels"],
 )
-def test_refuses_open_sizes_on_which_the_model_decides(decide, depends):
-    open_sizes = {"dynamic_batch": True, "dynamic_size": True}
-    with pytest.raises(ModelImportError, match=depends):
-        import_model(Changing(decide), example=SHAPE, features="never", **open_sizes)
+def test_condition_on_fixed_size_is_accepted(condition, dynamic_axes):
+    program = export(DoubledIf(condition), dynamic_axes)
+    check_shape_guards(program, SHAPE, dynamic_axes)
 
 
-def test_takes_decisions_on_sizes_that_are_fixed():
-    by_height = Changing(lambda *shape: shape[2] % 32)
-    import_model(by_height, example=SHAPE, features="never", dynamic_batch=True)
-    by_batch = Changing(lambda *shape: shape[0] > 3)
-    import_model(by_batch, example=SHAPE, features="never", dynamic_size=True)
+class SampledIf(DoubledIf):
+    """The smallest model with the operator."""
+
+    def forward(self, image):
+        x = super().forward(image).permute(0, 2, 3, 1)
+        return operator.dcnv3(x, x[..., :2], x[..., :1], group=1, kernel_size=1, pad=0)
+
+
+@pytest.mark.parametrize(
+    ("condition", "problem"),
+    [
+        (lambda s: s.h > 12, "another size; .*where h > 12"),
+        (lambda s: s.h > 4000, "larger images; got h <= 4000"),
+        (lambda s: s.n > 3, "larger images; got n <= 3"),
+        (lambda s: s.h == 18, "torch.export cannot trace"),
+    ],
+    ids=["guard", "upper bound of h", "upper bound of n", "equality"],
+)
+def test_import_checks_dynamic_sizes(condition, problem):
+    with pytest.raises(ModelImportError, match=problem):
+        import_model(SampledIf(condition), example=SHAPE, dynamic_batch=True, dynamic_size=True)
+
+
+def test_import_accepts_conditions_on_fixed_sizes():
+    import_model(SampledIf(lambda s: s.h % 32), example=SHAPE, dynamic_batch=True)

@@ -1,0 +1,115 @@
+"""Describe the input and the outputs of an imported function: names, shapes, layouts, strides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import tvm
+from tvm import relax, tirx
+
+from dcnv3_tvm.errors import ModelImportError
+from dcnv3_tvm.signature import TensorInfo
+
+
+def describe_input(function: relax.Function) -> TensorInfo:
+    """Describe the image, the first parameter."""
+    image = function.params[0].ty
+    return TensorInfo("image", _symbolic_shape(image), str(image.dtype.dtype), "NCHW")
+
+
+def describe_outputs(
+    names: Sequence[str], function: relax.Function, image: Sequence[int]
+) -> tuple[TensorInfo, ...]:
+    """Describe the outputs.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Paths of the tensors in the PyTorch result.
+    function : relax.Function
+        Its first parameter is an image (N, 3, H, W).
+    image : sequence of int
+        Shape of the example, at which feature maps are told from other tensors by their size.
+
+    Raises
+    ------
+    ModelImportError
+        If the shape of an output is unknown.
+    """
+    outputs = function.ret_ty.fields
+    for name, output in zip(names, outputs, strict=True):
+        if output.shape is None:
+            raise ModelImportError(
+                "the shape of an output is unknown",
+                got=f"output {name or 0!r} for images of shape {tuple(image)}",
+                hint="The model combines a tensor of a fixed size (linspace, a slice up to a "
+                "constant) with one of a dynamic size: import it with fixed sizes.",
+            )
+    shapes = [_example_shape(output, function.params[0].ty, image) for output in outputs]
+    all_maps = all(len(shape) == 4 and _stride(shape[2:], image) for shape in shapes)
+    return tuple(
+        TensorInfo(
+            _output_name(name, output.ndim, all_maps),
+            _symbolic_shape(output),
+            str(output.dtype.dtype),
+            *_layout_and_stride(shape, image, all_maps),
+        )
+        for name, output, shape in zip(names, outputs, shapes, strict=True)
+    )
+
+
+def is_pyramid(outputs: Sequence[TensorInfo]) -> bool:
+    """Whether all outputs are feature maps (N, C, H', W')."""
+    return all(output.layout == "NCHW" and output.stride for output in outputs)
+
+
+def _symbolic_shape(tensor: relax.TensorType) -> tuple[int | str, ...]:
+    return tuple(
+        int(size.value)
+        if isinstance(size, tirx.IntImm)
+        else re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(size))
+        for size in tensor.shape.values
+    )
+
+
+def _example_shape(
+    output: relax.TensorType, parameter: relax.TensorType, image: Sequence[int]
+) -> list[int]:
+    """Return the shape of an output for the example image."""
+    analyzer = tvm.sym.Analyzer()
+    for size, value in zip(parameter.shape.values, image, strict=True):
+        if isinstance(size, tirx.Var):
+            analyzer.bind(size, tirx.IntImm("int64", value))
+    return [int(analyzer.simplify(size).value) for size in output.shape.values]
+
+
+def _output_name(path: str, rank: int, all_maps: bool) -> str:
+    if all_maps and (not path or path.isdecimal()):
+        return f"feature_{path or 0}"
+    if not path:
+        return "logits" if rank == 2 else "output"
+    return f"output_{path}" if path.isdecimal() else path
+
+
+def _layout_and_stride(
+    shape: list[int], image: Sequence[int], all_maps: bool
+) -> tuple[str, int | None]:
+    if len(shape) != 4:
+        return "", None
+    strides = {"NCHW": _stride(shape[2:], image), "NHWC": _stride(shape[1:3], image)}
+    possible = [(layout, stride) for layout, stride in strides.items() if stride]
+    # Where both layouts fit, the outputs of a pyramid are NCHW.
+    return possible[0] if len(possible) == 1 or (all_maps and possible) else ("", None)
+
+
+def _stride(size: list[int], image: Sequence[int]) -> int | None:
+    """Return the power of two by which a (height, width) is smaller than the image's."""
+    height, width = image[2:]
+    stride = 1
+    while [height, width] != size:
+        if height == width == 1:
+            return None
+        height, width = (height + 1) // 2, (width + 1) // 2
+        stride *= 2
+    return stride

@@ -1,0 +1,91 @@
+"""Check the arguments of `import_model`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the model inside the wrappers of torch.compile and data parallelism.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If `module` is not a module.
+    ModelImportError
+        If it is a TorchScript module.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelImportError(
+            "TorchScript modules cannot be imported",
+            got=type(module).__name__,
+            hint="Import the Python module that it was made from.",
+        )
+    if not isinstance(module, nn.Module):
+        raise InvalidArgumentError(
+            "module is not a PyTorch model", got=type(module).__name__, allowed="a torch.nn.Module"
+        )
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(module.module)
+    original = getattr(module, "_orig_mod", None)
+    return unwrap(original) if isinstance(original, nn.Module) else module
+
+
+def check_weights(module: nn.Module) -> None:
+    """Check that all weights are allocated and float32.
+
+    Raises
+    ------
+    ModelImportError
+        If one is not.
+    """
+    for name, weight in (*module.named_parameters(), *module.named_buffers()):
+        if weight.is_meta:
+            raise ModelImportError(
+                "the model has shapes but no weights",
+                got=f"{name} on the meta device",
+                hint="Build the model on the CPU and load a checkpoint.",
+            )
+        if weight.is_floating_point() and weight.dtype != torch.float32:
+            raise ModelImportError(
+                "the model is not float32",
+                got=f"{name}: {weight.dtype}",
+                allowed="float32 weights",
+                hint="Import model.float(), and choose the dtype when compiling.",
+            )
+
+
+def example_image(
+    module: nn.Module, example: Tensor | Sequence[int], *, dynamic_batch: bool
+) -> Tensor:
+    """Return the example on the model's device, from a tensor or a shape (N, 3, H, W).
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the shape or the dtype is invalid.
+    """
+    shape = tuple(example.shape if isinstance(example, Tensor) else example)
+    if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise InvalidArgumentError(
+            "the example is not an image batch", got=f"shape {shape}", allowed="(N, 3, H, W)"
+        )
+    if isinstance(example, Tensor) and example.dtype != torch.float32:
+        raise InvalidArgumentError(
+            "the example has another dtype than the model",
+            got=str(example.dtype),
+            allowed="torch.float32",
+            hint="Use image.float(), normalised as the model expects it.",
+        )
+    weight = next(module.parameters(), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    image = example.to(device) if isinstance(example, Tensor) else torch.zeros(shape, device=device)
+    if dynamic_batch and shape[0] == 1:
+        # torch.export specialises on a size of 1.
+        image = image.expand(2, -1, -1, -1).contiguous()
+    return image

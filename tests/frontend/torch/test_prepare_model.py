@@ -1,0 +1,115 @@
+"""Published DCNv3 modules, in a copy of the model, call this library's operator."""
+
+import pytest
+import torch
+import tvm
+from torch import nn
+
+from dcnv3_tvm.errors import ModelImportError
+from dcnv3_tvm.frontend.torch.importer import import_model
+from helpers import published_style_models as published
+from helpers.imported_models import (
+    assert_close,
+    count_dcnv3,
+    random_image,
+    run_imported,
+    run_pytorch,
+)
+
+SHAPE = (1, 3, 18, 26)
+IMAGE = random_image(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def imported_detector():
+    return import_model(published.Detector(), example=SHAPE)
+
+
+@pytest.mark.parametrize(
+    "dcnv3",
+    [
+        published.DCNv3Cuda,
+        published.DCNv3CudaOld,
+        published.DCNv3Decorated,
+        published.DCNv3Helper,
+        published.DCNv3ThroughModule,
+        published.DCNv3Attribute,
+    ],
+)
+def test_every_way_to_call_the_core_gives_the_same_graph(dcnv3, imported_detector):
+    model = published.Detector(dcnv3)
+    imported = import_model(model, example=SHAPE)
+    assert count_dcnv3(imported) == 2
+    assert "forward" not in vars(model.blocks[0].dcn)
+    tvm.ir.assert_structural_equal(imported.module, imported_detector.module)
+
+
+def test_core_of_another_name_is_compared_and_replaced():
+    model = published.randomised(published.Detector(published.DCNv3OtherName))
+    imported = import_model(model, example=SHAPE)
+    assert count_dcnv3(imported) == 2
+    (outputs,) = run_imported(imported, IMAGE)
+    assert_close(outputs, run_pytorch(model, IMAGE))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"center_feature_scale": True, "offset_scale": 2.0},
+        {"remove_center": True, "kernel_size": 5, "pad": 4, "dilation": 2},
+    ],
+    ids=["gate", "remove-center"],
+)
+def test_options_of_the_module(options):
+    reference = published.randomised(published.Detector(**options))
+    model = published.Detector(published.DCNv3Cuda, **options)
+    model.load_state_dict(reference.state_dict())
+    assert model.eval() is None
+    imported = import_model(model, example=SHAPE)
+    outputs = [(m.name, m.layout, m.stride) for m in imported.entries["main"].outputs]
+    assert outputs == [("feature_0", "NCHW", 2), ("feature_1", "NCHW", 4)]
+    (outputs,) = run_imported(imported, IMAGE)
+    assert_close(outputs, run_pytorch(reference, IMAGE))
+
+
+def test_original_model_is_unchanged():
+    model = published.randomised(published.Classifier())
+    model.blocks[0].dcn.eval()
+    modules = {name: (type(part), part.training) for name, part in model.named_modules()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attributes = {name: set(vars(part)) for name, part in model.named_modules()}
+    core = published.dcnv3_core_pytorch
+    import_model(model, example=SHAPE)
+    assert {n: (type(part), part.training) for n, part in model.named_modules()} == modules
+    assert {name: set(vars(part)) for name, part in model.named_modules()} == attributes
+    assert all(block.with_cp for block in model.blocks)
+    assert published.dcnv3_core_pytorch is core
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+class OnlyOnGpu(published.DCNv3Base):
+    def forward(self, _):
+        raise RuntimeError("only on a GPU")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Conv2d(3, 8, 3), "contains no DCNv3 module; got Conv2d"),
+        (
+            lambda: published.Detector(published.DCNv3Different),
+            r"does not compute the published operator.*blocks\.0\.dcn",
+        ),
+        (lambda: published.Detector(OnlyOnGpu), r"blocks\.0\.dcn .*only on a GPU"),
+        (
+            lambda: published.Detector(published.DCNv3LateImport),
+            r"without a call: blocks\.0\.dcn, blocks\.1\.dcn",
+        ),
+    ],
+    ids=["no DCNv3", "another result", "fails on the CPU", "late import"],
+)
+def test_modules_that_cannot_be_replaced(model, message):
+    with pytest.raises(ModelImportError, match=message):
+        import_model(model(), example=SHAPE)
