@@ -93,12 +93,13 @@ def _reasons(rows: list[dict[str, Any]]) -> list[str]:
     """Return what the rules tried say, once for all kernels to which they say the same."""
     kernels: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        said = [
-            f"  {'*' if verdict['taken'] else ' '} {verdict['rule']}: {verdict['reason']}"
-            for verdict in row["verdicts"]
-        ]
-        tried = [verdict["taken"] for verdict in row["verdicts"]].index(True) + 1
-        kernels.setdefault(tuple(said[:tried]), []).append(row["kernel"])
+        said = []
+        for verdict in row["verdicts"]:
+            mark = "*" if verdict["taken"] else " "
+            said.append(f"  {mark} {verdict['rule']}: {verdict['reason']}")
+            if verdict["taken"]:
+                break
+        kernels.setdefault(tuple(said), []).append(row["kernel"])
     return [line for said, names in kernels.items() for line in ("", ", ".join(names), *said)]
 
 

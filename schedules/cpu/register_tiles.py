@@ -70,8 +70,8 @@ def row_slack(rows: Any) -> int:
     Parameters
     ----------
     rows : int or expression
-        Rows of the matmul, or pixels of an output row. Of a symbolic number only the constant
-        factor is known.
+        Rows of the matmul, or pixels of an output row. Of a dynamic number only the constant
+        factor is used.
     """
     constant = static(rows)
     if constant is not None and constant < MAX_ROWS:

@@ -1,4 +1,4 @@
-"""The tuning records in the package are for its kernels as they are now."""
+"""Shipped tuning records match the current kernels."""
 
 import collections
 
@@ -13,12 +13,12 @@ from dcnv3_tvm.tuning.tasks import model_tasks
 FOLDERS = sorted(path.name for path in records.SHIPPED.iterdir())
 
 
-def test_processors_have_records():
+def test_cpus_have_records():
     assert {"cpu-znver4", "cpu-x86-64-v3", "cpu-x86-64-v4"} <= set(FOLDERS)
 
 
 @pytest.mark.parametrize("slug", FOLDERS)
-def test_records_say_where_they_come_from(slug):
+def test_provenance_of_records(slug):
     shipped = Records.read(records.SHIPPED / slug)
     about = shipped.about
     assert about.target == slug
@@ -38,8 +38,8 @@ def imported():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slug", [slug for slug in FOLDERS if slug.startswith("cpu-")])
-def test_rules_follow_the_records_for_t(slug, imported):
-    """After a change of kernels or rules they are tuned again: see CONTRIBUTING.md."""
+def test_records_hit_for_internimage_t(slug, imported):
+    """After a change of kernels, tune again: see docs/contributing/tuning-records.md."""
     target = resolve_target(slug)
     found = records.find_records(target, "default")
     tasks = model_tasks(imported, target)
@@ -51,7 +51,7 @@ def test_rules_follow_the_records_for_t(slug, imported):
     assert outcomes[schedules.HIT] >= 3
 
 
-def test_processors_without_records_of_their_own_get_those_for_their_vectors():
+def test_other_cpus_use_records_of_their_vector_width():
     for name, slug in (("skylake-avx512", "cpu-x86-64-v4"), ("haswell", "cpu-x86-64-v3")):
         found = records.find_records(resolve_target(f"cpu-{name}"), "default")
         assert found is not None

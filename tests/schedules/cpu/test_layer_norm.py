@@ -41,7 +41,7 @@ def test_large_mean_costs_no_accuracy(rng, host):
     one, zero = np.ones(64, "float32"), np.zeros(64, "float32")
     func = layer_norm_kernel((16,), 64, eps=1e-6)
     result = run_kernel(func, [x, one, zero], x.shape, target=host)
-    # The mean itself is rounded to 2**-11 here; a variance from squares would be noise of order 1.
+    # The mean is rounded to 2**-11 here; E[x^2] - E[x]^2 would have errors of order 1.
     assert np.abs(result - layers.layer_norm(x, one, zero, 1e-6)).max() < 4096 * 2.0**-22
 
 

@@ -85,7 +85,7 @@ def test_types(gpu, rng, assert_close, types, shape):
     check(gpu, rng, assert_close, shape, **types)
 
 
-def test_without_normalisation(gpu, rng, assert_close):
+def test_without_normalization(gpu, rng, assert_close):
     check(gpu, rng, assert_close, (1, 7, 9, 32), normalized=False, activation=None)
     check(gpu, rng, assert_close, (64, 13, 9, 96), normalized=False, **TYPES[0])
 
@@ -106,21 +106,21 @@ def test_large_windows_and_strides(gpu, rng, assert_close):
 
 
 @pytest.mark.parametrize("shape", [(1, 14, 14, 32), (3, 9, 5, 32)])
-def test_symbolic_sizes(gpu, rng, assert_close, shape):
+def test_dynamic_sizes(gpu, rng, assert_close, shape):
     n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
     check(gpu, rng, assert_close, shape, given=(n, *shape[1:3]), **TYPES[0])
     check(gpu, rng, assert_close, shape, given=(n, h, shape[2]), **TYPES[0])
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 70, 24), (1, 1, 1, 2560), (3, 5, 1, 80)])
-def test_any_width(gpu, rng, assert_close, shape):
-    """More pixels in a row than a block takes, and fewer than a thread; all warps in one row."""
+def test_dynamic_width(gpu, rng, assert_close, shape):
+    """Rows longer than a tile, rows shorter than a run, and one row by all warps."""
     n, h, w = (tirx.Var(name, "int64") for name in "nhw")
     check(gpu, rng, assert_close, shape, given=(n, h, w), **TYPES[0])
     check(gpu, rng, assert_close, shape, given=(*shape[:2], w), normalized=False)
 
 
-def test_large_windows_and_strides_of_any_size(gpu, rng, assert_close):
+def test_large_windows_and_strides_with_dynamic_sizes(gpu, rng, assert_close):
     shape, given = (2, 11, 13, 16), [tirx.Var(name, "int64") for name in "nhw"]
     check(gpu, rng, assert_close, shape, given, kernel=(9, 9), pad=(4, 4))
     check(
@@ -136,7 +136,7 @@ def test_large_windows_and_strides_of_any_size(gpu, rng, assert_close):
     )
 
 
-def test_everything_stays_in_registers_and_moves_in_vectors(cuda_code):
+def test_loads_and_stores_vectors_and_keeps_sums_in_registers(cuda_code):
     func = depthwise_kernel(
         64,
         28,
@@ -153,7 +153,7 @@ def test_everything_stays_in_registers_and_moves_in_vectors(cuda_code):
     code = cuda_code(depthwise(func, TARGET, SearchSpace()), TARGET)
     assert "__shared__" not in code
     assert "__shfl_down_sync" in code
-    # Four pixels of a row see six, in three rows.
+    # A run of four pixels reads six pixels in each of three rows.
     assert code.count("= *(uint4*)(x_ptr + ") == 18
     assert code.count("*(uint4*)(out_ptr + ") == 4
     assert code.count("= *(float4*)(weight_ptr + ") == 9 * 2
@@ -161,7 +161,7 @@ def test_everything_stays_in_registers_and_moves_in_vectors(cuda_code):
 
 
 @pytest.mark.parametrize("pixels", [7, 16])
-def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, pixels):
+def test_barrier_before_sums_of_several_warps_are_read(cuda_code, pixels):
     func = depthwise_kernel(
         1, pixels, pixels, 4096, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6
     )
@@ -170,7 +170,7 @@ def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, p
         stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
         assert "__syncthreads();" in stored
         assert read
-    # TVM leaves out the barrier where the element depends on another thread index.
+    # TVM omits the barrier if the element is indexed by another thread axis.
     assert not re.search(r"(total|square)_shared_ptr\[[^]]*threadIdx", code)
 
 

@@ -3,16 +3,18 @@ import re
 import numpy as np
 import pytest
 import tvm
-from tvm import relax, tirx
+from tvm import relax, s_tir, tirx
 from tvm.script import tirx as T
 
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
 from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.schedules.gpu.fallback import fallback
+from dcnv3_tvm.schedules.gpu.launch import launches
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
+from helpers.structure import buffer_scopes, nodes
 
 TARGET = resolve_target("cuda-sm90")
 
@@ -38,7 +40,7 @@ def pooled(x):
     return windows[:, ::2, ::2].mean((-1, -2))
 
 
-# Each with a few results and with many: a GPU's threads are shared out otherwise.
+# With few and with many results, which are distributed over threads differently.
 CASES = {
     "add": (relax.op.add, np.add, [(2, 9, 9, 64), (64,)]),
     "add_many": (relax.op.add, np.add, [(20, 90, 9, 64), (64,)]),
@@ -90,8 +92,8 @@ CASES = {
         lambda x: softmax(x, 1),
         [(7, 40, 9)],
     ),
-    "product": (relax.op.matmul, np.matmul, [(4, 19, 33), (4, 33, 48)]),
-    "product_of_one_row": (relax.op.matmul, np.matmul, [(2, 4, 1, 70), (2, 4, 70, 49)]),
+    "matmul": (relax.op.matmul, np.matmul, [(4, 19, 33), (4, 33, 48)]),
+    "matmul_of_one_row": (relax.op.matmul, np.matmul, [(2, 4, 1, 70), (2, 4, 70, 49)]),
     "transpose": (
         lambda x: relax.op.permute_dims(x, [0, 2, 3, 1]),
         lambda x: x.transpose(0, 2, 3, 1),
@@ -149,6 +151,22 @@ def scheduled(module):
     return module
 
 
+def scheduled_kernel(module):
+    """Schedule a module of one kernel."""
+    functions = scheduled(module).functions.values()
+    (func,) = (func for func in functions if isinstance(func, tirx.PrimFunc))
+    return func
+
+
+def alignments(func):
+    """Return the alignment (buffer, axis, factor, offset) of the stored buffer of each block."""
+    return {
+        block.name_hint: tuple(map(int, found))
+        for block in nodes(func.body, s_tir.SBlock)
+        for found in block.annotations.get("buffer_dim_align", ())
+    }
+
+
 @pytest.fixture
 def codes(cuda_code):
     """Return the CUDA code of each kernel of a module."""
@@ -171,24 +189,24 @@ def run_kernel(gpu, func, inputs, shape):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stock_operations(gpu, rng, assert_close, name):
+def test_stock_operators(gpu, rng, assert_close, name):
     build, reference, shapes = CASES[name]
     arrays = [rng.standard_normal(shape).astype("float32") for shape in shapes]
     result = run(gpu, legalized(build, shapes), arrays)
     assert_close(result, reference(*(array.astype("float64") for array in arrays)))
 
 
-@pytest.mark.parametrize("name", ["add", "mean_of_pixels", "softmax", "transpose", "product"])
-def test_symbolic_batches(gpu, rng, assert_close, name):
+@pytest.mark.parametrize("name", ["add", "mean_of_pixels", "softmax", "transpose", "matmul"])
+def test_dynamic_batches(gpu, rng, assert_close, name):
     build, reference, shapes = CASES[name]
     arrays = [rng.standard_normal(shape).astype("float32") for shape in shapes]
     n = tirx.Var("n", "int64")
-    symbolic = [(n, *shape[1:]) if len(shape) > 1 else shape for shape in shapes]
-    result = run(gpu, legalized(build, symbolic), arrays)
+    dynamic = [(n, *shape[1:]) if len(shape) > 1 else shape for shape in shapes]
+    result = run(gpu, legalized(build, dynamic), arrays)
     assert_close(result, reference(*(array.astype("float64") for array in arrays)))
 
 
-def test_symbolic_sizes(gpu, rng, assert_close):
+def test_dynamic_sizes(gpu, rng, assert_close):
     n, h, w = (tirx.Var(name, "int64") for name in "nhw")
     x = rng.standard_normal((2, 7, 5, 48)).astype("float32")
     shape = (n, h, w, 48)
@@ -199,7 +217,7 @@ def test_symbolic_sizes(gpu, rng, assert_close):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_types_move_in_vectors(codes, gpu, rng, assert_close, dtype):
+def test_half_types_use_vector_accesses(codes, gpu, rng, assert_close, dtype):
     x, y = (rng.standard_normal((160, 40, 48)).astype(dtype) for _ in range(2))
     module = legalized(relax.op.add, [x.shape, y.shape], dtype)
     result = run(gpu, module, [x, y])
@@ -210,7 +228,7 @@ def test_half_types_move_in_vectors(codes, gpu, rng, assert_close, dtype):
     assert "[" not in "".join(re.findall(r"compute_ptr.", code))
 
 
-def test_types_are_converted_in_vectors(codes, gpu, rng):
+def test_conversion_uses_vector_accesses(codes, gpu, rng):
     x = rng.standard_normal((160, 40, 48)).astype("float32")
     module = legalized(lambda x: relax.op.astype(x, "float16"), [x.shape])
     np.testing.assert_array_equal(run(gpu, module, [x]), x.astype("float16"))
@@ -218,37 +236,38 @@ def test_types_are_converted_in_vectors(codes, gpu, rng):
     assert code.count("*(float4*)(x0_ptr + ") == 2
 
 
-def test_a_softmax_is_one_kernel_of_shuffles(codes):
-    (code,) = codes(legalized(relax.op.nn.softmax, [(64, 16, 49)]))
-    assert kernels(code) == 1
-    assert "__shfl_down_sync" in code
-    assert "__syncthreads" not in code
+def test_softmax_is_one_kernel_with_warp_shuffles():
+    func = scheduled_kernel(legalized(relax.op.nn.softmax, [(64, 16, 49)]))
+    (extents,) = launches(func)
+    assert extents["threadIdx.x"] == "32"
+    assert buffer_scopes(func) == {"local"}
 
 
-def test_few_results_are_shared_by_threads_that_read_neighbours(codes):
+def test_threads_share_few_results_and_read_neighbours(codes):
     (code,) = codes(legalized(lambda x: relax.op.mean(x, [1, 2]), [(1, 7, 7, 1024)]))
     assert kernels(code) == 1
     (load,) = re.findall(r"x0_ptr\[(.*)\]\)", code)
     assert load.rstrip(")").endswith("+ ((int)threadIdx.x")
     assert "threadIdx.y) * 1024" in load
-    # The thread that stored the sum reads it: TVM sets no barrier between.
+    # The thread that stored the sum reads it, because TVM inserts no barrier here.
     own = r"if \(\(\(int\)threadIdx\.y\) == 0\) \{\n    x0_red_shared_ptr.*\n    T_divide_ptr\["
     assert re.search(own, code)
 
 
 @pytest.mark.parametrize("name", ["variance", "variance_of_pixels"])
-def test_reductions_of_reductions_wait_for_each_other(codes, name):
+def test_chained_reductions_have_barriers(codes, name):
     build, _, shapes = CASES[name]
     for code in codes(legalized(build, shapes)):
         assert not re.search(r"_shared_ptr\[[^]]*threadIdx", code)
 
 
-def test_transposes_go_through_shared_memory(codes):
+def test_transpose_uses_shared_memory():
     module = legalized(lambda x: relax.op.permute_dims(x, [0, 3, 1, 2]), [(2, 28, 28, 64)])
-    (code,) = codes(module)
-    assert "__shared__" in code
-    # 33 elements from row to row: the threads of a warp read a column from different banks.
-    assert "= x0_shared_ptr[((((((int)threadIdx.x) & 31) * 33)" in code
+    func = scheduled_kernel(module)
+    assert buffer_scopes(func) == {"shared"}
+    # A row stride of 32 k + 1 elements: a column has no bank conflicts.
+    buffer, axis, factor, offset = alignments(func)["x0_shared"]
+    assert (buffer, axis, factor, offset) == (0, 2, 32, 1)
 
 
 @pytest.mark.parametrize("channels", [300, 1500])
@@ -277,7 +296,7 @@ def test_depthwise(gpu, rng, assert_close, normalized):
     assert_close(result, layers.layer_norm(sums, one, zero, 1e-6) if normalized else sums)
 
 
-def test_blocks_of_any_kind_get_threads(cuda_code, gpu):
+def test_opaque_block_gets_a_thread(cuda_code, gpu):
     @T.prim_func(s_tir=True)
     def scan(x: T.Buffer((8,), "float32"), out: T.Buffer((8,), "float32")):
         with T.sblock("root"), T.sblock("scan"):
@@ -293,7 +312,7 @@ def test_blocks_of_any_kind_get_threads(cuda_code, gpu):
     assert kernels(cuda_code(func, TARGET)) == 1
 
 
-def test_several_results_are_several_kernels(cuda_code, gpu):
+def test_several_results_become_several_kernels(cuda_code, gpu):
     @T.prim_func(s_tir=True)
     def both(x: T.Buffer((8, 9), "float32"), a: T.Buffer((8, 9), "float32"), b: T.Buffer((8,))):
         for i, j in T.grid(8, 9):

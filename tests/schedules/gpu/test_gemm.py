@@ -53,16 +53,16 @@ def test_matmul(run_together, assert_close, dtype, rng):
         arrays += [bias] if epilogue.bias else []
         arrays += [residual] if epilogue.residual else []
         name = "_".join(map(str, ("matmul", *lead, inputs, outputs)))
-        product = x.astype(np.float64) @ weight.astype(np.float64).T
-        truth = layers.finish(epilogue, product, bias, residual)
+        matmul = x.astype(np.float64) @ weight.astype(np.float64).T
+        expected = layers.finish(epilogue, matmul, bias, residual)
         scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
-        problems[name] = (scheduled, arrays, (truth.shape, dtype), truth)
-    for name, result, truth in run_together(TARGET, problems):
-        assert_close(result, truth, dtype, name)
+        problems[name] = (scheduled, arrays, (expected.shape, dtype), expected)
+    for name, result, expected in run_together(TARGET, problems):
+        assert_close(result, expected, dtype, name)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_matmul_with_a_stream_of_float32(gpu, assert_close, dtype, rng):
+def test_float32_input_residual_and_output(gpu, assert_close, dtype, rng):
     x = random(rng, (50, 64), "float32")
     weight = random(rng, (96, 64), dtype)
     bias, residual = random(rng, 96, "float32"), random(rng, (50, 96), "float32")
@@ -77,8 +77,8 @@ def test_matmul_with_a_stream_of_float32(gpu, assert_close, dtype, rng):
         out_dtype="float32",
     )
     result = run(gpu, kernel, [x, pack_gemm_weight(weight), bias, residual], (50, 96), "float32")
-    product = x.astype(dtype).astype(np.float64) @ weight.astype(np.float64).T
-    assert_close(result, product + bias + residual, "float32")
+    matmul = x.astype(dtype).astype(np.float64) @ weight.astype(np.float64).T
+    assert_close(result, matmul + bias + residual, "float32")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,18 +111,18 @@ def test_convolution(gpu, assert_close, image, outputs, kernel_size, stride, pad
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_any_number_of_rows(gpu, assert_close, dtype, rng):
+def test_dynamic_rows(gpu, assert_close, dtype, rng):
     n = tvm.tirx.Var("n", "int64")
     kernel = gemm_kernel((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
     weight, bias = random(rng, (48, 64), dtype), random(rng, 48, "float32")
     for rows in (1, 26, 77):
         x = random(rng, (rows, 5, 64), dtype)
         result = run(gpu, kernel, [x, pack_gemm_weight(weight), bias], (rows, 5, 48), dtype)
-        product = x.astype(np.float64) @ weight.astype(np.float64).T
-        assert_close(result, layers.finish(GELU, product, bias), dtype)
+        matmul = x.astype(np.float64) @ weight.astype(np.float64).T
+        assert_close(result, layers.finish(GELU, matmul, bias), dtype)
 
 
-def test_tiles_cover_the_result_and_fit_the_memory():
+def test_tiles_divide_output_and_fit_shared_memory():
     for rows in (16, 64, 224, 832, 3200, 50176):
         for columns in (64, 80, 112, 144, 192, 320, 432, 1008, 2048):
             for depth in (64, 80, 112, 160, 288, 384, 2048):
@@ -130,12 +130,12 @@ def test_tiles_cover_the_result_and_fit_the_memory():
                 high, wide = tile.warp_rows * tile.rows * 16, tile.warp_columns * tile.columns * 16
                 assert rows % high == columns % wide == depth % (16 * tile.depth) == 0
                 assert tile.warp_rows * tile.warp_columns <= 4
-                # Sums of a thread: they leave room for the factors in 255 registers.
+                # The sums of a thread leave enough of its 255 registers for operands.
                 assert tile.rows * tile.columns * 8 <= 160
                 assert tile.shared_bytes <= 99 * 1024
 
 
-def test_a_small_problem_is_cut_into_more_tiles():
+def test_small_matmul_gets_smaller_tiles():
     large, small = default_tile(50176, 512, 128, 2**17), default_tile(832, 512, 128, 2**17)
     assert small.rows * small.warp_rows * small.columns * small.warp_columns < (
         large.rows * large.warp_rows * large.columns * large.warp_columns

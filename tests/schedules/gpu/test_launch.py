@@ -1,4 +1,4 @@
-"""The second argument of ``__launch_bounds__``."""
+"""Min blocks of ``__launch_bounds__``."""
 
 import re
 
@@ -15,7 +15,7 @@ LAYER_NORM = layer_norm_kernel((4096,), 256, eps=1e-6, dtype="float16")
 
 @pytest.fixture
 def bounds(cuda_code):
-    """Return what the CUDA code of a kernel says of its threads and blocks."""
+    """Return the arguments of ``__launch_bounds__`` in the CUDA code of a kernel."""
 
     def read(func, **decisions):
         code = cuda_code(schedules.schedule(func, TARGET, decisions).function, TARGET)
@@ -25,20 +25,20 @@ def bounds(cuda_code):
     return read
 
 
-def test_by_default_ptxas_decides(bounds):
+def test_no_min_blocks_by_default(bounds):
     assert bounds(LAYER_NORM) == "128"
 
 
 @pytest.mark.parametrize(("given", "found"), [(1, 1), (12, 12), (16, 16)])
-def test_a_decision_reaches_the_compiler(bounds, given, found):
+def test_decided_min_blocks(bounds, given, found):
     assert bounds(LAYER_NORM, min_blocks=given) == f"128, {found}"
 
 
-def test_no_more_blocks_than_there_can_be(bounds):
+def test_min_blocks_fit_a_multiprocessor(bounds):
     assert bounds(LAYER_NORM, min_blocks=16, rows=32) == "1024, 2"
 
 
-def test_in_kernels_with_intrinsics(bounds):
+def test_kernels_with_intrinsics(bounds):
     func = mlp((256,), 64, 256, 64, activation="gelu", residual=True, dtype="float16")
     assert bounds(func) == "128, 2"
     assert bounds(func, min_blocks=3) == "128, 3"

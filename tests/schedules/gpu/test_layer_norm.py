@@ -56,7 +56,7 @@ def check(gpu, rng, assert_close, shape, lead=None, **options):
         (3, 112),
         (2, 2560),
         (3, 6144),
-        # Not a whole block.
+        # Not a full block.
         (1, 4, 4, 16),
         (3, 1, 2, 64),
         (1, 1, 1, 64),
@@ -74,26 +74,26 @@ def test_types(gpu, rng, assert_close, types, channels):
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 32), (1, 5, 32)])
-def test_symbolic_sizes(gpu, rng, assert_close, shape):
+def test_dynamic_sizes(gpu, rng, assert_close, shape):
     n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
     check(gpu, rng, assert_close, shape, lead=(n, shape[1]))
     check(gpu, rng, assert_close, shape, lead=(n, h), x_dtype="float16")
 
 
-def test_a_mean_far_from_zero_costs_no_accuracy(gpu, rng):
+def test_large_mean_costs_no_accuracy(gpu, rng):
     x = (rng.standard_normal((16, 64)) + 4096.0).astype("float32")
     one, zero = np.ones(64, "float32"), np.zeros(64, "float32")
     func = layer_norm_kernel((16,), 64, eps=1e-6)
     result = run(gpu, func, [x, one, zero], x.shape, "float32")
-    # The mean itself is rounded to 2**-11 here; a variance from squares would be noise of order 1.
+    # The mean is rounded to 2**-11 here; E[x^2] - E[x]^2 would have errors of order 1.
     assert np.abs(result - layers.layer_norm(x, one, zero, 1e-6)).max() < 4096 * 2.0**-22
 
 
-def test_a_row_is_read_and_written_once_in_vectors(cuda_code):
+def test_reads_and_writes_a_row_once_in_vectors(cuda_code):
     types = {"x_dtype": "float16", "out_dtype": "float16"}
     func = layer_norm_kernel((64, 49), 320, eps=1e-6, activation="gelu", **types)
     code = cuda_code(layer_norm(func, TARGET, SearchSpace()), TARGET)
-    # 40 vectors of 8 for 8 threads.
+    # 40 vectors of 8 elements on 8 threads.
     assert code.count("(x_ptr +") == code.count("(out_ptr +") == 40 // 8
     assert all("uint4" in line for line in code.splitlines() if "out_ptr +" in line)
     assert "x_ptr[" not in code
@@ -112,14 +112,14 @@ def test_sums_over_threads(cuda_code, channels, warp):
 
 
 @pytest.mark.parametrize("channels", [4096, 6144])
-def test_sums_over_several_warps_are_not_read_before_they_are_there(cuda_code, channels):
+def test_barrier_before_sums_of_several_warps_are_read(cuda_code, channels):
     func = layer_norm_kernel((64, 49), channels, eps=1e-6, x_dtype="float16")
     code = cuda_code(layer_norm(func, TARGET, SearchSpace()), TARGET)
     for name in ("total", "square"):
         stored, read = code.split(f" {name}_shared_ptr[0] = ")[1].split(f"{name}_shared_ptr[0]", 1)
         assert "__syncthreads();" in stored
         assert read
-    # TVM leaves out the barrier where the element depends on another thread index.
+    # TVM omits the barrier if the element is indexed by another thread axis.
     assert "_shared_ptr[((int)threadIdx.y)]" not in code
 
 

@@ -1,6 +1,6 @@
-"""What NVIDIA's assembler makes of the GPU schedules, at the sizes of released models.
+"""Registers, spills and instructions that ptxas reports for GPU schedules of released models.
 
-No GPU is needed; these are the numbers that must not get worse.
+These are bounds that must not get worse. No GPU is needed.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ def compiled(func, target):
 @pytest.mark.parametrize(("dtype", "most"), [("float16", 120), ("float32", 95), ("bfloat16", 140)])
 @pytest.mark.parametrize("shape", [(64, 56, 56, 128), (64, 7, 7, 1024)], ids=str)
 def test_instructions_per_channel(shape, dtype, most):
-    """The kernel is bound by them: softmax included, as a thread executes them for a channel."""
+    """Instructions bound the kernel; counted for a thread and a channel, including softmax."""
     spec = DCNv3Spec.of(shape, group=shape[-1] // 16, dtype=dtype)
     spec = dataclasses.replace(spec, softmax=True)
     kernel = compiled(tensorir.dcnv3_packed(spec), resolve_target("cuda-sm90"))
-    channels = 16  # that a thread sums
+    channels = 16  # of a thread
     assert kernel.instructions / channels <= most
     assert kernel.load_bytes[-1] == 16
     assert kernel.occupancy >= 0.4
@@ -58,7 +58,7 @@ def test_every_architecture(arch):
         kernel = compiled(kernels[name], target)
         assert kernel.tensor_cores
         assert kernel.asynchronous
-        # 4: the hidden columns' bias, of which each thread needs pairs. 8: the residual.
+        # 4 bytes: bias of the hidden features, in pairs. 8 bytes: the residual.
         assert kernel.load_bytes == (4, 8, 16)
     sampling = next(function for name, function in kernels.items() if name.startswith("dcnv3"))
     assert compiled(sampling, target).load_bytes[-1] == 16

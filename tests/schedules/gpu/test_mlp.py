@@ -1,4 +1,4 @@
-"""Two products in one kernel by its GPU schedule."""
+"""GPU schedule of the fused MLP kernel."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def random(rng, shape, dtype, scale=1.0):
 
 
 def arguments(rng, lead, sizes, residual, dtypes):
-    """Inputs of a kernel as it takes them, and the result in float64 from the rounded ones."""
+    """Return the inputs of a kernel, and the result in float64 of the rounded inputs."""
     dtype, x_dtype, residual_dtype = dtypes
     inputs, hidden, outputs = sizes
     x = random(rng, (*lead, inputs), dtype).astype(x_dtype)
@@ -71,7 +71,7 @@ def test_results(run_together, assert_close, dtype, rng):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("decisions", [{}, {"rows": 1, "stages": 3}], ids=["default", "other"])
-def test_a_stream_of_float32(gpu, assert_close, dtype, decisions, rng):
+def test_float32_input_residual_and_output(gpu, assert_close, dtype, decisions, rng):
     lead, sizes = (50, 3), (64, 128, 48)
     kernel = mlp_kernel(
         lead,
@@ -85,11 +85,11 @@ def test_a_stream_of_float32(gpu, assert_close, dtype, decisions, rng):
     )
     inputs, expected = arguments(rng, lead, sizes, True, (dtype, "float32", "float32"))
     result = run(gpu, kernel, inputs, expected.shape, "float32", **decisions)
-    # A hidden number between two of the type may be rounded to the other one.
+    # Hidden values may be rounded to the other neighbour in `dtype`.
     assert_close(result, expected, dtype)
 
 
-def test_any_number_of_rows(gpu, assert_close, rng):
+def test_dynamic_rows(gpu, assert_close, rng):
     n = tvm.tirx.Var("n", "int64")
     sizes = (64, 96, 64)
     kernel = mlp_kernel((n, 5), *sizes, activation="gelu", residual=True, dtype="float16")

@@ -1,8 +1,7 @@
-"""The layouts of tensor core instructions, against a model of the instructions themselves.
+"""Layouts of the tensor-core intrinsics, compared with a model of the instructions.
 
-The model follows the descriptions of ``ldmatrix`` and ``mma.m16n8k16`` in NVIDIA's PTX manual. That
-a rule's loops are right is shown elsewhere, by running them; here that the instructions do what
-those loops say.
+The model follows ``ldmatrix`` and ``mma.m16n8k16`` in NVIDIA's PTX manual. Tests of the rules run
+the loops that the intrinsics replace; these check that the instructions compute the same.
 """
 
 import numpy as np
@@ -14,7 +13,7 @@ STRIDE = 40
 
 
 def ldmatrix(shared, addresses):
-    """Registers of 32 threads after ``ldmatrix.x4``: four 8x8 matrices, eight elements a thread."""
+    """Return the registers of a warp after ``ldmatrix.x4``: four 8x8 matrices."""
     registers = np.zeros((32, 8))
     for matrix in range(4):
         rows = [
@@ -28,7 +27,7 @@ def ldmatrix(shared, addresses):
 
 
 def mma(a, b, c):
-    """Registers of the sums after ``mma.m16n8k16``, for eight, four and four elements a thread."""
+    """Return the registers of the sums after ``mma.m16n8k16``."""
     first, second, sums = np.zeros((16, 16)), np.zeros((16, 8)), np.zeros((16, 8))
     for thread in range(32):
         group, member = divmod(thread, 4)
@@ -63,7 +62,7 @@ def spread(matrix, place):
     ],
     ids=["first", "second"],
 )
-def test_a_load_puts_every_element_where_the_layout_says(address, place, rng):
+def test_load_follows_the_layout(address, place, rng):
     tile = rng.standard_normal((16, 16))
     shared = np.full(16 * STRIDE, np.nan)
     for row in range(16):
@@ -72,7 +71,7 @@ def test_a_load_puts_every_element_where_the_layout_says(address, place, rng):
     np.testing.assert_array_equal(loaded, spread(tile, place))
 
 
-def test_two_instructions_multiply_two_tiles(rng):
+def test_two_instructions_multiply_fragments(rng):
     first, second, sums = (rng.standard_normal((16, 16)) for _ in range(3))
     a = spread(first, tensor_core.fragment)
     b = spread(second, tensor_core.transposed_fragment)
@@ -84,8 +83,8 @@ def test_two_instructions_multiply_two_tiles(rng):
     np.testing.assert_allclose(c, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_eight_rows_lie_in_different_banks():
-    """Rows of a fragment are read eight at a time: 32 banks of 4 bytes, 16 bytes a row."""
+def test_padded_rows_have_no_bank_conflicts():
+    """Eight rows of 16 bytes are read at once, from 32 banks of 4 bytes."""
     for step in (1, 2, 5, 7):
         stride = (step * 16 + 8) * 2
         banks = [(row * stride // 4 + word) % 32 for row in range(8) for word in range(4)]
