@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--minutes", type=float, metavar="M", help="time limit")
     parser.add_argument(
+        "--timeout",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="seconds after which a measurement is killed (default: 20)",
+    )
+    parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of a kernel (default: as compiled)"
     )
     parser.add_argument(
@@ -119,6 +126,7 @@ def _config(arguments: argparse.Namespace) -> TuneConfig:
         dtype=arguments.dtype,
         trials=arguments.trials,
         minutes=arguments.minutes,
+        timeout=arguments.timeout,
         threads=arguments.threads,
         device=arguments.device,
         rpc=_rpc(arguments),

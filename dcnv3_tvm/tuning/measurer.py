@@ -17,6 +17,9 @@ from dcnv3_tvm.tuning.device_pool import DevicePool
 from dcnv3_tvm.tuning.process_pool import Job, JobResult, ProcessPool
 from dcnv3_tvm.tuning.tasks import Candidate
 
+MEASURE_TIMEOUT: Final = 20.0
+"""Default number of seconds after which a measurement is killed."""
+
 _BUILD_TIMEOUT: Final = 120.0
 _CHECK_TIMEOUT: Final = 300.0
 
@@ -45,7 +48,7 @@ class Measurer:
         *,
         builders: int,
         seconds: float = 0.04,
-        timeout: float = 20.0,
+        timeout: float = MEASURE_TIMEOUT,
     ) -> None:
         self._target, self.devices = target, devices
         self._seconds, self._timeout = seconds, timeout

@@ -16,7 +16,7 @@ from dcnv3_tvm.provenance import git_commit
 from dcnv3_tvm.runtime.library import default_threads
 from dcnv3_tvm.tuning.context import MeasurementContext
 from dcnv3_tvm.tuning.device_pool import DevicePool, local_device, remote_devices
-from dcnv3_tvm.tuning.measurer import Measurer
+from dcnv3_tvm.tuning.measurer import MEASURE_TIMEOUT, Measurer
 from dcnv3_tvm.tuning.rpc import RpcConfig
 from dcnv3_tvm.tuning.session import TuningBudget, TuningSession
 from dcnv3_tvm.tuning.summary import summarize, write_summary
@@ -48,6 +48,8 @@ class TuneConfig:
         `TRIALS_PER_KERNEL` per kernel by default, and never more than there are schedules.
     minutes : float, optional
         Time limit of the session.
+    timeout : float
+        Seconds after which a measurement is killed and counts as failed.
     threads : int, optional
         CPU threads of a measured kernel; by default those of a compiled model.
     device : int
@@ -65,12 +67,13 @@ class TuneConfig:
     dtype: str = "float32"
     trials: int | None = None
     minutes: float | None = None
+    timeout: float = MEASURE_TIMEOUT
     threads: int | None = None
     device: int = 0
     rpc: RpcConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("trials", "minutes", "threads"):
+        for name in ("trials", "minutes", "timeout", "threads"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InvalidArgumentError(f"{name} is out of range", got=value, allowed="above 0")
@@ -132,7 +135,7 @@ def tune(
         commit=git_commit(),
         on_update=on_update,
     )
-    with Measurer(target, devices, builders=len(usable_cores())) as measurer:
+    with _measurer(target, devices, config) as measurer:
         records = session.run(measurer)
     summary = summarize(session, records)
     try:
@@ -170,7 +173,7 @@ def estimate(
     states = [TaskState(task) for task in tasks]
     batch = [Candidate(task, task.default) for task in tasks]
     started = time.monotonic()
-    with Measurer(target, devices, builders=len(usable_cores())) as measurer:
+    with _measurer(target, devices, config) as measurer:
         for number, result in measurer.measure(batch):
             seconds = None if result.error else result.value
             states[number].add_trial(batch[number].decisions, seconds)
@@ -198,6 +201,10 @@ def estimate(
 
 def _max_trials(tasks: Sequence[TuningTask], config: TuneConfig) -> int:
     return min(sum(task.size for task in tasks), config.trials or TRIALS_PER_KERNEL * len(tasks))
+
+
+def _measurer(target: Target, devices: DevicePool, config: TuneConfig) -> Measurer:
+    return Measurer(target, devices, builders=len(usable_cores()), timeout=config.timeout)
 
 
 def _devices(target: Target, config: TuneConfig, threads: int) -> DevicePool:

@@ -25,7 +25,7 @@ def tuned(tmp_path_factory):
     """Tune a small model; return the work directory and the text on stdout and stderr."""
     folder = tmp_path_factory.mktemp("tuned") / "work"
     out, err = io.StringIO(), io.StringIO()
-    options = ["--trials", "40", "--work-dir", str(folder), "--threads", "1"]
+    options = ["--trials", "40", "--timeout", "600", "--threads", "1", "--work-dir", str(folder)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert main(["tune", MODEL, *options]) == 0
     return folder, out.getvalue(), err.getvalue()
@@ -131,6 +131,7 @@ def test_dry_run_writes_nothing(cli, tmp_path, monkeypatch):
         (["dcnv3-n1", "--work-dir", "w"], "dcnv3-n1"),
         (["dcnv3-nany-h9-w9-c32-g2-k3-s1-p1-d1-f32", "--work-dir", "w"], "for static shapes"),
         ([OPERATOR, "--work-dir", "w", "--trials", "0"], "trials is out of range"),
+        ([OPERATOR, "--work-dir", "w", "--timeout", "0"], "timeout is out of range"),
         ([OPERATOR, "--work-dir", "w", "--batch", "0"], "--batch is out of range"),
         ([OPERATOR, "--work-dir", "w", "--dtype", "float16"], "float16"),
         ([OPERATOR, "--work-dir", "w", "--target", "cuda-sm90"], "cannot measure schedules"),
@@ -154,7 +155,7 @@ def test_bad_usage(cli, tmp_path, monkeypatch, arguments, message):
 
 
 def tune_arguments(folder, *operators):
-    options = ["--threads", "1", "--trials", "12", "--json"]
+    options = ["--threads", "1", "--trials", "12", "--timeout", "600", "--json"]
     return ["tune", *operators, "--work-dir", str(folder), *options]
 
 

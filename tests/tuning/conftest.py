@@ -38,7 +38,7 @@ def simulated(target, tmp_path, monkeypatch):
     """Create a measurer that builds nothing and measures on simulated devices."""
     monkeypatch.setattr(measurer, "build_candidate", build_nothing)
 
-    def create(*, size=1, retries=0, timeout=60.0, **options):
+    def create(*, size=1, retries=0, timeout=600.0, **options):
         devices = DevicePool(
             SimulatedRunner(log=tmp_path / "measurements", **options),
             hardware="simulated",

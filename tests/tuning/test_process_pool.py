@@ -10,7 +10,7 @@ import pytest
 from dcnv3_tvm.tuning.process_pool import ProcessPool
 
 
-def run_all(pool, jobs, timeout=60.0):
+def run_all(pool, jobs, timeout=600.0):
     results = dict(pool.run(jobs, timeout=timeout))
     assert sorted(results) == list(range(len(jobs)))
     return [results[number] for number in sorted(results)]
@@ -87,7 +87,7 @@ def test_jobs_are_consumed_lazily():
             yield double(number)
 
     with ProcessPool(2, fresh=True) as pool:
-        run = pool.run(jobs(), timeout=60)
+        run = pool.run(jobs(), timeout=600)
         next(run)
         assert len(taken) <= 4
         assert len(list(run)) == 5
