@@ -1,8 +1,8 @@
-"""Tune the operator for one problem on this machine, and compile it with what was found.
+"""Tune the operator for one shape on this machine, and compile it with the tuning records.
 
     python examples/tune_operator.py [WORK_DIR]
 
-The work directory keeps every trial: run it again, and nothing is measured twice.
+The work directory keeps every trial: a second run repeats no measurement.
 """
 
 import sys
@@ -21,8 +21,8 @@ def main(work_dir: Path) -> None:
     summary = tuning.tune([SPEC], work_dir, tuning.TuneConfig(trials=12))
     (kernel,) = summary["kernels"]
     print(f"{SPEC.slug}: {summary['trials']} schedules")
-    print(f"  by default {1e6 * kernel['default_seconds']:.1f} us")
-    print(f"  tuned      {1e6 * kernel['seconds']:.1f} us, with {kernel['decisions']}")
+    print(f"  default {1e6 * kernel['default_seconds']:.1f} us")
+    print(f"  tuned   {1e6 * kernel['seconds']:.1f} us, with {kernel['decisions']}")
 
     tuned = dt.compile_op(SPEC, database=work_dir)
     plain = dt.compile_op(SPEC, database="none")
@@ -33,7 +33,7 @@ def main(work_dir: Path) -> None:
     print(f"  record: {tuned.record}; largest difference of the outputs {difference:.1e}")
 
 
-# Candidates are measured in other processes, which import this file.
+# Candidates are measured in subprocesses, which import this file.
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         main(Path(sys.argv[1]))
