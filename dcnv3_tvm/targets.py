@@ -134,6 +134,11 @@ def vector_bits(target: Target) -> int:
     return 128
 
 
+def has_bfloat16_dot(target: Target) -> bool:
+    """Whether a CPU target has dot products of bfloat16 pairs (AVX512-BF16)."""
+    return "avx512bf16" in target_features(target)
+
+
 def vector_lanes(target: Target, dtype: str) -> int:
     """Return the number of elements of a dtype in a vector register of a CPU target."""
     from tvm import DataType

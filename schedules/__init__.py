@@ -18,7 +18,6 @@ from dcnv3_tvm.schedules.apply import (
     schedule_by_record,
     schedule_module,
 )
-from dcnv3_tvm.schedules.cpu.dot_product import has_bfloat16_dot
 from dcnv3_tvm.schedules.cpu.register_tiles import row_slack, weight_tile_width
 from dcnv3_tvm.schedules.rule import Refusal
 
@@ -32,7 +31,6 @@ __all__ = [
     "Refusal",
     "ScheduledKernel",
     "apply_rules",
-    "has_bfloat16_dot",
     "row_slack",
     "rules_for",
     "schedule",

@@ -13,7 +13,7 @@ from typing import Any, Final
 import tvm
 from tvm import relax
 
-from dcnv3_tvm import schedules, targets
+from dcnv3_tvm import targets
 from dcnv3_tvm.compiler import artifact, pipeline
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
@@ -187,7 +187,7 @@ def check_dtype(dtype: str, target: tvm.target.Target) -> None:
             got=targets.target_slug(target),
             allowed="float32 and bfloat16 on CPUs; float16 on GPUs, such as cuda-sm90",
         )
-    if not schedules.has_bfloat16_dot(target):
+    if not targets.has_bfloat16_dot(target):
         raise TargetError(
             "bfloat16 is not supported by the target",
             got=targets.target_slug(target),

@@ -7,10 +7,8 @@ from typing import Final
 from tvm import s_tir, tirx
 from tvm.target import Target
 
+from dcnv3_tvm.schedules.cpu.loops import accumulate_tile, copy_in_parallel, copy_in_task
 from dcnv3_tvm.schedules.cpu.register_tiles import (
-    accumulate_tile,
-    copy_in_parallel,
-    copy_in_task,
     matmul_blocks,
     numbered,
     row_tile,

@@ -7,12 +7,14 @@ from tvm.target import Target
 
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.layer_norm import normalize_rows, pick_rows
-from dcnv3_tvm.schedules.cpu.register_tiles import (
+from dcnv3_tvm.schedules.cpu.loops import (
     accumulate_tile,
     copy_in_task,
-    vector_unit,
     vector_width,
     vectorize_innermost,
+)
+from dcnv3_tvm.schedules.cpu.register_tiles import (
+    vector_unit,
 )
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace

@@ -7,10 +7,8 @@ from tvm import s_tir
 from tvm.s_tir import TensorIntrin
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.script import tirx as T
-from tvm.target import Target
 
 from dcnv3_tvm.kernels.packing import PAIR
-from dcnv3_tvm.targets import target_features
 
 _DOT: Final = "dcnv3_tvm.dot_bf16_16x2"
 _LANES: Final = 16
@@ -28,11 +26,6 @@ define <16 x float> @dcnv3_tvm_dot_bf16(<16 x float> %sums, <16 x i32> %first, <
   ret <16 x float> %result
 }
 """
-
-
-def has_bfloat16_dot(target: Target) -> bool:
-    """Whether a CPU target has dot products of bfloat16 pairs (AVX512-BF16)."""
-    return "avx512bf16" in target_features(target)
 
 
 def sum_pairs(sch: s_tir.Schedule, sums: SBlockRV, task: LoopRV) -> None:

@@ -12,7 +12,11 @@ from tvm.target import Target
 
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.blocks import plain_axes, reduces
-from dcnv3_tvm.schedules.cpu.register_tiles import VectorUnit, vector_unit, vector_width
+from dcnv3_tvm.schedules.cpu.loops import vector_width
+from dcnv3_tvm.schedules.cpu.register_tiles import (
+    VectorUnit,
+    vector_unit,
+)
 from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 

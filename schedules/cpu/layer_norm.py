@@ -10,11 +10,9 @@ from tvm.target import Target
 
 from dcnv3_tvm.op.expr import constant_factor, static
 from dcnv3_tvm.schedules.cpu.lane_sum import sum_lanes
+from dcnv3_tvm.schedules.cpu.loops import accumulate_tile, vector_width, vectorize_innermost
 from dcnv3_tvm.schedules.cpu.register_tiles import (
-    accumulate_tile,
     vector_unit,
-    vector_width,
-    vectorize_innermost,
     whole_tile,
 )
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels

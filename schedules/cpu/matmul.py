@@ -10,8 +10,8 @@ from tvm.target import Target
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.dot_product import sum_pairs
+from dcnv3_tvm.schedules.cpu.loops import accumulate_tile
 from dcnv3_tvm.schedules.cpu.register_tiles import (
-    accumulate_tile,
     largest_divisor,
     matmul_blocks,
     numbered,

@@ -11,8 +11,7 @@ from dcnv3_tvm.bench import measure, ours, runner
 from dcnv3_tvm.bench.contestants import OURS
 from dcnv3_tvm.bench.report import Report
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.schedules import has_bfloat16_dot
-from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.targets import has_bfloat16_dot, resolve_target
 
 TINY = ("--variant", "test_internimage_pre_norm", "--against", "torch", "--rounds", "2")
 CASE = "dcnv3-n1-h4-w4-c16-g4-k3-s1-p1-d1-f32"

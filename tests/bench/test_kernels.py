@@ -13,9 +13,8 @@ from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.schedules import has_bfloat16_dot
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.targets import has_bfloat16_dot, resolve_target
 
 TINY = "test_internimage_pre_norm"
 PEAKS = Peaks(flops=1e9, bytes=1e8, how="made up")

@@ -12,8 +12,8 @@ from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.kernels.packing import pack_matmul_weight
 from dcnv3_tvm.op.expr import int64, product
-from dcnv3_tvm.schedules import has_bfloat16_dot, row_slack, schedule_module
-from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.schedules import row_slack, schedule_module
+from dcnv3_tvm.targets import has_bfloat16_dot, resolve_target
 from helpers import layers
 from helpers.layers import run_kernel
 
