@@ -1,1 +1,1 @@
-"""InternImage in PyTorch: configuration, variants, modules and factory."""
+"""InternImage in PyTorch: configuration, variants and modules."""

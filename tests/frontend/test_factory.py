@@ -5,7 +5,7 @@ from dcnv3_tvm import frontend
 from dcnv3_tvm.errors import InvalidArgumentError
 
 
-def test_create_model_is_ready_for_inference():
+def test_created_model_is_ready_for_inference():
     model = frontend.create_model("test_internimage_pre_norm")
     assert isinstance(model, frontend.InternImage)
     assert not model.training
@@ -14,8 +14,8 @@ def test_create_model_is_ready_for_inference():
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-@pytest.mark.parametrize("name", frontend.list_models())
-def test_every_name_builds_on_the_meta_device(name):
+@pytest.mark.parametrize("name", ["internimage_t", "internimage_h"])
+def test_number_of_classes(name):
     model = frontend.create_model(name, num_classes=7, device="meta")
     assert model.state_dict()["head.weight"].is_meta
     assert model.head.out_features == 7
@@ -48,7 +48,7 @@ def test_layer_scale(name, options, expected):
     assert ("levels.0.blocks.0.gamma1" in model.state_dict()) == (expected is not None)
 
 
-def test_bad_arguments_are_refused_with_words():
+def test_invalid_arguments():
     with pytest.raises(InvalidArgumentError, match="Did you mean"):
         frontend.create_model("internimage_tt")
     with pytest.raises(InvalidArgumentError, match="layer_scale"):

@@ -14,14 +14,14 @@ RELEASED = [f"internimage_{size}" for size in ("t", "s", "b", "l", "xl", "h", "g
 TINY = [name for name in VARIANTS if name.startswith("test_")]
 
 
-def test_the_seven_released_variants_come_first_and_in_order():
+def test_released_variants_are_listed_first_and_in_order():
     assert frontend.list_models("internimage_*") == RELEASED
     assert frontend.list_models() == RELEASED + TINY
     assert frontend.list_models("no_*") == []
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_config_survives_json(name):
+def test_config_round_trips_through_json(name):
     config = VARIANTS[name]
     assert config.variant == name
     assert InternImageConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
@@ -55,7 +55,7 @@ def test_layer_scale_of_classification_and_detection():
     }
 
 
-def test_tiny_variants_use_every_option_between_them():
+def test_tiny_variants_cover_every_option():
     configs = [VARIANTS[name] for name in TINY]
     paths = {(c.post_norm, c.res_post_norm, c.layer_scale is not None) for c in configs}
     assert paths == {
@@ -82,7 +82,7 @@ def test_feature_info_follows_out_indices():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"depths": (1, 1, 1)}, "four stages"),
         ({"groups": (4, 8, 0, 32)}, "four stages"),
@@ -99,12 +99,12 @@ def test_feature_info_follows_out_indices():
         ({"out_indices": (1, 1)}, "out_indices"),
     ],
 )
-def test_a_config_that_makes_no_model_is_refused(change, words):
-    with pytest.raises(InvalidArgumentError, match=words):
+def test_inconsistent_config_is_an_error(change, message):
+    with pytest.raises(InvalidArgumentError, match=message):
         dataclasses.replace(VARIANTS["internimage_t"], **change)
 
 
-def test_unknown_name_suggests_close_ones():
+def test_unknown_name_suggests_similar_names():
     with pytest.raises(InvalidArgumentError, match="internimage_xl, ") as caught:
         model_config("internimage-t")
     assert "Did you mean internimage_" in str(caught.value)
@@ -113,7 +113,7 @@ def test_unknown_name_suggests_close_ones():
         model_config("resnet50")
 
 
-def test_importing_the_frontend_and_listing_models_needs_no_torch():
+def test_listing_models_imports_neither_torch_nor_tvm():
     code = (
         "import sys; from dcnv3_tvm import frontend; frontend.list_models(); dir(frontend);"
         "print(sorted({'torch', 'tvm'} & set(sys.modules)))"
