@@ -19,6 +19,7 @@ from dcnv3_tvm.schedules.apply import (
     schedule_module,
 )
 from dcnv3_tvm.schedules.cpu.register_tiles import row_slack, weight_tile_width
+from dcnv3_tvm.schedules.gpu.depthwise import choose_run
 from dcnv3_tvm.schedules.rule import Refusal
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Refusal",
     "ScheduledKernel",
     "apply_rules",
+    "choose_run",
     "row_slack",
     "rules_for",
     "schedule",

@@ -88,7 +88,7 @@ def run_pipeline(
 
     def lower(program: Program) -> Program:
         if is_gpu(target):
-            return lower_gpu(program, dtype)
+            return lower_gpu(program, schedules.choose_run, dtype)
         tiling = CpuTiling(
             weight_tile_width=lambda outputs: schedules.weight_tile_width(outputs, target),
             row_slack=schedules.row_slack,

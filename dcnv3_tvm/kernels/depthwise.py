@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from tvm import tirx
-from tvm.tirx.script import builder as T
 
 from dcnv3_tvm.kernels.activations import activate
 from dcnv3_tvm.kernels.convolution import output_extent, pad_image
 from dcnv3_tvm.kernels.layer_norm import normalize
 from dcnv3_tvm.op.expr import cast, int64, unflatten
 from dcnv3_tvm.op.prim_func_builder import argument, compute, function
-
-OPTIONS_ATTR: Final = "dcnv3_tvm.depthwise"
-"""Function attribute with the options of a depthwise convolution, as JSON."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -59,36 +54,24 @@ def depthwise(
     x_dtype, out_dtype : str, optional
         Other element types for x and out.
     run : int, optional
-        For GPUs: what lies between x and out is in runs of so many neighbouring pixels, each with
-        the pixels that it sees, so that a thread's part has a known size where the width has none;
-        and ``padded`` has the type of x, for loads of whole vectors, which a block ``converted``
-        behind it converts.
+        Compute the rows of out in runs of so many neighbouring pixels, each from its own padded
+        part of x: all sizes of a run are static, whatever the width. ``padded`` then has the type
+        of x, so that whole vectors can be copied, and a block ``converted`` converts it.
 
     Returns
     -------
     tvm.tirx.PrimFunc
         Function of x (N, H, W, C), weight (kh, kw, C), [bias (C,)], [gamma (C,), beta (C,)],
-        out (N, Ho, Wo, C); unscheduled blocks ``padded``, ``window``, those of `layer_norm` if
-        it is asked for, and ``epilogue``.
+        out (N, Ho, Wo, C); unscheduled blocks ``padded``, ``window``, those of `normalize` with
+        a LayerNorm, and ``epilogue``. ``window`` is over (n, ho, wo, c, kh, kw), in runs over
+        (n, ho, run, pixel, c, kh, kw).
     """
     batch, height, width = int64(batch), int64(height), int64(width)
     out_height, out_width = (
         output_extent(size, kernel_size[axis], stride[axis], pad[axis], 1)
         for axis, size in enumerate((height, width))
     )
-    options = {
-        "kernel_size": kernel_size,
-        "stride": stride,
-        "pad": pad,
-        "bias": bias,
-        "norm_eps": norm_eps,
-        "activation": activation,
-        "dtype": dtype,
-        "x_dtype": x_dtype,
-        "out_dtype": out_dtype,
-    }
     with function("depthwise") as builder:
-        T.func_attr({OPTIONS_ATTR: json.dumps(options)})
         x = argument("x", [batch, height, width, channels], x_dtype or dtype)
         weight = argument("weight", [*kernel_size, channels], dtype)
         shift = argument("bias", [channels], dtype) if bias else None
@@ -98,35 +81,34 @@ def depthwise(
         stored = out_dtype or dtype
         out = argument("out", [batch, out_height, out_width, channels], stored)
         if run is None:
-            outputs, dilation = (out_height, out_width), (1, 1)
-            image = pad_image(x, outputs, kernel_size, stride, pad, dilation, dtype)
             columns: list[Any] = [out_width]
+            image = pad_image(x, (out_height, out_width), kernel_size, stride, pad, (1, 1), dtype)
         else:
-            # Written so that TVM sees, where the width is open, that the last pixel has a run.
-            runs = tirx.floordiv(out_width - int64(1), int64(run)) + int64(1)
-            columns = [runs, int64(run)]
-            image = _runs(x, out_height, columns, kernel_size, stride, pad)
+            # ceil(width / run) in a form from which TVM sees, for a symbolic width, that the last
+            # pixel has a run.
+            columns = [tirx.floordiv(out_width - int64(1), int64(run)) + int64(1), int64(run)]
+            image = _pad_runs(x, out_height, columns, kernel_size, stride, pad)
             if image.dtype != dtype:
                 raw = image
                 image = compute(
                     "converted", raw.shape, lambda *index: cast(dtype, raw[index]), dtype=dtype
                 )
 
-        def place(b: Any, i: Any, j: Any) -> tuple[Any, ...]:
-            """Return where the sums of an output pixel are."""
+        def position(b: Any, i: Any, j: Any) -> tuple[Any, ...]:
+            """Return the index of an output pixel in the sums."""
             return b, i, *unflatten(j, columns)
 
-        def seen(b: Any, i: Any, *index: Any) -> Any:
-            """Multiply a pixel of a window by its weight."""
+        def term(b: Any, i: Any, *index: Any) -> Any:
+            """Multiply a pixel of the window by its weight."""
             *part, j, c, p, q = index
             pixel = (b, i * stride[0] + p, *part, j * stride[1] + q, c)
             return image[pixel] * weight[p, q, c]
 
-        places = [batch, out_height, *columns]
+        extents = [batch, out_height, *columns]
         sums = compute(
             "window",
-            [*places, channels],
-            seen,
+            [*extents, channels],
+            term,
             reduce=kernel_size,
             start=None if shift is None else lambda *index: shift[index[-1]],
             dtype=dtype,
@@ -136,13 +118,15 @@ def depthwise(
             compute(
                 "epilogue",
                 [*pixels, channels],
-                lambda b, i, j, c: cast(stored, activate(activation, sums[(*place(b, i, j), c)])),
+                lambda b, i, j, c: cast(
+                    stored, activate(activation, sums[(*position(b, i, j), c)])
+                ),
                 dtype=stored,
                 into=out,
             )
         else:
             normalize(
-                places,
+                extents,
                 channels,
                 lambda *index: sums[index],
                 gamma,
@@ -152,20 +136,12 @@ def depthwise(
                 dtype=dtype,
                 into=out,
                 rows=pixels,
-                place=place,
+                position=position,
             )
     return builder.get()
 
 
-def in_runs(func: tirx.PrimFunc, run: int) -> tirx.PrimFunc:
-    """Build a kernel of `depthwise` anew, in runs."""
-    options = json.loads(str(func.attrs[OPTIONS_ATTR]))
-    pairs = {name: tuple(options[name]) for name in ("kernel_size", "stride", "pad")}
-    *sizes, channels = func.params[0].shape
-    return depthwise(*sizes, int(channels), **(options | pairs), run=run)
-
-
-def _runs(
+def _pad_runs(
     x: Any,
     out_height: Any,
     columns: Sequence[Any],
@@ -173,7 +149,7 @@ def _runs(
     stride: tuple[int, int],
     pad: tuple[int, int],
 ) -> Any:
-    """Add the block ``padded`` of an image in runs: those pixels of a row that a run sees."""
+    """Add the block ``padded`` of an image in runs: the pixels of each row that a run reads."""
     batch, height, width, channels = x.shape
     runs, run = columns
     extents = [

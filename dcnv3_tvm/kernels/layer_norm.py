@@ -28,7 +28,7 @@ def layer_norm(
 ) -> tirx.PrimFunc:
     """Build ``out = activation((x - mean) / sqrt(var + eps) * gamma + beta) + residual``.
 
-    Mean and (biased) variance are taken over the last axis, the variance from the deviations.
+    Mean and (biased) variance are over the last axis; the variance is that of the deviations.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def layer_norm(
     -------
     tvm.tirx.PrimFunc
         Function of x (*lead, C), gamma (C,), beta (C,), [residual (*lead, C)], out (*lead, C);
-        unscheduled blocks ``total``, ``square``, ``scale`` and ``epilogue``, before them ``given``
-        if x is of another type than the computation.
+        unscheduled blocks ``total``, ``square``, ``scale`` and ``epilogue``, preceded by
+        ``converted`` if x is of another type than the computation.
     """
     lead = [int64(size) for size in lead]
     rows = product(lead)
@@ -64,18 +64,18 @@ def layer_norm(
         added = argument("residual", shape, residual_dtype or dtype) if residual else None
         stored = out_dtype or dtype
         out = argument("out", [*lead, channels], stored)
-        given = None
+        converted = None
         if x.dtype != dtype:
-            # Converted once: it is read three times.
-            given = compute(
-                "given",
+            # Converted once, because it is read three times.
+            converted = compute(
+                "converted",
                 [rows, channels],
                 lambda m, c: cast(dtype, x[(*unflatten(m, lead), c)]),
                 dtype=dtype,
             )
 
         def value(m: Any, c: Any) -> Any:
-            return x[(*unflatten(m, lead), c)] if given is None else given[m, c]
+            return x[(*unflatten(m, lead), c)] if converted is None else converted[m, c]
 
         def finish(m: Any, c: Any, normal: Any) -> Any:
             result = activate(activation, normal)
@@ -99,51 +99,73 @@ def layer_norm(
 
 
 def normalize(
-    places: Sequence[Any],
+    extents: Sequence[Any],
     channels: int,
-    value: Any,
+    value: Callable[..., Any],
     gamma: Any,
     beta: Any,
     eps: float,
-    finish: Any,
+    finish: Callable[..., Any],
     *,
     dtype: str,
     into: Any,
-    at: Any = None,
+    at: Callable[..., Sequence[Any]] | None = None,
     rows: Sequence[Any] | None = None,
-    place: Callable[..., tuple[Any, ...]] = lambda *row: row,
+    position: Callable[..., tuple[Any, ...]] = lambda *row: row,
 ) -> None:
-    """Add the blocks of a LayerNorm of ``value(*place, c)``.
+    """Add the blocks of a LayerNorm of ``value(*index, c)`` over the channels c.
 
-    ``finish(*row, c, normal)`` is stored, where `rows`, by default `places`, are the extents of
-    the rows, and ``place(*row)`` is the place of one.
+    Parameters
+    ----------
+    extents : sequence
+        Extents of the index.
+    channels : int
+        Extent of c.
+    value : callable
+        Element to normalize.
+    gamma, beta : buffer
+        Scale and shift, of shape (channels,).
+    eps : float
+        Added to the variance.
+    finish : callable
+        What to store for ``(*row, c, normalized)``.
+    dtype : str
+        Element type of the computation.
+    into : buffer
+        Where to store.
+    at : callable, optional
+        Position in `into` of ``(*row, c)``; by default that itself.
+    rows : sequence, optional
+        Extents of the rows to store; by default `extents`.
+    position : callable
+        Index of a row.
     """
     share = tirx.const(1.0 / channels, dtype)
-    total = compute("total", places, value, reduce=[channels], dtype=dtype)
+    total = compute("total", extents, value, reduce=[channels], dtype=dtype)
 
     def deviation(*index: Any) -> Any:
         return value(*index) - total[index[:-1]] * share
 
     square = compute(
         "square",
-        places,
+        extents,
         lambda *index: deviation(*index) * deviation(*index),
         reduce=[channels],
         dtype=dtype,
     )
     scale = compute(
         "scale",
-        places,
-        lambda *place: (
-            tirx.const(1, dtype) / tirx.sqrt(square[place] * share + tirx.const(eps, dtype))
+        extents,
+        lambda *index: (
+            tirx.const(1, dtype) / tirx.sqrt(square[index] * share + tirx.const(eps, dtype))
         ),
         dtype=dtype,
     )
 
-    def normal(*index: Any) -> Any:
+    def store(*index: Any) -> Any:
         *row, channel = index
-        found = place(*row)
+        found = position(*row)
         normalized = deviation(*found, channel) * scale[found]
         return finish(*index, normalized * gamma[channel] + beta[channel])
 
-    compute("epilogue", [*(rows or places), channels], normal, dtype=dtype, into=into, at=at)
+    compute("epilogue", [*(rows or extents), channels], store, dtype=dtype, into=into, at=at)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from tvm import relax
+from tvm import relax, tirx
 
 from dcnv3_tvm.kernels.gemm import gemm, implicit_gemm, pack_gemm_weight
 from dcnv3_tvm.kernels.mlp import mlp
@@ -23,7 +23,11 @@ from dcnv3_tvm.transform.lower_common import (
 from dcnv3_tvm.transform.storage_gpu import float32_values
 
 
-def lower_gpu(program: Program, dtype: str = "float32") -> Program:
+def lower_gpu(
+    program: Program,
+    choose_run: Callable[[tirx.PrimFunc], int | None],
+    dtype: str = "float32",
+) -> Program:
     """Lower every layer that has a kernel; the rest is left to TVM's legalisation.
 
     Operators without a kernel of ours read float32: their inputs are converted.
@@ -32,6 +36,9 @@ def lower_gpu(program: Program, dtype: str = "float32") -> Program:
     ----------
     program : Program
         Channels last, with weights folded.
+    choose_run : callable
+        From the schedules: the run length to build a depthwise kernel with, given the kernel
+        without runs; None to keep that.
     dtype : str
         Element type of operands and stored values: float32, float16 or bfloat16.
     """
@@ -84,7 +91,8 @@ def lower_gpu(program: Program, dtype: str = "float32") -> Program:
         if layer.kind == "convolution":
             return _lower_convolution(context, dtype)
         if layer.kind == "depthwise":
-            return call_depthwise(context, depthwise_kernel(context))
+            run = choose_run(depthwise_kernel(context))
+            return call_depthwise(context, depthwise_kernel(context, run=run))
         return lower_layer_norm(context)
 
     return program.rebuilt(visit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from tvm import s_tir, tirx
@@ -12,7 +13,6 @@ from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
 from dcnv3_tvm.gpu import FULL_GPU_THREADS, WARP_SIZE, vector_elements
-from dcnv3_tvm.kernels.depthwise import in_runs
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
 from dcnv3_tvm.schedules.gpu.layer_norm import LANES, ChannelThreads
@@ -27,7 +27,7 @@ _SIDES: Final = (1, 2, 4, 5, 7, 8, 14, 16, 32)
 """Candidates for the rows of a block, and for the runs in each."""
 
 _RUNS: Final = (1, 2, 4, 5, 7, 8)
-"""Candidates for the pixels of a run, which a thread computes."""
+"""Candidates for the pixels of a run, which a thread computes. The kernel is built with one."""
 
 _MOST_SUMS: Final = 64
 """Most sums of a thread, if any tile has fewer."""
@@ -42,6 +42,9 @@ _MOST_ROUNDED_UP: Final = 1.5
 """Most vectors of several warps, rounded up to whole turns, per actual vector. ptxas spills if few
 threads have a vector in the last turn."""
 
+_RUN_RANK: Final = 5
+"""Rank of the sums of a kernel in runs: (n, ho, run, pixel, c)."""
+
 _UNROLLED_WINDOW: Final = 49
 """Largest window whose loops are unrolled."""
 
@@ -52,17 +55,21 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
     A block computes a tile of pixels with all channels, a thread a run of pixels with some vectors
     of channels. For each row of the window a thread loads the pixels that its run reads, zero
     outside the image, and accumulates in registers, where LayerNorm and activation read the sums.
+    The kernel must be one in runs (`choose_run`).
     """
     if refusal := refuse_other_kernels(func, "depthwise"):
         return refusal
 
-    # Step 1. Choose the tile of a block and the run of a thread.
-    tile = _choose_tile(func)
+    # Step 1. Choose the tile of a block.
+    sch = s_tir.Schedule(func)
+    epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
+    shape = sch.get(window).writes[0].source.shape
+    in_runs = len(shape) == _RUN_RANK
+    tile = _choose_tile(func, [int(shape[-2])] if in_runs else _RUNS)
     if isinstance(tile, Refusal):
         return tile
-    pixels = space.pick("run", _RUNS, tile.run)
-    sch = s_tir.Schedule(in_runs(func, pixels))
-    epilogue, window = sch.get_sblock("epilogue"), sch.get_sblock("window")
+    if not in_runs:
+        return Refusal("needs the output pixels in runs")
     normalized = len(sch.get_consumers(window)) > 1
     batch, line, pixel, channel = sch.get_loops(epilogue)
 
@@ -72,7 +79,7 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
         lines = space.pick("lines", _SIDES, lines)
         runs = space.pick("runs", _SIDES, runs)
     slab, line = sch.split(line, [None, lines])
-    part, pixel, run = sch.split(pixel, [None, runs, pixels])
+    part, pixel, run = sch.split(pixel, [None, runs, tile.run])
     sch.reorder(batch, slab, part, line, pixel, run)
     bind_blocks(sch, [batch, slab], [part])
     sch.bind(line, "threadIdx.z")
@@ -85,6 +92,23 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
         threads.reduce(sch, pixel)
     _sum_window(sch, threads, pixel)
     return set_min_blocks(sch.mod["main"], target, space)
+
+
+def choose_run(func: tirx.PrimFunc) -> int | None:
+    """Choose the run length to build a depthwise kernel with, to schedule it here.
+
+    Parameters
+    ----------
+    func : tvm.tirx.PrimFunc
+        The kernel without runs.
+
+    Returns
+    -------
+    int or None
+        Pixels of a run; None if no tile fits the registers.
+    """
+    tile = _choose_tile(func, _RUNS)
+    return None if isinstance(tile, Refusal) else tile.run
 
 
 def _sum_window(sch: s_tir.Schedule, threads: ChannelThreads, pixel: LoopRV) -> None:
@@ -129,7 +153,7 @@ class _Tile:
     vector: int
 
 
-def _choose_tile(func: tirx.PrimFunc) -> _Tile | Refusal:
+def _choose_tile(func: tirx.PrimFunc, run_lengths: Sequence[int]) -> _Tile | Refusal:
     """Choose the tile of the least estimated time, if one fits the registers.
 
     The constants are taken from machine code for several tiles: some 150 instructions a thread, 25
@@ -176,7 +200,7 @@ def _choose_tile(func: tirx.PrimFunc) -> _Tile | Refusal:
 
     tiles = [
         _Tile(lines, runs, run, lanes, vector)
-        for lines, runs, run, lanes in itertools.product(_SIDES, _SIDES, _RUNS, LANES)
+        for lines, runs, run, lanes in itertools.product(_SIDES, _SIDES, run_lengths, LANES)
         if lanes < 2 * vectors
         and lines * runs * lanes in _THREADS
         and (lanes <= WARP_SIZE or (lines == runs == 1 and few_idle(lanes)))

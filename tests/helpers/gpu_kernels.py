@@ -4,8 +4,10 @@ import math
 
 from dcnv3_tvm.kernels import gemm as gemm_kernels
 from dcnv3_tvm.kernels.convolution import output_extent
+from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.mlp import mlp as mlp_kernel
 from dcnv3_tvm.op.expr import int64, product
+from dcnv3_tvm.schedules import choose_run
 from dcnv3_tvm.transform.gpu_padding import gemm_padding
 
 
@@ -23,6 +25,11 @@ def implicit_gemm(batch, height, width, inputs, outputs, *, kernel_size, stride,
     padding = gemm_padding(_rows([batch, *pixels]), math.prod(kernel_size) * inputs)
     sizes = batch, height, width, inputs, outputs
     return gemm_kernels.implicit_gemm(*sizes, **window, padding=padding, **options)
+
+
+def depthwise(*sizes, **options):
+    run = choose_run(depthwise_kernel(*sizes, **options))
+    return depthwise_kernel(*sizes, **options, run=run)
 
 
 def mlp(lead, inputs, hidden, outputs, **options):

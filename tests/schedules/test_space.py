@@ -20,6 +20,7 @@ from dcnv3_tvm.schedules.gpu.tensorize import tensorize
 from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
+from helpers.gpu_kernels import depthwise as gpu_depthwise
 from helpers.gpu_kernels import gemm, mlp
 
 GPU = resolve_target("cuda-sm90")
@@ -74,7 +75,7 @@ GPU_KERNELS = {
     "gemm_half": gemm((70,), 96, 128, epilogue=Epilogue(bias=True), dtype="float16"),
     "gemm": gemm((70,), 48, 64, epilogue=Epilogue(bias=True, residual=True), dtype="float32"),
     "mlp": mlp((150,), 48, 96, 48, activation="gelu", residual=True, dtype="float16"),
-    "depthwise": depthwise_kernel(
+    "depthwise": gpu_depthwise(
         1, 9, 14, 96, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6, activation="gelu"
     ),
     "layer_norm": layer_norm_kernel((37,), 96, eps=1e-6),

@@ -3,6 +3,7 @@ import pytest
 from tvm import relax, tirx
 
 from dcnv3_tvm import gpu
+from dcnv3_tvm.schedules import choose_run
 from dcnv3_tvm.transform.lower_gpu import lower_gpu
 from helpers.programs import make_program, operators, run_program
 
@@ -41,7 +42,7 @@ def _program(rng):
 def test_lowering_preserves_the_results(dtype, rng):
     program = _program(rng)
     inputs = _random(rng, 5, 16), _random(rng, 5, 16)
-    lowered = lower_gpu(program, dtype)
+    lowered = lower_gpu(program, choose_run, dtype)
     relax.analysis.well_formed(lowered.module)
     expected, result = run_program(program, *inputs), run_program(lowered, *inputs)
     error = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
@@ -51,7 +52,7 @@ def test_lowering_preserves_the_results(dtype, rng):
 
 @pytest.mark.parametrize(("dtype", "stream"), [("float16", "float16"), ("bfloat16", "float32")])
 def test_storage_types(dtype, stream, rng):
-    lowered = lower_gpu(_program(rng), dtype)
+    lowered = lower_gpu(_program(rng), choose_run, dtype)
     assert _types(lowered) == {
         # x, weight, out: inputs and outputs of a model are float32.
         "matmul_16_48_gelu": ["float32", dtype, dtype],
@@ -79,7 +80,7 @@ def test_two_matmuls_become_one_kernel(dtype, used_twice, rng, monkeypatch):
         "bias2": _random(rng, 16),
     }
     program = make_program(build, {"x": (3, 5, 16)}, weights)
-    lowered = lower_gpu(program, dtype)
+    lowered = lower_gpu(program, choose_run, dtype)
     relax.analysis.well_formed(lowered.module)
     x = _random(rng, 3, 5, 16)
     expected, result = run_program(program, x), run_program(lowered, x)
@@ -95,7 +96,7 @@ def test_operators_without_a_kernel_read_float32(rng):
         return bb.emit(relax.op.mean(bb.emit(relax.op.exp(value)), axis=[1]))
 
     program = make_program(build, {"x": (4, 16)}, {"weight": _random(rng, 16, 16) / 8})
-    lowered = lower_gpu(program, "float16")
+    lowered = lower_gpu(program, choose_run, "float16")
     assert operators(lowered) == ["matmul_16_16", "relax.astype", "relax.exp", "relax.mean"]
     x = _random(rng, 4, 16)
     np.testing.assert_allclose(run_program(lowered, x), run_program(program, x), rtol=4e-3)

@@ -3,13 +3,14 @@ import re
 import pytest
 from tvm import tirx
 
-from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
+from dcnv3_tvm.kernels.depthwise import depthwise as plain_depthwise_kernel
 from dcnv3_tvm.kernels.layer_norm import layer_norm as layer_norm_kernel
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise
 from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
+from helpers.gpu_kernels import depthwise as depthwise_kernel
 
 TARGET = resolve_target("cuda-sm90")
 TYPES = [
@@ -180,6 +181,11 @@ def test_refuses_channels_that_do_not_fit_registers():
         "keeps at most 192 values in the registers of a thread; "
         "65536 channels with a 3x3 window need 268"
     )
+
+
+def test_refuses_a_kernel_without_runs():
+    kernel = plain_depthwise_kernel(1, 4, 4, 16, kernel_size=(3, 3), pad=(1, 1), bias=True)
+    assert depthwise(kernel, TARGET, SearchSpace()) == Refusal("needs the output pixels in runs")
 
 
 def test_refuses_other_kernels():
