@@ -146,15 +146,6 @@ def _floor(
     return list_floors(case, device_model(arguments.device_model), on_step=on_step)
 
 
-def _gpu_accuracy(
-    arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]
-) -> Listing[Any]:
-    case = _case(arguments)
-    with _requirements():
-        from dcnv3_tvm.bench.gpu_accuracy import list_accuracy
-    return list_accuracy(case, arguments.target, seed=arguments.seed, on_step=on_step)
-
-
 def _gpu(arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]) -> GpuRun:
     # Before anything is imported that takes time.
     gpu.device(arguments.device)
@@ -275,11 +266,6 @@ _KINDS: Final = {
         "what every kernel of an encoder takes on a GPU at least, computed without one",
         (declare.add_model, declare.add_features, declare.add_device_model, declare.add_csv),
         _floor,
-    ),
-    "gpu-accuracy": _Kind(
-        "an encoder compiled for a GPU, on one that the processor emulates, against float64",
-        (declare.add_model, declare.add_features, declare.add_accuracy, declare.add_csv),
-        _gpu_accuracy,
     ),
     "gpu": _Kind(
         "operator and encoders on this machine's GPU, beside PyTorch and the published extensions",

@@ -124,19 +124,6 @@ def add_device_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_accuracy(parser: argparse.ArgumentParser) -> None:
-    """Declare a GPU that need not be there, type and seed."""
-    _add_gpu_dtype(parser)
-    parser.add_argument(
-        "--target",
-        default="cuda-sm90",
-        help="the GPU, which need not be there (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights and image (default: 0)"
-    )
-
-
 def add_gpu_cases(parser: argparse.ArgumentParser) -> None:
     """Declare a choice among what is measured on a GPU."""
     parser.add_argument(
