@@ -1,12 +1,11 @@
-"""DCNv3 as an operator of Relax, TVM's graph language: build, print, lower, compile, run.
+"""Use DCNv3 as an operator of Relax, TVM's graph language: build, print, lower, compile, run.
 
     python examples/graph_operator.py
 
-Where an older text asks for "a Relay operator", this is it: Relay has left TVM, Relax took over.
+Relax is the successor of Relay, which is no longer part of TVM.
 """
 
 import argparse
-import re
 
 import numpy as np
 import tvm
@@ -17,8 +16,8 @@ from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.op.reference import dcnv3_reference
 
 
-def build(spec: DCNv3Spec) -> tvm.IRModule:
-    """Build a graph of two nodes: the operator, and a ReLU behind it; the batch stays symbolic."""
+def build_graph(spec: DCNv3Spec) -> tvm.IRModule:
+    """Build a graph of DCNv3 and a ReLU, with a dynamic batch."""
     batch = tirx.Var("n", "int64")
     x, offset, mask = (
         relax.Var(name, relax.TensorType((batch, *shape[1:]), spec.dtype))
@@ -43,20 +42,22 @@ def main() -> None:
     parser.add_argument("--target", default="llvm", help="TVM target (default: llvm)")
     arguments = parser.parse_args()
 
+    # Step 1. Build the graph. The operator checks its arguments and infers the result's shape.
     spec = DCNv3Spec.of((2, arguments.size, arguments.size, 32), group=2)
-    module = build(spec)
-    print("The graph, printed as TVMScript; the operator inferred the type of its result:\n")
+    module = build_graph(spec)
+    print("The graph as TVMScript:\n")
     print(module.script())
-    # With its metadata, the text reads back as the same graph.
-    tvm.ir.assert_structural_equal(relax_op.from_script(module.script(show_meta=True)), module)
 
+    # Step 2. Printed with metadata, the text can be parsed back into the same graph.
+    parsed = relax_op.from_script(module.script(show_meta=True))
+    tvm.ir.assert_structural_equal(parsed, module)
+
+    # Step 3. Lower the graph. The operator becomes a call of a TensorIR kernel.
     lowered = relax.transform.LegalizeOps()(module)
-    print("\nLowered, the operator is a call of a TensorIR kernel:\n")
+    print("\nThe lowered graph:\n")
     print(lowered["main"].script())
-    script = lowered["dcnv3"].script()
-    blocks = re.findall(r'^ +with T.sblock\("(.*)"\)', script, re.MULTILINE)
-    print("\nStages of the kernel, for schedules to move:", *blocks, sep="\n  ")
 
+    # Step 4. Compile and run it, and compare with the float64 reference.
     rng = np.random.default_rng(0)
     inputs = [
         rng.standard_normal(shape).astype(spec.dtype)
@@ -66,7 +67,7 @@ def main() -> None:
     result = machine["main"](*map(tvm.runtime.tensor, inputs)).numpy()
     expected = np.maximum(dcnv3_reference(*inputs, spec), 0)
     error = np.abs(result - expected).max() / np.abs(expected).max()
-    print(f"\nCompiled and run on a batch of 2: largest relative error {error:.1e}")
+    print(f"\nCompiled and run with a batch of 2: relative error {error:.1e}")
     if not error < 1e-5:
         raise SystemExit("The result is wrong.")
 

@@ -1,4 +1,4 @@
-"""Every example runs, on something small."""
+"""Every example runs, with small inputs."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ TINY = "test_internimage_pre_norm"
 
 
 def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # From another folder, as a user's script would: nothing may depend on the repository's root.
+    # From another folder: an example must not depend on the repository's root.
     return subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         cwd=cwd,
@@ -25,7 +25,7 @@ def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[st
 
 
 ARGUMENTS = {
-    "compile_and_run.py": ["--variant", TINY, "--calls", "2"],
+    "compile_and_run.py": ["--variant", TINY],
     "graph_operator.py": ["--size", "5"],
     "run_operator.py": ["--size", "7"],
     "tune_operator.py": [],
@@ -57,10 +57,7 @@ def test_compile_and_run(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "main/logits" in done.stdout
     assert "features/feature_3" in done.stdout
-    assert "all within" in done.stdout
-    assert "china.jpg" in done.stdout
-    assert "the classes mean nothing" in done.stdout
-    # The long steps say what they are at.
-    assert "compile it: schedule" in done.stderr
+    assert "within the tolerance" in done.stdout
+    assert "compile: schedule" in done.stderr, "no progress"
     metadata = json.loads((tmp_path / "build" / TINY / "metadata.json").read_text())
     assert metadata["name"] == TINY
