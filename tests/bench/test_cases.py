@@ -45,5 +45,5 @@ def test_encoder_cases():
     assert case.slug == "internimage_t-n2-h800-w1344-features-f32"
     case = cases.encoder_case("internimage_t", dtype="bfloat16")
     assert case.slug == "internimage_t-n1-h224-w224-bf16"
-    with pytest.raises(InvalidArgumentError, match="no model of this name"):
+    with pytest.raises(InvalidArgumentError, match="no model with this name"):
         cases.encoder_case("internimage_u")

@@ -88,7 +88,7 @@ def test_wrong_outputs_give_no_times(capsys, monkeypatch):
         (("op", "--rounds", "-1"), "--rounds is out of range"),
         (("op", "--case", "x"), "no case matches the pattern"),
         (("op", "--variant", "internimage_u"), "Did you mean"),
-        (("encoder", "--variant", "all"), "no model of this name"),
+        (("encoder", "--variant", "all"), "no model with this name"),
         (("encoder", "--against", "openvino-bf16"), "no such peer to measure against in float32"),
     ],
 )
