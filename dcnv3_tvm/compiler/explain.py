@@ -101,7 +101,7 @@ def explain(spec: DCNv3Spec, target: str | Mapping[str, Any] | Target = "auto") 
     from dcnv3_tvm.op.tensorir import dcnv3
 
     resolved = targets.resolve_target(target)
-    kernel = schedules.apply_rules(dcnv3(spec), resolved)
+    kernel = schedules.apply_rules(dcnv3(spec, vector_loads=targets.is_gpu(resolved)), resolved)
     return Explanation(
         problem=spec.slug,
         target=targets.target_slug(resolved),

@@ -264,7 +264,9 @@ def _compile(spec: DCNv3Spec, target_text: str, database: str) -> CompiledOperat
     records = find_records(target, database)
     with _COMPILING:
         module, taken = schedules.schedule_module(
-            tvm.IRModule({_NAME: dcnv3(spec)}), target, records=records
+            tvm.IRModule({_NAME: dcnv3(spec, vector_loads=targets.is_gpu(target))}),
+            target,
+            records=records,
         )
         try:
             if targets.is_gpu(target):

@@ -7,7 +7,8 @@ attribute                 effect
 ========================= =======================================================================
 ``FInferType``            checks the call and infers the type of the result, for static, symbolic
                           and unknown shapes
-``FLegalize``             ``LegalizeOps`` lowers the call to ``call_tir`` of the TensorIR kernel
+``FLegalize``             ``LegalizeOps`` lowers the call to ``call_tir`` of the TensorIR kernel, in
+                          the variant for the current target
 ``FPurity``               the call has no side effects: passes may move, merge or remove it
 ``FRelaxInferLayout``     ``ConvertLayout`` keeps the tensors NHWC
 ``TMixedPrecisionPolicy`` ``ToMixedPrecision`` casts the arguments to the half type; the arithmetic
@@ -39,17 +40,19 @@ R.Tensor((n, 7, 5, 32), dtype="float32")
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import tvm
 import tvm_ffi
 from tvm import relax, s_tir, tirx
+from tvm.target import Target
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.spec import PARAMETERS, DCNv3Keywords, DCNv3Params, DCNv3Spec
+from dcnv3_tvm.targets import is_gpu
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,7 +99,7 @@ def dcnv3(
 
 
 def is_dcnv3(expr: object) -> bool:
-    """Tell whether `expr` is a call of the operator."""
+    """Return whether `expr` is a call of the operator."""
     return (
         isinstance(expr, relax.Call) and isinstance(expr.op, tvm.ir.Op) and expr.op.name == OP_NAME
     )
@@ -280,8 +283,9 @@ def _shown(dims: Sequence[Any]) -> str:
 
 
 def _legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    kernel = builder.add_func(tensorir.dcnv3(spec_of(call)), "dcnv3")
-    return relax.call_tir(kernel, list(call.args), call.ty)
+    target = Target.current(allow_none=True)
+    kernel = tensorir.dcnv3(spec_of(call), vector_loads=target is not None and is_gpu(target))
+    return relax.call_tir(builder.add_func(kernel, "dcnv3"), list(call.args), call.ty)
 
 
 def _infer_layout(call: relax.Call, _desired: Any, _layouts: Any) -> tvm.ir.base.Node:
@@ -310,27 +314,49 @@ class _CarriedError(InvalidArgumentError):
         super().__init__(message.removesuffix("."))
 
 
+def register_operator(
+    name: str, description: str, arguments: Mapping[str, str], attributes: Mapping[str, Any]
+) -> None:
+    """Register a Relax operator with TVM, unless the process already has it.
+
+    Parameters
+    ----------
+    name, description : str
+        Name of the operator, and a sentence about it.
+    arguments : mapping of str to str
+        Description of each argument, by name.
+    attributes : mapping of str to object
+        Operator attributes, such as ``FInferType``.
+    """
+    # The process-wide registry outlives a reload of the module that registers.
+    if name in tvm.ir._ffi_api.ListOpNames():
+        return
+    tvm.ir._ffi_api.RegisterOp(name, description)
+    op = tvm.ir.Op.get(name)
+    op.set_num_inputs(len(arguments))
+    for argument, meaning in arguments.items():
+        op.add_argument(argument, "Tensor", meaning)
+    op.set_attrs_type_key("ir.DictAttrs")
+    for key, value in attributes.items():
+        tvm.ir.register_op_attr(name, key, value)
+
+
 def _register() -> None:
     tvm_ffi.register_error(InvalidArgumentError)
     tvm_ffi.register_error(InvalidArgumentError.__name__, _CarriedError)
-    # The process-wide registry of operators outlives a reload of this module.
-    if OP_NAME in tvm.ir._ffi_api.ListOpNames():
-        return
-    tvm.ir._ffi_api.RegisterOp(OP_NAME, "Deformable convolution v3: sampling and weighted sum.")
-    op = tvm.ir.Op.get(OP_NAME)
-    op.set_num_inputs(len(_ARGUMENTS))
-    for name, description in _ARGUMENTS.items():
-        op.add_argument(name, "Tensor", description)
-    op.set_attrs_type_key("ir.DictAttrs")
-    for key, value in (
-        ("FInferType", _infer_type),
-        ("FLegalize", _legalize),
-        ("FPurity", True),
-        ("FRelaxInferLayout", _infer_layout),
-        ("TMixedPrecisionPolicy", _MIXED_PRECISION_ALWAYS),
-        ("FInferMixedPrecision", _infer_mixed_precision),
-    ):
-        tvm.ir.register_op_attr(OP_NAME, key, value)
+    register_operator(
+        OP_NAME,
+        "Deformable convolution v3: sampling and weighted sum.",
+        _ARGUMENTS,
+        {
+            "FInferType": _infer_type,
+            "FLegalize": _legalize,
+            "FPurity": True,
+            "FRelaxInferLayout": _infer_layout,
+            "TMixedPrecisionPolicy": _MIXED_PRECISION_ALWAYS,
+            "FInferMixedPrecision": _infer_mixed_precision,
+        },
+    )
 
 
 _register()

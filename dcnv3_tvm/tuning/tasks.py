@@ -19,6 +19,7 @@ from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.records import describe_kernel, workload_key
 from dcnv3_tvm.schedules.space import Decision
 from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.targets import is_gpu
 
 if TYPE_CHECKING:
     from dcnv3_tvm.imported_model import ImportedModel
@@ -186,7 +187,8 @@ def operator_task(spec: DCNv3Spec, target: Target) -> TuningTask:
     arguments = tuple(
         KernelArgument(tuple(size or 0 for size in shape), spec.dtype) for shape in shapes
     )
-    return TuningTask.of(tensorir.dcnv3(spec), arguments, 1, target)
+    kernel = tensorir.dcnv3(spec, vector_loads=is_gpu(target))
+    return TuningTask.of(kernel, arguments, 1, target)
 
 
 def merge_tasks(tasks: Iterable[TuningTask]) -> list[TuningTask]:

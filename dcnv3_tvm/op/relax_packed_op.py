@@ -1,0 +1,89 @@
+"""DCNv3 with offsets and mask logits in one tensor, as an operator of Relax between two passes.
+
+`dcnv3_tvm.transform.fuse_sampling` replaces a call of ``dcnv3_tvm.dcnv3`` where one matmul can
+compute offsets and logits. The lowering to CPU or GPU kernels replaces it in turn, once it has
+chosen element types and the variant of the kernel.
+
+The center feature has an operator of its own, so that both have the parameters of
+`dcnv3_tvm.op.relax_op.dcnv3` as their attributes, which `params_of` and `spec_of` of that module
+read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+import tvm
+from tvm import relax, tirx
+
+from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.op.relax_op import register_operator, spec_of
+from dcnv3_tvm.spec import DCNv3Params
+
+OP_NAME: Final = "dcnv3_tvm.dcnv3_packed"
+CENTER_FEATURE_OP_NAME: Final = "dcnv3_tvm.dcnv3_packed_center_feature"
+
+_ARGUMENTS: Final = {
+    "x": "input (N, H, W, C)",
+    "offset_mask": "offsets, mask logits and padding (N, Ho, Wo, channels)",
+}
+
+
+def dcnv3_packed(
+    x: relax.Expr, offset_mask: relax.Expr, params: DCNv3Params, *, center_feature: bool = False
+) -> relax.Call:
+    """Build a call; arguments are as for `dcnv3_tvm.op.tensorir.dcnv3_packed`."""
+    return relax.Call(
+        tvm.ir.Op.get(CENTER_FEATURE_OP_NAME if center_feature else OP_NAME),
+        [x, offset_mask],
+        attrs=tvm.ir.make_node("ir.DictAttrs", **dataclasses.asdict(params)),
+    )
+
+
+def is_dcnv3_packed(expr: object) -> bool:
+    """Return whether `expr` is a call of one of the operators."""
+    return (
+        isinstance(expr, relax.Call)
+        and isinstance(expr.op, tvm.ir.Op)
+        and expr.op.name in (OP_NAME, CENTER_FEATURE_OP_NAME)
+    )
+
+
+def kernel_of(call: relax.Call, out_dtype: str, *, vector_loads: bool) -> tirx.PrimFunc:
+    """Build the kernel of a call, for the element types that its arguments have.
+
+    Parameters
+    ----------
+    call : relax.Call
+        Call of one of the operators, normalized.
+    out_dtype : str
+        Element type of the result.
+    vector_loads : bool
+        As in `dcnv3_tvm.op.tensorir.dcnv3`.
+    """
+    return tensorir.dcnv3_packed(
+        spec_of(call),
+        offset_dtype=str(call.args[1].ty.dtype.dtype),
+        out_dtype=out_dtype,
+        center_feature=call.op.name == CENTER_FEATURE_OP_NAME,
+        vector_loads=vector_loads,
+    )
+
+
+def _infer_type(call: relax.Call, _builder: relax.BlockBuilder) -> relax.TensorType:
+    x, offset_mask = (argument.ty for argument in call.args)
+    return relax.TensorType([*offset_mask.shape[:3], x.shape[3]], x.dtype, x.vdevice)
+
+
+def _register() -> None:
+    for name in (OP_NAME, CENTER_FEATURE_OP_NAME):
+        register_operator(
+            name,
+            "Deformable convolution v3 with packed offsets and mask logits.",
+            _ARGUMENTS,
+            {"FInferType": _infer_type, "FPurity": True},
+        )
+
+
+_register()
