@@ -1,9 +1,14 @@
-"""Properties of blocks that the fallback rules need."""
+"""Properties of blocks that the rules of CPUs and GPUs need."""
 
 from __future__ import annotations
 
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+
+def block_names(sch: s_tir.Schedule) -> set[str]:
+    """Return the names of the blocks of a function."""
+    return {sch.get(block).name_hint for block in sch.get_child_blocks(sch.get_sblock("root"))}
 
 
 def reduces(sch: s_tir.Schedule, block: SBlockRV) -> bool:

@@ -262,11 +262,10 @@ def _compile(spec: DCNv3Spec, target_text: str, database: str) -> CompiledOperat
     auto = target_text == "auto"
     target = targets.resolve_target("auto") if auto else Target(target_text)
     records = find_records(target, database)
+    kernel = dcnv3(spec, vector_loads=targets.is_gpu(target))
     with _COMPILING:
         module, taken = schedules.schedule_module(
-            tvm.IRModule({_NAME: dcnv3(spec, vector_loads=targets.is_gpu(target))}),
-            target,
-            records=records,
+            tvm.IRModule({_NAME: kernel}), target, records=records
         )
         try:
             if targets.is_gpu(target):

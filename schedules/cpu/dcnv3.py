@@ -8,13 +8,14 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
+from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.schedules.blocks import block_names
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import num_cores, vector_lanes
 
 _KERNELS: Final = ("dcnv3", "dcnv3_packed")
 
-# Consumers before producers: the order in which compute_at moves them.
 _STAGES: Final = (
     "gate",
     "pixels",
@@ -25,100 +26,89 @@ _STAGES: Final = (
     "softmax_exp",
     "softmax_max",
 )
+"""Blocks before the sum, consumers before producers, the order that compute_at needs."""
 
 _MAX_UNROLLED_POINTS: Final = 16
-"""Beyond, the loop over the points stays a loop: 16 points are 64 loads and multiply-adds."""
+"""Most points over which a loop is unrolled: 64 loads and multiply-adds."""
 
 _MAX_VECTORS: Final = 4
-"""Accumulators of one pass over the points, in vector registers."""
+"""Most vector registers of sums in one pass over the points, by default."""
 
 
 def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
-    """Schedule the DCNv3 kernels of `dcnv3_tvm.op.tensorir`.
+    """Schedule the scalar-load variant of the kernels of `dcnv3_tvm.op.tensorir`.
 
-    One thread takes whole output rows (pixels, where rows are few). At each pixel the coordinates,
-    corners and weights of all groups are computed into a small buffer, vectorised over the points;
-    then, group by group, the channels are summed in vector registers over the unrolled points.
-    Keeping the two apart makes a weight one broadcasting load, where a fused loop would shuffle
-    it out of a register.
-
-    Parameters
-    ----------
-    func : tvm.tirx.PrimFunc
-        Any unscheduled function.
-    target : tvm.target.Target
-        The target.
-    space : SearchSpace
-        What to decide otherwise than by default.
-
-    Returns
-    -------
-    tvm.tirx.PrimFunc or Refusal
-        The scheduled function; a refusal of other kernels.
+    A task is a row of output pixels, or a pixel where rows are few. At each pixel, coordinates,
+    corners and weights of all groups are computed into a small buffer, vectorized over the points.
+    Then, group by group, channels are accumulated in vector registers over the unrolled points. The
+    buffer between the two makes each weight one broadcast load; in a fused loop, it would have to
+    be shuffled out of a register.
     """
     if refusal := refuse_other_kernels(func, *_KERNELS):
         return refusal
     sch = s_tir.Schedule(func)
-    root = sch.get_sblock("root")
-    names = {sch.get(block).name_hint for block in sch.get_child_blocks(root)}
+    names = block_names(sch)
+    if "patch" in names:
+        return Refusal("needs the kernel variant without vector loads; this is the one for GPUs")
     store, total = sch.get_sblock("store"), sch.get_sblock("sum")
     lanes = vector_lanes(target, str(sch.get(total).writes[0].source.dtype))
 
-    batch, row, col, group, channel = sch.get_loops(store)
-    images, rows = _extent(sch, batch), _extent(sch, row)
+    # Step 1. Run rows in parallel. Pixels cost more, because each task allocates its buffers, but
+    # are enough for every core.
+    batch, row, column, group, channel = sch.get_loops(store)
+    images, rows = static(sch.get(batch).extent), static(sch.get(row).extent)
     few = images is not None and rows is not None and images * rows < 2 * num_cores(target)
-    # Pixels are costlier tasks (each allocates its buffers), but enough of them for every core.
-    if space.pick("task", ["pixel"] if few else ["row", "pixel"], "pixel" if few else "row") == (
-        "pixel"
-    ):
-        task = pixel = sch.fuse(batch, row, col)
+    tasks, default = (["pixel"], "pixel") if few else (["row", "pixel"], "row")
+    if space.pick("task", tasks, default) == "pixel":
+        task = pixel = sch.fuse(batch, row, column)
     else:
-        task, pixel = sch.fuse(batch, row), col
-    channels = _extent(sch, channel) or 1
-    tile = space.pick("channels", channel_tiles(channels, lanes), channel_tile(channels, lanes))
+        task, pixel = sch.fuse(batch, row), column
 
-    groups = _extent(sch, group) or 1
-    together = space.pick("groups", [n for n in (1, 2, 4) if groups % n == 0], 1)
-    group, _ = sch.split(group, [None, together])
+    # Step 2. Accumulate a tile of channels in registers over the points, for one or several groups.
+    channels = static(sch.get(channel).extent) or 1
+    tile = space.pick("channels", channel_tiles(channels, lanes), channel_tile(channels, lanes))
+    groups = static(sch.get(group).extent) or 1
+    group_tile = space.pick("groups", [n for n in (1, 2, 4) if groups % n == 0], 1)
+    group, _ = sch.split(group, [None, group_tile])
     sch.compute_at(total, group, preserve_unit_loops=True)
-    *_, inner, point, channel = sch.get_loops(total)
-    sch.reorder(point, inner)
-    sch.unroll(inner)
+    *_, inner_group, point, channel = sch.get_loops(total)
+    sch.reorder(point, inner_group)
+    sch.unroll(inner_group)
     if tile > 1:
         outer, channel = sch.split(channel, [None, tile])
-        sch.reorder(outer, point, inner, channel)
+        sch.reorder(outer, point, inner_group, channel)
         sch.vectorize(channel)
         sch.vectorize(sch.split(sch.get_loops(store)[-1], [None, tile])[1])
-    if (_extent(sch, point) or 0) <= _MAX_UNROLLED_POINTS:
-        sch.unroll(point)
+    _unroll_points(sch, point)
 
-    # Of all groups at once, or of each group before it is summed, in a smaller buffer.
-    stages = {"pixel": pixel, "group": group}[space.pick("stages", ["pixel", "group"], "pixel")]
+    # Step 3. Compute the stages before the sum for all groups of a pixel at once, or group by group
+    # into a smaller buffer.
+    stage = {"pixel": pixel, "group": group}[space.pick("stages", ["pixel", "group"], "pixel")]
     for name in _STAGES:
         if name in names:
-            _schedule_stage(sch, name, stages)
+            _compute_stage_at(sch, name, stage)
     sch.parallel(task)
 
-    for reduction in ("sum", "softmax_sum", "softmax_max"):
-        if reduction not in names:
-            continue
-        block = sch.get_sblock(reduction)
-        loops = sch.get_loops(block)
-        init = sch.decompose_reduction(block, point if reduction == "sum" else loops[-1])
-        if reduction == "sum" and tile > 1:
-            sch.vectorize(sch.get_loops(init)[-1])
+    # Step 4. Initialize sums ahead of their loops.
+    init = sch.decompose_reduction(total, point)
+    if tile > 1:
+        sch.vectorize(sch.get_loops(init)[-1])
+    for name in ("softmax_sum", "softmax_max"):
+        if name in names:
+            block = sch.get_sblock(name)
+            sch.decompose_reduction(block, sch.get_loops(block)[-1])
     return sch.mod["main"]
 
 
 def channel_tiles(channels: int, lanes: int) -> list[int]:
-    """List the channels in registers at once among which a tuner may choose: whole vectors."""
+    """List the candidates for the channels in registers at once: whole vectors."""
     return [
         size for size in range(lanes, 2 * _MAX_VECTORS * lanes + 1, lanes) if channels % size == 0
     ]
 
 
 def channel_tile(channels: int, lanes: int) -> int:
-    """Choose how many channels of a group are summed in registers at once.
+    """Choose how many channels of a group to accumulate in registers at once.
 
     Parameters
     ----------
@@ -130,21 +120,20 @@ def channel_tile(channels: int, lanes: int) -> int:
     Returns
     -------
     int
-        The largest divisor that fits the registers; 1 where that would leave vectors half
-        empty, and a plain loop is better left to LLVM's vectoriser.
+        The largest divisor of `channels` that fits `_MAX_VECTORS` registers; 1, which leaves the
+        loop to LLVM's vectorizer, if that would fill less than half a register.
     """
     largest = max(d for d in range(1, _MAX_VECTORS * lanes + 1) if channels % d == 0)
     return largest if largest == channels or 2 * largest >= lanes else 1
 
 
-def _schedule_stage(sch: s_tir.Schedule, name: str, pixel: LoopRV) -> None:
-    """Compute a block per pixel, its last loop (points, groups) vectorised; reduced, unrolled."""
+def _compute_stage_at(sch: s_tir.Schedule, name: str, loop: LoopRV) -> None:
+    """Compute a block at a loop, vectorized over its points or groups."""
     block = sch.get_sblock(name)
-    sch.compute_at(block, pixel, preserve_unit_loops=True)
+    sch.compute_at(block, loop, preserve_unit_loops=True)
     loops = sch.get_loops(block)
     if name in ("softmax_sum", "softmax_max"):
-        if (_extent(sch, loops[-1]) or 0) <= _MAX_UNROLLED_POINTS:
-            sch.unroll(loops[-1])
+        _unroll_points(sch, loops[-1])
         return
     sch.vectorize(loops[-1])
     if name == "weights":
@@ -152,7 +141,6 @@ def _schedule_stage(sch: s_tir.Schedule, name: str, pixel: LoopRV) -> None:
         sch.unroll(loops[-3])
 
 
-def _extent(sch: s_tir.Schedule, loop: LoopRV) -> int | None:
-    """Extent of a loop; None where it is symbolic."""
-    extent = sch.get(loop).extent
-    return int(extent) if isinstance(extent, tirx.IntImm) else None
+def _unroll_points(sch: s_tir.Schedule, point: LoopRV) -> None:
+    if (static(sch.get(point).extent) or 0) <= _MAX_UNROLLED_POINTS:
+        sch.unroll(point)
