@@ -282,9 +282,14 @@ def _shown(dims: Sequence[Any]) -> str:
     return f"({', '.join(str(_plain(dim)) for dim in dims)})"
 
 
-def _legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+def current_target_is_gpu() -> bool:
+    """Return whether the target that TVM lowers for, if any, is a GPU."""
     target = Target.current(allow_none=True)
-    kernel = tensorir.dcnv3(spec_of(call), vector_loads=target is not None and is_gpu(target))
+    return target is not None and is_gpu(target)
+
+
+def _legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    kernel = tensorir.dcnv3(spec_of(call), vector_loads=current_target_is_gpu())
     return relax.call_tir(builder.add_func(kernel, "dcnv3"), list(call.args), call.ty)
 
 

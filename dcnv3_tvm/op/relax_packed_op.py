@@ -1,8 +1,8 @@
 """DCNv3 with offsets and mask logits in one tensor, as an operator of Relax between two passes.
 
-`dcnv3_tvm.transform.fuse_sampling` replaces a call of ``dcnv3_tvm.dcnv3`` where one matmul can
-compute offsets and logits. The lowering to CPU or GPU kernels replaces it in turn, once it has
-chosen element types and the variant of the kernel.
+`dcnv3_tvm.transform.fuse_sampling` puts it in place of ``dcnv3_tvm.dcnv3`` where one matmul can
+compute offsets and logits. The lowering to kernels for CPUs or GPUs then chooses element types and
+the variant of the kernel. ``LegalizeOps`` lowers what is left, in the types of the arguments.
 
 The center feature has an operator of its own, so that both have the parameters of
 `dcnv3_tvm.op.relax_op.dcnv3` as their attributes, which `params_of` and `spec_of` of that module
@@ -18,7 +18,7 @@ import tvm
 from tvm import relax, tirx
 
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.op.relax_op import register_operator, spec_of
+from dcnv3_tvm.op.relax_op import current_target_is_gpu, register_operator, spec_of
 from dcnv3_tvm.spec import DCNv3Params
 
 OP_NAME: Final = "dcnv3_tvm.dcnv3_packed"
@@ -50,6 +50,11 @@ def is_dcnv3_packed(expr: object) -> bool:
     )
 
 
+def kernel_name(call: relax.Call) -> str:
+    """Return a name for the kernel of a call."""
+    return str(call.op.name).removeprefix("dcnv3_tvm.")
+
+
 def kernel_of(call: relax.Call, out_dtype: str, *, vector_loads: bool) -> tirx.PrimFunc:
     """Build the kernel of a call, for the element types that its arguments have.
 
@@ -73,7 +78,14 @@ def kernel_of(call: relax.Call, out_dtype: str, *, vector_loads: bool) -> tirx.P
 
 def _infer_type(call: relax.Call, _builder: relax.BlockBuilder) -> relax.TensorType:
     x, offset_mask = (argument.ty for argument in call.args)
-    return relax.TensorType([*offset_mask.shape[:3], x.shape[3]], x.dtype, x.vdevice)
+    output = [*offset_mask.shape.values[:3], x.shape.values[3]]
+    return relax.TensorType(output, x.dtype, x.vdevice)
+
+
+def _legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
+    dtype = str(call.args[0].ty.dtype.dtype)
+    kernel = kernel_of(call, dtype, vector_loads=current_target_is_gpu())
+    return relax.call_tir(builder.add_func(kernel, kernel_name(call)), list(call.args), call.ty)
 
 
 def _register() -> None:
@@ -82,7 +94,7 @@ def _register() -> None:
             name,
             "Deformable convolution v3 with packed offsets and mask logits.",
             _ARGUMENTS,
-            {"FInferType": _infer_type, "FPurity": True},
+            {"FInferType": _infer_type, "FLegalize": _legalize, "FPurity": True},
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -14,17 +13,13 @@ from dcnv3_tvm import gpu
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.coordinates import Sizes
-from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.op.prim_func_builder import argument, function
 from dcnv3_tvm.op.sampling import emit_sampling
 from dcnv3_tvm.op.sampling_kernel import SamplingKernel
-from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 
 SPEC_ATTR: Final = "dcnv3_tvm.spec"
 """Function attribute that holds the problem, as JSON; `spec_of` reads it."""
-
-CENTER_ATTR: Final = "dcnv3_tvm.center_feature"
-"""Function attribute of the kernels that blend their result with their input."""
 
 PACKED_MULTIPLE: Final = 16
 """The packed tensor's channels are padded to a multiple of this, so that the matmul that computes
@@ -57,8 +52,8 @@ def dcnv3(spec: DCNv3Spec, *, vector_loads: bool = False) -> tirx.PrimFunc:
             _tensor(name, shape, spec.dtype, vector_loads)
             for name, shape in {
                 "x": (*kernel.sizes[:3], spec.channels),
-                "offset": (batch, *out_size, spec.offset_shape[-1]),
-                "mask": (batch, *out_size, spec.mask_shape[-1]),
+                "offset": (batch, *out_size, spec.offset_channels),
+                "mask": (batch, *out_size, spec.mask_channels),
                 "out": (batch, *out_size, spec.channels),
             }.items()
         )
@@ -112,12 +107,11 @@ def dcnv3_packed(
         spec,
         Sizes.of(spec),
         vector_loads,
-        mask_start=int(spec.offset_shape[-1] or 0),
+        mask_start=spec.offset_channels,
         center_feature=center_feature,
     )
     batch, _, _, *out_size = kernel.sizes
-    attributes = _attributes(spec) | ({CENTER_ATTR: True} if center_feature else {})
-    with function("dcnv3_packed", attributes) as builder:
+    with function("dcnv3_packed", _attributes(spec)) as builder:
         x = _tensor("x", (*kernel.sizes[:3], spec.channels), spec.dtype, vector_loads)
         packed = packed_channels(spec, center_feature=center_feature)
         offset_mask = _tensor(
@@ -130,42 +124,11 @@ def dcnv3_packed(
     return builder.get()
 
 
-def packed_channels(spec: DCNv3Spec, *, center_feature: bool = False) -> int:
+def packed_channels(params: DCNv3Params, *, center_feature: bool = False) -> int:
     """Return the number of channels of the packed tensor of `dcnv3_packed`, with padding."""
-    used = 3 * spec.group * spec.points + (spec.group if center_feature else 0)
+    gates = params.group if center_feature else 0
+    used = params.offset_channels + params.mask_channels + gates
     return -(-used // PACKED_MULTIPLE) * PACKED_MULTIPLE
-
-
-def gathering(func: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Build a kernel of this module anew, with the block ``patch``."""
-    if str(func.attrs[KERNEL_ATTR]) == "dcnv3":
-        return dcnv3(spec_of(func), vector_loads=True)
-    return packed_anew(func, vector_loads=True)
-
-
-def name_of(func: tirx.PrimFunc) -> str:
-    """Return what a kernel of this module is called in a model."""
-    kernel = str(func.attrs[KERNEL_ATTR])
-    return f"{kernel}_center_feature" if CENTER_ATTR in func.attrs else kernel
-
-
-def packed_anew(
-    func: tirx.PrimFunc,
-    *,
-    x_dtype: str | None = None,
-    offset_dtype: str | None = None,
-    out_dtype: str | None = None,
-    vector_loads: bool = False,
-) -> tirx.PrimFunc:
-    """Build a kernel of `dcnv3_packed` anew; element types that are not given stay."""
-    x, offset_mask, out = (str(param.dtype) for param in func.params)
-    return dcnv3_packed(
-        dataclasses.replace(spec_of(func), dtype=x_dtype or x),
-        out_dtype=out_dtype or out,
-        offset_dtype=offset_dtype or offset_mask,
-        vector_loads=vector_loads,
-        center_feature=CENTER_ATTR in func.attrs,
-    )
 
 
 def spec_of(func: tirx.PrimFunc) -> DCNv3Spec:

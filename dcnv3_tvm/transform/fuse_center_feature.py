@@ -13,9 +13,9 @@ from typing import Final
 import tvm_ffi
 from tvm import relax
 
-from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.op import relax_op, relax_packed_op, tensorir
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.transform.fuse_sampling import Projection, emit_merged, packed_dcnv3, projection
+from dcnv3_tvm.transform.fuse_sampling import Projection, emit_merged, projection
 from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions
 
 _GATE: Final = (
@@ -74,24 +74,24 @@ def _blended(
     gate: relax.Expr,
 ) -> relax.Var | None:
     """Emit the kernel that blends, if `sampled` is a packed DCNv3 of `source`."""
-    sampling = rebuilder.call(sampled, "relax.call_tir", only_use=True)
-    unblended = packed_dcnv3(sampling, rebuilder.module)
-    if sampling is None or unblended is None or tensorir.CENTER_ATTR in unblended.attrs:
+    sampling = rebuilder.call(sampled, relax_packed_op.OP_NAME, only_use=True)
+    if sampling is None:
         return None
-    x, offset_mask = sampling.args[1].fields
+    x, offset_mask = sampling.args
     if not x.same_as(source) or any(not _alike(sampled, other) for other in (x, gate)):
         return None
-    spec = tensorir.spec_of(unblended)
+    spec = relax_op.spec_of(sampling)
     logits, made = _logits(rebuilder, gate, spec), projection(rebuilder, offset_mask)
     if logits is None or made is None or not logits.source.same_as(made.source):
         return None
-    weight, bias = (array[..., : 3 * spec.group * spec.points] for array in made.arrays)
+    used = spec.offset_channels + spec.mask_channels
+    weight, bias = (array[..., :used] for array in made.arrays)
     channels = tensorir.packed_channels(spec, center_feature=True)
     parts = (made._replace(arrays=(weight, bias)), logits)
     packed = emit_merged(rebuilder, parts, channels)
-    kernel = tensorir.dcnv3_packed(spec, center_feature=True)
-    function = rebuilder.add_kernel(kernel, tensorir.name_of(kernel))
-    return rebuilder.emit(relax.call_tir(function, [x, packed], var.ty), like=var)
+    params = relax_op.params_of(sampling)
+    call = relax_packed_op.dcnv3_packed(x, packed, params, center_feature=True)
+    return rebuilder.emit(call, like=var)
 
 
 def _alike(first: relax.Expr, second: relax.Expr) -> bool:

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tvm
 from tvm import relax
 
 from dcnv3_tvm.op import relax_op, tensorir
-from dcnv3_tvm.op.expr import KERNEL_ATTR
+from dcnv3_tvm.op.relax_packed_op import dcnv3_packed
 from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions, static_shape
 
 
@@ -72,19 +71,9 @@ def _packed(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var
     first, second = projection(rebuilder, offset), projection(rebuilder, mask)
     if first is None or second is None or not first.source.same_as(second.source):
         return None
-    spec = relax_op.spec_of(call)
-    offset_mask = emit_merged(rebuilder, (first, second), tensorir.packed_channels(spec))
-    kernel = tensorir.dcnv3_packed(spec)
-    function = rebuilder.add_kernel(kernel, tensorir.name_of(kernel))
-    return rebuilder.emit(relax.call_tir(function, [x, offset_mask], var.ty), like=var)
-
-
-def packed_dcnv3(call: relax.Expr, module: tvm.IRModule) -> tvm.tirx.PrimFunc | None:
-    """Return the packed DCNv3 kernel that a call runs; None if it is another call."""
-    if not isinstance(call, relax.Call) or getattr(call.op, "name", "") != "relax.call_tir":
-        return None
-    kernel = module[call.args[0]]
-    return kernel if kernel.attrs.get(KERNEL_ATTR) == "dcnv3_packed" else None
+    params = relax_op.params_of(call)
+    offset_mask = emit_merged(rebuilder, (first, second), tensorir.packed_channels(params))
+    return rebuilder.emit(dcnv3_packed(x, offset_mask, params), like=var)
 
 
 def projection(rebuilder: Rebuilder, tensor: relax.Expr) -> Projection | None:

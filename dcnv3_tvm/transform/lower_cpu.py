@@ -10,10 +10,9 @@ from tvm import relax
 from dcnv3_tvm.kernels.convolution import convolution, output_extent
 from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.kernels.packing import pack_convolution_weight, pack_matmul_weight
-from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.expr import int64, product
+from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer, absorbed_values, find_layers
-from dcnv3_tvm.transform.fuse_sampling import packed_dcnv3
 from dcnv3_tvm.transform.ir import Program, Rebuilder, element_type
 from dcnv3_tvm.transform.lower_common import (
     LayerContext,
@@ -21,6 +20,7 @@ from dcnv3_tvm.transform.lower_common import (
     depthwise_kernel,
     lower_layer_norm,
 )
+from dcnv3_tvm.transform.lower_sampling import lower_sampling
 from dcnv3_tvm.transform.storage_cpu import find_bfloat16
 
 
@@ -61,7 +61,7 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
         layers |= found
         absorbed |= absorbed_values(function, found)
         if dtype == "bfloat16":
-            values = find_bfloat16(function, found, program.module)
+            values = find_bfloat16(function, found)
             bfloat16_matmuls |= values.matmuls
             bfloat16_stored |= values.stored
     converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
@@ -77,13 +77,15 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
     def visit(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
         if var in absorbed:
             return relax.Var(var.name, var.ty)  # placeholder: nothing reads it in the end
+        out_dtype = "bfloat16" if var in bfloat16_stored else element_type(var)
+        if is_dcnv3_packed(call):
+            return lower_sampling(rebuilder, var, call, out_dtype, vector_loads=False)
         layer = layers.get(var)
         if layer is None:
-            return _lower_sampling(rebuilder, var, call) if var in bfloat16_stored else None
+            return None
         source = rebuilder.current(layer.root.args[0])
         if var in bfloat16_matmuls:
             source = as_bfloat16(rebuilder, source)
-        out_dtype = "bfloat16" if var in bfloat16_stored else element_type(var)
         context = LayerContext(rebuilder, var, layer, source, out_dtype)
         if layer.kind == "matmul":
             return _lower_matmul(context, tiling)
@@ -94,16 +96,6 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
         return lower_layer_norm(context)
 
     return program.rebuilt(visit)
-
-
-def _lower_sampling(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var:
-    """Store the result of a packed DCNv3 kernel in bfloat16."""
-    kernel = packed_dcnv3(call, rebuilder.module)
-    assert kernel is not None, "find_bfloat16 lists layers and packed DCNv3 kernels only"
-    narrow = tensorir.packed_anew(kernel, out_dtype="bfloat16")
-    function = rebuilder.add_kernel(narrow, tensorir.name_of(narrow))
-    ty = relax.TensorType(var.ty.shape, "bfloat16")
-    return rebuilder.emit(relax.call_tir(function, list(call.args[1].fields), ty), like=var)
 
 
 def _lower_matmul(context: LayerContext, tiling: CpuTiling) -> relax.Var:

@@ -8,10 +8,9 @@ from tvm import relax, tirx
 
 from dcnv3_tvm.kernels.gemm import gemm, implicit_gemm, pack_gemm_weight
 from dcnv3_tvm.kernels.mlp import mlp
-from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.expr import int64, product, static
+from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer, absorbed_values, find_layers
-from dcnv3_tvm.transform.fuse_sampling import packed_dcnv3
 from dcnv3_tvm.transform.gpu_padding import fuses_mlp, gemm_padding
 from dcnv3_tvm.transform.ir import Program, Rebuilder, count_uses, dimensions, element_type
 from dcnv3_tvm.transform.lower_common import (
@@ -20,6 +19,7 @@ from dcnv3_tvm.transform.lower_common import (
     depthwise_kernel,
     lower_layer_norm,
 )
+from dcnv3_tvm.transform.lower_sampling import lower_sampling
 from dcnv3_tvm.transform.storage_gpu import float32_values
 
 
@@ -51,7 +51,7 @@ def lower_gpu(
         found = find_layers(function, len(entry.inputs))
         layers |= found
         absorbed |= absorbed_values(function, found)
-        float32_stored |= float32_values(function, found, program.module, dtype)
+        float32_stored |= float32_values(function, found, dtype)
         if dtype != "float32":
             hidden = _find_mlps(function, found)
             absorbed |= set(hidden.values())
@@ -72,8 +72,8 @@ def lower_gpu(
         if var in absorbed:
             return relax.Var(var.name, var.ty)  # placeholder: nothing reads it in the end
         stored = "float32" if var in float32_stored else dtype
-        if packed_dcnv3(call, rebuilder.module) is not None:
-            return _lower_sampling(rebuilder, var, call, stored)
+        if is_dcnv3_packed(call):
+            return lower_sampling(rebuilder, var, call, stored, vector_loads=True)
         layer = layers.get(var)
         if layer is None:
             if dtype == "float32":
@@ -151,22 +151,6 @@ def _lower_mlp(
     )
     arguments = [source, weight1, first.bias, weight2, second.bias, second.residual]
     return outer.call(kernel, f"mlp_{inputs}_{hidden}_{outputs}", arguments)
-
-
-def _lower_sampling(
-    rebuilder: Rebuilder, var: relax.Var, call: relax.Call, out_dtype: str
-) -> relax.Var:
-    """Call the packed DCNv3 kernel for the element types of its arguments."""
-    x, offset_mask = call.args[1].fields
-    kernel = tensorir.packed_anew(
-        rebuilder.module[call.args[0]],
-        x_dtype=element_type(x),
-        offset_dtype=element_type(offset_mask),
-        out_dtype=out_dtype,
-    )
-    function = rebuilder.add_kernel(kernel, tensorir.name_of(kernel))
-    ty = relax.TensorType(var.ty.shape, out_dtype)
-    return rebuilder.emit(relax.call_tir(function, [x, offset_mask], ty), like=var)
 
 
 def _lower_matmul(context: LayerContext, dtype: str) -> relax.Var:

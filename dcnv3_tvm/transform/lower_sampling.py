@@ -27,7 +27,6 @@ def lower_sampling(
         Whether to use the variant of the kernel for GPUs.
     """
     kernel = relax_packed_op.kernel_of(call, out_dtype, vector_loads=vector_loads)
-    name = call.op.name.removeprefix("dcnv3_tvm.")
-    function = rebuilder.add_kernel(kernel, name)
+    function = rebuilder.add_kernel(kernel, relax_packed_op.kernel_name(call))
     ty = relax.TensorType(var.ty.shape, out_dtype)
     return rebuilder.emit(relax.call_tir(function, list(call.args), ty), like=var)

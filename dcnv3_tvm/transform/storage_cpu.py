@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-import tvm
 from tvm import relax
 
 from dcnv3_tvm.kernels.packing import PAIR
-from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.op import relax_op
+from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer
-from dcnv3_tvm.transform.fuse_sampling import packed_dcnv3
 from dcnv3_tvm.transform.ir import dimensions, variables
 
 _OUTPUT_MULTIPLE: Final = 16
@@ -43,9 +42,7 @@ class Bfloat16Values(NamedTuple):
     stored: set[relax.Var]
 
 
-def find_bfloat16(
-    function: relax.Function, layers: Mapping[relax.Var, Layer], module: tvm.IRModule
-) -> Bfloat16Values:
+def find_bfloat16(function: relax.Function, layers: Mapping[relax.Var, Layer]) -> Bfloat16Values:
     """Find what is multiplied and stored in bfloat16.
 
     Parameters
@@ -54,8 +51,6 @@ def find_bfloat16(
         Channels last, with weights folded.
     layers : mapping of relax.Var to Layer
         Result of `find_layers`.
-    module : tvm.IRModule
-        Holds the function and its kernels.
     """
     bindings = {
         binding.var: binding.value for block in function.body.blocks for binding in block.bindings
@@ -72,9 +67,8 @@ def find_bfloat16(
             continue
         if layer is None:
             float32.update(variables(value))
-            sampling = packed_dcnv3(value, module)
-            if sampling is not None and tensorir.spec_of(sampling).offset_scale > 1:
-                magnified.add(value.args[1].fields[1])
+            if is_dcnv3_packed(value) and relax_op.params_of(value).offset_scale > 1:
+                magnified.add(value.args[1])
             continue
         source = layer.root.args[0]
         matmul = supports_bfloat16(layer) and var not in magnified
@@ -89,9 +83,7 @@ def find_bfloat16(
     stored = {
         var
         for var, matmul in readers.items()
-        if matmul
-        and var not in float32
-        and _stores_bfloat16(layers.get(var), bindings.get(var), module)
+        if matmul and var not in float32 and _stores_bfloat16(layers.get(var), bindings.get(var))
     }
     return Bfloat16Values(matmuls, stored)
 
@@ -106,8 +98,8 @@ def supports_bfloat16(layer: Layer) -> bool:
     return bool(inputs % PAIR == 0 and outputs % _OUTPUT_MULTIPLE == 0)
 
 
-def _stores_bfloat16(layer: Layer | None, value: relax.Expr, module: tvm.IRModule) -> bool:
+def _stores_bfloat16(layer: Layer | None, value: relax.Expr) -> bool:
     """Whether the kernel that computes a value can store bfloat16."""
     if layer is None:
-        return packed_dcnv3(value, module) is not None
+        return is_dcnv3_packed(value)
     return layer.kind != "convolution"

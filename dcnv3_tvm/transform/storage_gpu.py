@@ -13,11 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-import tvm
 from tvm import relax
 
+from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer
-from dcnv3_tvm.transform.fuse_sampling import packed_dcnv3
 from dcnv3_tvm.transform.ir import variables
 
 MANY_SUMS: Final = 16
@@ -30,7 +29,7 @@ the last map of InternImage-T, 96x160 pixels, 2.1e-3 instead of 1.8e-3. Storing 
 
 
 def float32_values(
-    function: relax.Function, layers: Mapping[relax.Var, Layer], module: tvm.IRModule, dtype: str
+    function: relax.Function, layers: Mapping[relax.Var, Layer], dtype: str
 ) -> set[relax.Var]:
     """Find the values of a function that are stored in float32.
 
@@ -40,8 +39,6 @@ def float32_values(
         Channels last, with weights folded.
     layers : mapping of relax.Var to Layer
         Result of `find_layers`.
-    module : tvm.IRModule
-        Holds the function and its kernels.
     dtype : str
         Element type of the model: float32, float16 or bfloat16.
     """
@@ -49,7 +46,7 @@ def float32_values(
     if dtype != "float32":
         found |= _long_streams(layers)
     if dtype == "bfloat16":
-        found |= _streams_and_offsets(function, layers, module)
+        found |= _streams_and_offsets(function, layers)
     return found
 
 
@@ -64,7 +61,7 @@ def _results(function: relax.Function) -> set[relax.Var]:
 
 
 def _streams_and_offsets(
-    function: relax.Function, layers: Mapping[relax.Var, Layer], module: tvm.IRModule
+    function: relax.Function, layers: Mapping[relax.Var, Layer]
 ) -> set[relax.Var]:
     found: set[relax.Var] = set()
     for block in function.body.blocks:
@@ -72,8 +69,8 @@ def _streams_and_offsets(
             layer = layers.get(binding.var)
             if layer is not None and layer.residual is not None:
                 found.update((binding.var, layer.residual))
-            elif packed_dcnv3(binding.value, module) is not None:
-                found.add(binding.value.args[1].fields[1])
+            elif is_dcnv3_packed(binding.value):
+                found.add(binding.value.args[1])
     return found
 
 

@@ -2,14 +2,13 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from dcnv3_tvm.op import relax_op
+from dcnv3_tvm.op import relax_op, relax_packed_op
 from dcnv3_tvm.transform.fuse_center_feature import fuse_center_feature
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
 from helpers.programs import make_program, operators, run_program
 
 _SHAPE, _GROUP, _POINTS = (1, 5, 4, 8), 2, 9
 _CHANNELS = _SHAPE[-1]
-_KERNEL = "dcnv3_packed_center_feature"
 
 
 def _weights(rng):
@@ -71,9 +70,9 @@ def _fused(rng, build):
 )
 def test_the_blend_becomes_part_of_the_kernel(options, rng):
     fused = _fused(rng, _build(**options))
-    assert operators(fused) == ["relax.matmul", "relax.add", _KERNEL]
+    assert operators(fused) == ["relax.matmul", "relax.add", relax_packed_op.CENTER_FEATURE_OP_NAME]
     weight, bias = sorted(fused.weights.values(), key=lambda array: -array.ndim)
-    # 54 offsets and logits, two gates, filled up with zeros to whole vectors.
+    # 54 offsets and logits, two gates, padded with zeros to a multiple of 16.
     assert (weight.shape, bias.shape) == ((_CHANNELS, 64), (64,))
     assert weight[:, :56].all()
     assert not weight[:, 56:].any()
@@ -87,5 +86,5 @@ def test_the_blend_becomes_part_of_the_kernel(options, rng):
 )
 def test_another_blend_stays(options, rng):
     fused = _fused(rng, _build(**options))
-    assert _KERNEL not in operators(fused)
+    assert relax_packed_op.CENTER_FEATURE_OP_NAME not in operators(fused)
     assert "relax.sigmoid" in operators(fused)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from tvm import relax
 
-from dcnv3_tvm.op import relax_op
+from dcnv3_tvm.op import relax_op, relax_packed_op
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
 from helpers.programs import make_program, operators, run_program
 
@@ -57,9 +57,9 @@ def _fused(rng, build):
 
 def test_projections_of_one_tensor_become_one_product(rng):
     fused = _fused(rng, _build())
-    assert operators(fused) == ["relax.matmul", "relax.add", "dcnv3_packed"]
+    assert operators(fused) == ["relax.matmul", "relax.add", relax_packed_op.OP_NAME]
     weight, bias = sorted(fused.weights.values(), key=lambda array: -array.ndim)
-    # 54 offsets and logits, filled up with zeros to whole vectors.
+    # 54 offsets and logits, padded with zeros to a multiple of 16.
     assert (weight.shape, bias.shape) == ((_C, 64), (64,))
     assert weight[:, :54].all()
     assert not weight[:, 54:].any()
@@ -71,7 +71,7 @@ def test_projections_of_two_tensors_stay_two(rng):
     assert operators(fused) == ["relax.matmul", "relax.add"] * 2 + [relax_op.OP_NAME]
     calls = [binding.value for binding in fused.module["main"].body.blocks[0].bindings]
     (call,) = [call for call in calls if relax_op.is_dcnv3(call)]
-    assert relax_op.attributes_of(call)["softmax"] is True
+    assert relax_op.params_of(call).softmax
 
 
 @pytest.mark.parametrize("build", [_build(points=6), _build(mask_used_twice=True)])

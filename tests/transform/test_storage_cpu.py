@@ -136,7 +136,7 @@ def test_values_inside_a_layer_are_not_stored(rng):
 
     program = make_program(build, {"x": (4, 16)}, _weights(rng, "square"))
     function = program.module["main"]
-    values = find_bfloat16(function, find_layers(function, 1), program.module)
+    values = find_bfloat16(function, find_layers(function, 1))
     assert values.stored == set()
     assert len(values.matmuls) == 1
 
