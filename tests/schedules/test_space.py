@@ -79,7 +79,7 @@ GPU_KERNELS = {
         1, 9, 14, 96, kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6, activation="gelu"
     ),
     "layer_norm": layer_norm_kernel((37,), 96, eps=1e-6),
-    "dcnv3": tensorir.dcnv3(SPEC),
+    "dcnv3": tensorir.dcnv3(SPEC, vector_loads=True),
 }
 
 

@@ -25,7 +25,7 @@ def test_candidate_is_built_without_gpu(tmp_path):
     target = resolve_target("cuda-sm90")
     task = operator_task(SPEC, target)
     path = tmp_path / "kernel.so"
-    build_candidate(task.function, target, {"thread": "vector", "groups": 2, "pixels": 8}, path)
+    build_candidate(task.function, target, {"thread": "one_vector", "groups": 2, "pixels": 8}, path)
     # The library itself and the cubin inside it are ELF files.
     assert b"\x7fELF" in path.read_bytes()[4:]
 

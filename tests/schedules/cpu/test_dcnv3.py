@@ -1,4 +1,4 @@
-"""The CPU schedule of DCNv3: its structure, and its results where sizes divide nothing."""
+"""The CPU schedule of DCNv3: its structure, and its results for sizes without common divisors."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ TARGETS = ("cpu-x86-64", "cpu-haswell", "auto")
 
 
 def loops_of(func):
-    """(kind, extent) of the loops of more than one pass around each block, outermost first."""
+    """Return (kind, extent) of the loops around each block, without those of extent 1."""
     schedule = tvm.s_tir.Schedule(func)
     found = {}
     for block in schedule.get_child_blocks(schedule.get_sblock("root")):
@@ -52,7 +52,7 @@ def test_structure():
     assert loops["store"] == [*outer, *channels]
 
 
-def test_few_rows_share_out_pixels():
+def test_pixels_are_tasks_if_rows_are_few():
     target = resolve_target("llvm -mcpu=znver4 -num-cores=8")
     few = loops_of(
         dcnv3(tensorir.dcnv3(DCNv3Spec.of((1, 7, 7, 64), group=4)), target, SearchSpace())
@@ -64,7 +64,7 @@ def test_few_rows_share_out_pixels():
     assert many["store"][:2] == [("PARALLEL", 16), ("SERIAL", 7)]
 
 
-def test_large_kernels_are_not_unrolled():
+def test_points_of_large_windows_are_not_unrolled():
     spec = DCNv3Spec.of((1, 8, 8, 16), group=1, kernel_size=7, pad=3)
     loops = loops_of(dcnv3(tensorir.dcnv3(spec), resolve_target("cpu-znver4"), SearchSpace()))
     assert ("SERIAL", 49) in loops["sum_update"]
@@ -92,7 +92,7 @@ def test_channel_tile(channels, lanes, tile):
     assert channel_tile(channels, lanes) == tile
 
 
-def test_refuses_other_functions():
+def test_refuses_other_kernels():
     @T.prim_func(s_tir=True)
     def other(a: T.handle):
         A = T.match_buffer(a, (8,), "float32")
@@ -106,10 +106,17 @@ def test_refuses_other_functions():
     )
 
 
+def test_refuses_the_variant_for_gpus():
+    kernel = tensorir.dcnv3(DCNv3Spec.of((1, 4, 5, 8), group=2), vector_loads=True)
+    assert dcnv3(kernel, resolve_target("auto"), SearchSpace()) == Refusal(
+        "needs the kernel variant without vector loads; this is the one for GPUs"
+    )
+
+
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
 @pytest.mark.parametrize("channels", [1, 7, 16, 40, 67, 80])
 @pytest.mark.parametrize("name", TARGETS)
-def test_results_where_nothing_divides(name, channels, symbolic):
+def test_results_for_odd_sizes(name, channels, symbolic):
     target = resolve_target(name)
     spec = DCNv3Spec.of((3, 13, 11, 3 * channels), group=3, softmax=True, stride=(1, 2))
     built = dataclasses.replace(spec, batch=None, height=None, width=None) if symbolic else spec
@@ -125,7 +132,7 @@ def test_results_where_nothing_divides(name, channels, symbolic):
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", TARGETS)
-def test_other_types(name, dtype):
+def test_results_in_other_dtypes(name, dtype):
     target = resolve_target(name)
     spec = DCNv3Spec.of((1, 9, 7, 34), group=2, dtype=dtype)
     executable = tvm.compile(

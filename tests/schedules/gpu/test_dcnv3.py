@@ -1,4 +1,4 @@
-"""The GPU's schedule of DCNv3 against float64."""
+"""The GPU schedule of DCNv3: its results compared with the reference, and its structure."""
 
 import dataclasses
 
@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from tvm import s_tir
+from tvm import s_tir, tirx
 
 from dcnv3_tvm.gpu import VECTOR_BYTES
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3
+from dcnv3_tvm.schedules.gpu.launch import launches
 from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
@@ -19,8 +20,15 @@ from helpers import operator
 from helpers.gpu_kernels import gemm
 from helpers.operator import check
 from helpers.specs import Inputs, random_inputs, specs
+from helpers.structure import buffer_scopes, nodes
 
 TARGET = resolve_target("cuda-sm90")
+
+
+def build_kernel(spec, packed=False, center_feature=False):
+    if packed:
+        return tensorir.dcnv3_packed(spec, center_feature=center_feature, vector_loads=True)
+    return tensorir.dcnv3(spec, vector_loads=True)
 
 
 def run(gpu, kernel, spec, inputs, packed=False, gate=None, space=None):
@@ -28,6 +36,12 @@ def run(gpu, kernel, spec, inputs, packed=False, gate=None, space=None):
     outputs = [(operator.output_shape(spec, inputs), spec.dtype)]
     (result,) = gpu.run(dcnv3(kernel, TARGET, space or SearchSpace()), TARGET, arrays, outputs)
     return result
+
+
+def vector_widths(func):
+    """Return the extents of the vectorized loops of a scheduled function."""
+    loops = nodes(func.body, tirx.For)
+    return {int(loop.extent) for loop in loops if loop.kind == tirx.ForKind.VECTORIZED}
 
 
 def gate_for(spec, inputs):
@@ -46,14 +60,14 @@ def gate_for(spec, inputs):
 )
 @given(data=st.data())
 def test_random_problems(run_together, dtype, data):
-    """Odd sizes, borders, strides, any channels of a group; with logits every second one packed."""
+    """Odd sizes, strides and channels; every second problem with softmax uses the packed kernel."""
     drawn = data.draw(
         st.lists(specs(dtype), min_size=16, max_size=16, unique_by=lambda spec: spec.slug)
     )
     problems = {}
     for seed, spec in enumerate(drawn):
         packed = spec.softmax and seed % 2 == 0
-        kernel = tensorir.dcnv3_packed(spec) if packed else tensorir.dcnv3(spec)
+        kernel = build_kernel(spec, packed)
         inputs = random_inputs(spec, seed=seed)
         problems[f"problem{seed}"] = (
             dcnv3(kernel, TARGET, SearchSpace()),
@@ -79,20 +93,20 @@ def test_random_problems(run_together, dtype, data):
     ids=str,
 )
 def test_shapes_of_released_models(gpu, shape, group, dtype):
-    """Pixels that fill no block, 16 and 32 channels a group, more groups than a block; one pixel.
+    """Partial blocks, 16 and 32 channels per group, more groups than a block has, one pixel.
 
-    A small image comes down to one pixel in the last stage.
+    A small image is reduced to one pixel in the last stage.
     """
     spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
     inputs = random_inputs(spec, seed=5)
-    check(run(gpu, tensorir.dcnv3_packed(spec), spec, inputs, packed=True), spec, inputs)
+    check(run(gpu, build_kernel(spec, packed=True), spec, inputs, packed=True), spec, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("shape", "group"), [((1, 9, 5, 96), 3), ((2, 5, 7, 24), 6)], ids=str)
-def test_blend_with_the_input(gpu, shape, group, dtype):
+def test_center_feature(gpu, shape, group, dtype):
     spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
-    kernel = tensorir.dcnv3_packed(spec, center_feature=True)
+    kernel = build_kernel(spec, packed=True, center_feature=True)
     inputs = random_inputs(spec, seed=6)
     gate = gate_for(spec, inputs)
     check(run(gpu, kernel, spec, inputs, packed=True, gate=gate), spec, inputs, gate)
@@ -110,44 +124,44 @@ def test_blend_with_the_input(gpu, shape, group, dtype):
     ],
     ids=str,
 )
-def test_partners(gpu, shape, group, block, options, dtype):
-    """Along groups, or columns where the groups are odd; loops over points; no whole last warp."""
+def test_threads_share_points(gpu, shape, group, block, options, dtype):
+    """Sharing along groups, or columns if groups are odd; a loop over points; a partial warp."""
     spec = DCNv3Spec.of(shape, group=group, dtype=dtype, **options)
     packed = "softmax" not in options
     spec = dataclasses.replace(spec, softmax=packed)
     groups, pixels = block
-    space = SearchSpace({"thread": "partners", "groups": groups, "pixels": pixels})
+    space = SearchSpace({"thread": "share_points", "groups": groups, "pixels": pixels})
     known = dataclasses.replace(spec, batch=spec.batch or 2)
     inputs = random_inputs(known, seed=8)
     blended = known.output_size == (known.height, known.width) and packed
     gate = gate_for(known, inputs) if blended else None
-    kernel = tensorir.dcnv3_packed(spec, center_feature=blended) if packed else tensorir.dcnv3(spec)
+    kernel = build_kernel(spec, packed, center_feature=blended)
     check(run(gpu, kernel, known, inputs, packed, gate, space), known, inputs, gate)
     scheduled = dcnv3(kernel, TARGET, SearchSpace(space.given))
-    assert 'scope="warp"' in scheduled.script()
+    assert "warp" in buffer_scopes(scheduled)
 
 
-def test_partners_without_whole_blocks_are_refused():
+def test_sharing_points_with_absent_pixels_raises():
     spec = DCNv3Spec.of((1, 5, 7, 64), group=4, dtype="float16")
     for block in ({"groups": 1, "pixels": 1}, {"groups": 4, "pixels": 2}):
-        with pytest.raises(DecisionError, match="partners need whole blocks"):
-            dcnv3(tensorir.dcnv3(spec), TARGET, SearchSpace({"thread": "partners"} | block))
+        with pytest.raises(DecisionError, match="only in blocks without absent pixels"):
+            dcnv3(build_kernel(spec), TARGET, SearchSpace({"thread": "share_points"} | block))
 
 
-def test_large_problems_get_partners():
+def test_threads_share_points_of_large_problems_by_default():
     spec = DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16")
-    for batch, thread in ((64, "partners"), (1, "vector")):
+    for batch, thread in ((64, "share_points"), (1, "one_vector")):
         space = SearchSpace()
-        dcnv3(tensorir.dcnv3(dataclasses.replace(spec, batch=batch)), TARGET, space)
+        dcnv3(build_kernel(dataclasses.replace(spec, batch=batch)), TARGET, space)
         assert space.candidates["thread"][0] == thread
 
 
-def test_any_batch(gpu):
+def test_dynamic_batch(gpu):
     spec = DCNv3Spec.of((None, 7, 9, 32), group=2)
     for batch in (1, 3):
         static = dataclasses.replace(spec, batch=batch)
         inputs = random_inputs(static, seed=batch)
-        check(run(gpu, tensorir.dcnv3(spec), static, inputs), static, inputs)
+        check(run(gpu, build_kernel(spec), static, inputs), static, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -161,12 +175,12 @@ def test_any_batch(gpu):
     ],
     ids=str,
 )
-def test_any_size(gpu, given, options, dtype):
-    """Rows longer and shorter than what a block takes; images of one row, column and pixel."""
+def test_dynamic_sizes(gpu, given, options, dtype):
+    """Rows longer and shorter than those of a block; images of one row, column and pixel."""
     spec = dataclasses.replace(
         DCNv3Spec.of((*given, 64), group=4, dtype=dtype, **options), softmax=True
     )
-    scheduled = dcnv3(tensorir.dcnv3_packed(spec), TARGET, SearchSpace())
+    scheduled = dcnv3(build_kernel(spec, packed=True), TARGET, SearchSpace())
     functions, cases, problems = {}, {}, {}
     for number, sizes in enumerate([(3, 5, 37), (1, 1, 9), (2, 4, 1), (1, 1, 1)]):
         known = (size or other for size, other in zip(given, sizes, strict=True))
@@ -181,30 +195,35 @@ def test_any_size(gpu, given, options, dtype):
         check(result, *problems[name])
 
 
-def test_one_launch_and_vectors():
-    spec = DCNv3Spec.of((64, 56, 56, 64), group=4, dtype="float16")
-    text = dcnv3(tensorir.dcnv3(spec), TARGET, SearchSpace()).script()
-    assert text.count('"blockIdx.x"') == 1
-    assert "T.vectorized(T.int64(8))" in text
-
-
-def test_open_sizes_are_gathered_in_vectors():
-    spec = DCNv3Spec.of((None, None, None, 64), group=4, dtype="float16")
-    text = dcnv3(tensorir.dcnv3(spec), TARGET, SearchSpace()).script()
-    assert (text.count('"blockIdx.x"'), text.count('"blockIdx.y"')) == (1, 1)
-    assert "T.vectorized(T.int64(8))" in text
+@pytest.mark.parametrize(
+    ("sizes", "axes"),
+    [
+        ((64, 56, 56), {"blockIdx.x", "threadIdx.x", "threadIdx.y"}),
+        ((None, None, None), {"blockIdx.x", "blockIdx.y", "threadIdx.x"}),
+    ],
+    ids=["static", "dynamic"],
+)
+def test_one_launch_with_vector_loads(sizes, axes):
+    spec = DCNv3Spec.of((*sizes, 64), group=4, dtype="float16")
+    scheduled = dcnv3(build_kernel(spec), TARGET, SearchSpace())
+    (launch,) = launches(scheduled)
+    assert launch.keys() == axes
+    assert 8 in vector_widths(scheduled)
 
 
 def test_refuses_other_kernels():
-    other = gemm((8,), 16, 16, dtype="float16")
-    assert dcnv3(other, TARGET, SearchSpace()) == Refusal(
-        "schedules kernels 'dcnv3' and 'dcnv3_packed'; this is 'gemm'"
-    )
+    found = dcnv3(gemm((8,), 16, 16, dtype="float16"), TARGET, SearchSpace())
+    assert found == Refusal("schedules kernels 'dcnv3' and 'dcnv3_packed'; this is 'gemm'")
+
+
+def test_refuses_the_variant_for_cpus():
+    found = dcnv3(tensorir.dcnv3(DCNv3Spec.of((1, 4, 5, 8), group=2)), TARGET, SearchSpace())
+    assert found == Refusal("needs the kernel variant with vector loads; this is the one for CPUs")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_nothing_outside_is_read(gpu, dtype):
-    """NaN and infinite offsets drop their points; what they read lies in the image."""
+def test_reads_stay_inside_the_image(gpu, dtype):
+    """NaN and infinite offsets contribute nothing; their reads are inside the image."""
     spec = DCNv3Spec.of((2, 5, 6, 32), group=2, pad=2, dtype=dtype)
     plain = random_inputs(spec, seed=3)
     rng = np.random.default_rng(4)
@@ -212,14 +231,14 @@ def test_nothing_outside_is_read(gpu, dtype):
     drawn = special[rng.integers(0, len(special), plain.offset.shape)]
     offset = np.where(rng.random(plain.offset.shape) < 0.3, drawn, plain.offset)
     inputs = Inputs(plain.x, offset, plain.mask)
-    check(run(gpu, tensorir.dcnv3(spec), spec, inputs), spec, inputs)
+    check(run(gpu, build_kernel(spec), spec, inputs), spec, inputs)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_copies_in_registers_are_aligned_for_vectors(dtype):
+def test_register_buffers_are_aligned_for_vector_loads(dtype):
     spec = dataclasses.replace(DCNv3Spec.of((64, 56, 56, 64), group=4, dtype=dtype), softmax=True)
-    for kernel in (tensorir.dcnv3_packed(spec), tensorir.dcnv3(spec)):
-        scheduled = s_tir.Schedule(dcnv3(kernel, TARGET, SearchSpace()))
+    for packed in (True, False):
+        scheduled = s_tir.Schedule(dcnv3(build_kernel(spec, packed), TARGET, SearchSpace()))
         buffers = scheduled.get(scheduled.get_sblock("root")).alloc_buffers
         assert {buffer.name for buffer in buffers} >= {"out_local", "patch_local"}
         assert all(buffer.data_alignment % VECTOR_BYTES == 0 for buffer in buffers)
