@@ -1,4 +1,4 @@
-"""Activation functions by name, as the epilogues of kernels know them."""
+"""Activation functions for the epilogues of kernels."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import math as fast
 
 ACTIVATIONS: Final = ("gelu", "relu", "sigmoid", "silu")
-"""Names that `activate` takes. GELU is the exact one, ``x * Phi(x)``."""
+"""Names that `activate` takes. GELU is the exact form, ``x * Phi(x)``."""
 
 
 def activate(name: str | None, value: Any) -> Any:
-    """Apply an activation to an expression; ``None`` applies nothing.
+    """Apply an activation to an expression; ``None`` is the identity.
 
     Raises
     ------

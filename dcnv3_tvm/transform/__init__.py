@@ -1,1 +1,1 @@
-"""Passes over a model in Relax, one a file."""
+"""Relax passes, one a file, and the lowering of layers to kernels."""

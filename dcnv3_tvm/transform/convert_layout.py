@@ -1,4 +1,4 @@
-"""Channels last from the image to the outputs, with the transposes folded away."""
+"""Convert convolutions to NHWC, and cancel the transposes around them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ _TO_CHANNELS_FIRST: Final = [0, 3, 1, 2]
 
 
 def convert_layout(program: Program) -> Program:
-    """Turn the convolutions to NHWC, and remove the transposes that this leaves over.
+    """Convert every NCHW convolution to NHWC, between transposes, and sink these.
 
-    TVM's pass ConvertLayout is not used: it changes every operator that it takes to know, and
-    fails on several of them (stack, attention, slices of open sizes, sums of different ranks).
+    TVM's pass ConvertLayout is not used: it converts every operator with a layout rule, and fails
+    on several of these (stack, attention, slices of symbolic sizes, sums of different ranks).
     """
-    return sink_transposes(program.rebuilt(_turn_convolution))
+    return sink_transposes(program.rebuilt(_convert_convolution))
 
 
-def _turn_convolution(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
+def _convert_convolution(
+    rebuilder: Rebuilder, var: relax.Var, call: relax.Call
+) -> relax.Var | None:
     if getattr(call.op, "name", "") != "relax.nn.conv2d":
         return None
     if (str(call.attrs.data_layout), str(call.attrs.kernel_layout)) != ("NCHW", "OIHW"):
         return None
-    turned = [
+    transposed = [
         rebuilder.emit(relax.op.permute_dims(argument, _TO_CHANNELS_LAST)) for argument in call.args
     ]
-    result = rebuilder.emit(
-        with_attributes(call, turned, data_layout="NHWC", kernel_layout="OHWI", out_layout="NHWC")
-    )
+    layouts = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}
+    result = rebuilder.emit(with_attributes(call, transposed, **layouts))
     return rebuilder.emit(relax.op.permute_dims(result, _TO_CHANNELS_FIRST), like=var)

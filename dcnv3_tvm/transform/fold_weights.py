@@ -1,7 +1,7 @@
-"""Whatever depends on weights alone is computed now, and scales move into the weights.
+"""Fold constants, BatchNorm and per-channel scales into the weights.
 
-BatchNorm becomes a scale and a shift; a scale by channel that follows a product, a convolution or
-a LayerNorm (a folded BatchNorm, a layer scale) is multiplied into its weights.
+BatchNorm becomes a scale and a shift. A per-channel scale after a matmul, a convolution or a
+LayerNorm (a folded BatchNorm, a layer scale) is multiplied into its weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dcnv3_tvm.transform.ir import Program, Rebuilder, static_shape
 
 
 def fold_weights(program: Program) -> Program:
-    """Fold constants, BatchNorm and scales by channel."""
+    """Evaluate what depends on weights alone, and fold BatchNorm and per-channel scales."""
     return program.rebuilt(_fold)
 
 
@@ -51,14 +51,14 @@ _VIEWS: Final = frozenset({"relax.reshape", "relax.expand_dims", "relax.squeeze"
 def _evaluate(
     rebuilder: Rebuilder, var: relax.Var, call: relax.Call, name: str
 ) -> relax.Var | None:
-    """Compute the call if all its tensors are weights."""
-    word = name.removeprefix("relax.")
+    """Compute the call if all its tensors are weights or literals."""
+    change = name.removeprefix("relax.")
     if name == "relax.concat":
         arrays = _arrays(rebuilder, call.args[0].fields)
         if arrays is None:
             return None
         result: np.ndarray = np.concatenate(arrays, axis=int(call.attrs.axis))
-        return rebuilder.weight(result, call.args[0].fields[0], word)
+        return rebuilder.weight(result, call.args[0].fields[0], change)
     if name not in _BINARY and name not in _UNARY and name not in _VIEWS | {"relax.permute_dims"}:
         return None
     arrays = _arrays(rebuilder, [argument for argument in call.args if _is_tensor(argument)])
@@ -74,11 +74,11 @@ def _evaluate(
         result = np.transpose(arrays[0], None if axes is None else [int(axis) for axis in axes])
     else:
         result = np.reshape(arrays[0], shape)
-    return rebuilder.weight(np.asarray(result, arrays[0].dtype), call.args[0], word)
+    return rebuilder.weight(np.asarray(result, arrays[0].dtype), call.args[0], change)
 
 
 def _arrays(rebuilder: Rebuilder, exprs: Iterable[relax.Expr]) -> list[np.ndarray] | None:
-    """Return the values of weights and literals; None if one is computed from the inputs."""
+    """Return the values of weights and literals; None if one is neither."""
     arrays = []
     for expr in exprs:
         array = rebuilder.array(expr)
@@ -129,7 +129,7 @@ def _fold_scale(rebuilder: Rebuilder, first: relax.Expr, second: relax.Expr) -> 
 
 
 def _fold_shift(rebuilder: Rebuilder, first: relax.Expr, second: relax.Expr) -> relax.Var | None:
-    """Give every bias the plain form ``add(value, bias of shape (channels,))``, and merge two."""
+    """Rewrite a shift to ``add(value, bias of shape (channels,))``; merge consecutive ones."""
     for source, shift_var in ((first, second), (second, first)):
         shift = _by_channel(rebuilder, shift_var, source)
         if shift is None:
@@ -148,7 +148,7 @@ def _fold_shift(rebuilder: Rebuilder, first: relax.Expr, second: relax.Expr) -> 
 
 
 def _by_channel(rebuilder: Rebuilder, weight: relax.Expr, source: relax.Expr) -> np.ndarray | None:
-    """Return the weight as one number for each channel (last axis) of `source`."""
+    """Return a weight as one number for each channel (last axis) of `source`, if it is that."""
     array = rebuilder.array(weight)
     if array is None or rebuilder.array(source) is not None:
         return None
@@ -161,7 +161,7 @@ def _by_channel(rebuilder: Rebuilder, weight: relax.Expr, source: relax.Expr) ->
 
 
 def _scaled(rebuilder: Rebuilder, source: relax.Expr, scale: np.ndarray) -> relax.Var | None:
-    """Return ``source * scale`` with the scale inside the weights of `source`, if it has some."""
+    """Return ``source * scale`` with the scale folded into the weights of `source`, if any."""
     if (inner := rebuilder.call(source, "relax.add", only_use=True)) is not None:
         value, bias = inner.args
         shift = _by_channel(rebuilder, bias, value)

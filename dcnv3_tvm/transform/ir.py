@@ -1,4 +1,4 @@
-"""A model between two passes, and the means to rebuild its functions binding by binding."""
+"""The model between passes, rewriting of its Relax functions, and helpers for Relax expressions."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.signature import Entry
 
 _OPAQUE: Final = 8
-"""TVM's number for an operator that cannot be fused."""
+"""TVM's operator pattern for kernels that FuseOps fuses nothing into."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A model while it is compiled.
+    """A model during compilation.
 
     Parameters
     ----------
     module : tvm.IRModule
-        One Relax function for each entry, and the kernels made so far.
+        One Relax function for each entry, and the kernels so far.
     entries : dict of str to Entry
-        Signatures by function name. A function takes its inputs, then its weights, in the order
-        of the entry.
+        Signatures by function name. The parameters of a function are its inputs, then its weights,
+        in the order of the entry.
     weights : dict of str to numpy.ndarray
         By name; shared by the entries.
     """
@@ -41,15 +41,15 @@ class Program:
 
     @classmethod
     def of(cls, imported: ImportedModel) -> Program:
-        """Take over an imported model."""
+        """Start with an imported model."""
         return cls(imported.module, dict(imported.entries), dict(imported.weights))
 
     def transformed(self, transform: tvm.transform.Pass) -> Program:
-        """Apply a TVM pass that leaves the parameters of the entries alone."""
+        """Apply a TVM pass that does not change the parameters of the entries."""
         return dataclasses.replace(self, module=transform(self.module))
 
     def with_plain_names(self) -> Program:
-        """Give derived weights the name of the weight they come from, where no two claim it."""
+        """Rename derived weights to the weight they come from, if only one comes from it."""
         origins = Counter(name.partition(":")[0] for name in self.weights)
         plain = {
             name: origin if origins[origin := name.partition(":")[0]] == 1 else name
@@ -69,8 +69,15 @@ class Program:
     def rebuilt(
         self, visit: Callable[[Rebuilder, relax.Var, relax.Call], relax.Var | None]
     ) -> Program:
-        """Rebuild every entry: `visit` sees each call and may give what takes its place."""
-        # The functions are updated in place: in a module of our own.
+        """Rewrite every entry.
+
+        Parameters
+        ----------
+        visit : callable
+            Called with ``(rebuilder, var, call)`` for each call in order, its arguments already
+            rewritten. Returns the replacement, or None to keep the call.
+        """
+        # A new module, because the functions are updated in place.
         module = tvm.IRModule(dict(self.module.functions_items()))
         weights = dict(self.weights)
         entries = {}
@@ -84,10 +91,10 @@ class Program:
 
 
 class Rebuilder:
-    """Rebuilds one Relax function; dead bindings and unused weights are left out.
+    """Rewrites one Relax function, without dead bindings and unused weights.
 
-    What the result alone needs comes last: kernels that write results are no part of a CUDA graph,
-    and would cut it in two.
+    Bindings that only the result reads come last: kernels that write results cannot be part of a
+    CUDA graph, and would split it.
 
     Parameters
     ----------
@@ -98,7 +105,7 @@ class Rebuilder:
     entry : Entry
         Its signature.
     weights : dict of str to numpy.ndarray
-        Grows by the weights that the rebuilding derives.
+        Derived weights are added.
     """
 
     def __init__(
@@ -115,17 +122,17 @@ class Rebuilder:
         self._weight_vars: dict[str, relax.Var] = {}
         self._weight_names: dict[relax.Var, str] = {}
         self._replacement: dict[relax.Var, relax.Expr] = {}
-        self._standing: set[relax.Expr] = set()
+        self._replacing: set[relax.Expr] = set()
         self._uses: Counter[relax.Var] = Counter()
 
     def definition(self, var: relax.Expr) -> relax.Expr | None:
-        """Return what `var` is bound to; None for an input, a weight or a literal."""
+        """Return the value bound to `var`; None for an input, a weight or a literal."""
         return self._definitions.get(var) if isinstance(var, relax.Var) else None
 
     def call(self, var: relax.Expr, *ops: str, only_use: bool = False) -> relax.Call | None:
-        """Return the call that defines `var` if it is one of a named operator.
+        """Return the call that defines `var` if it calls one of the operators.
 
-        With `only_use`, only if `var` is used once, so that the call may be absorbed.
+        With `only_use`, only if `var` is read once, so that the reader may absorb the call.
         """
         value = self.definition(var)
         if not isinstance(value, relax.Call) or not isinstance(value.op, tvm.ir.Op):
@@ -135,7 +142,7 @@ class Rebuilder:
         return value
 
     def array(self, var: relax.Expr) -> np.ndarray | None:
-        """Return the value of a weight or a literal; None for what is computed from the inputs."""
+        """Return the value of a weight or a literal; None for other expressions."""
         if isinstance(var, GenericConst):
             literal: np.ndarray = var.value.numpy()
             return literal
@@ -143,7 +150,7 @@ class Rebuilder:
         return None if name is None else self.weights[name]
 
     def weight(self, array: np.ndarray, parent: relax.Expr, change: str) -> relax.Var:
-        """Add a weight derived from `parent` by `change` (a word for its name)."""
+        """Add a weight derived from `parent`; `change` becomes part of its name."""
         array = np.ascontiguousarray(array)
         base = f"{self._weight_names.get(parent, 'constant')}:{change}"
         name, number = base, 1
@@ -154,11 +161,11 @@ class Rebuilder:
         return self._weight_var(name)
 
     def current(self, expr: relax.Expr) -> relax.Expr:
-        """Return what stands in the new function for an expression of the old one."""
+        """Return the new function's expression for one of the old function."""
         return self._substitute(expr)
 
     def emit(self, expr: relax.Expr, *, like: relax.Var | None = None) -> relax.Var:
-        """Bind `expr` to a new variable; `like` is the old variable whose place it takes."""
+        """Bind `expr` to a new variable, named after the old variable `like`."""
         expr = self._builder.normalize(expr)
         var = relax.DataflowVar("v" if like is None else like.name, expr.ty)
         self._bindings.append((var, expr))
@@ -167,10 +174,10 @@ class Rebuilder:
         return var
 
     def add_kernel(self, function: tvm.tirx.PrimFunc, name: str) -> relax.GlobalVar:
-        """Add a kernel to the module (once, when one of equal structure is there).
+        """Add a kernel to the module, or return the structurally equal one that is there.
 
-        It is marked opaque, so that TVM fuses nothing into it: its schedule rule knows it as it is.
-        Without a symbol of its own it is dropped from the module when nothing calls it any more.
+        It is marked opaque, so that TVM fuses nothing into the kernel that a schedule rule expects.
+        Without a global symbol it is dropped from the module once nothing calls it.
         """
         function = function.without_attr("global_symbol")
         return self._builder.add_func(function.with_attr("op_pattern", _OPAQUE), name)
@@ -178,14 +185,14 @@ class Rebuilder:
     def run(
         self, visit: Callable[[Rebuilder, relax.Var, relax.Call], relax.Var | None]
     ) -> tuple[tvm.IRModule, Entry]:
-        """Rebuild the function and return the module with it, and its new signature."""
+        """Rewrite the function; return the module that holds it, and its new signature."""
         inputs = list(self.function.params[: len(self._entry.inputs)])
         for var, name in zip(self.function.params[len(inputs) :], self._entry.weights, strict=True):
             self._replacement[var] = self._weight_var(name)
         old_uses = count_uses(self.function)
         for var in inputs:
             self._uses[var] = old_uses[var]
-        self._standing.update(inputs, self._weight_names)
+        self._replacing.update(inputs, self._weight_names)
         for block in self.function.body.blocks:
             for binding in block.bindings:
                 self._visit_binding(binding, old_uses, visit)
@@ -200,9 +207,9 @@ class Rebuilder:
     ) -> None:
         if not isinstance(binding, relax.VarBinding):
             raise CompileError(
-                "the model's graph has a binding that is no plain assignment",
+                "the model's graph has a binding that is not an assignment",
                 got=type(binding).__name__,
-                hint="Data-dependent shapes and control flow cannot be compiled.",
+                hint="Data-dependent shapes and control flow are not supported.",
             )
         value = self._substitute(binding.value)
         if isinstance(value, relax.Var | GenericConst):
@@ -211,9 +218,9 @@ class Rebuilder:
             replaced = visit(self, binding.var, value) if isinstance(value, relax.Call) else None
             new = self.emit(value, like=binding.var) if replaced is None else replaced
         uses = old_uses[binding.var]
-        # A value for which an old variable stood already is now used by both.
-        self._uses[new] = self._uses[new] + uses if new in self._standing else uses
-        self._standing.add(new)
+        # Readers of all old variables that the new one replaces.
+        self._uses[new] = self._uses[new] + uses if new in self._replacing else uses
+        self._replacing.add(new)
         self._replacement[binding.var] = new
 
     def _substitute(self, expr: relax.Expr) -> relax.Expr:
@@ -272,7 +279,7 @@ class Rebuilder:
 
 
 def variables(expr: relax.Expr) -> list[relax.Var]:
-    """List the variables in an expression, each as often as it stands there."""
+    """List the variables in an expression, with repetitions."""
     if isinstance(expr, relax.Var):
         return [expr]
     if isinstance(expr, relax.Tuple):
@@ -287,7 +294,7 @@ def variables(expr: relax.Expr) -> list[relax.Var]:
 
 
 def count_uses(function: relax.Function) -> Counter[relax.Var]:
-    """Count how often each variable of a function is read."""
+    """Count the reads of each variable of a function."""
     uses: Counter[relax.Var] = Counter()
     for block in function.body.blocks:
         for binding in block.bindings:
@@ -301,14 +308,14 @@ def _same(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def dimensions(expr: relax.Expr) -> tuple[Any, ...]:
-    """Return the shape of a tensor: integers, and TensorIR expressions where a size is symbolic."""
+    """Return the shape of a tensor: integers, and TensorIR expressions for symbolic sizes."""
     return tuple(
         int(size) if isinstance(size, int | tvm.tirx.IntImm) else size for size in expr.ty.shape
     )
 
 
 def static_shape(expr: relax.Expr) -> tuple[int, ...] | None:
-    """Return the shape of a tensor, or None if a size of it is known only at run time."""
+    """Return the shape of a tensor; None if a size is symbolic or unknown."""
     if not isinstance(expr.ty, relax.TensorType) or expr.ty.shape is None:
         return None
     sizes = dimensions(expr)
@@ -321,7 +328,7 @@ def element_type(expr: relax.Expr) -> str:
 
 
 def with_attributes(call: relax.Call, args: Sequence[relax.Expr], **changed: Any) -> relax.Call:
-    """Return a call of the same operator with other arguments, and some attributes changed."""
+    """Return a call of the same operator with other arguments and some changed attributes."""
     if not changed:
         return relax.Call(call.op, list(args), call.attrs)
     kind = type(call.attrs).__tvm_ffi_type_info__

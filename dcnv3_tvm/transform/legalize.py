@@ -1,4 +1,4 @@
-"""Legalisations for what our kernels leave over: functions whose stock form is slow on a CPU."""
+"""Legalizations of operators whose default in TVM is slow."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def _gelu(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
 
 
 LEGALIZATIONS: Final[dict[str, Callable[..., Any]]] = {"relax.nn.gelu": _gelu}
-"""By operator; TVM's own form of GELU calls the C library's erf for every element."""
+"""By operator. TVM's GELU calls the C library's scalar erf for every element."""

@@ -1,6 +1,7 @@
-"""Transposes move behind the operators that work in any order of axes, until they meet.
+"""Cancel inverse transposes by sinking them through layout-agnostic operators.
 
-Two that meet become one, or none; one that moves only axes of size one is a view.
+Two consecutive transposes become one, or none. One that moves only axes of size one becomes a
+reshape, which is a view.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions, transpose_axe
 
 
 def sink_transposes(program: Program) -> Program:
-    """Move every transpose towards the outputs as far as it goes, and fold those that meet."""
-    # Views are made at the end: behind a map of one pixel, too, the channels are to come last.
-    return program.rebuilt(_Sinking(views=False).visit).rebuilt(_Sinking(views=True).visit)
+    """Move every transpose towards the outputs as far as it goes, and merge consecutive ones."""
+    # Reshapes only at the end: until then the transposes of 1x1 maps must sink like all others.
+    return program.rebuilt(_Sinker(views=False).visit).rebuilt(_Sinker(views=True).visit)
 
 
-class _Sinking:
-    """The rules, and the transposes made so far: none is made twice.
+class _Sinker:
+    """The rules of the operators; each emits a transpose of a value once.
 
-    With `views`, a transpose that moves only axes of size one becomes a reshape.
+    With `views`, transposes that move only axes of size one become reshapes.
     """
 
     def __init__(self, *, views: bool) -> None:
         self._views = views
-        self._made: dict[tuple[relax.Expr, tuple[int, ...]], relax.Var] = {}
+        self._emitted: dict[tuple[relax.Expr, tuple[int, ...]], relax.Var] = {}
 
     def visit(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         rule = _RULES.get(getattr(call.op, "name", ""))
@@ -42,14 +43,14 @@ class _Sinking:
             return None
         shape = dimensions(var)
         source, axes = self._source(rebuilder, call)
-        # Pixels that become a row of tokens, or tokens that become pixels, behind the channels.
+        # (N, C, pixels...) to (N, C, tokens) or back: the same with the channels last.
         if (
-            axes == _channels_second(len(axes or ()))
+            axes == _to_channels_second(len(axes or ()))
             and len(shape) > 2
-            and _same(shape[:2], [dimensions(call.args[0])[axis] for axis in (0, 1)])
+            and _same_shape(shape[:2], [dimensions(call.args[0])[axis] for axis in (0, 1)])
         ):
             moved = self._reshaped(rebuilder, source, [shape[0], *shape[2:], shape[1]])
-            return self._transposed(rebuilder, moved, _channels_second(len(shape)), like=var)
+            return self._transposed(rebuilder, moved, _to_channels_second(len(shape)), like=var)
         return self._reshaped(rebuilder, call.args[0], shape, like=var)
 
     def elementwise(
@@ -134,7 +135,7 @@ class _Sinking:
 
     def argument(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         source, axes = self._source(rebuilder, call)
-        # Without an axis the result counts the elements in their order.
+        # Without an axis, the result is a position in the flattened tensor.
         if axes is None or call.attrs.axis is None:
             return None
         axis = axes[int(call.attrs.axis) % len(axes)]
@@ -161,15 +162,15 @@ class _Sinking:
         if axes is None:
             return None
         width = [int(size) for size in call.attrs.pad_width]
-        turned = [
+        transposed = [
             size for axis in _inverse(axes) for size in (width[2 * axis], width[2 * axis + 1])
         ]
-        moved = rebuilder.emit(with_attributes(call, [source], pad_width=turned))
+        moved = rebuilder.emit(with_attributes(call, [source], pad_width=transposed))
         return self._transposed(rebuilder, moved, axes, like=var)
 
     def image(self, rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr | None:
         source, axes = self._source(rebuilder, call)
-        if axes != _channels_second(4) or str(call.attrs.layout) != "NCHW":
+        if axes != _to_channels_second(4) or str(call.attrs.layout) != "NCHW":
             return None
         changed = {"layout": "NHWC"}
         if hasattr(call.attrs, "out_layout"):
@@ -180,7 +181,7 @@ class _Sinking:
     def _source(
         self, rebuilder: Rebuilder, call: relax.Call
     ) -> tuple[relax.Expr, list[int] | None]:
-        """Return what the first argument is a transpose of, and by which axes."""
+        """Return the source and the axes if the first argument is a transpose."""
         transpose = rebuilder.call(call.args[0], "relax.permute_dims")
         if transpose is None:
             return call.args[0], None
@@ -189,7 +190,7 @@ class _Sinking:
     def _common_axes(
         self, rebuilder: Rebuilder, operands: Iterable[relax.Expr], rank: int
     ) -> list[int] | None:
-        """Return the axes of the first transpose of a computed value of so many axes."""
+        """Return the axes of the first transpose of rank `rank` that is not of a weight."""
         for operand in operands:
             transpose = rebuilder.call(operand, "relax.permute_dims")
             if transpose is None or rebuilder.array(transpose.args[0]) is not None:
@@ -202,30 +203,34 @@ class _Sinking:
     def _operands(
         self, rebuilder: Rebuilder, operands: Iterable[relax.Expr], axes: list[int]
     ) -> list[relax.Expr] | None:
-        """Return the operands as they are before the transpose; None where one would be copied."""
+        """Return the operands before the transpose; None if that would copy one."""
         operands = list(operands)
-        if not all(self._is_free(rebuilder, operand, axes) for operand in operands):
+        if not all(self._is_free_to_transpose(rebuilder, operand, axes) for operand in operands):
             return None
-        return [self._before(rebuilder, operand, axes) for operand in operands]
+        return [self._before_transpose(rebuilder, operand, axes) for operand in operands]
 
-    def _is_free(self, rebuilder: Rebuilder, operand: relax.Expr, axes: list[int]) -> bool:
-        if not _is_array(operand) or self._undone(rebuilder, operand, axes) is not None:
+    def _is_free_to_transpose(
+        self, rebuilder: Rebuilder, operand: relax.Expr, axes: list[int]
+    ) -> bool:
+        if not _has_axes(operand) or self._without_transpose(rebuilder, operand, axes) is not None:
             return True
         if operand.ty.shape is None:
             return False
         known = rebuilder.array(operand) is not None
-        return known or _is_view(_widened(operand, len(axes)), _inverse(axes))
+        return known or _is_view(_broadcast_shape(operand, len(axes)), _inverse(axes))
 
-    def _before(self, rebuilder: Rebuilder, operand: relax.Expr, axes: list[int]) -> relax.Expr:
-        if not _is_array(operand):
+    def _before_transpose(
+        self, rebuilder: Rebuilder, operand: relax.Expr, axes: list[int]
+    ) -> relax.Expr:
+        if not _has_axes(operand):
             return operand
-        undone = self._undone(rebuilder, operand, axes)
-        if undone is not None:
-            return undone
-        widened = self._reshaped(rebuilder, operand, _widened(operand, len(axes)))
-        return self._transposed(rebuilder, widened, _inverse(axes))
+        inner = self._without_transpose(rebuilder, operand, axes)
+        if inner is not None:
+            return inner
+        reshaped = self._reshaped(rebuilder, operand, _broadcast_shape(operand, len(axes)))
+        return self._transposed(rebuilder, reshaped, _inverse(axes))
 
-    def _undone(
+    def _without_transpose(
         self, rebuilder: Rebuilder, operand: relax.Expr, axes: list[int]
     ) -> relax.Expr | None:
         transpose = rebuilder.call(operand, "relax.permute_dims")
@@ -252,9 +257,11 @@ class _Sinking:
             if _is_view(shape, axes):
                 return self._reshaped(rebuilder, source, [shape[axis] for axis in axes], like=like)
         key = (source, tuple(axes))
-        if key not in self._made:
-            self._made[key] = rebuilder.emit(relax.op.permute_dims(source, list(axes)), like=like)
-        return self._made[key]
+        if key not in self._emitted:
+            self._emitted[key] = rebuilder.emit(
+                relax.op.permute_dims(source, list(axes)), like=like
+            )
+        return self._emitted[key]
 
     def _reshaped(
         self,
@@ -267,17 +274,17 @@ class _Sinking:
         inner = rebuilder.call(source, "relax.reshape")
         if inner is not None:
             source = inner.args[0]
-        if source.ty.shape is not None and _same(dimensions(source), shape):
+        if source.ty.shape is not None and _same_shape(dimensions(source), shape):
             return source
         return rebuilder.emit(relax.op.reshape(source, relax.ShapeExpr(list(shape))), like=like)
 
 
-def _channels_second(rank: int) -> list[int]:
+def _to_channels_second(rank: int) -> list[int]:
     """Return the axes of the transpose from channels last to channels first."""
     return [0, rank - 1, *range(1, rank - 1)]
 
 
-def _same(shape: Sequence[Any], other: Sequence[Any]) -> bool:
+def _same_shape(shape: Sequence[Any], other: Sequence[Any]) -> bool:
     first, second = relax.ShapeExpr(list(shape)), relax.ShapeExpr(list(other))
     return bool(tvm_ffi.structural_equal(first, second))
 
@@ -287,22 +294,22 @@ def _inverse(axes: Sequence[int]) -> list[int]:
 
 
 def _is_view(shape: Sequence[Any], axes: Sequence[int]) -> bool:
-    """Tell whether a transpose only moves axes of size one, so that no element changes place."""
+    """Whether a transpose moves axes of size one only, so that the memory stays the same."""
     moved = [axis for axis in axes if not (isinstance(shape[axis], int) and shape[axis] == 1)]
     return moved == sorted(moved)
 
 
-def _is_array(expr: relax.Expr) -> bool:
-    """Tell whether an operand has axes: a scalar or an attribute has none."""
+def _has_axes(expr: relax.Expr) -> bool:
+    """Whether an operand is a tensor of at least one axis, not a scalar or an attribute."""
     return isinstance(expr.ty, relax.TensorType) and expr.ty.ndim != 0
 
 
-def _widened(operand: relax.Expr, rank: int) -> list[Any]:
-    """Return the shape of an operand with the axes that broadcasting puts in front."""
+def _broadcast_shape(operand: relax.Expr, rank: int) -> list[Any]:
+    """Return the shape of an operand with the leading axes that broadcasting adds."""
     return [1] * (rank - operand.ty.ndim) + list(dimensions(operand))
 
 
-_Rule = Callable[[_Sinking, Rebuilder, relax.Var, relax.Call], relax.Expr | None]
+_Rule = Callable[[_Sinker, Rebuilder, relax.Var, relax.Call], relax.Expr | None]
 
 _ELEMENTWISE: Final = (
     *("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bitwise_not", "ceil", "cos"),
@@ -321,18 +328,18 @@ _IMAGES: Final = (*("nn.adaptive_avg_pool2d", "nn.avg_pool2d", "nn.max_pool2d", 
 _RULES: Final[dict[str, _Rule]] = {
     f"relax.{name}": rule
     for names, rule in (
-        (("permute_dims",), _Sinking.permute_dims),
-        (("reshape",), _Sinking.reshape),
-        (_ELEMENTWISE, _Sinking.elementwise),
-        (("concat",), _Sinking.concat),
-        (("split",), _Sinking.split),
-        (("nn.log_softmax", "nn.prelu", "nn.softmax"), _Sinking.along_axis),
-        (("nn.batch_norm",), _Sinking.batch_norm),
-        (("nn.group_norm", "nn.instance_norm"), _Sinking.group_norm),
-        (_REDUCTIONS, _Sinking.reduction),
-        (("argmax", "argmin"), _Sinking.argument),
-        (("nn.pad",), _Sinking.pad),
-        (_IMAGES, _Sinking.image),
+        (("permute_dims",), _Sinker.permute_dims),
+        (("reshape",), _Sinker.reshape),
+        (_ELEMENTWISE, _Sinker.elementwise),
+        (("concat",), _Sinker.concat),
+        (("split",), _Sinker.split),
+        (("nn.log_softmax", "nn.prelu", "nn.softmax"), _Sinker.along_axis),
+        (("nn.batch_norm",), _Sinker.batch_norm),
+        (("nn.group_norm", "nn.instance_norm"), _Sinker.group_norm),
+        (_REDUCTIONS, _Sinker.reduction),
+        (("argmax", "argmin"), _Sinker.argument),
+        (("nn.pad",), _Sinker.pad),
+        (_IMAGES, _Sinker.image),
     )
     for name in names
 }

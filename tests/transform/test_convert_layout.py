@@ -10,7 +10,7 @@ def _permutes(program):
     return operators(program).count("relax.permute_dims")
 
 
-def test_a_stem_keeps_one_transpose(rng):
+def test_stem_keeps_one_transpose(rng):
     def build(bb, image, first, gamma, beta, second):
         value = bb.emit(relax.op.nn.conv2d(image, first, strides=2, padding=1))
         value = bb.emit(relax.op.permute_dims(value, [0, 2, 3, 1]))
@@ -37,7 +37,7 @@ def test_a_stem_keeps_one_transpose(rng):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_every_convolution_is_turned(rng, groups):
+def test_convolutions_become_nhwc(rng, groups):
     def build(bb, image, weight):
         return bb.emit(relax.op.nn.conv2d(image, weight, padding=1, groups=groups))
 
@@ -48,14 +48,14 @@ def test_every_convolution_is_turned(rng, groups):
     # The image, the weight (which is only viewed where it has one input channel), and back.
     number = operators(converted).index("relax.nn.conv2d")
     assert _permutes(converted) == (2 if groups == 4 else 3)
-    turned = converted.module["main"].body.blocks[0].bindings[number].value
-    assert (turned.attrs.data_layout, turned.attrs.kernel_layout) == ("NHWC", "OHWI")
+    convolution = converted.module["main"].body.blocks[0].bindings[number].value
+    assert (convolution.attrs.data_layout, convolution.attrs.kernel_layout) == ("NHWC", "OHWI")
     np.testing.assert_allclose(
         run_program(converted, image), run_program(program, image), rtol=1e-4, atol=1e-5
     )
 
 
-def test_a_transposed_convolution_stays_in_nchw_between_transposes(rng):
+def test_transposed_convolution_stays_nchw(rng):
     def build(bb, image, first, up, second):
         value = bb.emit(relax.op.nn.conv2d(image, first, padding=1))
         value = bb.emit(relax.op.nn.conv2d_transpose(value, up, strides=2))

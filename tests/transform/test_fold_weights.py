@@ -42,7 +42,7 @@ def _statistics(rng, channels):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_batch_norm_moves_into_the_convolution_before_it(rng, bias):
+def test_batch_norm_is_folded_into_the_convolution_before_it(rng, bias):
     def build(bb, x, weight, shift, *statistics):
         value = _conv(bb, x, weight)
         if bias:
@@ -56,14 +56,14 @@ def test_batch_norm_moves_into_the_convolution_before_it(rng, bias):
     _assert_same(program, folded, _random(rng, 2, 6, 5, 4))
 
 
-def test_batch_norm_alone_is_a_scale_and_a_shift(rng):
+def test_batch_norm_without_convolution_becomes_scale_and_shift(rng):
     program = make_program(_batch_norm, {"x": (2, 6, 5, 4)}, _statistics(rng, 4))
     folded = fold_weights(program)
     assert operators(folded) == ["relax.multiply", "relax.add"]
     _assert_same(program, folded, _random(rng, 2, 6, 5, 4))
 
 
-def test_batch_norm_does_not_move_into_a_value_that_is_used_elsewhere(rng):
+def test_batch_norm_is_not_folded_into_a_value_with_two_readers(rng):
     def build(bb, x, weight, *statistics):
         value = _conv(bb, x, weight)
         return bb.emit(relax.op.add(_batch_norm(bb, value, *statistics), value))
@@ -76,7 +76,7 @@ def test_batch_norm_does_not_move_into_a_value_that_is_used_elsewhere(rng):
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_a_layer_scale_moves_into_the_product_and_its_bias(rng, first):
+def test_layer_scale_is_folded_into_matmul_and_bias(rng, first):
     def build(bb, x, weight, bias, gamma):
         value = bb.emit(relax.op.add(bias, bb.emit(relax.op.matmul(x, weight))))
         operands = (gamma, value) if first else (value, gamma)
@@ -89,7 +89,7 @@ def test_a_layer_scale_moves_into_the_product_and_its_bias(rng, first):
     _assert_same(program, folded, _random(rng, 2, 3, 6))
 
 
-def test_a_layer_scale_moves_into_a_layer_norm(rng):
+def test_layer_scale_is_folded_into_layer_norm(rng):
     def build(bb, x, weight, bias, gamma):
         value = bb.emit(relax.op.nn.layer_norm(x, weight, bias, axes=[-1]))
         return bb.emit(relax.op.multiply(gamma, value))
@@ -101,7 +101,7 @@ def test_a_layer_scale_moves_into_a_layer_norm(rng):
     _assert_same(program, folded, _random(rng, 2, 3, 6))
 
 
-def test_a_weight_that_is_no_scale_by_channel_is_left_alone(rng):
+def test_other_factors_are_not_folded(rng):
     # As many numbers as there are channels, but along another axis.
     program = make_program(
         lambda bb, x, w: bb.emit(relax.op.multiply(x, w)),
@@ -113,11 +113,11 @@ def test_a_weight_that_is_no_scale_by_channel_is_left_alone(rng):
     _assert_same(program, folded, _random(rng, 2, 3, 3))
 
 
-def test_what_depends_on_weights_alone_is_computed_now(rng):
+def test_constants_are_evaluated(rng):
     def build(bb, x, first, second):
         joined = bb.emit(relax.op.concat([first, second], axis=0))
-        turned = bb.emit(relax.op.permute_dims(joined))
-        shaped = bb.emit(relax.op.reshape(turned, (4, 5)))
+        transposed = bb.emit(relax.op.permute_dims(joined))
+        shaped = bb.emit(relax.op.reshape(transposed, (4, 5)))
         return bb.emit(relax.op.matmul(x, bb.emit(relax.op.multiply(shaped, shaped))))
 
     weights = {"first": _random(rng, 2, 4), "second": _random(rng, 3, 4)}
@@ -128,7 +128,7 @@ def test_what_depends_on_weights_alone_is_computed_now(rng):
     _assert_same(program, folded, _random(rng, 2, 4))
 
 
-def test_a_bias_of_any_shape_becomes_one_number_a_channel(rng):
+def test_bias_of_any_shape_becomes_a_vector(rng):
     program = make_program(
         lambda bb, x, bias: bb.emit(relax.op.add(bias, x)),
         {"x": (2, 3, 4, 5)},

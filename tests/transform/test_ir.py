@@ -9,7 +9,7 @@ def _keep(_rebuilder, _var, _call):
     return None
 
 
-def test_rebuilding_without_changes_computes_the_same(rng):
+def test_rebuilding_without_changes(rng):
     weight = rng.standard_normal((4, 3)).astype("float32")
     x = rng.standard_normal((2, 4)).astype("float32")
     program = make_program(
@@ -36,7 +36,7 @@ def test_dead_bindings_and_unused_weights_are_dropped(rng):
     assert len(rebuilt.module["main"].params) == 2
 
 
-def test_a_symbolic_size_survives(rng):
+def test_symbolic_sizes_are_kept(rng):
     weight = rng.standard_normal((4, 3)).astype("float32")
     program = make_program(
         lambda bb, x, w: bb.emit(relax.op.matmul(x, w)), {"x": ("n", 4)}, {"w": weight}
@@ -47,7 +47,7 @@ def test_a_symbolic_size_survives(rng):
         np.testing.assert_allclose(run_program(program, x), x @ weight, rtol=1e-4, atol=1e-5)
 
 
-def test_derived_weights_share_a_name_only_when_equal():
+def test_equal_derived_weights_share_a_name():
     program = make_program(
         lambda bb, x, w: bb.emit(relax.op.add(x, w)),
         {"x": (4,)},
@@ -69,7 +69,7 @@ def test_derived_weights_share_a_name_only_when_equal():
 
 
 @pytest.mark.parametrize("uses", [1, 2])
-def test_only_use_tells_whether_a_value_is_needed_elsewhere(uses):
+def test_only_use_rejects_a_value_with_two_readers(uses):
     def build(bb, x):
         inner = bb.emit(relax.op.nn.relu(x))
         other = inner if uses == 2 else x
@@ -85,7 +85,7 @@ def test_only_use_tells_whether_a_value_is_needed_elsewhere(uses):
     assert seen == [uses == 1]
 
 
-def test_a_value_that_two_variables_stand_for_is_used_by_both():
+def test_reads_of_replaced_variables_are_counted():
     def build(bb, x):
         inner = bb.emit(relax.op.nn.relu(x))
         same = bb.emit(relax.op.reshape(inner, (4,)))
@@ -104,7 +104,7 @@ def test_a_value_that_two_variables_stand_for_is_used_by_both():
     assert seen == [None]
 
 
-def test_a_derived_weight_gets_its_plain_name_unless_two_claim_it(rng):
+def test_derived_weights_get_their_origins_name_unless_ambiguous(rng):
     weights = {
         name: rng.standard_normal(4).astype("float32") for name in ("a:packed", "b:half", "b:half2")
     }

@@ -9,11 +9,11 @@ from helpers.programs import make_program, operators, run_program
 FIRST = [0, 3, 1, 2]
 OP = relax.op
 SHAPE = (2, 3, 5, 4)
-"""Of an input with its channels last; behind the transpose it is (2, 4, 3, 5)."""
+"""Of a channels-last input; transposed it is (2, 4, 3, 5)."""
 
 
 def sunk(program, *inputs):
-    """Sink the transposes, and see that nothing else changed."""
+    """Sink the transposes and check that the results stay the same."""
     moved = sink_transposes(program)
     found, expected = run_program(moved, *inputs), run_program(program, *inputs)
     assert found.shape == expected.shape
@@ -22,7 +22,7 @@ def sunk(program, *inputs):
 
 
 def transposed(operator):
-    """Build a function that applies an operator behind a transpose, and returns its result."""
+    """Build a function that applies an operator to a transpose."""
     return lambda bb, x, *rest: bb.emit(operator(bb.emit(OP.permute_dims(x, FIRST)), *rest))
 
 
@@ -53,7 +53,7 @@ ONE_OPERAND = {
 
 
 @pytest.mark.parametrize("name", ONE_OPERAND)
-def test_a_transpose_goes_behind(name, rng):
+def test_sinks_through_layout_agnostic_operators(name, rng):
     x = rng.standard_normal(SHAPE).astype("float32")
     moved = sunk(make_program(transposed(ONE_OPERAND[name]), {"x": SHAPE}, {}), x)
     first, *rest = operators(moved)
@@ -69,17 +69,17 @@ def test_a_transpose_goes_behind(name, rng):
         ("prelu", lambda x, a, _: OP.nn.prelu(x, a, 1)),
     ],
 )
-def test_a_transpose_goes_behind_what_knows_channels(name, operator, rng):
+def test_sinks_through_operators_with_a_channel_axis(name, operator, rng):
     x = rng.standard_normal(SHAPE).astype("float32")
     weights = {key: rng.standard_normal(4).astype("float32") for key in "ab"}
     moved = sunk(make_program(transposed(operator), {"x": SHAPE}, weights), x)
     assert operators(moved) == [f"relax.nn.{name}", "relax.permute_dims"]
 
 
-def test_a_batch_norm_goes_on_over_channels(rng):
+def test_batch_norm_keeps_its_channel_axis(rng):
     def build(bb, x, *statistics):
-        turned = bb.emit(OP.permute_dims(x, FIRST))
-        norm = bb.emit(OP.nn.batch_norm(turned, *statistics, axis=1, training=False))
+        transposed = bb.emit(OP.permute_dims(x, FIRST))
+        norm = bb.emit(OP.nn.batch_norm(transposed, *statistics, axis=1, training=False))
         return bb.emit(relax.TupleGetItem(norm, 0))
 
     x = rng.standard_normal(SHAPE).astype("float32")
@@ -92,7 +92,7 @@ def test_a_batch_norm_goes_on_over_channels(rng):
     np.testing.assert_allclose(run_program(fold_weights(moved), x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_two_operands_of_one_order(rng):
+def test_two_operands_with_the_same_transpose(rng):
     def build(bb, x, y):
         first, second = (bb.emit(OP.permute_dims(value, FIRST)) for value in (x, y))
         joined = bb.emit(OP.concat([first, second], axis=1))
@@ -105,7 +105,7 @@ def test_two_operands_of_one_order(rng):
     ]  # fmt: skip
 
 
-def test_the_parts_of_a_split(rng):
+def test_sinks_through_split(rng):
     def build(bb, x):
         parts = bb.emit(OP.split(bb.emit(OP.permute_dims(x, FIRST)), [1], axis=1))
         return bb.emit(OP.add(*(bb.emit(relax.TupleGetItem(parts, i)) for i in range(2))))
@@ -116,7 +116,7 @@ def test_the_parts_of_a_split(rng):
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 3, 5), (5,), (3, 1), (1,)])
-def test_a_weight_is_turned_instead(shape, rng):
+def test_weights_are_transposed_at_compile_time(shape, rng):
     x = rng.standard_normal(SHAPE).astype("float32")
     weights = {"w": rng.standard_normal(shape).astype("float32")}
     moved = sunk(make_program(transposed(OP.add), {"x": SHAPE}, weights), x)
@@ -128,7 +128,7 @@ def test_a_weight_is_turned_instead(shape, rng):
     ("shape", "free"),
     [((2, 4, 1, 1), True), ((1, 4, 1, 1), True), ((3, 5), True), ((5,), True), ((4, 3, 5), False)],
 )
-def test_a_computed_operand_may_be_viewed_but_not_copied(shape, free, rng):
+def test_computed_operands_are_reshaped_but_not_copied(shape, free, rng):
     def build(bb, x, y):
         return bb.emit(OP.multiply(bb.emit(OP.permute_dims(x, FIRST)), y))
 
@@ -139,7 +139,7 @@ def test_a_computed_operand_may_be_viewed_but_not_copied(shape, free, rng):
     assert names == (expected if free else expected[::-1])
 
 
-def test_a_transpose_used_twice_goes_behind_both(rng):
+def test_transpose_with_two_readers_sinks_through_both(rng):
     def build(bb, x):
         value = bb.emit(OP.permute_dims(x, FIRST))
         return bb.emit(OP.add(bb.emit(OP.nn.gelu(value)), value))
@@ -149,7 +149,7 @@ def test_a_transpose_used_twice_goes_behind_both(rng):
     assert operators(moved) == ["relax.nn.gelu", "relax.add", "relax.permute_dims"]
 
 
-def test_one_transpose_for_two_that_need_it(rng):
+def test_equal_transposes_are_emitted_once(rng):
     def build(bb, x):
         one, two = (bb.emit(OP.permute_dims(x, FIRST)) for _ in range(2))
         return bb.emit(OP.concat([bb.emit(OP.flip(one, 1)), bb.emit(OP.flip(two, 2))], axis=0))
@@ -170,14 +170,14 @@ def test_one_transpose_for_two_that_need_it(rng):
     ],
     ids=["unknown", "counts in order", "another layout"],
 )
-def test_nothing_moves(operator, rng):
+def test_layout_dependent_operators_keep_their_transpose(operator, rng):
     x = rng.standard_normal(SHAPE).astype("float32")
     moved = sunk(make_program(transposed(operator), {"x": SHAPE}, {}), x)
     assert operators(moved)[0] == "relax.permute_dims"
     assert operators(moved).count("relax.permute_dims") == 1
 
 
-def test_operands_of_different_orders_stay(rng):
+def test_operands_with_different_transposes_keep_them(rng):
     def build(bb, x, y):
         first, second = OP.permute_dims(x, [2, 0, 1]), OP.permute_dims(y, [0, 2, 1])
         return bb.emit(OP.add(bb.emit(first), bb.emit(second)))
@@ -188,7 +188,7 @@ def test_operands_of_different_orders_stay(rng):
     assert operators(moved) == ["relax.permute_dims", "relax.permute_dims", "relax.add"]
 
 
-def test_two_transposes_become_one(rng):
+def test_consecutive_transposes_are_merged(rng):
     def build(bb, x):
         value = bb.emit(OP.permute_dims(x, [0, 2, 1]))
         return bb.emit(OP.permute_dims(value, [2, 0, 1]))
@@ -197,7 +197,7 @@ def test_two_transposes_become_one(rng):
     assert operators(sunk(make_program(build, {"x": x.shape}, {}), x)) == ["relax.permute_dims"]
 
 
-def test_two_transposes_become_none(rng):
+def test_inverse_transposes_cancel(rng):
     def build(bb, x):
         value = bb.emit(OP.nn.relu(bb.emit(OP.permute_dims(x, FIRST))))
         return bb.emit(OP.permute_dims(value, [0, 2, 3, 1]))
@@ -207,13 +207,13 @@ def test_two_transposes_become_none(rng):
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 5), ("n", 1, 1, 5), (1, "h", 7, 1)])
-def test_a_transpose_of_axes_of_size_one_is_a_view(shape):
+def test_transpose_of_axes_of_size_one_becomes_a_reshape(shape):
     build = lambda bb, x: bb.emit(OP.permute_dims(x, FIRST))  # noqa: E731
     moved = sink_transposes(make_program(build, {"x": shape}, {}))
     assert operators(moved) == ["relax.reshape"]
 
 
-def test_pixels_become_tokens_and_pixels_again(rng):
+def test_sinks_through_reshapes_between_pixels_and_tokens(rng):
     def build(bb, x):
         pixels = bb.emit(OP.permute_dims(x, FIRST))
         tokens = bb.emit(OP.permute_dims(bb.emit(OP.reshape(pixels, (2, 4, 15))), [0, 2, 1]))
@@ -226,7 +226,7 @@ def test_pixels_become_tokens_and_pixels_again(rng):
     assert operators(moved) == ["relax.reshape", "relax.nn.relu", "relax.reshape"]
 
 
-def test_a_reshape_that_mixes_channels_and_pixels_stays(rng):
+def test_reshape_across_channels_and_pixels_keeps_the_transpose(rng):
     def build(bb, x):
         return bb.emit(OP.reshape(bb.emit(OP.permute_dims(x, FIRST)), (2, 12, 5)))
 
@@ -236,7 +236,7 @@ def test_a_reshape_that_mixes_channels_and_pixels_stays(rng):
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, "h")])
-def test_reshapes_are_merged_and_empty_ones_removed(shape):
+def test_consecutive_reshapes_are_merged(shape):
     def build(bb, x):
         height = x.ty.shape[1]
         value = bb.emit(OP.reshape(x, (height, 2)))
