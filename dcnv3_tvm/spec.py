@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TypedDict, cast
 
+from dcnv3_tvm.checks import boolean, finite, integer, pair
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 
@@ -94,14 +95,14 @@ class DCNv3Params:
         softmax: bool = False,
     ) -> None:
         self._set(
-            group=_integer("group", group, low=1),
-            kernel_size=_pair("kernel_size", kernel_size, low=1, high=MAX_KERNEL),
-            stride=_pair("stride", stride, low=1),
-            pad=_pair("pad", pad, low=0),
-            dilation=_pair("dilation", dilation, low=1),
-            offset_scale=_finite("offset_scale", offset_scale),
-            remove_center=_boolean("remove_center", remove_center),
-            softmax=_boolean("softmax", softmax),
+            group=integer("group", group, low=1),
+            kernel_size=pair("kernel_size", kernel_size, low=1, high=MAX_KERNEL),
+            stride=pair("stride", stride, low=1),
+            pad=pair("pad", pad, low=0),
+            dilation=pair("dilation", dilation, low=1),
+            offset_scale=finite("offset_scale", offset_scale),
+            remove_center=boolean("remove_center", remove_center),
+            softmax=boolean("softmax", softmax),
         )
         if not self.remove_center:
             return
@@ -157,15 +158,15 @@ class DCNv3Params:
     def _params_slug(self) -> str:
         """Return the part of a problem's slug that names the parameters."""
 
-        def pair(values: tuple[int, int]) -> str:
+        def extents(values: tuple[int, int]) -> str:
             return str(values[0]) if values[0] == values[1] else f"{values[0]}x{values[1]}"
 
         parts = [
             f"g{self.group}",
-            f"k{pair(self.kernel_size)}",
-            f"s{pair(self.stride)}",
-            f"p{pair(self.pad)}",
-            f"d{pair(self.dilation)}",
+            f"k{extents(self.kernel_size)}",
+            f"s{extents(self.stride)}",
+            f"p{extents(self.pad)}",
+            f"d{extents(self.dilation)}",
         ]
         if self.offset_scale != 1.0:
             parts.append(f"o{self.offset_scale:g}")
@@ -243,10 +244,10 @@ class DCNv3Spec(DCNv3Params):
                 "dtype is not supported", got=repr(dtype), allowed=", ".join(DTYPE_BYTES)
             )
         self._set(
-            batch=None if batch is None else _integer("batch", batch, low=1),
-            height=None if height is None else _integer("height", height, low=1),
-            width=None if width is None else _integer("width", width, low=1),
-            group_channels=_integer("group_channels", group_channels, low=1),
+            batch=None if batch is None else integer("batch", batch, low=1),
+            height=None if height is None else integer("height", height, low=1),
+            width=None if width is None else integer("width", width, low=1),
+            group_channels=integer("group_channels", group_channels, low=1),
             dtype=dtype,
         )
         for axis, extent in zip(("height", "width"), self.output_size, strict=True):
@@ -411,17 +412,17 @@ class DCNv3Spec(DCNv3Params):
         def size(name: str) -> int | None:
             return None if match[name] == "any" else int(match[name])
 
-        def pair(name: str) -> tuple[int, int]:
+        def extents(name: str) -> tuple[int, int]:
             first, _, second = match[name].partition("x")
             return int(first), int(second or first)
 
         return cls.of(
             (size("n"), size("h"), size("w"), int(match["c"])),
             group=int(match["g"]),
-            kernel_size=pair("k"),
-            stride=pair("s"),
-            pad=pair("p"),
-            dilation=pair("d"),
+            kernel_size=extents("k"),
+            stride=extents("s"),
+            pad=extents("p"),
+            dilation=extents("d"),
             offset_scale=float(match["o"] or 1.0),
             remove_center=bool(match["rc"]),
             softmax=bool(match["softmax"]),
@@ -447,43 +448,3 @@ class DCNv3Spec(DCNv3Params):
                 hint="Give batch, height and width.",
             )
         return math.prod(size for size in shape if size is not None)
-
-
-def _integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
-    if not _is_integer(value) or value < low or (high is not None and value > high):
-        upper = "" if high is None else f" and at most {high}"
-        raise InvalidArgumentError(
-            f"{name} is out of range",
-            got=repr(value),
-            allowed=f"an integer of at least {low}{upper}",
-        )
-    return int(value)
-
-
-def _pair(name: str, value: Any, *, low: int, high: int | None = None) -> tuple[int, int]:
-    """Expand ``3`` or ``(3, 5)`` to (height, width)."""
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(values) != 2 or not all(_is_integer(each) for each in values):
-        raise InvalidArgumentError(
-            f"{name} is not an integer or a (height, width) pair",
-            got=repr(value),
-            allowed=f"{name}=3 or {name}=(3, 5)",
-        )
-    height, width = (_integer(name, each, low=low, high=high) for each in values)
-    return height, width
-
-
-def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def _finite(name: str, value: Any) -> float:
-    if not hasattr(value, "__float__") or not math.isfinite(float(value)):
-        raise InvalidArgumentError(f"{name} is not a finite number", got=repr(value))
-    return float(value)
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if value not in (False, True):
-        raise InvalidArgumentError(f"{name} is not a boolean", got=repr(value))
-    return bool(value)

@@ -20,10 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from dcnv3_tvm.checks import integer
 from dcnv3_tvm.environment import OMP_NUM_THREADS, TVM_LIBRARY_PATH, TVM_NUM_THREADS
 from dcnv3_tvm.errors import (
     ArtifactError,
-    InvalidArgumentError,
     MissingDependencyError,
     first_line,
 )
@@ -240,10 +240,7 @@ def use_threads(count: int) -> None:
     """
     if getattr(_thread_state, "count", None) == count:
         return
-    if count < 1:
-        raise InvalidArgumentError(
-            "threads is out of range", got=count, allowed="an integer of at least 1"
-        )
+    integer("threads", count, low=1)
     ffi = tvm_ffi()
     set_max_concurrency(max(count, default_threads()))
     # No thread is pinned. See tvm_workarounds: thread-pool-affinity.

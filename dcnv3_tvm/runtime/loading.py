@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dcnv3_tvm import files, gpu
-from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
+from dcnv3_tvm.checks import integer
+from dcnv3_tvm.errors import ArtifactError, TargetError
 from dcnv3_tvm.machine import architecture, missing_features
 from dcnv3_tvm.runtime import cuda, library, weights
 from dcnv3_tvm.runtime.metadata import (
@@ -74,10 +75,8 @@ def load(
     >>> model = load("internimage_t")  # doctest: +SKIP
     >>> logits = model(model.preprocess("photo.jpg"))  # doctest: +SKIP
     """
-    if threads is not None and threads < 1:
-        raise InvalidArgumentError(
-            "threads is out of range", got=threads, allowed="an integer of at least 1"
-        )
+    if threads is not None:
+        integer("threads", threads, low=1)
     folder = Path(path)
     try:
         metadata = read_metadata(folder, verify_digest=verify_digests)
