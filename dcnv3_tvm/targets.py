@@ -236,7 +236,7 @@ def _parse_cuda(text: str, kind: str, options: list[str]) -> dict[str, Any]:
 
 
 def _check_cpu(config: Mapping[str, Any]) -> None:
-    """Reject a processor that LLVM does not know: TVM 0.27 would warn and build generic code."""
+    """Reject a CPU that LLVM does not know. See tvm_workarounds: unknown-cpu."""
     from tvm.target import Target, codegen
 
     base = {"kind": "llvm"}

@@ -121,8 +121,8 @@ class AxisCoordinates:
         """Return the place of a point in the undeformed kernel, relative to its middle."""
         spec = self.spec
         if spec.remove_center:
-            # Skip the middle point: add 1 from there on. Division rather than a comparison,
-            # because TVM fails on a vector of comparisons that it can evaluate.
+            # Skip the middle point: add 1 from there on. Division rather than a comparison.
+            # See tvm_workarounds: constant-comparison.
             point = point + tirx.floordiv(point, spec.points // 2)
         rows = spec.kernel_size[0]
         index = tirx.floormod(point, rows) if self.axis == 0 else tirx.floordiv(point, rows)

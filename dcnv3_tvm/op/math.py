@@ -1,7 +1,7 @@
 """exp and GELU as TensorIR expressions that LLVM vectorizes.
 
-TVM lowers ``tirx.exp`` and ``tirx.erf`` for LLVM targets to one call of the C library per element.
-The float32 expressions here consist of additions, multiplications, selects and one integer shift,
+They replace ``tirx.exp`` and ``tirx.erf`` for LLVM targets (see tvm_workarounds: libm-calls). The
+float32 expressions consist of additions, multiplications, selects and one integer shift,
 which become vector instructions.
 
 The polynomials are minimax approximations, computed in float64 by iteratively reweighted least

@@ -148,9 +148,7 @@ def spec_of(call: relax.Call) -> DCNv3Spec:
 def from_script(source: str) -> tvm.IRModule:
     """Parse a module printed by ``module.script(show_meta=True)``.
 
-    TVM 0.27 prints the result type of this operator into the metadata, and its parser creates new
-    symbolic variables there that are not those of the function. This function infers the types
-    again.
+    The result types of the operator are inferred again. See tvm_workarounds: script-metadata.
 
     Raises
     ------
@@ -313,7 +311,7 @@ def _infer_mixed_precision(call: relax.Call, _out_dtype: Any) -> relax.Call:
 
 
 class _CarriedError(InvalidArgumentError):
-    """An `InvalidArgumentError` that passed through TVM's C++, which keeps only its message."""
+    """An `InvalidArgumentError` that passed through C++. See tvm_workarounds: ffi-errors."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message.removesuffix("."))

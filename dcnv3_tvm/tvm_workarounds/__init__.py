@@ -13,6 +13,32 @@ from collections.abc import Mapping
 from typing import Final
 
 DEFECTS: Final[Mapping[str, str]] = {
+    # Relax and targets
+    "script-metadata": "A printed module holds the result type of a registered operator in its "
+    "metadata; its parser creates symbolic variables there that are not the function's.",
+    "ffi-errors": "An exception of Python that passes through C++ keeps only its message.",
+    "unknown-cpu": "For a CPU that LLVM does not know, TVM prints a warning and builds generic "
+    "code.",
+    # TensorIR
+    "libm-calls": "For LLVM targets, exp and erf become one call of the C library per element.",
+    "bfloat16-operands": "BF16ComputeLegalize converts the bfloat16 operands of an LLVM intrinsic "
+    "to float32.",
+    "vector-sum": "No operation adds the elements of a vector; halving it goes through memory. A "
+    "call of an LLVM intrinsic cannot set the flag reassoc.",
+    "constant-comparison": "Code generation fails on a vector of comparisons of constants.",
+    "dynamic-extents": "With dynamic extents, TVM cannot prove how much of a buffer a thread "
+    "accesses, or that a block is a plain reduction.",
+    "unit-extent-guard": "If the extent of an axis is 1, the guard of threads beyond it is "
+    "removed; they would store as well.",
+    "transformed-layout": "A block with a transformed layout is not recognized as complete, and "
+    "cannot be moved afterwards.",
+    "cache-write-bounds": "A write cache of a part of an output loses the bounds check: after tiling, "
+    "or if the output has more dimensions than the block and the only thread block is partial.",
+    "shared-memory-barrier": "ThreadSync omits the barrier between a store to shared memory and a "
+    "load of the same element with another thread axis in its index.",
+    "allreduce-copies": "LowerCrossThreadReduction cannot lower two unrolled copies of a "
+    "reduction.",
+    "warp-vectors": "VectorizeLoop leaves buffers of scope warp scalar.",
     # Lowering for GPUs
     "lower-warp-memory": "LowerWarpMemory lowers one buffer of scope warp per run and leaves those "
     "allocated after it (as in https://github.com/apache/tvm/issues/5366). It also fails if "

@@ -1,4 +1,7 @@
-"""CUDA source kept by a build, and replaced by cubins on export (defect ``cuda-source``)."""
+"""Keep CUDA source in a build, and replace it by cubins on export.
+
+See tvm_workarounds: cuda-source.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tvm import ir, tirx
 
 @tvm.transform.module_pass(opt_level=0, name="dcnv3_tvm.LowerWarpMemory")
 def lower_warp_memory(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
-    """Lower all buffers of scope ``"warp"`` (defect ``lower-warp-memory``)."""
+    """Lower all buffers of scope ``"warp"``. See tvm_workarounds: lower-warp-memory."""
     for _ in range(max(map(_count_warp_buffers, module.functions.values()), default=0)):
         module = tirx.transform.LowerWarpMemory()(module)
     return module
@@ -27,9 +27,10 @@ def _count_warp_buffers(func: tirx.PrimFunc) -> int:
 
 @tirx.transform.prim_func_pass(opt_level=0, name="dcnv3_tvm.MergeConditionals")
 def merge_conditionals(func: tirx.PrimFunc, _module: Any, _context: Any) -> tirx.PrimFunc:
-    """Rewrite ``if c: a`` followed by ``if c: b`` to ``if c: a; b`` (defect ``tail-guards``).
+    """Rewrite ``if c: a`` followed by ``if c: b`` to ``if c: a; b``.
 
     Only conditions on variables are merged: ``a`` may change what a condition reads from memory.
+    See tvm_workarounds: tail-guards.
     """
     return func.with_body(tvm_ffi.structural_map(func.body, (tirx.SeqStmt, _merge)))
 

@@ -13,7 +13,7 @@ _SET_MAX_CONCURRENCY: Final = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
 
 @contextlib.contextmanager
 def without_torch() -> Iterator[None]:
-    """While entered, importing PyTorch fails unless it is imported (defect ``ffi-torch``)."""
+    """Block a first import of PyTorch. See tvm_workarounds: ffi-torch."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # Python's way to block an import
@@ -25,7 +25,7 @@ def without_torch() -> Iterator[None]:
 
 
 def set_max_concurrency(threads: int) -> None:
-    """Set the size of thread pools that are yet to be created (defect ``thread-pool-size``)."""
+    """Set the size of future thread pools. See tvm_workarounds: thread-pool-size."""
     function = getattr(ctypes.CDLL(None), _SET_MAX_CONCURRENCY, None)
     if function is not None:
         function(ctypes.c_int(threads))

@@ -13,8 +13,8 @@ from dcnv3_tvm.kernels.packing import PAIR
 _DOT: Final = "dcnv3_tvm.dot_bf16_16x2"
 _LANES: Final = 16
 
-# TVM legalizes every bfloat16 value to float32, even the operands of an LLVM intrinsic. So pairs
-# are passed as int32 to this function, which LLVM inlines.
+# Pairs are passed as int32 to this function, which LLVM inlines.
+# See tvm_workarounds: bfloat16-operands.
 _CODE: Final = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 

@@ -16,8 +16,7 @@ _SUFFIXES: Final = {"float32": "f32", "float64": "f64"}
 def sum_lanes(sch: s_tir.Schedule, total: SBlockRV, lane: LoopRV, task: LoopRV, dtype: str) -> None:
     """Replace a block that adds the elements of a vector by LLVM's vector reduction.
 
-    TVM can only express it by halving the vector in memory, which LLVM compiles to moves through
-    general-purpose registers.
+    See tvm_workarounds: vector-sum.
 
     Parameters
     ----------
@@ -43,7 +42,7 @@ def _name(width: int, dtype: str) -> str:
 
 
 def _code(width: int, dtype: str) -> str:
-    """Return LLVM code of the reduction. TVM's own call cannot set the ``reassoc`` flag."""
+    """Return LLVM code of the reduction."""
     scalar = _LLVM_TYPES[dtype]
     reduce = f"@llvm.vector.reduce.fadd.v{width}{_SUFFIXES[dtype]}"
     return f"""

@@ -51,8 +51,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
     if "patch" not in names:
         return Refusal("needs the kernel variant with vector loads; this is the one for CPUs")
 
-    # Step 1. Cache the output in registers. Before tiling, because TVM loses the bounds check of a
-    # cache that covers a part of an output.
+    # Step 1. Cache the output in registers, before tiling. See tvm_workarounds: cache-write-bounds.
     store = sch.get_sblock("store")
     out_local = sch.cache_write(store, 0, "local")
 

@@ -87,8 +87,7 @@ class OutputSize:
     def max_block_pixels(self) -> int:
         """Most pixels of a block: those of an image, or the most along a dynamic axis.
 
-        A block must not have more pixels than an image. For an image of one row and one column,
-        TVM emits no bounds check, and threads of absent pixels would store as well.
+        A block must not have more pixels than an image. See tvm_workarounds: unit-extent-guard.
         """
         return (self.rows or _PIXELS[-1]) * (self.columns or _PIXELS[-1])
 

@@ -77,7 +77,7 @@ def _transposed_axis(
     across = positions[-1] if positions else None
     if across is None or None in positions or along not in positions or across == along:
         return None
-    # TVM cannot allocate a tile of dynamic extents.
+    # No tile of dynamic extents. See tvm_workarounds: dynamic-extents.
     sizes = [static(sch.get(loops[axis]).extent) or 0 for axis in (across, along)]
     return across if min(sizes) > _NARROW else None
 
@@ -139,7 +139,7 @@ def _vectorize(
     elements = math.prod(size for size in known if size is not None)
     others = [loop for axis, loop in enumerate(loops) if axis != along]
     few = None not in known and elements < vector * BANDWIDTH_THREADS
-    # With dynamic inner axes TVM cannot always prove how few elements a thread's copy has.
+    # No copy to registers with dynamic inner axes. See tvm_workarounds: dynamic-extents.
     if vector == 1 or few or None in known[1:]:
         bind_elements(sch, sch.fuse(*others, loops[along]))
         return

@@ -101,8 +101,8 @@ class ChannelThreads:
         Neighbouring channels that a thread loads at once.
     scope : str
         Scope of the sums of a row: ``"local"`` in a warp, which reduces by shuffles, else
-        ``"shared"``. With several warps a block must have only one row, because TVM omits the
-        barrier for an element of shared memory that is indexed by another thread axis.
+        ``"shared"``. With several warps a block must have only one row. See tvm_workarounds:
+        shared-memory-barrier.
     """
 
     lanes: int
@@ -140,8 +140,7 @@ class ChannelThreads:
         """
         step = self.split(sch, channel, inside)
         sch.unroll(sch.get_loops(block)[-1])
-        # Indexed by the axes of the block: `cache_write` of an output of more dimensions loses its
-        # bounds if the only thread block is not full.
+        # Indexed by the axes of the block. See tvm_workarounds: cache-write-bounds.
         rank = len(sch.get(block).iter_vars)
         place = IndexMap.from_func(lambda *index: index, ndim=rank, index_dtype="int64")
         copy = sch.reindex_cache_write(block, 0, "local", place)
@@ -172,7 +171,7 @@ class ChannelThreads:
             *_, place, channel = sch.get_loops(block)
             self.split(sch, channel)
             unroll_all(sch, [place, sch.get_loops(block)[-1]])
-            # Unrolled by nvcc, because TVM cannot lower two copies of a reduction over threads.
+            # Unrolled by nvcc. See tvm_workarounds: allreduce-copies.
             sch.annotate(place, "pragma_unroll_explicit", 0)
 
 

@@ -97,8 +97,8 @@ def mlp(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFun
     # Step 6. Apply the epilogue and store in vectors.
     store_tile(sch, epilogue, row, warps)
 
-    # Step 7. Load, multiply and store fragments by tensor intrinsics. Layouts are changed last,
-    # because TVM cannot prove that blocks in them are computed completely.
+    # Step 7. Load, multiply and store fragments by tensor intrinsics. Layouts are changed last.
+    # See tvm_workarounds: transformed-layout.
     for block in (inner, hidden):
         sch.transform_layout(block, ("write", 0), fragment_layout(tensor_core.fragment))
     load_fragments(sch, rows_operand, dtype, second=False)
@@ -150,8 +150,8 @@ def _tile_inner(
 def _bind_fragment(sch: s_tir.Schedule, block: SBlockRV) -> None:
     """Bind each fragment of an elementwise block to threads by its layout.
 
-    The loops over a thread's eight elements are not unrolled: TVM could not prove then that an
-    index belongs to the thread.
+    The loops over a thread's eight elements are not unrolled. See tvm_workarounds:
+    lower-warp-memory.
     """
     row, column = sch.get_loops(block)[-2:]
     row, upper, group = sch.split(row, [None, 2, 8])

@@ -109,8 +109,8 @@ class _Threads:
         sch.set_scope(block, 0, "local" if warp else "shared")
         steps = _reduction_loops(sch, block)
         if self.axis is None:
-            # With dynamic extents TVM may not prove that the block is a plain reduction. Then the
-            # first step is detected at run time.
+            # Where this fails, the first step is detected at run time.
+            # See tvm_workarounds: dynamic-extents.
             with contextlib.suppress(ScheduleError):
                 sch.decompose_reduction(block, steps[0])
         else:

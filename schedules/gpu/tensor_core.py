@@ -16,7 +16,7 @@ from tvm.script import tirx as T
 _PAIR: Final = """
 __forceinline__ __device__ float2 dcnv3_tvm_pair(float* from) { return *(float2*)from; }
 """
-"""Loads two neighbouring registers: TVM does not vectorize buffers in scope ``warp``."""
+"""Loads two neighbouring registers. See tvm_workarounds: warp-vectors."""
 
 _PTX: Final = {"float16": "fp16", "bfloat16": "bf16"}
 
