@@ -115,7 +115,7 @@ class CompiledOperator:
     def _run_on_gpu(self, device: str, arguments: Sequence[Any]) -> None:
         present = Gpu.of(_gpu_index(device, str(self.target.attrs["arch"])))
         function = self._function
-        with present.on_stream(present.stream_of(arguments[0])), present.own_errors():
+        with present.on_stream(present.stream_of(arguments[0])), present.translate_errors():
             function(*(tensors.to_kernel(each, gpu.VECTOR_BYTES) for each in arguments))
 
     def _check_device(self, device: str) -> None:

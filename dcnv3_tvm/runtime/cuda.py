@@ -90,7 +90,7 @@ class Gpu:
             _check_not_capturing()
             if self._last_stream not in (None, stream):
                 order = library.tvm_ffi().get_global_func("runtime.Device_StreamSyncFromTo")
-                with self.own_errors():
+                with self.translate_errors():
                     order(self.device, self._last_stream, stream)
             self._last_stream = stream
             yield
@@ -116,7 +116,7 @@ class Gpu:
             try:
                 machine = library.open_executable(code, (DEVICE_TYPE, self.index))
             except ArtifactError as error:
-                gpu_error = self.error(error)
+                gpu_error = self.translate_error(error)
                 if gpu_error is None:
                     raise
                 raise gpu_error from error
@@ -132,7 +132,7 @@ class Gpu:
             If the GPU has too little free memory, or fails.
         """
         needed = f"{format_bytes(total_bytes(tensors.values()))} for weights"
-        with self._lock, _torch_device(self.index), self.own_errors(needed):
+        with self._lock, _torch_device(self.index), self.translate_errors(needed):
             return {name: self._copy_in(tensor, None) for name, tensor in tensors.items()}
 
     def upload(self, host: Any, into: Any = None) -> Any:
@@ -150,7 +150,7 @@ class Gpu:
         DeviceError
             If the GPU has too little free memory, or fails.
         """
-        with self._lock, _torch_device(self.index), self.own_errors():
+        with self._lock, _torch_device(self.index), self.translate_errors():
             return self._copy_in(host, into)
 
     def _copy_in(self, host: Any, into: Any) -> Any:
@@ -170,7 +170,7 @@ class Gpu:
             If the GPU fails.
         """
         ffi = library.tvm_ffi()
-        with self._lock, _torch_device(self.index), self.own_errors():
+        with self._lock, _torch_device(self.index), self.translate_errors():
             self._synchronize(stream)
             copy = ffi.get_global_func("runtime.TVMTensorCopyToBytes")
             copy(tensor, ctypes.c_void_p(buffer.ctypes.data), buffer.nbytes)
@@ -195,17 +195,19 @@ class Gpu:
                 return None
 
     @contextlib.contextmanager
-    def own_errors(self, needed: str | None = None) -> Iterator[None]:
-        """Raise failures of this GPU as the error that `error` returns."""
+    def translate_errors(self, needed: str | None = None) -> Iterator[None]:
+        """Raise failures of this GPU as `translate_error` returns them."""
         try:
             yield
         except (RuntimeError, ValueError, TypeError) as error:
-            gpu_error = self.error(error, needed=needed)
+            gpu_error = self.translate_error(error, needed=needed)
             if gpu_error is None:
                 raise
             raise gpu_error from error
 
-    def error(self, error: BaseException, *, needed: str | None = None) -> DCNv3Error | None:
+    def translate_error(
+        self, error: BaseException, *, needed: str | None = None
+    ) -> DCNv3Error | None:
         """Convert an error of TVM that reports a failure of this GPU; None for any other error.
 
         Parameters

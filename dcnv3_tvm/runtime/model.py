@@ -229,9 +229,9 @@ class CompiledModel:
         if self._gpu is not None:
             activations = self.metadata.activation_bytes.get(name)
             needed = cuda.needed_memory(self._weight_bytes, activations)
-            told = self._gpu.error(error, needed=needed)
-            if told is not None:
-                return told
+            gpu_error = self._gpu.translate_error(error, needed=needed)
+            if gpu_error is not None:
+                return gpu_error
         return InvalidArgumentError("the compiled model rejects the input", got=first_line(error))
 
 

@@ -172,15 +172,17 @@ def test_errors_of_the_gpu(fake_gpu, monkeypatch):
     cudart = FakeCudart()
     monkeypatch.setattr(cuda_toolkit, "load_cudart", lambda: cudart)
     needed = cuda.needed_memory(2_500_000_000, 1_500_000)
-    message = str(fake_gpu.error(OUT_OF_MEMORY, needed=needed))
+    message = str(fake_gpu.translate_error(OUT_OF_MEMORY, needed=needed))
     assert "needed: 2.50 GB for weights and 1.5 MB for a call, free: 5.0 MB" in message
     assert "torch.cuda.empty_cache()" in message
     assert cudart.cleared == 1
     assert "an unknown amount for a call" in cuda.needed_memory(1, None)
-    failed = fake_gpu.error(RuntimeError("CUDALaunch Error: CUDA_ERROR_ILLEGAL_ADDRESS\n grid"))
+    failed = fake_gpu.translate_error(
+        RuntimeError("CUDALaunch Error: CUDA_ERROR_ILLEGAL_ADDRESS\n grid")
+    )
     assert isinstance(failed, DeviceError)
     assert "got CUDALaunch Error: CUDA_ERROR_ILLEGAL_ADDRESS." in str(failed)
-    assert fake_gpu.error(ValueError("Mismatched shape")) is None
+    assert fake_gpu.translate_error(ValueError("Mismatched shape")) is None
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
