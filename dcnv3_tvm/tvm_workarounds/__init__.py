@@ -32,8 +32,9 @@ DEFECTS: Final[Mapping[str, str]] = {
     "removed; they would store as well.",
     "transformed-layout": "A block with a transformed layout is not recognized as complete, and "
     "cannot be moved afterwards.",
-    "cache-write-bounds": "A write cache of a part of an output loses the bounds check: after tiling, "
-    "or if the output has more dimensions than the block and the only thread block is partial.",
+    "cache-write-bounds": "A write cache of a part of an output loses the bounds check: after "
+    "tiling, or if the output has more dimensions than the block and the only thread block is "
+    "partial.",
     "shared-memory-barrier": "ThreadSync omits the barrier between a store to shared memory and a "
     "load of the same element with another thread axis in its index.",
     "allreduce-copies": "LowerCrossThreadReduction cannot lower two unrolled copies of a "
