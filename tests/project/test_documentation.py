@@ -96,7 +96,7 @@ def test_each_verb_is_shown():
         for command in block.commands
         if command[:1] == ["dcnv3-tvm"]
     }
-    assert shown == set(cli._VERBS)
+    assert shown == set(cli.VERBS)
 
 
 def test_files_that_are_named_exist():
