@@ -1,1 +1,1 @@
-"""DCNv3 itself: reference, TensorIR, Relax operator, PyTorch operator; and the encoder's layers."""
+"""The DCNv3 operator: reference, TensorIR kernels, Relax operators."""

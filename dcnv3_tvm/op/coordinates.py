@@ -27,47 +27,12 @@ sampling points lie outside the image, because zero times infinity is NaN.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Final, NamedTuple
+from typing import Any
 
 from tvm import tirx
 
-from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.expr import int64, static
 from dcnv3_tvm.spec import DCNv3Spec
-
-MAX_SIDE: Final = 2**24
-"""Largest height and width: float32 represents all integers up to here, so borders are exact."""
-
-
-class Sizes(NamedTuple):
-    """Extents as int64 expressions: constants, or variables where the problem is dynamic."""
-
-    batch: Any
-    height: Any
-    width: Any
-    out_height: Any
-    out_width: Any
-
-    @classmethod
-    def of(cls, spec: DCNv3Spec) -> Sizes:
-        """Return the extents of a problem, with a new variable for each dynamic one.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If height or width exceeds `MAX_SIDE`.
-        """
-        given = {"n": spec.batch, "height": spec.height, "width": spec.width}
-        for name in ("height", "width"):
-            if (given[name] or 0) > MAX_SIDE:
-                raise InvalidArgumentError(
-                    f"the {name} is too large", got=given[name], allowed=f"at most {MAX_SIDE}"
-                )
-        batch, height, width = (
-            tirx.Var(name, "int64") if size is None else int64(size) for name, size in given.items()
-        )
-        outputs = (spec.output_extent(size, axis) for axis, size in enumerate((height, width)))
-        return cls(batch, height, width, *outputs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""TensorIR expressions: int64 extents, static sizes, row-major positions.
+"""TensorIR expressions of extents and indices.
 
-All extents and loop variables are int64, so that more than 2**31 elements are addressed correctly.
+All extents and loop variables are int64, so that tensors of more than 2**31 elements are addressed
+correctly.
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ from typing import Any, Final
 from tvm import tirx
 
 KERNEL_ATTR: Final = "dcnv3_tvm.kernel"
-"""Function attribute that names the kernel, by which schedule rules recognise it."""
+"""Function attribute with the name of the kernel, which schedule rules look for."""
 
 
 def int64(value: Any) -> Any:
-    """Return a Python integer or a constant as an int64 constant; other expressions unchanged."""
+    """Convert a Python integer or constant to an int64 constant; return other expressions as is."""
     if isinstance(value, tirx.IntImm):
         value = value.value
     return tirx.IntImm("int64", int(value)) if hasattr(value, "__index__") else value
 
 
 def static(value: Any) -> int | None:
-    """Return the value of a constant extent, ``None`` for a symbolic one."""
+    """Return the value of a constant extent, ``None`` for a dynamic one."""
     if isinstance(value, tirx.IntImm):
         return int(value.value)
     return int(value) if hasattr(value, "__index__") else None
 
 
 def product(extents: Sequence[Any]) -> Any:
-    """Multiply extents, constants first, so that a symbolic product keeps its constant factor."""
+    """Multiply extents, constants first, so that a dynamic product has one constant factor."""
     constant = math.prod(size for size in map(static, extents) if size is not None)
     symbolic = [size for size in extents if static(size) is None]
     return math.prod(symbolic, start=int64(constant)) if symbolic else int64(constant)
@@ -44,7 +45,7 @@ def constant_factor(extent: Any) -> int:
 
 
 def unflatten(index: Any, extents: Sequence[Any]) -> list[Any]:
-    """Split a row-major position into one index an extent."""
+    """Split a row-major position into one index per extent."""
     indices: list[Any] = []
     for size in reversed(extents[1:]):
         indices.append(tirx.floormod(index, size))
@@ -53,5 +54,5 @@ def unflatten(index: Any, extents: Sequence[Any]) -> list[Any]:
 
 
 def cast(dtype: str, value: Any) -> Any:
-    """Convert an expression to a type; it stays as it is where it has that type."""
+    """Cast an expression, unless it already has the type."""
     return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)

@@ -9,10 +9,11 @@ from typing import Any, Final
 from tvm import tirx
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.op.coordinates import AxisCoordinates, Sizes
+from dcnv3_tvm.op.coordinates import AxisCoordinates
 from dcnv3_tvm.op.expr import int64
 from dcnv3_tvm.op.math import exp
 from dcnv3_tvm.op.prim_func_builder import allocate
+from dcnv3_tvm.op.sizes import Sizes
 from dcnv3_tvm.spec import DCNv3Spec
 
 _INT32_LIMIT: Final = 2**31
@@ -26,8 +27,6 @@ class SamplingKernel:
     ----------
     spec : DCNv3Spec
         The problem.
-    sizes : Sizes
-        Its extents.
     vector_loads : bool
         The variant, as in `dcnv3_tvm.op.tensorir.dcnv3`.
     mask_start : int
@@ -37,7 +36,6 @@ class SamplingKernel:
     """
 
     spec: DCNv3Spec
-    sizes: Sizes
     vector_loads: bool
     mask_start: int = 0
     center_feature: bool = False
@@ -49,9 +47,9 @@ class SamplingKernel:
 
     @property
     def has_pixel_index(self) -> bool:
-        """Whether the place of each patch is computed as one index, rather than a row and column.
+        """Whether a patch is located by one index, computed once, instead of a row and a column.
 
-        With a dynamic width, LLVM would have to divide by it.
+        With scalar loads and a dynamic width, reading from an index would need divisions.
         """
         return self.vector_loads or self.spec.width is not None
 
@@ -62,7 +60,7 @@ class SamplingKernel:
 
     @property
     def index_dtype(self) -> str:
-        """Integer type of the index of a patch: int32 where it is large enough."""
+        """Type of the index of a patch: int32 if that can hold every index."""
         spec = self.spec
         largest = (spec.height or _INT32_LIMIT) * (spec.width or _INT32_LIMIT)
         if self.vector_loads:
@@ -86,6 +84,11 @@ class SamplingKernel:
         return *self.group_extents, int64(self.spec.group_channels)
 
     @functools.cached_property
+    def sizes(self) -> Sizes:
+        """Extents of the problem."""
+        return Sizes.of(self.spec)
+
+    @functools.cached_property
     def rows(self) -> AxisCoordinates:
         """Coordinates along the height of the image."""
         return AxisCoordinates(self.spec, 0, self.sizes.height, minmax_drops_nan=self.vector_loads)
@@ -96,7 +99,7 @@ class SamplingKernel:
         return AxisCoordinates(self.spec, 1, self.sizes.width, minmax_drops_nan=self.vector_loads)
 
     def exp(self, value: Any) -> Any:
-        """Return e**value: the target's own on GPUs, a polynomial that LLVM vectorizes on CPUs."""
+        """Return e**value: the target's function on GPUs, vectorizable arithmetic on CPUs."""
         return tirx.exp(value) if self.vector_loads else exp(value)
 
     def constant(self, value: float) -> Any:
@@ -108,7 +111,7 @@ class SamplingKernel:
         return tirx.Cast(self.dtype, value)
 
     def channel(self, group: Any, index: Any) -> Any:
-        """Return the channel of x that is number `index` of a group."""
+        """Return the channel of x for a channel `index` of a group."""
         return group * int64(self.spec.group_channels) + index
 
 

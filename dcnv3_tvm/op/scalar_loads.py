@@ -35,7 +35,7 @@ def emit_pixel_index(kernel: SamplingKernel, buffers: Buffers) -> None:
 def emit_sum(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any) -> None:
     """Add up the four weighted pixels of every point."""
     weight, total = buffers.weight, buffers.total
-    *_, height, width = kernel.sizes[:3]
+    height, width = kernel.sizes.height, kernel.sizes.width
     extents = (*kernel.point_extents, kernel.channel_extents[-1])
     with block("sum", extents, "SSSSRS") as (n, y, x, g, p, c):
         channel = kernel.channel(g, c)

@@ -12,7 +12,6 @@ from tvm import tirx
 from dcnv3_tvm import gpu
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op.coordinates import Sizes
 from dcnv3_tvm.op.prim_func_builder import argument, function
 from dcnv3_tvm.op.sampling import emit_sampling
 from dcnv3_tvm.op.sampling_kernel import SamplingKernel
@@ -22,8 +21,8 @@ SPEC_ATTR: Final = "dcnv3_tvm.spec"
 """Function attribute that holds the problem, as JSON; `spec_of` reads it."""
 
 PACKED_MULTIPLE: Final = 16
-"""The packed tensor's channels are padded to a multiple of this, so that the matmul that computes
-it has full vectors."""
+"""The channels of the packed tensor are padded to a multiple of this, a size that suits the matmul
+that computes it."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -45,18 +44,14 @@ def dcnv3(spec: DCNv3Spec, *, vector_loads: bool = False) -> tirx.PrimFunc:
     tvm.tirx.PrimFunc
         Function of ``(x, offset, mask, out)``, with the shapes of `DCNv3Spec`, unscheduled.
     """
-    kernel = SamplingKernel(spec, Sizes.of(spec), vector_loads)
-    batch, _, _, *out_size = kernel.sizes
+    kernel = SamplingKernel(spec, vector_loads)
+    sizes, dtype = kernel.sizes, spec.dtype
+    declare = functools.partial(_tensor, vector_loads=vector_loads)
     with function("dcnv3", _attributes(spec)) as builder:
-        x, offset, mask, out = (
-            _tensor(name, shape, spec.dtype, vector_loads)
-            for name, shape in {
-                "x": (*kernel.sizes[:3], spec.channels),
-                "offset": (batch, *out_size, spec.offset_channels),
-                "mask": (batch, *out_size, spec.mask_channels),
-                "out": (batch, *out_size, spec.channels),
-            }.items()
-        )
+        x = declare("x", sizes.input_shape(spec.channels), dtype)
+        offset = declare("offset", sizes.output_shape(spec.offset_channels), dtype)
+        mask = declare("mask", sizes.output_shape(spec.mask_channels), dtype)
+        out = declare("out", sizes.output_shape(spec.channels), dtype)
         emit_sampling(kernel, x, offset, mask, out)
     return builder.get()
 
@@ -104,22 +99,15 @@ def dcnv3_packed(
             hint="Use dataclasses.replace(spec, softmax=True), or the kernel dcnv3(spec).",
         )
     kernel = SamplingKernel(
-        spec,
-        Sizes.of(spec),
-        vector_loads,
-        mask_start=spec.offset_channels,
-        center_feature=center_feature,
+        spec, vector_loads, mask_start=spec.offset_channels, center_feature=center_feature
     )
-    batch, _, _, *out_size = kernel.sizes
+    sizes, dtype = kernel.sizes, spec.dtype
+    packed = packed_channels(spec, center_feature=center_feature)
+    declare = functools.partial(_tensor, vector_loads=vector_loads)
     with function("dcnv3_packed", _attributes(spec)) as builder:
-        x = _tensor("x", (*kernel.sizes[:3], spec.channels), spec.dtype, vector_loads)
-        packed = packed_channels(spec, center_feature=center_feature)
-        offset_mask = _tensor(
-            "offset_mask", (batch, *out_size, packed), offset_dtype or spec.dtype, vector_loads
-        )
-        out = _tensor(
-            "out", (batch, *out_size, spec.channels), out_dtype or spec.dtype, vector_loads
-        )
+        x = declare("x", sizes.input_shape(spec.channels), dtype)
+        offset_mask = declare("offset_mask", sizes.output_shape(packed), offset_dtype or dtype)
+        out = declare("out", sizes.output_shape(spec.channels), out_dtype or dtype)
         emit_sampling(kernel, x, offset_mask, offset_mask, out)
     return builder.get()
 
@@ -140,11 +128,11 @@ def _attributes(spec: DCNv3Spec) -> dict[str, Any]:
     return {SPEC_ATTR: json.dumps(spec.to_json())}
 
 
-def _tensor(name: str, shape: Sequence[Any], dtype: str, vector_loads: bool) -> Any:
-    """Declare a tensor argument, aligned for vector loads or for its elements only.
+def _tensor(name: str, shape: Sequence[Any], dtype: str, *, vector_loads: bool) -> Any:
+    """Declare a tensor argument, aligned for vector loads or only for its elements.
 
-    TVM's default alignment of 64 bytes is wrong for an array of NumPy or a slice of one. TVM gives
-    copies in registers the alignment of the tensor that they copy.
+    TVM would assume 64 bytes, to which NumPy arrays and slices need not be aligned. Schedules
+    copy the alignment of an argument to the register buffers that cache it.
     """
     align = gpu.VECTOR_BYTES if vector_loads else DTYPE_BYTES[dtype]
     return argument(name, shape, dtype, align=align)

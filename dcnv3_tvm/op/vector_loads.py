@@ -17,7 +17,7 @@ from dcnv3_tvm.op.sampling_kernel import Buffers, SamplingKernel
 
 
 def emit_vector_index(kernel: SamplingKernel, buffers: Buffers) -> None:
-    """Compute where in x the group's channels of the first pixel of each patch are, in vectors."""
+    """Compute the index in x, in vectors, of the first pixel of each patch and of its group."""
     spec, sizes, dtype = kernel.spec, kernel.sizes, kernel.index_dtype
     vectors = int64(spec.channels // kernel.vector_channels)
     group_vectors = int64(spec.group_channels // kernel.vector_channels)
@@ -28,7 +28,7 @@ def emit_vector_index(kernel: SamplingKernel, buffers: Buffers) -> None:
             for buffer in (buffers.row, buffers.column)
         )
         relative = row * tirx.Cast(dtype, sizes.width) + column
-        # The part that all points of a group share is separate, so that it is computed once.
+        # The part that the points of a group share is a separate term, so that it is computed once.
         anchor = (n * sizes.height + kernel.rows.anchor(y)) * sizes.width + kernel.columns.anchor(x)
         shared = anchor * vectors + g * group_vectors
         return relative * tirx.Cast(dtype, vectors) + tirx.Cast(dtype, shared)
@@ -38,15 +38,15 @@ def emit_vector_index(kernel: SamplingKernel, buffers: Buffers) -> None:
 
 def emit_patch(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any) -> None:
     """Copy the four pixels of every point."""
-    *_, height, width = kernel.sizes[:3]
+    height, width = kernel.sizes.height, kernel.sizes.width
     extents = (*kernel.point_extents, 2, 2, kernel.channel_extents[-1])
     with block("patch", extents, "SSSSSSSS") as (n, y, x, g, p, r, s, c):
         index = buffers.index[n, y, x, g, p]
         # The pixels read depend on data: declare the whole image.
         T.reads(index, x_tensor[n, 0:height, 0:width, kernel.channel(g, c)])
         T.writes(buffers.patch[n, y, x, g, p, r, s, c])
-        # All in the last index, beyond the extent of its axis: when TVM flattens x, it is the same
-        # element.
+        # The whole position is in the last index, beyond the extent of its axis: when TVM flattens
+        # x, this is the intended element.
         element = x_tensor[0, 0, 0, _patch_element(kernel, index, r, s, c)]
         T.buffer_store(buffers.patch, element, [n, y, x, g, p, r, s, c])
 
@@ -76,7 +76,7 @@ def emit_center(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any) -> None
 def _patch_element(kernel: SamplingKernel, index: Any, r: Any, s: Any, channel: Any) -> Any:
     """Return the place, in the flattened x, of a channel of a group at corner (r, s) of a patch.
 
-    The index is unsigned: with a sign, nvcc would widen it first and add in 64 bits.
+    The addition is unsigned, because nvcc would do a signed one in 64 bits.
     """
     vector = int64(kernel.vector_channels)
     unsigned = f"u{kernel.index_dtype}"

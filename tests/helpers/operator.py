@@ -1,4 +1,4 @@
-"""Runs compiled DCNv3 kernels on arrays, and holds what comes out against the reference."""
+"""Run compiled DCNv3 kernels on arrays, and compare the results with the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from helpers.specs import Inputs
 def arguments(
     spec: DCNv3Spec, inputs: Inputs, packed: bool = False, gate: Array | None = None
 ) -> list[Array]:
-    """Return what a kernel of `dcnv3_tvm.op.tensorir` takes before its output.
+    """Return the inputs of a kernel of `dcnv3_tvm.op.tensorir`; padding channels are NaN.
 
     Parameters
     ----------
@@ -27,17 +27,17 @@ def arguments(
     inputs : Inputs
         Its inputs.
     packed : bool
-        Whether the kernel takes offsets and logits in one tensor.
+        Whether the kernel is `dcnv3_packed`.
     gate : numpy.ndarray, optional
-        Logits (N, Ho, Wo, group) of a packed kernel that blends its result with its input.
+        Logits of the center feature (N, Ho, Wo, group), for a packed kernel that has it.
     """
     if not packed:
         return [inputs.x, inputs.offset, inputs.mask]
     parts = [inputs.offset, inputs.mask, *([] if gate is None else [gate])]
     used = np.concatenate(parts, axis=-1)
     channels = tensorir.packed_channels(spec, center_feature=gate is not None)
-    filling = np.full((*used.shape[:3], channels - used.shape[3]), np.nan, used.dtype)
-    return [inputs.x, np.concatenate([used, filling], axis=-1)]
+    padding = np.full((*used.shape[:3], channels - used.shape[3]), np.nan, used.dtype)
+    return [inputs.x, np.concatenate([used, padding], axis=-1)]
 
 
 def output_shape(spec: DCNv3Spec, inputs: Inputs) -> tuple[int, ...]:
@@ -48,10 +48,7 @@ def output_shape(spec: DCNv3Spec, inputs: Inputs) -> tuple[int, ...]:
 def run(
     kernel: Any, spec: DCNv3Spec, inputs: Inputs, packed: bool = False, gate: Array | None = None
 ) -> Array:
-    """Run a compiled kernel into an output full of NaN; fails if it writes outside.
-
-    Parameters are those of `arguments`.
-    """
+    """Run a compiled kernel on the `arguments`; fail if it writes outside its output."""
     out = GuardedOutput(output_shape(spec, inputs), spec.dtype)
     given = arguments(spec, inputs, packed, gate)
     kernel(*(tensors.to_kernel(array) for array in given), out.argument)
@@ -59,9 +56,9 @@ def run(
 
 
 def check(out: Array, spec: DCNv3Spec, inputs: Inputs, gate: Array | None = None) -> None:
-    """Fail where an output is further from the reference than its error bound.
+    """Assert that a result is within its error bound of the reference.
 
-    A blend is held to the bound of what is blended.
+    With the center feature, the bound is that of the result before the blend.
     """
     reference = dcnv3_reference(inputs.x, inputs.offset, inputs.mask, spec)
     if gate is not None:

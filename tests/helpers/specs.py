@@ -1,4 +1,4 @@
-"""Random DCNv3 problems and inputs: hypothesis strategies for property-based tests."""
+"""Random DCNv3 problems and inputs for property-based tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDE = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arguments of one call, of the problem's dtype."""
+    """Arguments of one call, in the problem's dtype."""
 
     x: Array
     offset: Array
@@ -28,10 +28,10 @@ class Inputs:
 
 @st.composite
 def specs(draw: st.DrawFn, dtype: str = "float32") -> DCNv3Spec:
-    """Draw static problems of every kind that the operator takes.
+    """Draw static problems.
 
     Kernels from 1x1 to 7x7, even and non-square; strides, padding and dilations that differ by
-    axis; images from 1x1 on, odd, and now and then 1000 wide; groups and channels of all sorts.
+    axis; images from 1x1, with odd sizes, and some 1000 pixels wide; many groups and channels.
     """
     kernel = (draw(st.integers(1, 7)), draw(st.integers(1, 7)))
     odd = kernel[0] % 2 == 1 and kernel[1] % 2 == 1 and kernel != (1, 1)
@@ -63,23 +63,22 @@ def specs(draw: st.DrawFn, dtype: str = "float32") -> DCNv3Spec:
 
 
 def random_inputs(spec: DCNv3Spec, seed: int = 0, spread: float = 2.0) -> Inputs:
-    """Draw inputs of a static problem: never zeros, borders crossed, some points far outside.
+    """Draw non-zero inputs of a static problem, with points across borders and far outside.
 
     Parameters
     ----------
     spec : DCNv3Spec
         The problem.
     seed : int
-        Of the generator.
+        Seed of the generator.
     spread : float
-        Offsets are uniform within plus or minus this many pixels, but for one in twenty, which is
-        up to 50 times as large.
+        Offsets are uniform within plus or minus this many pixels, except for one in twenty, which
+        is multiplied by 50.
 
     Returns
     -------
     Inputs
-        ``x`` normal; ``mask`` uniform in [0, 1), or logits within plus or minus 8 with
-        ``spec.softmax``.
+        ``x`` is normal; ``mask`` uniform in [0, 1), or in [-8, 8) with ``spec.softmax``.
     """
     rng = np.random.default_rng(seed)
     offset = rng.uniform(-spread, spread, _static(spec.offset_shape))

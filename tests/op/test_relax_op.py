@@ -7,8 +7,10 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.tolerances import operator_bound
 from helpers.specs import random_inputs
+from helpers.structure import block_names
 
 GROUP2 = {"group": 2}
 
@@ -294,6 +296,13 @@ def test_legalizes_and_runs(softmax):
     assert call_of(module).op == tvm.ir.Op.get("relax.call_tir")
     machine = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
     check_run(machine, spec)
+
+
+def test_legalizes_to_the_variant_for_the_current_target():
+    with resolve_target("cuda-sm90"):
+        module = relax.transform.LegalizeOps()(symbolic_module())
+    (kernel,) = (func for func in module.functions.values() if isinstance(func, tirx.PrimFunc))
+    assert "patch" in block_names(kernel)
 
 
 def test_legalizes_symbolic_shapes_and_runs():

@@ -20,6 +20,7 @@ from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.tolerances import operator_bound
 from helpers.operator import check, run
 from helpers.specs import Inputs, random_inputs, specs
+from helpers.structure import block_names
 
 
 def compile_kernels(kernels):
@@ -159,23 +160,27 @@ def test_width_beyond_float32_integers_raises():
         tensorir.dcnv3(DCNv3Spec.of((1, 1, 2**24 + 1, 1), group=1))
 
 
+SOFTMAX_BLOCKS = ["softmax_max", "softmax_exp", "softmax_sum"]
+WEIGHT_BLOCKS = ["coordinates", "corners", "weights"]
+
+
+@pytest.mark.parametrize("vector_loads", [False, True], ids=["scalar", "vector"])
 @pytest.mark.parametrize("build", [tensorir.dcnv3, tensorir.dcnv3_packed])
-def test_name_blocks_and_attributes(build):
+def test_name_blocks_and_attributes(build, vector_loads):
     spec = DCNv3Spec.of((1, 4, 5, 6), group=2, softmax=True)
-    func = build(spec)
-    schedule = tvm.s_tir.Schedule(func)
-    blocks = schedule.get_child_blocks(schedule.get_sblock("root"))
-    assert [schedule.get(block).name_hint for block in blocks] == [
-        "softmax_max",
-        "softmax_exp",
-        "softmax_sum",
-        "coordinates",
-        "corners",
-        "weights",
-        "pixels",
-        "sum",
-        "store",
-    ]
+    func = build(spec, vector_loads=vector_loads)
+    load = ["patch"] if vector_loads else []
+    expected = [*SOFTMAX_BLOCKS, *WEIGHT_BLOCKS, "pixels", *load, "sum", "store"]
+    assert block_names(func)[1:] == expected  # after the root block
     assert func.attrs[KERNEL_ATTR] == build.__name__
     assert tensorir.spec_of(func) == spec
     assert func.attrs["global_symbol"] == build.__name__
+
+
+@pytest.mark.parametrize("vector_loads", [False, True], ids=["scalar", "vector"])
+def test_blocks_of_the_center_feature(vector_loads):
+    spec = DCNv3Spec.of((1, 4, None, 6), group=2, softmax=True)
+    func = tensorir.dcnv3_packed(spec, center_feature=True, vector_loads=vector_loads)
+    added = ["pixels", "patch", "center", "gate"] if vector_loads else ["gate"]
+    expected = {*SOFTMAX_BLOCKS, *WEIGHT_BLOCKS, "sum", "store", *added}
+    assert set(block_names(func)[1:]) == expected
