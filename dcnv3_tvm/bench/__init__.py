@@ -1,1 +1,1 @@
-"""Benchmarks of the operator and the encoder, beside what people run otherwise, on this machine."""
+"""Benchmarks of the operator and the encoder against other runtimes, on the user's machine."""

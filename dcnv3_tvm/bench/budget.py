@@ -1,4 +1,4 @@
-"""A benchmark that ends in time: what does not fit is left out, and said to be."""
+"""Time budgets: work that would not finish in time is skipped."""
 
 from __future__ import annotations
 
@@ -9,80 +9,75 @@ from typing import TypeVar
 ResultT = TypeVar("ResultT")
 
 
-class NoTimeError(Exception):
-    """A job was not begun, because it would not have ended in time."""
+class OutOfTimeError(Exception):
+    """A job was not started because it would not have finished in time."""
 
 
-class Budget:
-    """Seconds of the clock, from now on.
+class TimeBudget:
+    """A number of seconds, starting now.
 
     Parameters
     ----------
     seconds : float
-        How many.
+        The budget.
     clock : callable
-        Present time in seconds.
+        Current time in seconds.
     """
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = seconds
-        self._clock = clock
+        self.clock = clock
         self._start = clock()
 
     @property
     def spent(self) -> float:
-        """Seconds since the beginning."""
-        return self._clock() - self._start
+        """Seconds since the start."""
+        return self.clock() - self._start
 
     @property
     def left(self) -> float:
-        """Seconds to the end."""
+        """Seconds left."""
         return self.seconds - self.spent
 
+    def part(self, share: float) -> TimeBudget:
+        """Return a budget of a share of the time left, on the same clock."""
+        return TimeBudget(share * self.left, self.clock)
 
-class Allowance:
-    """Seconds for jobs of one sort, within a budget.
+
+class JobBudget:
+    """Seconds for jobs of one kind, within a total budget.
 
     Parameters
     ----------
     seconds : float
-        For all of them.
+        Budget of all jobs.
     expected : float
-        What the first is taken to need; a later one as much as the longest before it.
-    budget : Budget
-        Which must hold, too.
-    clock : callable
-        Present time in seconds.
+        Expected duration of the first job; later jobs are expected to take as long as the longest.
+    total : TimeBudget
+        The total budget.
     """
 
-    def __init__(
-        self,
-        seconds: float,
-        expected: float,
-        budget: Budget,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, seconds: float, expected: float, total: TimeBudget) -> None:
         self._left = seconds
         self._expected = expected
         self._longest = 0.0
-        self._budget = budget
-        self._clock = clock
+        self._total = total
 
-    def do(self, job: Callable[[], ResultT]) -> ResultT:
-        """Do a job.
+    def run(self, job: Callable[[], ResultT]) -> ResultT:
+        """Run a job.
 
         Raises
         ------
-        NoTimeError
-            If there is not the time for it.
+        OutOfTimeError
+            If the expected duration exceeds the time left.
         """
-        expected, left = self._longest or self._expected, min(self._left, self._budget.left)
+        expected, left = self._longest or self._expected, min(self._left, self._total.left)
         if left < expected:
-            raise NoTimeError(f"no time: {expected:.0f} s expected, {max(left, 0.0):.0f} s left")
-        start = self._clock()
+            raise OutOfTimeError(f"no time: {expected:.0f} s expected, {max(left, 0.0):.0f} s left")
+        start = self._total.clock()
         try:
             return job()
         finally:
-            seconds = self._clock() - start
+            seconds = self._total.clock() - start
             self._longest = max(self._longest, seconds)
             self._left -= seconds

@@ -1,4 +1,4 @@
-"""What is measured, as data: operator problems of the encoders' stages, and whole encoders."""
+"""Cases of the CPU benchmarks: operator problems of the encoders' stages, and whole encoders."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dcnv3_tvm.frontend.models.variants import model_config
 from dcnv3_tvm.spec import DCNv3Spec
 
 DETECTION_SIZE: Final = (800, 1344)
-"""Height and width of an image as detection models take it."""
+"""Height and width of a detection model's image."""
 
 DTYPES: Final = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-"""Element types an encoder is measured in, with their short names; float16 on GPUs only."""
+"""Dtypes of encoders and their names in slugs; float16 on GPUs only."""
 
 CPU_DTYPES: Final = ("float32", "bfloat16")
-"""Those of them that an encoder is measured in on a CPU."""
+"""Dtypes of encoders on a CPU."""
 
 SUITE: Final[tuple[tuple[str, tuple[int, int] | None], ...]] = (
     ("internimage_t", None),
@@ -28,25 +28,25 @@ SUITE: Final[tuple[tuple[str, tuple[int, int] | None], ...]] = (
     ("internimage_h", None),
     ("internimage_t", DETECTION_SIZE),
 )
-"""Variants and image sizes (None: the variant's own) whose stages make the operator's suite."""
+"""Variants and image sizes (None: the variant's own) whose stages make up the operator suite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderCase:
-    """A whole encoder on images of one size.
+    """An encoder on images of one size.
 
     Parameters
     ----------
     variant : str
         Name of the model.
     batch : int
-        Images in a call.
+        Batch size.
     size : (int, int)
         Height and width of the image.
     features : bool
-        Without a head: the four feature maps instead of logits.
+        Return the four feature maps instead of logits.
     dtype : str
-        What this library computes products in, one of `DTYPES`; inputs and outputs are float32.
+        Matmul dtype of this library, one of `DTYPES`; inputs and outputs are float32.
     """
 
     variant: str
@@ -57,7 +57,7 @@ class EncoderCase:
 
     @property
     def slug(self) -> str:
-        """Short unique name, in the manner of `DCNv3Spec.slug`."""
+        """Unique short name, like `DCNv3Spec.slug`."""
         height, width = self.size
         kind = "-features" if self.features else ""
         return f"{self.variant}-n{self.batch}-h{height}-w{width}{kind}-{DTYPES[self.dtype]}"
@@ -71,12 +71,12 @@ def encoder_case(
     features: bool = False,
     dtype: str = "float32",
 ) -> EncoderCase:
-    """Describe an encoder, at the variant's own resolution unless a size is given.
+    """Create an encoder case, by default at the resolution of the variant.
 
     Raises
     ------
     InvalidArgumentError
-        If there is no such variant.
+        If the variant is unknown.
 
     Examples
     --------
@@ -95,7 +95,7 @@ def stage_specs(
     Raises
     ------
     InvalidArgumentError
-        If there is no such variant.
+        If the variant is unknown.
 
     Examples
     --------
@@ -107,7 +107,7 @@ def stage_specs(
     rows = zip(config.feature_strides, config.feature_channels, config.groups, strict=True)
     return [
         DCNv3Spec.of(
-            # The stem and every downsampling round up, and so does one division by all of them.
+            # Stem and downsampling round up, which equals one division rounded up.
             (batch, -(-height // stride), -(-width // stride), channels),
             group=group,
             kernel_size=KERNEL_SIZE,
@@ -122,7 +122,7 @@ def stage_specs(
 def suite(
     entries: Sequence[tuple[str, tuple[int, int] | None]] = SUITE, *, batch: int = 1
 ) -> list[DCNv3Spec]:
-    """List the operator problems of several variants, each once."""
+    """List the distinct operator problems of several variants."""
 
     def every() -> Iterator[DCNv3Spec]:
         for variant, size in entries:

@@ -1,7 +1,7 @@
-"""The sampling as ONNX's DeformConv: what one gets who rewrites the model for ONNX Runtime.
+"""DCNv3 as ONNX's DeformConv, for a model rewritten for ONNX Runtime.
 
-DeformConv with one filter of ones a channel is DCNv3, once the offsets are put into its order. The
-operator here can be exported only; it computes nothing in PyTorch.
+DeformConv with one filter of ones per channel computes DCNv3 from reordered offsets. The operator
+defined here can only be exported; it computes nothing in PyTorch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from dcnv3_tvm.bench.sampling import sampling_by
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.spec import DCNv3Params
+from dcnv3_tvm.verify.pytorch_reference import with_sampling
 
 _NAME: Final = "dcnv3_tvm_bench::deform_conv"
 _SCHEMA: Final = (
@@ -23,18 +23,18 @@ _SCHEMA: Final = (
 )
 
 
-def deforming(module: nn.Module) -> nn.Module:
-    """Copy a module that holds twins, with DeformConv in place of ``grid_sample``."""
-    return sampling_by(module, _sample)
+def with_deform_conv(module: nn.Module) -> nn.Module:
+    """Copy a module of `dcnv3_tvm.verify.pytorch_reference`, with DeformConv for the sampling."""
+    return with_sampling(module, _deform_conv)
 
 
-def _sample(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Tensor:
+def _deform_conv(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Tensor:
     if params.remove_center:
-        raise InvalidArgumentError("DeformConv has no kernel without a centre", got=params)
+        raise InvalidArgumentError("DeformConv does not support remove_center", got=params)
     (kernel_h, kernel_w), (dilation_h, dilation_w) = params.kernel_size, params.dilation
     channels = x.shape[-1]
     batch, height, width, _ = offset.shape
-    # Ours goes down the columns of the kernel and has x first; theirs along the rows, y first.
+    # DCNv3 orders points by column with x first, DeformConv by row with y first.
     moved = offset.reshape(batch, height, width, params.group, kernel_w, kernel_h, 2)
     moved = torch.stack([moved[..., 1], moved[..., 0]], dim=-1) * params.offset_scale
     if params.offset_scale != 1.0:
@@ -62,7 +62,7 @@ def _sample(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Ten
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """Return how the exporter writes the operator, for its ``custom_translation_table``."""
+    """Return the exporter's ``custom_translation_table`` for the operator."""
     from onnxscript import opset20
 
     def deform_conv(
@@ -101,7 +101,7 @@ def _shape(
 
 
 def _register() -> None:
-    # The registry of operators belongs to the process, and outlives a reload of this module.
+    # PyTorch's operator registry outlives a reload of this module.
     if hasattr(torch.ops.dcnv3_tvm_bench, "deform_conv"):
         return
     torch.library.define(_NAME, _SCHEMA)

@@ -1,4 +1,4 @@
-"""The module of a problem as an ONNX file, for the runtimes that read one."""
+"""Export of a problem's PyTorch module to ONNX, for the runtimes that read ONNX files."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import torch
 from torch import nn
 
 OPSET: Final = 20
-"""ONNX operator set of the export; GridSample is in it since 16."""
+"""ONNX operator set of the export."""
 
 
 class OnnxFile:
-    """An ONNX file in a temporary folder, which goes away with this object.
+    """An ONNX file in a temporary folder, which is deleted with this object.
 
     Parameters
     ----------
     module : torch.nn.Module
-        What is exported, for the shapes of `inputs`.
+        Module to export, for the shapes of `inputs`.
     inputs : mapping of str to numpy.ndarray
         Arguments by name, in order.
     translations : mapping, optional
-        How operators that the exporter does not know are written.
+        ``custom_translation_table`` of the exporter.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class OnnxFile:
                 custom_translation_table=dict(translations or {}),
             )
             if program is None:
-                raise RuntimeError("the export gave no program")
-            # Weights in a file of their own, because one ONNX file holds no more than 2 GB.
+                raise RuntimeError("torch.onnx.export returned no program")
+            # An ONNX file holds at most 2 GB, so the weights go to a separate file.
             program.save(self.path, external_data=True)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's notes about packages it does not need from the terminal."""
+    """Suppress the exporter's messages about optional packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

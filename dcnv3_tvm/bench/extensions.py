@@ -1,4 +1,4 @@
-"""The published CUDA extensions, where a user has installed them. None is built here."""
+"""The published CUDA extensions DCNv3 and DCNv4, if the user has installed them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcnv3_tvm.bench.runner import first_line
+from dcnv3_tvm.bench.report import failure_text
 from dcnv3_tvm.pytorch.operator import schema
 from dcnv3_tvm.spec import DCNv3Params
 
 _NAME: Final = "dcnv3_tvm_bench::dcnv3_extension"
-_IMAGES_AT_ONCE: Final = 256
-_PADDED: Final = 8
+_IM2COL_STEP: Final = 256
+_CHANNEL_MULTIPLE: Final = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +28,12 @@ class Extension:
     Parameters
     ----------
     name : str
-        What the report calls it.
-    module : str
-        What is imported.
-    function : str
-        What is called of it.
+        Name in the report.
+    module, function : str
+        Function to call and the module that defines it.
     prepare : callable
-        ``prepare(function, x, offset, mask, params)`` brings the inputs into its form and
-        returns the call to be timed.
+        ``prepare(function, x, offset, mask, params)`` converts the inputs and returns the call to
+        be timed.
     """
 
     name: str
@@ -45,17 +43,17 @@ class Extension:
 
     @property
     def loaded(self) -> Any:
-        """The function; raises what its import raises."""
+        """The function; importing it may raise anything."""
         return getattr(importlib.import_module(self.module), self.function)
 
     @property
-    def absence(self) -> str | None:
-        """Why it cannot be used; None where it can."""
+    def import_failure(self) -> str | None:
+        """Why the extension cannot be imported; None if it can."""
         try:
             _ = self.loaded
         except Exception as error:
-            # Built for another PyTorch it may fail in any way.
-            return f"not importable: {first_line(error)}"
+            # An extension built for another PyTorch may fail in any way.
+            return f"not importable: {failure_text(error)}"
         return None
 
 
@@ -65,13 +63,13 @@ def _dcnv3(
     arguments = (
         *(x, offset, mask),
         *(*params.kernel_size, *params.stride, *params.pad, *params.dilation),
-        *(params.group, x.shape[-1] // params.group, params.offset_scale, _IMAGES_AT_ONCE),
+        *(params.group, x.shape[-1] // params.group, params.offset_scale, _IM2COL_STEP),
     )
     return functools.partial(_with_or_without_center, function, arguments, params.remove_center)
 
 
 def _with_or_without_center(function: Any, arguments: tuple[Any, ...], remove: bool) -> Tensor:
-    """Call it; version 1.0 knows no `remove_center`."""
+    """Call the extension; version 1.0 does not take `remove_center`."""
     try:
         result: Tensor = function(*arguments, int(remove))
     except TypeError:
@@ -81,27 +79,27 @@ def _with_or_without_center(function: Any, arguments: tuple[Any, ...], remove: b
     return result
 
 
-def packed(offset: Tensor, mask: Tensor, group: int) -> Tensor:
-    """Bring offsets and mask into the one tensor DCNv4 takes.
+def pack_dcnv4(offset: Tensor, mask: Tensor, group: int) -> Tensor:
+    """Pack offsets and mask into the single tensor that DCNv4 takes.
 
-    It holds, group by group, the offsets of all points and then their masks; its channels are
-    filled up to a multiple of eight.
+    Each group holds the offsets of all its points, then their mask; channels are padded to a
+    multiple of eight.
     """
     lead = offset.shape[:3]
     groups = [tensor.reshape(*lead, group, -1) for tensor in (offset, mask)]
     together = torch.cat(groups, dim=-1).flatten(3)
-    return F.pad(together, (0, -together.shape[-1] % _PADDED)).contiguous()
+    return F.pad(together, (0, -together.shape[-1] % _CHANNEL_MULTIPLE)).contiguous()
 
 
 def _dcnv4(
     function: Any, x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params
 ) -> Callable[[], Tensor]:
-    # It normalises no mask: with one that is ready, it computes what DCNv3 does.
+    # DCNv4 does not normalise the mask; given DCNv3's softmax it computes the same result.
     return functools.partial(
         function.apply,
-        *(x, packed(offset, mask, params.group)),
+        *(x, pack_dcnv4(offset, mask, params.group)),
         *(*params.kernel_size, *params.stride, *params.pad, *params.dilation),
-        *(params.group, x.shape[-1] // params.group, params.offset_scale, _IMAGES_AT_ONCE),
+        *(params.group, x.shape[-1] // params.group, params.offset_scale, _IM2COL_STEP),
         int(params.remove_center),
     )
 
@@ -110,17 +108,13 @@ DCNV3: Final = Extension("DCNv3 extension", "DCNv3", "dcnv3_forward", _dcnv3)
 """OpenGVLab/InternImage, ``ops_dcnv3``."""
 
 DCNV4: Final = Extension("DCNv4 extension", "DCNv4.functions.dcnv4_func", "DCNv4Function", _dcnv4)
-"""OpenGVLab/DCNv4, ``DCNv4_op``: another operator than DCNv3, which here computes the same."""
+"""OpenGVLab/DCNv4, ``DCNv4_op``."""
 
 EXTENSIONS: Final = (DCNV3, DCNV4)
-"""All of them."""
 
 
-def sample(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Tensor:
-    """Call DCNv3's extension as an operator of PyTorch, which ``torch.compile`` does not break at.
-
-    For `dcnv3_tvm.bench.sampling.sampling_by`.
-    """
+def extension_sampling(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Tensor:
+    """Call the DCNv3 extension as a PyTorch operator, so that ``torch.compile`` does not break."""
     result: Tensor = torch.ops.dcnv3_tvm_bench.dcnv3_extension(x, offset, mask, **params.keywords())
     return result
 
@@ -135,7 +129,7 @@ def _shape(x: Tensor, offset: Tensor, _mask: Tensor, **_: Any) -> Tensor:
 
 
 def _register() -> None:
-    # The registry of operators belongs to the process, and outlives a reload of this module.
+    # PyTorch's operator registry outlives a reload of this module.
     if hasattr(torch.ops.dcnv3_tvm_bench, "dcnv3_extension"):
         return
     torch.library.define(_NAME, schema())

@@ -1,4 +1,4 @@
-"""Everything that is measured on a GPU, in one run that ends in time and writes what it found."""
+"""A complete GPU benchmark within a time budget, which writes every report when it is complete."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from typing import Any, Final
 
 import torch
 
-from dcnv3_tvm import files, machine, targets
-from dcnv3_tvm.bench.budget import Allowance, Budget
+from dcnv3_tvm import files, machine
+from dcnv3_tvm.bench.backends import OURS
+from dcnv3_tvm.bench.budget import JobBudget, TimeBudget
 from dcnv3_tvm.bench.cases import EncoderCase
-from dcnv3_tvm.bench.contestants import OURS
-from dcnv3_tvm.bench.device import Device
 from dcnv3_tvm.bench.extensions import EXTENSIONS
-from dcnv3_tvm.bench.floors import Floors, Peaks
-from dcnv3_tvm.bench.gpu_build import Builds
-from dcnv3_tvm.bench.gpu_cases import SECONDS, OperatorGroup, jobs
-from dcnv3_tvm.bench.gpu_contest import Setting
+from dcnv3_tvm.bench.gpu_cases import SECONDS, OperatorGroup, compile_jobs
+from dcnv3_tvm.bench.gpu_compilation import CompilePool
+from dcnv3_tvm.bench.gpu_context import GpuContext
 from dcnv3_tvm.bench.gpu_encoder import PLAN as ENCODER_PLAN
 from dcnv3_tvm.bench.gpu_encoder import measure_encoder
 from dcnv3_tvm.bench.gpu_operator import PLAN as OPERATOR_PLAN
 from dcnv3_tvm.bench.gpu_operator import measure_operator
-from dcnv3_tvm.bench.gpu_report import Compilation, GpuRun
+from dcnv3_tvm.bench.listing import SCHEMA
 from dcnv3_tvm.bench.measure import Plan
-from dcnv3_tvm.bench.report import CaseResult, Report, Row
-from dcnv3_tvm.bench.runner import first_line
+from dcnv3_tvm.bench.report import BackendRow, CaseResult, Report, failure_text
+from dcnv3_tvm.bench.roofline import Peaks, Roofline
+from dcnv3_tvm.bench.torch_gpu import TorchGpu
 from dcnv3_tvm.provenance import Provenance
 
 _OPERATOR_SHARE: Final = 0.45
@@ -39,96 +38,135 @@ _CASE_SECONDS: Final = {"op": 3.0, "encoder": 15.0}
 _MEASURING_CORES: Final = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuRun:
+    """Results of a GPU benchmark.
+
+    Parameters
+    ----------
+    provenance : Provenance
+        Machine, GPU, versions and date.
+    reports : dict of str to Report
+        Reports by file name.
+    skipped : dict of str to str
+        Cases and backends that were not measured, and why.
+    seconds : float
+        Duration of the run.
+    """
+
+    provenance: Provenance
+    reports: dict[str, Report]
+    skipped: dict[str, str]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether all outputs of this library were correct."""
+        rows = (
+            row for report in self.reports.values() for case in report.cases for row in case.rows
+        )
+        return not any(row.name.startswith(OURS) and (row.wrong or row.failure) for row in rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for ``json.dumps``."""
+        return {
+            "schema": SCHEMA,
+            "kind": "gpu",
+            "provenance": self.provenance.to_json(),
+            "seconds": self.seconds,
+            "reports": {name: report.to_json() for name, report in self.reports.items()},
+            "skipped": self.skipped,
+        }
+
+
 class GpuBenchmark:
     """A run on a GPU.
 
     Parameters
     ----------
-    device : Device
-        To measure on.
-    builds : Builds
-        What compiles this library's kernels.
+    gpu : TorchGpu
+        The GPU.
+    pool : CompilePool
+        Compiles this library's kernels and encoders.
     results : Path
-        Folder for a JSON and a CSV file a report, written as soon as it is complete.
-    budget : Budget
-        Time for all.
+        Folder for one JSON file per report.
+    budget : TimeBudget
+        Time for the run.
     on_step : callable
-        Called with what happens next.
+        Called with a description of each step before it runs.
     """
 
     def __init__(
         self,
-        device: Device,
-        builds: Builds,
+        gpu: TorchGpu,
+        pool: CompilePool,
         results: Path,
-        budget: Budget,
+        budget: TimeBudget,
         on_step: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self._device = device
-        self._builds = builds
+        self._gpu = gpu
+        self._pool = pool
         self._results = results
         self._budget = budget
         self._on_step = on_step
-        self._provenance = provenance_of(device)
+        self._provenance = gpu_provenance(gpu)
         self._reports: dict[str, Report] = {}
         self._skipped = {
-            extension.name: extension.absence
+            extension.name: extension.import_failure
             for extension in EXTENSIONS
-            if extension.absence is not None
+            if extension.import_failure is not None
         }
         self._broken: str | None = None
 
     def run(self, groups: Sequence[OperatorGroup], cases: Sequence[EncoderCase]) -> GpuRun:
-        """Measure operators, then encoders, as far as the time goes.
+        """Measure operators, then encoders, until the time is used up.
 
         Parameters
         ----------
         groups : sequence of OperatorGroup
-            Operators; a report each.
+            Operators, with one report per group.
         cases : sequence of EncoderCase
-            Encoders; a report each.
+            Encoders, with one report each.
         """
         for name, reason in self._skipped.items():
-            self._on_step(f"without {name}, {reason}")
-        self._builds.submit(jobs(groups, cases))
-        self._on_step("measure the GPU")
-        peaks = self._device.peaks()
-        share = _OPERATOR_SHARE if cases else 1.0
-        operators = Budget(share * self._budget.left)
-        setting = self._setting(self._compiling("op", operators), peaks)
+            self._on_step(f"skip {name}, {reason}")
+        self._pool.submit(compile_jobs(groups, cases))
+        self._on_step("measure the peak rates of the GPU")
+        peaks = self._gpu.peaks()
+        operators = self._budget.part(_OPERATOR_SHARE if cases else 1.0)
+        context = self._context("op", operators, peaks)
         for group in groups:
-            results = list(self._operators(group, operators, setting))
+            results = list(self._operators(group, operators, context))
             self._keep("op", group.slug, results, OPERATOR_PLAN, peaks)
-        setting = self._setting(self._compiling("encoder", self._budget), peaks)
+        context = self._context("encoder", self._budget, peaks)
         for case in cases:
-            measure = functools.partial(measure_encoder, case, setting)
+            measure = functools.partial(measure_encoder, case, context)
             result = self._case("encoder", case.slug, self._budget, measure)
             self._keep("encoder", case.slug, [result] if result else [], ENCODER_PLAN, peaks)
         run = GpuRun(self._provenance, self._reports, self._skipped, self._budget.spent)
-        summary = run.to_json() | {"reports": list(self._reports)}
-        self._write(result_name(self._device, "run", ""), {"json": summary})
+        self._write(
+            result_name(self._gpu, "run", ""), run.to_json() | {"reports": list(self._reports)}
+        )
         return run
 
-    def _compiling(self, part: str, budget: Budget) -> Allowance:
+    def _context(self, part: str, budget: TimeBudget, peaks: Peaks) -> GpuContext:
         seconds = _COMPILE_SHARES[part] * self._budget.seconds
-        return Allowance(seconds, _COMPILE_SECONDS[part], budget)
+        torch_compile = JobBudget(seconds, _COMPILE_SECONDS[part], budget)
+        return GpuContext(self._gpu, self._pool, torch_compile, peaks, self._on_step)
 
     def _operators(
-        self, group: OperatorGroup, budget: Budget, setting: Setting
+        self, group: OperatorGroup, budget: TimeBudget, context: GpuContext
     ) -> Iterator[CaseResult]:
         for spec in group.specs:
-            measure = functools.partial(measure_operator, spec, setting)
+            measure = functools.partial(measure_operator, spec, context)
             result = self._case("op", spec.slug, budget, measure)
             if result is not None:
                 yield result
 
-    def _setting(self, compiling: Allowance, peaks: Peaks) -> Setting:
-        return Setting(self._device, self._builds, compiling, peaks, self._on_step)
-
     def _case(
-        self, part: str, slug: str, budget: Budget, measure: Callable[[float], CaseResult]
+        self, part: str, slug: str, budget: TimeBudget, measure: Callable[[float], CaseResult]
     ) -> CaseResult | None:
-        """Measure a case, unless there is no time for it or the GPU has failed before."""
+        """Measure a case, unless no time is left or the GPU has failed before."""
         if self._broken is not None:
             self._skipped[slug] = f"the GPU had failed: {self._broken}"
             return None
@@ -138,47 +176,46 @@ class GpuBenchmark:
         try:
             result = measure(budget.left - _CASE_SECONDS[part])
         except Exception as error:
-            # What PyTorch raises, for want of memory as a rule, must not end the run.
-            result = CaseResult(slug, Floors(0.0, 0.0), (Row(OURS, failure=first_line(error)),))
+            # PyTorch raises many types, usually for lack of memory; the run must continue.
+            failed = BackendRow(OURS, failure=failure_text(error))
+            result = CaseResult(slug, Roofline(0.0, 0.0), (failed,))
         try:
-            self._device.release()
+            self._gpu.release()
         except RuntimeError as error:
-            self._broken = f"{slug}: {first_line(error)}"
+            self._broken = f"{slug}: {failure_text(error)}"
         return result
 
     def _keep(
         self, kind: str, slug: str, results: list[CaseResult], plan: Plan, peaks: Peaks
     ) -> None:
-        """Write what has been measured, at once: what comes next may end the process."""
+        """Write a report at once, because a later case may end the process."""
         if not results:
             return
-        name = result_name(self._device, kind, slug)
+        name = result_name(self._gpu, kind, slug)
         skipped = dict(self._skipped)
         report = Report(kind, self._provenance, plan, peaks, tuple(results), skipped)
         self._reports[name] = report
-        self._write(name, {"json": report.to_json(), "csv": report.to_csv()})
+        self._write(name, report.to_json())
 
-    def _write(self, name: str, contents: dict[str, Any]) -> None:
+    def _write(self, name: str, content: dict[str, Any]) -> None:
         self._results.mkdir(parents=True, exist_ok=True)
-        for ending, content in contents.items():
-            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            with files.atomic_file(self._results / f"{name}.{ending}") as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        with files.atomic_file(self._results / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def provenance_of(device: Device) -> Provenance:
-    """Describe this process and the GPU."""
+def gpu_provenance(gpu: TorchGpu) -> Provenance:
+    """Describe this process and a GPU."""
     from dcnv3_tvm.runtime.library import default_threads
 
-    here = Provenance.here(default_threads(), gpu=device.name, driver=device.driver)
+    here = Provenance.here(default_threads(), gpu=gpu.name, driver=gpu.driver)
     cuda = {} if torch.version.cuda is None else {"cuda": torch.version.cuda}
     return dataclasses.replace(here, versions=here.versions | cuda)
 
 
-def result_name(device: Device, kind: str, slug: str) -> str:
-    """Name a result's files, for example ``"cuda-h200-op-paper-f16-torch2.11"``."""
+def result_name(gpu: TorchGpu, kind: str, slug: str) -> str:
+    """Return the name of a result file, for example ``"cuda-h200-op-paper-f16-torch2.11"``."""
     version = ".".join(torch.__version__.split(".")[:2])
-    return "-".join(filter(None, ["cuda", device.slug, kind, slug, f"torch{version}"]))
+    return "-".join(filter(None, ["cuda", gpu.slug, kind, slug, f"torch{version}"]))
 
 
 def run_gpu(
@@ -191,7 +228,7 @@ def run_gpu(
     index: int = 0,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> GpuRun:
-    """Measure on a GPU of this machine.
+    """Benchmark operators and encoders on a GPU of this machine.
 
     Parameters
     ----------
@@ -200,16 +237,16 @@ def run_gpu(
     cases : sequence of EncoderCase
         Encoders.
     results : Path
-        Folder for the files.
+        Folder for the JSON files.
     artifacts : Path, optional
-        Folder of compiled kernels and encoders: what is there is used, and what is compiled stays
-        there. A temporary one by default.
+        Folder of compiled kernels and encoders: existing ones are used, others are compiled into
+        it. A temporary folder by default.
     seconds : float
-        For all of it; what does not fit is left out.
+        Time budget; cases that do not fit are skipped.
     index : int
-        Number of the GPU.
+        Index of the GPU.
     on_step : callable
-        Called with what happens next.
+        Called with a description of each step before it runs.
 
     Raises
     ------
@@ -218,49 +255,11 @@ def run_gpu(
     MissingDependencyError
         If PyTorch cannot use it.
     """
-    budget = Budget(seconds)
-    device = Device(index)
+    budget = TimeBudget(seconds)
+    gpu = TorchGpu(index)
     workers = max(1, machine.physical_cores() - _MEASURING_CORES)
     with (
         tempfile.TemporaryDirectory(prefix="dcnv3-tvm-bench-", ignore_cleanup_errors=True) as own,
-        Builds(artifacts or Path(own), device.target, workers) as builds,
+        CompilePool(artifacts or Path(own), gpu.target, workers) as pool,
     ):
-        return GpuBenchmark(device, builds, results, budget, on_step).run(groups, cases)
-
-
-def compile_ahead(
-    groups: Sequence[OperatorGroup],
-    cases: Sequence[EncoderCase],
-    *,
-    artifacts: Path,
-    target: str,
-    on_step: Callable[[str], None] = lambda _: None,
-) -> Compilation:
-    """Compile what `run_gpu` finds in a folder of artifacts, on a machine with or without a GPU.
-
-    Parameters
-    ----------
-    groups, cases, artifacts, on_step
-        As of `run_gpu`.
-    target : str
-        The GPU, for example ``"cuda-sm90"``.
-
-    Raises
-    ------
-    TargetError
-        If it is no GPU that kernels are compiled for.
-    """
-    targets.resolve_gpu(target)
-    compiled, failed = [], {}
-    todo = jobs(groups, cases)
-    with Builds(artifacts, target, machine.physical_cores()) as builds:
-        builds.submit(todo)
-        for number, job in enumerate(todo):
-            on_step(f"{number + 1} of {len(todo)}: {job.slug}")
-            try:
-                builds.result(job)
-            except Exception as error:
-                failed[job.slug] = first_line(error)
-            else:
-                compiled.append(job.slug)
-    return Compilation(target, tuple(compiled), failed)
+        return GpuBenchmark(gpu, pool, results, budget, on_step).run(groups, cases)

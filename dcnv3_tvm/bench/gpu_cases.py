@@ -1,4 +1,4 @@
-"""What is measured on a GPU, as data."""
+"""Cases of the GPU benchmarks."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dcnv3_tvm.frontend.models.config import KERNEL_SIZE
 from dcnv3_tvm.spec import DCNv3Spec
 
 PARTS: Final = ("op", "encoder")
-"""What a run consists of, in this order."""
+"""Parts of a run, in order."""
 
 SECONDS: Final = 450.0
-"""Time for a run, unless another is given: with its start and end less than eight minutes."""
+"""Default time budget of a run, which including start and end takes less than eight minutes."""
 
 PAPER_BATCH: Final = 64
 
 PAPER: Final = ((56, 56, 128), (28, 28, 256), (14, 14, 512), (7, 7, 1024), (14, 14, 768))
-"""Height, width and channels of the DCNv4 paper's comparison, with batches of `PAPER_BATCH`."""
+"""Height, width and channels of the DCNv4 paper's comparison, at batch size `PAPER_BATCH`."""
 
 PYRAMID: Final = ((200, 320, 64), (100, 160, 128), (50, 80, 256), (25, 40, 512))
-"""Those of a detection model's pyramid, for single images."""
+"""Height, width and channels of a detection model's pyramid, at batch size 1."""
 
 GROUP_CHANNELS: Final = 16
-"""Channels of a group in both."""
+"""Channels per group of `PAPER` and `PYRAMID`."""
 
 STAGES: Final = (
     ("internimage_t", 64),
@@ -36,7 +36,7 @@ STAGES: Final = (
     ("internimage_xl", 16),
     ("internimage_h", 8),
 )
-"""Variants whose stages are measured, with batches of some three million pixels."""
+"""Variants whose stages are measured, and batch sizes of some three million pixels."""
 
 ENCODERS: Final = (
     "internimage_t",
@@ -47,25 +47,28 @@ ENCODERS: Final = (
 )
 
 BATCHES: Final = (64, 1)
-"""Images in a call of an encoder."""
+"""Batch sizes of encoders."""
 
 ENCODER_DTYPE: Final = "float16"
 
 OURS_ONLY: Final = "bfloat16"
-"""Element type in which nobody but this library is measured."""
+"""Dtype in which only this library is measured."""
+
+CompileJob = DCNv3Spec | EncoderCase
+"""An operator or encoder to compile."""
 
 
 class OperatorGroup(NamedTuple):
-    """Problems that are reported together.
+    """Operators that make up one report.
 
     Parameters
     ----------
     name : str
-        For the file.
+        Name in the file name.
     dtype : str
-        Element type of all.
+        Dtype of all operators.
     specs : tuple of DCNv3Spec
-        With ready masks.
+        Operators whose masks are weights, not logits.
     """
 
     name: str
@@ -74,12 +77,12 @@ class OperatorGroup(NamedTuple):
 
     @property
     def slug(self) -> str:
-        """Name of the group and its element type."""
+        """Name and dtype of the group."""
         return f"{self.name}-{DTYPES[self.dtype]}"
 
 
 def operator_groups() -> list[OperatorGroup]:
-    """List the operator's problems, the most telling first."""
+    """List the operators, the most informative first."""
     paper = [_spec(PAPER_BATCH, *shape) for shape in PAPER]
     pyramid = [_spec(1, *shape) for shape in PYRAMID]
     stages = [spec for variant, batch in STAGES for spec in stage_specs(variant, batch=batch)]
@@ -92,7 +95,7 @@ def operator_groups() -> list[OperatorGroup]:
 
 
 def encoder_cases() -> list[EncoderCase]:
-    """List the encoders, in the order in which they are measured."""
+    """List the encoders in the order in which they are measured."""
     return [
         encoder_case(variant, batch=batch, dtype=ENCODER_DTYPE)
         for variant in ENCODERS
@@ -100,10 +103,10 @@ def encoder_cases() -> list[EncoderCase]:
     ]
 
 
-def chosen(
+def select_cases(
     parts: Sequence[str], pattern: str = "*"
 ) -> tuple[list[OperatorGroup], list[EncoderCase]]:
-    """List the cases of some parts whose name matches a pattern."""
+    """List the cases of some parts whose slug matches a pattern."""
     groups = [
         group._replace(specs=tuple(spec for spec in group.specs if _matches(spec.slug, pattern)))
         for group in (operator_groups() if "op" in parts else [])
@@ -119,10 +122,8 @@ def _matches(slug: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(slug, pattern)
 
 
-def jobs(
-    groups: Iterable[OperatorGroup], cases: Iterable[EncoderCase]
-) -> list[DCNv3Spec | EncoderCase]:
-    """List what has to be compiled: first what is measured first, but the long ones early."""
+def compile_jobs(groups: Iterable[OperatorGroup], cases: Iterable[EncoderCase]) -> list[CompileJob]:
+    """List the jobs in the order of measurement, but the slow encoders after the first group."""
     operators = [[*(with_logits(spec) for spec in group.specs), *group.specs] for group in groups]
     first = operators[0] if operators else []
     later = [spec for group in operators[1:] for spec in group]
@@ -130,7 +131,7 @@ def jobs(
 
 
 def with_logits(spec: DCNv3Spec) -> DCNv3Spec:
-    """Return the problem that takes logits and computes the softmax of its mask itself."""
+    """Return the operator that computes the softmax of its mask."""
     return dataclasses.replace(spec, softmax=True)
 
 

@@ -1,4 +1,4 @@
-"""The operator on a GPU: this library beside PyTorch and the published extensions."""
+"""The operator on a GPU, compared with PyTorch and the published extensions."""
 
 from __future__ import annotations
 
@@ -12,54 +12,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcnv3_tvm.bench.contestants import OURS, Contestant
-from dcnv3_tvm.bench.device import Device
-from dcnv3_tvm.bench.extensions import EXTENSIONS
-from dcnv3_tvm.bench.floors import Floors
-from dcnv3_tvm.bench.gpu_build import Builds
+from dcnv3_tvm.bench.backends import OURS, Backend
+from dcnv3_tvm.bench.extensions import EXTENSIONS, Extension
 from dcnv3_tvm.bench.gpu_cases import OURS_ONLY, with_logits
-from dcnv3_tvm.bench.gpu_contest import Setting, contest
+from dcnv3_tvm.bench.gpu_context import GpuContext
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.problems import OFFSET_SPREAD
 from dcnv3_tvm.bench.report import CaseResult
+from dcnv3_tvm.bench.roofline import Roofline
+from dcnv3_tvm.bench.torch_gpu import TorchGpu
 from dcnv3_tvm.compiler.operator import CompiledOperator, DeviceLibrary
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.verify.pytorch_reference import TwinOperator
+from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator
 from dcnv3_tvm.verify.tolerances import operator_bound
 
 PLAN: Final = Plan(rounds=5, calls=20, dropped=4, pause=0.01, burst_seconds=0.15)
-"""How often an operator is called; the pause is short, because a GPU has no threads that spin."""
+"""Number of calls of an operator; the pause is short, because a GPU has no spinning threads."""
 
 FLUSHES: Final = 8
-"""Writes of the buffer that drives the cache out: enough for the host to get ahead."""
+"""Repeats of the cache flush: enough for the host to run ahead of the GPU."""
 
 READY: Final = f"{OURS}, ready mask"
-"""This library's kernel that takes a mask, as its peers do, and not logits."""
+"""Name of this library's kernel that takes a mask like the peers, and not logits."""
 
 PEER_TOLERANCES: Final = {"float32": 1e-3, "float16": 2e-2}
-"""Largest error of an extension by dtype, as max|error| / max|reference|: of several roundings to
-its type, where a wrong computation is off by far more."""
+"""Largest error of an extension by dtype, which is several roundings; a wrong computation is off by
+far more."""
 
-TWIN_TOLERANCES: Final = {"float32": 1e-3, "float16": 0.25}
-"""Largest error of PyTorch's ``grid_sample``, as above. In float16 it has its coordinates in that
-type, too: beyond 256 pixels they are multiples of a quarter."""
+GRID_SAMPLE_TOLERANCES: Final = {"float32": 1e-3, "float16": 0.25}
+"""Largest error of PyTorch's ``grid_sample`` by dtype. In float16 its coordinates are also float16:
+multiples of a quarter beyond 256 pixels."""
 
 _IMAGES_AT_ONCE: Final = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class OperatorInputs:
-    """A problem's tensors on the device.
+    """Tensors of an operator problem on the GPU.
 
     Parameters
     ----------
     x, offset, mask : Tensor
-        In the problem's dtype; the mask is ready.
+        Inputs in the dtype of the problem; the mask is the rounded softmax of the logits.
     logits : Tensor
-        Those whose softmax the mask is, but for its rounding.
+        Mask before the softmax.
     reference, softmax_reference : Tensor
-        The true outputs, in float64: of the mask as it is, and of the logits.
+        Float64 outputs for the rounded mask, and for the exact softmax of the logits.
     """
 
     x: Tensor
@@ -71,9 +70,10 @@ class OperatorInputs:
 
 
 def operator_inputs(spec: DCNv3Spec, device: torch.device, seed: int = 0) -> OperatorInputs:
-    """Make normal x and logits, and offsets that cross the borders.
+    """Create normal x and logits, and offsets that cross the borders.
 
-    The truth is the twin in float64; a test holds that against this library's reference.
+    The reference is the PyTorch reference implementation in float64, which the tests compare with
+    this library's reference operator.
     """
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
@@ -83,15 +83,15 @@ def operator_inputs(spec: DCNv3Spec, device: torch.device, seed: int = 0) -> Ope
     offset = (2 * offset - 1) * OFFSET_SPREAD
     logits = torch.randn(_shape(spec.mask_shape), **options).to(dtype)
     reference, softmax_reference = [], []
-    twin = TwinOperator(spec)
+    operator = PyTorchOperator(spec)
     mask = torch.empty_like(logits)
     for start in range(0, x.shape[0], _IMAGES_AT_ONCE):
         part = slice(start, start + _IMAGES_AT_ONCE)
         exact = _softmax(logits[part].double(), spec)
         mask[part] = exact.to(dtype)
         given = x[part].double(), offset[part].double()
-        reference.append(twin(*given, mask[part].double()))
-        softmax_reference.append(twin(*given, exact))
+        reference.append(operator(*given, mask[part].double()))
+        softmax_reference.append(operator(*given, exact))
     return OperatorInputs(
         x, offset, mask, logits, torch.cat(reference), torch.cat(softmax_reference)
     )
@@ -107,9 +107,9 @@ def _shape(shape: tuple[int | None, ...]) -> tuple[int, ...]:
 
 
 def tolerance(spec: DCNv3Spec, inputs: OperatorInputs) -> float:
-    """Bound this library's error, as a fraction of max|reference|.
+    """Bound this library's error relative to max|reference|.
 
-    From the first image: its bound is like those of the others, and takes a CPU less time.
+    Computed from the first image only, which saves time; the bounds of the others are similar.
     """
     mask = inputs.logits if spec.softmax else inputs.mask
     reference = (inputs.softmax_reference if spec.softmax else inputs.reference)[:1].cpu().numpy()
@@ -121,109 +121,108 @@ def tolerance(spec: DCNv3Spec, inputs: OperatorInputs) -> float:
 
 
 def load_operator(spec: DCNv3Spec, path: Path, target: str) -> Callable[..., Tensor]:
-    """Open an operator that `dcnv3_tvm.bench.gpu_build.build` has compiled."""
+    """Load an operator compiled by `dcnv3_tvm.bench.gpu_compilation.compile_job`."""
     return CompiledOperator(
         spec, resolve_target(target), "dcnv3", "", DeviceLibrary(path.read_bytes())
     )
 
 
-def measure_operator(spec: DCNv3Spec, setting: Setting, seconds: float) -> CaseResult:
-    """Compare and time all contestants at a problem.
+def measure_operator(spec: DCNv3Spec, context: GpuContext, seconds: float) -> CaseResult:
+    """Compare and time all backends at an operator.
 
     Parameters
     ----------
     spec : DCNv3Spec
-        The problem, with a ready mask.
-    setting : Setting
-        Where and with what.
+        The operator, whose mask holds weights, not logits.
+    context : GpuContext
+        The GPU and what else the run shares.
     seconds : float
-        To wait for our kernels at most.
+        Longest time to wait for the compilation of this library's kernels.
     """
-    device, builds = setting.device, setting.builds
-    setting.on_step(f"{spec.slug}: inputs and reference")
-    inputs = operator_inputs(spec, device.torch_device)
-    ours = functools.partial(_ours, inputs=inputs, device=device, builds=builds, seconds=seconds)
-    makers: dict[str, Callable[[], Contestant]] = {
+    gpu = context.gpu
+    context.on_step(f"{spec.slug}: inputs and reference")
+    inputs = operator_inputs(spec, gpu.torch_device)
+    ours = functools.partial(_our_backend, inputs=inputs, context=context, seconds=seconds)
+    builders: dict[str, Callable[[], Backend]] = {
         OURS: functools.partial(ours, OURS, with_logits(spec)),
         READY: functools.partial(ours, READY, spec),
     }
     if spec.dtype != OURS_ONLY:
-        eager = TwinOperator(spec).eval()
-        makers["torch"] = functools.partial(_twin, "torch", eager, inputs, device)
-        compiled = functools.partial(_compiled, eager, inputs, device)
-        makers["compile"] = functools.partial(setting.compiling.do, compiled)
+        eager = PyTorchOperator(spec).eval()
+        builders["torch"] = functools.partial(_torch_backend, "torch", eager, spec, inputs, gpu)
+        compiled = functools.partial(_compiled_backend, eager, spec, inputs, gpu)
+        builders["compile"] = functools.partial(context.torch_compile.run, compiled)
         for extension in EXTENSIONS:
-            if extension.absence is None:
-                make = functools.partial(_extension, extension, spec, inputs, device)
-                makers[extension.name] = make
-    return contest(
+            if extension.import_failure is None:
+                build = functools.partial(_extension_backend, extension, spec, inputs, gpu)
+                builders[extension.name] = build
+    return context.compare(
         spec.slug,
-        makers,
+        builders,
         [inputs.reference],
-        Floors.of(spec.flops, spec.bytes, setting.peaks),
+        Roofline.of(spec.flops, spec.bytes, context.peaks),
         PLAN,
-        device,
         flushes=FLUSHES,
-        on_step=setting.on_step,
     )
 
 
-def _contestant(
+def _backend(
     name: str,
     call: Callable[[], Tensor],
     arguments: tuple[Tensor, ...],
-    allowed: float,
-    device: Device,
+    tolerance: float,
+    gpu: TorchGpu,
     reference: Tensor | None = None,
-) -> Contestant:
+) -> Backend:
     held = sum(tensor.nbytes for tensor in arguments)
-    return Contestant(
+    return Backend(
         name,
         call,
         lambda y: [y],
-        allowed,
+        tolerance,
         reference=None if reference is None else [reference],
-        peak_bytes=held + device.peak_bytes(call),
+        peak_bytes=held + gpu.peak_bytes(call),
     )
 
 
-def _ours(
-    name: str,
-    spec: DCNv3Spec,
-    inputs: OperatorInputs,
-    device: Device,
-    builds: Builds,
-    seconds: float,
-) -> Contestant:
-    operator = load_operator(spec, builds.result(spec, seconds), device.target)
+def _our_backend(
+    name: str, spec: DCNv3Spec, inputs: OperatorInputs, context: GpuContext, seconds: float
+) -> Backend:
+    gpu = context.gpu
+    operator = load_operator(spec, context.pool.result(spec, seconds), gpu.target)
     arguments = (inputs.x, inputs.offset, inputs.logits if spec.softmax else inputs.mask)
-    return _contestant(
+    return _backend(
         name,
         functools.partial(operator, *arguments),
         arguments,
         tolerance(spec, inputs),
-        device,
+        gpu,
         inputs.softmax_reference if spec.softmax else None,
     )
 
 
-def _twin(
-    name: str, module: Callable[..., Tensor], inputs: OperatorInputs, device: Device
-) -> Contestant:
+def _torch_backend(
+    name: str,
+    module: Callable[..., Tensor],
+    spec: DCNv3Spec,
+    inputs: OperatorInputs,
+    gpu: TorchGpu,
+) -> Backend:
     arguments = (inputs.x, inputs.offset, inputs.mask)
-    allowed = TWIN_TOLERANCES[str(inputs.x.dtype).removeprefix("torch.")]
-    return _contestant(name, lambda: module(*arguments), arguments, allowed, device)
+    allowed = GRID_SAMPLE_TOLERANCES[spec.dtype]
+    return _backend(name, lambda: module(*arguments), arguments, allowed, gpu)
 
 
-def _compiled(module: torch.nn.Module, inputs: OperatorInputs, device: Device) -> Contestant:
+def _compiled_backend(
+    module: torch.nn.Module, spec: DCNv3Spec, inputs: OperatorInputs, gpu: TorchGpu
+) -> Backend:
     torch.compiler.reset()
-    return _twin("compile", torch.compile(module), inputs, device)
+    return _torch_backend("compile", torch.compile(module), spec, inputs, gpu)
 
 
-def _extension(
-    extension: Any, spec: DCNv3Spec, inputs: OperatorInputs, device: Device
-) -> Contestant:
+def _extension_backend(
+    extension: Extension, spec: DCNv3Spec, inputs: OperatorInputs, gpu: TorchGpu
+) -> Backend:
     arguments = (inputs.x, inputs.offset, inputs.mask)
     call = extension.prepare(extension.loaded, *arguments, spec)
-    allowed = PEER_TOLERANCES[spec.dtype]
-    return _contestant(extension.name, call, arguments, allowed, device)
+    return _backend(extension.name, call, arguments, PEER_TOLERANCES[spec.dtype], gpu)

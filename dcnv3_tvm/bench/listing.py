@@ -1,11 +1,8 @@
-"""What the reports on a single case have in common: rows under a header, as JSON and as CSV."""
+"""Tables of measurements of one case, with their provenance, as text and as JSON."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from dcnv3_tvm.provenance import Provenance
@@ -13,26 +10,26 @@ from dcnv3_tvm.provenance import Provenance
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-SCHEMA: Final = 1
-"""Version of the JSON; raised when a reader of the old one would go wrong."""
+SCHEMA: Final = 2
+"""Version of the JSON, increased by incompatible changes."""
 
 RowT = TypeVar("RowT", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing(Generic[RowT]):
-    """One case, measured part by part or in several ways.
+    """Measurements of one case, one per row.
 
     Parameters
     ----------
     slug : str
         Name of the case.
     provenance : Provenance
-        Machine, versions, date.
+        Machine, versions and date.
     how : str
-        What the numbers are, for people.
+        How the numbers were obtained, for the text report.
     rows : tuple of dataclass
-        What was measured.
+        Measurements.
     """
 
     KIND: ClassVar[str]
@@ -45,32 +42,17 @@ class Listing(Generic[RowT]):
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was wrong."""
+        """Whether all outputs were correct."""
         return True
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the rows of a table for people, under `HEADER`."""
+        """Return the text table under `HEADER`."""
         raise NotImplementedError
 
     def summary(self) -> list[str]:
-        """Return lines to show below the table."""
+        """Return the lines below the table."""
         return []
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``json.dumps``."""
         return {"schema": SCHEMA, "kind": self.KIND} | dataclasses.asdict(self)
-
-    def to_csv(self) -> str:
-        """Return one line for each row."""
-        where = {"case": self.slug} | self.provenance.columns()
-        rows = [dataclasses.asdict(row) | where for row in self.rows]
-        return csv_text(rows)
-
-
-def csv_text(rows: Sequence[Mapping[str, Any]], fields: Sequence[str] | None = None) -> str:
-    """Write rows as CSV, with the fields of the first unless others are given."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if fields is None else fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -1,8 +1,8 @@
-"""Time contestants in bursts, in turn, and say how far the times scatter.
+"""Time backends alternately, in bursts of calls.
 
-Every runtime keeps a thread pool that goes on spinning for a while after a call, and so slows down
-whoever computes next. Hence bursts of one contestant at a time with a pause before each, of which
-the first calls do not count; and a comparison is a ratio of bursts of the same round.
+Every runtime keeps a thread pool that spins for some time after a call and slows down whatever runs
+next. Backends therefore run in bursts with a pause before each burst and discarded first calls, and
+are compared by ratios of bursts of the same round.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How often what is called.
+    """Number of calls to time.
 
     Parameters
     ----------
     rounds : int
-        Bursts of each contestant.
+        Bursts per backend.
     calls : int
-        Calls in a burst.
+        Calls per burst.
     dropped : int
-        Calls at the beginning of a burst that do not count.
+        Discarded calls at the start of each burst.
     pause : float
-        Seconds between bursts.
+        Seconds before each burst.
     burst_seconds : float
-        A burst ends early when it has taken so long, but not before its second call.
+        A burst ends when it has taken this long, but not before its second call.
     outlier : float
-        A burst whose median is so many times its contestant's is done once more.
+        A burst is repeated if its median exceeds the backend's by this factor.
     """
 
     rounds: int = 5
@@ -45,7 +45,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Quartiles:
-    """Median and quartiles of a sample, and its least value."""
+    """Minimum, quartiles and median of a sample."""
 
     best: float
     lower: float
@@ -54,7 +54,7 @@ class Quartiles:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
-        """Summarise one value or more."""
+        """Summarise at least one value."""
         if len(values) == 1:
             return cls(*[values[0]] * 4)
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -67,14 +67,14 @@ class Quartiles:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The counted calls of one contestant.
+    """Timed calls of one backend.
 
     Parameters
     ----------
     bursts : tuple of tuple of float
         Seconds of each call, by round.
     redone : int
-        Bursts that were taken in place of outliers.
+        Number of repeated bursts.
     """
 
     bursts: tuple[tuple[float, ...], ...]
@@ -82,11 +82,11 @@ class Timing:
 
     @property
     def seconds(self) -> Quartiles:
-        """Of all counted calls."""
+        """Statistics of all timed calls."""
         return Quartiles.of([call for burst in self.bursts for call in burst])
 
     def ratio_to(self, other: Timing) -> Quartiles:
-        """Divide the bursts' medians by those of another contestant, round by round."""
+        """Return the ratio of burst medians to those of another backend, round by round."""
         pairs = zip(self.bursts, other.bursts, strict=True)
         return Quartiles.of(
             [statistics.median(mine) / statistics.median(theirs) for mine, theirs in pairs]
@@ -94,7 +94,7 @@ class Timing:
 
 
 def measure(
-    contestants: Mapping[str, Callable[[], Any]],
+    calls: Mapping[str, Callable[[], Any]],
     plan: Plan,
     *,
     clock: Callable[[], float] = time.perf_counter,
@@ -103,33 +103,29 @@ def measure(
     before: Mapping[str, Callable[[], Any]] | None = None,
     seconds_of: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, Timing]:
-    """Time contestants that are warm already.
+    """Time backends that are already warmed up.
 
     Parameters
     ----------
-    contestants : mapping of str to callable
-        What is timed, in the order of the turns.
+    calls : mapping of str to callable
+        Calls to time, in the order in which they are run.
     plan : Plan
-        How often.
+        Number of calls.
     clock, sleep : callable
-        Present time in seconds, and waiting.
+        Current time in seconds, and sleeping.
     on_round : callable, optional
-        Called with the number of each round as it begins.
+        Called with the number of each round before it starts.
     before : mapping of str to callable, optional
-        What is called before each call of a contestant, and not timed.
+        Untimed calls before each call of a backend.
     seconds_of : callable, optional
-        Makes a call and returns how long it took, in place of looks at `clock`.
-
-    Returns
-    -------
-    dict of str to Timing
+        Makes a call and returns its duration; measured with `clock` by default.
     """
     timed = seconds_of or functools.partial(_timed, clock)
     take = {
         name: functools.partial(_burst, call, (before or {}).get(name), plan, timed, sleep)
-        for name, call in contestants.items()
+        for name, call in calls.items()
     }
-    bursts: dict[str, list[tuple[float, ...]]] = {name: [] for name in contestants}
+    bursts: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     for number in range(plan.rounds):
         if on_round is not None:
             on_round(number)
@@ -147,18 +143,19 @@ def median_of_bursts(
     bursts: int = 7,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Return the time of a call that may be far shorter than a look at the clock.
+    """Time a call that may be shorter than the resolution of the clock.
 
     Parameters
     ----------
     call : callable
-        What is timed.
+        Call to time.
     seconds : float
-        Least time of a burst; how many calls that takes is found out, which warms up.
+        Minimum duration of a burst. The number of calls is doubled until a burst takes this long,
+        which also warms up.
     bursts : int
-        How many are taken. Nobody else computes between them, so there is no pause.
+        Number of bursts. Nothing else computes between them, so there is no pause.
     clock : callable
-        Present time in seconds.
+        Current time in seconds.
     """
 
     def burst(calls: int) -> float:
@@ -179,7 +176,7 @@ def _without_outliers(
     medians = [statistics.median(burst) for burst in bursts]
     limit = outlier * statistics.median(medians)
     late = [number for number, median in enumerate(medians) if median > limit]
-    # The new burst counts whatever it shows: choosing the faster one would flatter.
+    # The new burst replaces the old one even if it is slower: taking the faster would be biased.
     for number in late:
         bursts[number] = take()
     return Timing(tuple(bursts), len(late))

@@ -1,4 +1,4 @@
-"""Peak memory of an encoder, each contestant in a process of its own."""
+"""Peak memory of an encoder, each backend in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,40 +6,46 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
-from dcnv3_tvm.bench.alone import AloneError
+import numpy as np
+import torch
+
+from dcnv3_tvm import frontend
+from dcnv3_tvm.bench.accuracy import largest_error
+from dcnv3_tvm.bench.backends import OURS, Peer, missing_packages
 from dcnv3_tvm.bench.cases import EncoderCase
-from dcnv3_tvm.bench.contestants import OURS, Peer, absent
-from dcnv3_tvm.bench.deployed import Deployed
 from dcnv3_tvm.bench.listing import Listing
+from dcnv3_tvm.bench.memory_worker import MemoryTask, WorkerError, run_worker
+from dcnv3_tvm.bench.problems import Problem, encoder_problem
+from dcnv3_tvm.compiler.compile import compile_artifact
 from dcnv3_tvm.provenance import Provenance
 
 CALLS: Final = 3
-"""Calls of the model: some runtimes set memory aside only after the first."""
+"""Calls of the model: some runtimes allocate memory only after the first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryRow:
-    """One contestant.
+    """Peak memory of one backend.
 
     Parameters
     ----------
-    contestant : str
-        Its name.
+    backend : str
+        Name of the backend.
     bytes : int or None
-        Peak resident memory of its process; None where it failed.
+        Peak resident memory of its process; None if it failed.
     ratio : float or None
-        That over this library's.
+        Memory divided by that of this library.
     error : float or None
-        Of its outputs, in the measure of the case.
+        Largest error, in the error measure of the problem.
     wrong : bool
-        Whether that is too much.
+        Whether the error exceeds the tolerance.
     failure : str or None
         Why there is no number.
     """
 
-    contestant: str
+    backend: str
     bytes: int | None = None
     ratio: float | None = None
     error: float | None = None
@@ -49,21 +55,21 @@ class MemoryRow:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryListing(Listing[MemoryRow]):
-    """All contestants, this library first."""
+    """Peak memory of all backends, this library first."""
 
     KIND: ClassVar[str] = "memory"
-    HEADER: ClassVar[tuple[str, ...]] = ("", "peak, MB", "against ours", "error")
+    HEADER: ClassVar[tuple[str, ...]] = ("", "peak, MB", "vs ours", "error")
 
     @property
     def ok(self) -> bool:
-        """Whether no output was wrong."""
+        """Whether all outputs were correct."""
         return not any(row.wrong for row in self.rows)
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the rows of a table for people, under `HEADER`."""
+        """Return the text table under `HEADER`."""
         return [
             (
-                row.contestant,
+                row.backend,
                 row.failure or f"{(row.bytes or 0) / 1e6:8.1f}",
                 "" if row.ratio is None else f"{row.ratio:6.2f}x",
                 "" if row.error is None else f"{row.error:.1e}{' WRONG' * row.wrong}",
@@ -79,49 +85,78 @@ def measure_memory(
     threads: int,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> MemoryListing:
-    """Run each contestant in a fresh process, as its users deploy it.
+    """Run each backend in a fresh process, as its users deploy it.
 
-    This library loads an artifact, without PyTorch and without the compiler; ONNX Runtime and
-    OpenVINO read an exported file, without PyTorch; PyTorch loads a pickled module. What was
-    needed to make these files does not count.
+    This library loads an artifact without PyTorch and without the compiler; ONNX Runtime and
+    OpenVINO read an ONNX file without PyTorch; PyTorch loads a pickled module. Compiling and
+    exporting do not count.
 
     Parameters
     ----------
     case : EncoderCase
         The encoder.
     against : sequence of Peer
-        Whom to compare with.
+        Peers; those with missing packages are skipped.
     threads : int
-        To compute with.
+        Threads that compute.
     on_step : callable
-        Called with what happens next.
+        Called with a description of each step before it runs.
     """
     rows: list[MemoryRow] = []
-    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-bench-") as name:
+        folder = Path(name)
         on_step(f"{case.slug}: inputs and reference")
-        deployed = Deployed(case, Path(folder), threads)
-        tolerances = {OURS: deployed.problem.tolerance}
-        tolerances |= {peer.name: peer.tolerance for peer in against}
-        skipped = absent(against)
-        for name, tolerance in tolerances.items():
-            on_step(f"{case.slug}: {name}")
-            if name in skipped:
-                rows.append(MemoryRow(name, failure=skipped[name]))
+        problem = encoder_problem(case)
+        inputs: dict[str, Any] = problem.inputs
+        np.savez(folder / "inputs.npz", **inputs)
+        tolerances = {OURS: problem.tolerance} | {peer.name: peer.tolerance for peer in against}
+        skipped = missing_packages(against)
+        for backend, tolerance in tolerances.items():
+            on_step(f"{case.slug}: {backend}")
+            if backend in skipped:
+                rows.append(MemoryRow(backend, failure=skipped[backend]))
                 continue
+            task = MemoryTask(
+                backend=backend,
+                model=str(_model(backend, problem, folder)),
+                inputs=str(folder / "inputs.npz"),
+                outputs=str(folder / "outputs.npz"),
+                threads=threads,
+                calls=CALLS,
+            )
             try:
-                answer, error = deployed.run("peak_memory", name, calls=CALLS)
-            except AloneError as failed:
-                if name == OURS:
+                peak = run_worker(task)["bytes"]
+            except WorkerError as failed:
+                if backend == OURS:
                     raise
-                rows.append(MemoryRow(name, failure=str(failed.got)))
+                rows.append(MemoryRow(backend, failure=str(failed.got)))
                 continue
-            peak, wrong = answer["bytes"], not error <= tolerance
-            ours = rows[0].bytes if rows else peak
-            rows.append(MemoryRow(name, peak, peak / (ours or peak), error, wrong))
+            with np.load(task.outputs) as file:
+                outputs = [file[key] for key in file.files]
+            error = largest_error(outputs, problem.reference, problem.measure)
+            ratio = peak / (rows[0].bytes or peak) if rows else 1.0
+            rows.append(MemoryRow(backend, peak, ratio, error, wrong=not error <= tolerance))
     return MemoryListing(
         slug=case.slug,
         provenance=Provenance.here(threads),
         how=f"Peak resident memory (VmHWM) of a process that opens the model and calls it {CALLS} "
-        "times, its imports included.",
+        "times, including its imports.",
         rows=tuple(rows),
     )
+
+
+def _model(backend: str, problem: Problem, folder: Path) -> Path:
+    """Write the file that a backend opens, and return its path."""
+    if backend == "onnxruntime-deform":
+        return problem.onnx_deform.path
+    if backend.startswith(("onnxruntime", "openvino")):
+        return problem.onnx.path
+    if backend == OURS:
+        source: Any = problem.source
+        example = tuple(problem.inputs["image"].shape)
+        path = folder / "artifact"
+        compile_artifact(frontend.import_model(source, example=example), path, dtype=problem.dtype)
+        return path
+    path = folder / "module.pt"
+    torch.save(problem.module, path)
+    return path

@@ -1,4 +1,4 @@
-"""The contestants that are this library: as it is, and without its tuning records."""
+"""Builders of this library's backends, with and without tuning records."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from dcnv3_tvm import frontend
-from dcnv3_tvm.bench.contestants import OURS, Contestant
+from dcnv3_tvm.bench.backends import OURS, Backend
 from dcnv3_tvm.bench.problems import Problem
-from dcnv3_tvm.bench.sessions import Session, of_ours
+from dcnv3_tvm.bench.runners import BackendRunner, compiled_model_runner
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.operator import compile_op
 from dcnv3_tvm.frontend.models.internimage import InternImage
@@ -17,28 +17,24 @@ from dcnv3_tvm.runtime import CompiledModel, library
 from dcnv3_tvm.spec import DCNv3Spec
 
 
-def build(problem: Problem, threads: int) -> list[Contestant]:
-    """Compile the problem for this machine.
-
-    Parameters
-    ----------
-    problem : Problem
-        An operator or an encoder.
-    threads : int
-        Threads to compute with.
+def build_ours(problem: Problem, threads: int) -> list[Backend]:
+    """Compile a problem for this machine.
 
     Returns
     -------
-    list of Contestant
-        The call as users make it; for an operator also its kernel alone, without the checks of
-        the call and with the output in place.
+    list of Backend
+        The call as users make it; for an operator also its kernel alone, without argument checks
+        and with a preallocated output.
     """
     if isinstance(problem.source, DCNv3Spec):
-        return _operator(problem, problem.source, threads)
-    return [_encoder(problem, problem.source, threads)]
+        return _operator_backends(problem, problem.source, threads)
+    runner = compiled_model_runner(
+        _compiled_encoder(problem, problem.source, "default"), problem.inputs, threads
+    )
+    return [Backend(OURS, *runner, problem.tolerance)]
 
 
-def _operator(problem: Problem, spec: DCNv3Spec, threads: int) -> list[Contestant]:
+def _operator_backends(problem: Problem, spec: DCNv3Spec, threads: int) -> list[Backend]:
     import tvm
 
     operator = compile_op(spec)
@@ -53,26 +49,22 @@ def _operator(problem: Problem, spec: DCNv3Spec, threads: int) -> list[Contestan
         return out
 
     return [
-        Contestant(OURS, lambda: operator(*inputs), lambda y: [y], problem.tolerance),
-        Contestant(f"{OURS} kernel", kernel, lambda y: [y.numpy()], problem.tolerance),
+        Backend(OURS, lambda: operator(*inputs), lambda y: [y], problem.tolerance),
+        Backend(f"{OURS} kernel", kernel, lambda y: [y.numpy()], problem.tolerance),
     ]
 
 
-def _encoder(problem: Problem, source: InternImage, threads: int) -> Contestant:
-    model = _compiled(problem, source, "default")
-    return Contestant(OURS, *of_ours(model, problem.inputs, threads), problem.tolerance)
-
-
-def untuned(problem: Problem, threads: int) -> Session:
-    """Compile the problem for this machine with the schedule rules' own decisions alone."""
+def untuned(problem: Problem, threads: int) -> BackendRunner:
+    """Compile a problem for this machine with the default decisions of the schedule rules."""
     if isinstance(problem.source, DCNv3Spec):
         operator = compile_op(problem.source, database="none")
         inputs = list(problem.inputs.values())
-        return Session(lambda: operator(*inputs), lambda y: [y])
-    return of_ours(_compiled(problem, problem.source, "none"), problem.inputs, threads)
+        return BackendRunner(lambda: operator(*inputs), lambda y: [y])
+    model = _compiled_encoder(problem, problem.source, "none")
+    return compiled_model_runner(model, problem.inputs, threads)
 
 
-def _compiled(problem: Problem, source: InternImage, database: str) -> CompiledModel:
+def _compiled_encoder(problem: Problem, source: InternImage, database: str) -> CompiledModel:
     example = tuple(problem.inputs["image"].shape)
     imported = frontend.import_model(source, example=example)
     return compile_model(imported, dtype=problem.dtype, database=database)

@@ -1,39 +1,44 @@
-"""The peers, run as their users run them: from the PyTorch module with ``grid_sample``."""
+"""Builders of the peers, which run the PyTorch reference implementation with ``grid_sample``."""
 
 from __future__ import annotations
 
 import torch
 
 from dcnv3_tvm.bench.problems import Problem
-from dcnv3_tvm.bench.sessions import Session, of_onnxruntime, of_openvino, of_torch
+from dcnv3_tvm.bench.runners import (
+    BackendRunner,
+    onnxruntime_runner,
+    openvino_runner,
+    torch_runner,
+)
 
 
-def eager(problem: Problem, threads: int) -> Session:
-    """PyTorch without a compiler."""
-    return of_torch(problem.module, problem.inputs, threads)
+def eager(problem: Problem, threads: int) -> BackendRunner:
+    """Build PyTorch eager."""
+    return torch_runner(problem.module, problem.inputs, threads)
 
 
-def compiled(problem: Problem, threads: int) -> Session:
-    """``torch.compile`` with its defaults."""
+def compiled(problem: Problem, threads: int) -> BackendRunner:
+    """Build ``torch.compile`` with its defaults."""
     torch.compiler.reset()
-    return of_torch(torch.compile(problem.module), problem.inputs, threads)
+    return torch_runner(torch.compile(problem.module), problem.inputs, threads)
 
 
-def onnxruntime(problem: Problem, threads: int) -> Session:
-    """ONNX Runtime, for a model that was exported as it is."""
-    return of_onnxruntime(problem.onnx.path, problem.inputs, threads)
+def onnxruntime(problem: Problem, threads: int) -> BackendRunner:
+    """Build ONNX Runtime on the exported module."""
+    return onnxruntime_runner(problem.onnx.path, problem.inputs, threads)
 
 
-def onnxruntime_deform(problem: Problem, threads: int) -> Session:
-    """ONNX Runtime, for a model that was rewritten to use DeformConv."""
-    return of_onnxruntime(problem.onnx_deform.path, problem.inputs, threads)
+def onnxruntime_deform(problem: Problem, threads: int) -> BackendRunner:
+    """Build ONNX Runtime on the module rewritten to DeformConv."""
+    return onnxruntime_runner(problem.onnx_deform.path, problem.inputs, threads)
 
 
-def openvino(problem: Problem, threads: int) -> Session:
-    """OpenVINO in float32."""
-    return of_openvino(problem.onnx.path, problem.inputs, threads, "f32")
+def openvino(problem: Problem, threads: int) -> BackendRunner:
+    """Build OpenVINO in float32."""
+    return openvino_runner(problem.onnx.path, problem.inputs, threads, "f32")
 
 
-def openvino_bf16(problem: Problem, threads: int) -> Session:
-    """OpenVINO in bfloat16."""
-    return of_openvino(problem.onnx.path, problem.inputs, threads, "bf16")
+def openvino_bf16(problem: Problem, threads: int) -> BackendRunner:
+    """Build OpenVINO in bfloat16."""
+    return openvino_runner(problem.onnx.path, problem.inputs, threads, "bf16")

@@ -1,4 +1,4 @@
-"""A bar picture of a report."""
+"""Bar chart of a report."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _BAR: Final = 0.32
 
 
 def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
-    """Draw one group of bars a case, on a logarithmic axis, with the floors as marks.
+    """Draw one group of bars per case on a logarithmic axis, with the roofline as lines.
 
     Parameters
     ----------
     report : Report
-        What to draw; contestants without times are left out.
+        The report; backends without times are left out.
     path : path
-        File to write; its ending names the format, such as ``.png`` or ``.svg``.
+        File to write; its suffix selects the format, such as ``.png`` or ``.svg``.
 
     Raises
     ------
     MissingDependencyError
         If matplotlib is not installed.
     InvalidArgumentError
-        If the file cannot be written, or there is nothing to draw.
+        If the file cannot be written, or no backend was timed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,49 +35,50 @@ def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
         from matplotlib.patches import Patch
     except ImportError as error:
         raise MissingDependencyError(
-            "matplotlib, which draws the picture, is not installed",
+            "the plot needs matplotlib, which is not installed",
             hint="Run: pip install 'dcnv3-tvm[bench]'",
         ) from error
     cases = [case for case in report.cases if _timed(case)]
     if not cases:
-        raise InvalidArgumentError("there is nothing to draw: no contestant was timed")
+        raise InvalidArgumentError("nothing to plot: no backend was timed")
     names = list(dict.fromkeys(name for case in cases for name in _timed(case)))
     lines = sum(len(_timed(case)) + 1 for case in cases)
     figure = Figure(figsize=(_WIDTH, 1.8 + _BAR * lines), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    place, places = 0.0, []
+    position, ticks = 0.0, []
     for case in cases:
-        begin = place
+        begin = position
         for name, (lower, median, upper) in _timed(case).items():
             color = f"C{names.index(name) % 10}"
             spread = [[median - lower], [upper - median]]
-            axes.barh(place, median, height=0.85, color=color, xerr=spread, ecolor="0.3")
-            axes.text(upper, place, f" {median:.3g}", va="center", fontsize="small")
-            place += 1
-        for seconds, style in ((case.floors.copy, ":"), (case.floors.arithmetic, "--")):
-            axes.vlines(1e3 * seconds, begin - 0.5, place - 0.5, color="0.2", linestyle=style)
-        places.append((begin + place - 1) / 2)
-        place += 1
-    axes.set_yticks(places, [case.slug for case in cases], fontsize="small")
+            axes.barh(position, median, height=0.85, color=color, xerr=spread, ecolor="0.3")
+            axes.text(upper, position, f" {median:.3g}", va="center", fontsize="small")
+            position += 1
+        for seconds, style in ((case.roofline.memory, ":"), (case.roofline.arithmetic, "--")):
+            axes.vlines(1e3 * seconds, begin - 0.5, position - 0.5, color="0.2", linestyle=style)
+        ticks.append((begin + position - 1) / 2)
+        position += 1
+    axes.set_yticks(ticks, [case.slug for case in cases], fontsize="small")
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.margins(x=0.12)
     axes.set_xlabel(
-        "milliseconds, median and quartiles (log); floors: copy dotted, arithmetic dashed"
+        "milliseconds, median and quartiles (log); roofline: memory dotted, arithmetic dashed"
     )
     handles = [Patch(color=f"C{index % 10}") for index in range(len(names))]
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize="small")
-    where = report.provenance
-    axes.set_title(f"{where.cpu}, {where.threads} threads, {where.date[:10]}", fontsize="medium")
+    machine = report.provenance
+    title = f"{machine.cpu}, {machine.threads} threads, {machine.date[:10]}"
+    axes.set_title(title, fontsize="medium")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise InvalidArgumentError("the picture cannot be written", got=error) from error
+        raise InvalidArgumentError("cannot write the plot", got=error) from error
 
 
 def _timed(case: CaseResult) -> dict[str, tuple[float, float, float]]:
-    """Return lower quartile, median and upper quartile in milliseconds by contestant."""
+    """Return lower quartile, median and upper quartile in milliseconds by backend."""
     return {
         row.name: (1e3 * row.seconds.lower, 1e3 * row.seconds.median, 1e3 * row.seconds.upper)
         for row in case.rows

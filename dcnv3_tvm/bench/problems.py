@@ -1,4 +1,4 @@
-"""A case made ready: a PyTorch module for the peers, inputs, true outputs, and its work."""
+"""Problems that benchmarks run: module, inputs, reference outputs, operations and bytes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.export import OnnxFile
-from dcnv3_tvm.bench.sessions import of_torch
+from dcnv3_tvm.bench.runners import Array, torch_runner
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.verify.pytorch_reference import TwinOperator, twin_of
+from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator, with_sampling
 from dcnv3_tvm.verify.random_weights import randomize_
 from dcnv3_tvm.verify.tolerances import model_tolerance, operator_bound
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 OFFSET_SPREAD: Final = 2.0
-"""Offsets of the operator's inputs are uniform within plus or minus this many pixels."""
+"""Offsets of the operator are uniform in [-OFFSET_SPREAD, OFFSET_SPREAD] pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What all contestants of a case compute.
+    """A problem that all backends compute.
 
     Parameters
     ----------
@@ -41,17 +39,17 @@ class Problem:
     source : DCNv3Spec or InternImage
         What this library compiles.
     module : torch.nn.Module
-        What peers run or export: the same with ``grid_sample``.
+        PyTorch reference implementation, which peers run or export.
     inputs : dict of str to numpy.ndarray
-        Arguments by name, in order, float32.
+        Float32 arguments by name, in order.
     reference : list of numpy.ndarray
-        The outputs in float64.
+        Float64 outputs.
     tolerance : float
         Largest error of this library.
-    flops, traffic : float
-        Operations (a multiply-add counts as two); bytes of inputs, weights and outputs.
+    flops, bytes : float
+        Operations (a multiply-add counts as two), and bytes of inputs, weights and outputs.
     dtype : str
-        What this library computes products in.
+        Matmul dtype of this library.
     """
 
     slug: str
@@ -61,29 +59,29 @@ class Problem:
     reference: list[Array]
     tolerance: float
     flops: float
-    traffic: float
+    bytes: float
     dtype: str = "float32"
 
     @property
     def measure(self) -> str:
-        """How errors are measured: ``"max"`` or ``"norm"``, see `model_tolerance`."""
+        """Error measure, see `dcnv3_tvm.verify.tolerances`."""
         return model_tolerance(self.dtype)[0]
 
     @functools.cached_property
     def onnx(self) -> OnnxFile:
-        """The module as a file, exported when first asked for."""
+        """The exported module."""
         return OnnxFile(self.module, self.inputs)
 
     @functools.cached_property
     def onnx_deform(self) -> OnnxFile:
-        """The module rewritten to use DeformConv, as a file."""
-        from dcnv3_tvm.bench.deform_conv import deforming, translations
+        """The exported module, rewritten to use DeformConv."""
+        from dcnv3_tvm.bench.deform_conv import translations, with_deform_conv
 
-        return OnnxFile(deforming(self.module), self.inputs, translations())
+        return OnnxFile(with_deform_conv(self.module), self.inputs, translations())
 
 
 def operator_problem(spec: DCNv3Spec, seed: int = 0) -> Problem:
-    """Make an operator problem ready: normal x, uniform masks, offsets that cross the borders."""
+    """Create an operator problem: normal x, uniform masks, offsets that cross the borders."""
     rng = np.random.default_rng(seed)
     shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape)
     x_shape, offset_shape, mask_shape = (tuple(int(size or 0) for size in s) for s in shapes)
@@ -95,28 +93,28 @@ def operator_problem(spec: DCNv3Spec, seed: int = 0) -> Problem:
     return Problem(
         slug=spec.slug,
         source=spec,
-        module=TwinOperator(spec).eval(),
+        module=PyTorchOperator(spec).eval(),
         inputs={"x": x, "offset": offset, "mask": mask},
         reference=[reference],
         tolerance=float(bound.max() / np.abs(reference).max()),
         flops=spec.flops,
-        traffic=spec.bytes,
+        bytes=spec.bytes,
     )
 
 
 def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
-    """Make an encoder ready, with random weights that deform by some pixels.
+    """Create an encoder problem with random weights.
 
-    The truth is the module of the peers in float64; a test holds it against this library's
-    reference.
+    The reference is the PyTorch reference implementation in float64, which the tests compare with
+    this library's reference operator.
     """
     model = frontend.create_model(case.variant, features_only=case.features)
     randomize_(model, seed)
-    twin = twin_of(model)
+    module = with_sampling(model)
     shape = (case.batch, 3, *case.size)
     image = _aligned(np.random.default_rng(seed).standard_normal(shape, np.float32))
-    exact = of_torch(
-        copy.deepcopy(twin).double(), {"image": image.astype(np.float64)}, torch.get_num_threads()
+    exact = torch_runner(
+        copy.deepcopy(module).double(), {"image": image.astype(np.float64)}, torch.get_num_threads()
     )
     reference = exact.outputs(exact.call())
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -124,23 +122,23 @@ def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
     return Problem(
         slug=case.slug,
         source=model,
-        module=twin,
+        module=module,
         inputs={"image": image},
         reference=reference,
         tolerance=model_tolerance(case.dtype)[1],
         flops=encoder_flops(case),
-        traffic=DTYPE_BYTES[case.dtype] * weights + 4.0 * (image.size + outputs),
+        bytes=DTYPE_BYTES[case.dtype] * weights + 4.0 * (image.size + outputs),
         dtype=case.dtype,
     )
 
 
 def _aligned(values: Array) -> Array:
-    """Copy to float32 in memory of PyTorch's, whose alignment spares every contestant a copy."""
+    """Copy to float32 memory with PyTorch's alignment, so that no backend copies it again."""
     return torch.empty(values.shape).copy_(torch.from_numpy(values)).numpy()
 
 
 def encoder_flops(case: EncoderCase) -> float:
-    """Count products, convolutions and sampling, by shapes alone."""
+    """Count the operations of matmuls, convolutions and sampling."""
     model = frontend.create_model(case.variant, features_only=case.features, device="meta")
     mapping = {torch.ops.dcnv3_tvm.dcnv3: _sampling_flops}
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:

@@ -1,41 +1,46 @@
-"""Results as data: JSON, CSV, and rows of a table."""
+"""Reports of timed backends, as text tables and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Final
 
-from dcnv3_tvm.bench.contestants import MAX, OURS
-from dcnv3_tvm.bench.floors import Floors, Peaks
-from dcnv3_tvm.bench.listing import SCHEMA, csv_text
+from dcnv3_tvm.bench.backends import OURS
+from dcnv3_tvm.bench.listing import SCHEMA
 from dcnv3_tvm.bench.measure import Plan, Quartiles
+from dcnv3_tvm.bench.roofline import Peaks, Roofline
+from dcnv3_tvm.errors import first_line
 from dcnv3_tvm.provenance import Provenance
+from dcnv3_tvm.verify.tolerances import MAX_ERROR
 
-TABLE_HEADER: Final = ("", "ms", "quartiles", "best", "against ours", "quartiles", "error")
+TABLE_HEADER: Final = ("", "ms", "quartiles", "best", "vs ours", "quartiles", "error")
+
+_LONGEST_FAILURE: Final = 160
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One contestant in one case.
+class BackendRow:
+    """Result of one backend in one case.
 
     Parameters
     ----------
     name : str
-        The contestant.
+        Name of the backend.
     error : float or None
-        Largest error, in the measure of the case; None where it gave no output.
+        Largest error, in the error measure of the case; None without outputs.
     tolerance : float or None
-        What the error may be.
+        Largest accepted error.
     seconds : Quartiles or None
-        Of a call; None where it was not timed.
+        Time of a call; None if it was not timed.
     ratio : Quartiles or None
-        Its time over that of this library.
+        Time divided by that of this library.
     redone : int
-        Bursts that were taken once more.
+        Number of repeated bursts.
     failure : str or None
-        Why it gave no output.
+        Why there are no outputs.
     peak_bytes : int or None
-        Memory it takes on a GPU.
+        Peak GPU memory.
     """
 
     name: str
@@ -49,7 +54,7 @@ class Row:
 
     @property
     def wrong(self) -> bool:
-        """Whether its outputs are not the true ones."""
+        """Whether the error exceeds the tolerance or is NaN."""
         if self.error is None or self.tolerance is None:
             return False
         return not self.error <= self.tolerance
@@ -57,49 +62,49 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class CaseResult:
-    """All contestants in one case.
+    """Results of all backends in one case.
 
     Parameters
     ----------
     slug : str
         Name of the case.
-    floors : Floors
-        Least times.
-    rows : tuple of Row
-        In the order of the turns, this library first.
+    roofline : Roofline
+        Lower bounds of the time.
+    rows : tuple of BackendRow
+        Results, this library first.
     measure : str
-        How errors are measured: ``"max"`` or ``"norm"``, see `error_of`.
+        Error measure, see `dcnv3_tvm.verify.tolerances`.
     """
 
     slug: str
-    floors: Floors
-    rows: tuple[Row, ...]
-    measure: str = MAX
+    roofline: Roofline
+    rows: tuple[BackendRow, ...]
+    measure: str = MAX_ERROR
 
     @property
     def wrong(self) -> list[str]:
-        """Names of contestants with wrong outputs."""
+        """Names of the backends with wrong outputs."""
         return [row.name for row in self.rows if row.wrong]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A run of the benchmark.
+    """Results of a benchmark run.
 
     Parameters
     ----------
     kind : str
         ``"op"`` or ``"encoder"``.
     provenance : Provenance
-        Machine, versions, date.
+        Machine, versions and date.
     plan : Plan
-        How often was called.
+        Number of timed calls.
     peaks : Peaks
-        Rates the floors are computed from.
+        Rates of the roofline.
     cases : tuple of CaseResult
-        What was measured.
+        Results by case.
     skipped : dict of str to str
-        Peers that were asked for and not measured, and why.
+        Backends that were not run, and why.
     """
 
     kind: str
@@ -111,83 +116,22 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no output was wrong."""
+        """Whether all outputs were correct."""
         return not any(case.wrong for case in self.cases)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for ``json.dumps``; NaN becomes None with ``wrong`` set."""
+        """Return plain values for ``json.dumps``; errors that are not finite become None."""
         data = {"schema": SCHEMA} | dataclasses.asdict(self)
         for case, plain in zip(self.cases, data["cases"], strict=True):
             for row, values in zip(case.rows, plain["rows"], strict=True):
                 values["wrong"] = row.wrong
-                if row.error is not None and row.error != row.error:
+                if row.error is not None and not math.isfinite(row.error):
                     values["error"] = None
         return data
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Report:
-        """Read back what `to_json` gave."""
-        return cls(
-            kind=data["kind"],
-            provenance=Provenance(**data["provenance"]),
-            plan=Plan(**data["plan"]),
-            peaks=Peaks(**data["peaks"]),
-            cases=tuple(_case(case) for case in data["cases"]),
-            skipped=data["skipped"],
-        )
-
-    def to_csv(self) -> str:
-        """Return one line for each contestant and case, times in milliseconds."""
-        rows = [self._csv_row(case, row) for case in self.cases for row in case.rows]
-        return csv_text(rows, CSV_FIELDS)
-
-    def _csv_row(self, case: CaseResult, row: Row) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            "case": case.slug,
-            "contestant": row.name,
-            "error": row.error,
-            "wrong": row.wrong,
-            "failure": row.failure,
-            "peak_bytes": row.peak_bytes,
-            "copy_floor_ms": 1e3 * case.floors.copy,
-            "arithmetic_floor_ms": 1e3 * case.floors.arithmetic,
-        } | self.provenance.columns()
-        if row.seconds is not None:
-            times = dataclasses.asdict(row.seconds.scaled(1e3))
-            values |= {f"{name}_ms": time for name, time in times.items()}
-        if row.ratio is not None:
-            values["ratio"] = row.ratio.median
-        return values
-
-
-CSV_FIELDS: Final = (
-    "case",
-    "contestant",
-    "median_ms",
-    "lower_ms",
-    "upper_ms",
-    "best_ms",
-    "ratio",
-    "error",
-    "wrong",
-    "failure",
-    "peak_bytes",
-    "copy_floor_ms",
-    "arithmetic_floor_ms",
-    "date",
-    "commit",
-    "cpu",
-    "cores",
-    "threads",
-    "versions",
-    "gpu",
-    "driver",
-)
-"""Columns of the CSV."""
-
 
 def table_rows(case: CaseResult) -> list[tuple[str, ...]]:
-    """Return the rows of a table for people, under `TABLE_HEADER`; the floors last."""
+    """Return the text table under `TABLE_HEADER`, with the roofline last."""
     rows: list[tuple[str, ...]] = []
     for row in case.rows:
         error = "" if row.error is None else f"{row.error:.1e}"
@@ -206,26 +150,11 @@ def table_rows(case: CaseResult) -> list[tuple[str, ...]]:
             rows.append(
                 (row.name, f"{times.median:9.4f}", spread, f"{times.best:9.4f}", *compared, error)
             )
-    for name, seconds in dataclasses.asdict(case.floors).items():
-        rows.append((f"floor: {name}", f"{1e3 * seconds:9.4f}", "", "", "", "", ""))
+    for name, seconds in dataclasses.asdict(case.roofline).items():
+        rows.append((f"roofline: {name}", f"{1e3 * seconds:9.4f}", "", "", "", "", ""))
     return rows
 
 
-def _case(data: dict[str, Any]) -> CaseResult:
-    return CaseResult(
-        slug=data["slug"],
-        floors=Floors(**data["floors"]),
-        rows=tuple(_row(row) for row in data["rows"]),
-        # Written since there is more than one.
-        measure=data.get("measure", MAX),
-    )
-
-
-def _row(data: dict[str, Any]) -> Row:
-    values = {name: value for name, value in data.items() if name != "wrong"}
-    for name in ("seconds", "ratio"):
-        if values[name] is not None:
-            values[name] = Quartiles(**values[name])
-    if data["wrong"] and values["error"] is None:
-        values["error"] = float("nan")
-    return Row(**values)
+def failure_text(error: Exception) -> str:
+    """Return class and first line of an exception of another library."""
+    return f"{type(error).__name__}: {first_line(error)[:_LONGEST_FAILURE]}"

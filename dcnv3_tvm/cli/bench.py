@@ -1,4 +1,4 @@
-"""``dcnv3-tvm bench``: times beside those of other runtimes, on this machine; floors of any."""
+"""``dcnv3-tvm bench``: benchmarks on this machine, and rooflines of GPUs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm import files, gpu
 from dcnv3_tvm.bench import cases
-from dcnv3_tvm.bench.contestants import Peer, select_peers
-from dcnv3_tvm.bench.gpu_cases import PARTS, OperatorGroup, chosen
+from dcnv3_tvm.bench.backends import Peer, select_peers
+from dcnv3_tvm.bench.gpu_cases import PARTS, OperatorGroup, select_cases
 from dcnv3_tvm.cli import bench_arguments as declare
 from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.cli.result import Result
@@ -24,46 +24,48 @@ from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.bench.gpu_report import Compilation, GpuRun
+    from dcnv3_tvm.bench.gpu import GpuRun
+    from dcnv3_tvm.bench.gpu_compilation import CompiledJobs
     from dcnv3_tvm.bench.listing import Listing
     from dcnv3_tvm.bench.report import Report
     from dcnv3_tvm.spec import DCNv3Spec
 
-HELP: Final = "measure the operator or an encoder beside PyTorch and other runtimes"
+HELP: Final = "compare the operator or an encoder with PyTorch and other runtimes"
 
 _ALL: Final = "all"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what is measured, each with its arguments."""
-    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, kind in _KINDS.items():
-        command = kinds.add_parser(name, help=kind.help, description=kind.help)
-        for add in (*kind.arguments, declare.add_json):
-            add(command)
+_OnStep = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kind:
-    """What can be measured.
+class _Benchmark:
+    """A sub-command of ``bench``.
 
     Parameters
     ----------
     help : str
-        In a line.
+        One line of help.
     arguments : tuple of callable
-        Declare what it takes besides ``--json``.
+        Functions that declare its arguments, except ``--json``.
     measure : callable
         ``(arguments, threads, on_step) -> report``.
     """
 
     help: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
-    measure: Callable[[argparse.Namespace, int, Callable[[str], None]], Any]
+    measure: Callable[[argparse.Namespace, int, _OnStep], Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the sub-commands and their arguments."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, benchmark in _BENCHMARKS.items():
+        command = commands.add_parser(name, help=benchmark.help, description=benchmark.help)
+        for add in (*benchmark.arguments, declare.add_json):
+            add(command)
 
 
 def execute(arguments: argparse.Namespace) -> Result:
-    """Measure, write the files, and show the table."""
+    """Run a benchmark, write the files that were asked for, and return the report."""
     for name in ("batch", "threads", "rounds"):
         value = getattr(arguments, name, None)
         if value is not None and value < 1:
@@ -73,15 +75,13 @@ def execute(arguments: argparse.Namespace) -> Result:
     given = getattr(arguments, "threads", None)
     threads = given or default_threads()
     if given is not None:
-        # The operator takes its threads from here when it is first called.
+        # The operator reads its number of threads from here when it is first called.
         os.environ[TVM_NUM_THREADS.name] = str(threads)
     with Progress(f"bench {arguments.what}") as progress:
-        report = _KINDS[arguments.what].measure(arguments, threads, progress.step)
+        report = _BENCHMARKS[arguments.what].measure(arguments, threads, progress.step)
     data = report.to_json()
     if isinstance(arguments.json, str) and arguments.json != declare.STDOUT:
         _write(Path(arguments.json), json.dumps(data, indent=2) + "\n")
-    if getattr(arguments, "csv", None) is not None:
-        _write(arguments.csv, report.to_csv())
     if getattr(arguments, "plot", None) is not None:
         from dcnv3_tvm.bench.plot import save_plot
 
@@ -89,65 +89,50 @@ def execute(arguments: argparse.Namespace) -> Result:
     return Result(data, report_text(report), ok=report.ok)
 
 
-def _compete(
-    selected: Sequence[Any],
-    arguments: argparse.Namespace,
-    threads: int,
-    on_step: Callable[[str], None],
+def _compare(
+    selected: Sequence[Any], arguments: argparse.Namespace, threads: int, on_step: _OnStep
 ) -> Report:
     peers = _peers(arguments)
     with _requirements():
-        from dcnv3_tvm.bench import runner
+        from dcnv3_tvm.bench import comparison
         from dcnv3_tvm.bench.measure import Plan
-    return runner.run(
-        selected,
-        against=peers,
-        threads=threads,
-        plan=Plan(rounds=arguments.rounds),
-        on_step=on_step,
-    )
+    plan = Plan(rounds=arguments.rounds)
+    return comparison.run(selected, against=peers, threads=threads, plan=plan, on_step=on_step)
 
 
-def _operator(
-    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
-) -> Report:
-    return _compete(_specs(arguments), arguments, threads, on_step)
+def _operator(arguments: argparse.Namespace, threads: int, on_step: _OnStep) -> Report:
+    return _compare(_specs(arguments), arguments, threads, on_step)
 
 
-def _encoder(arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]) -> Report:
-    return _compete([_case(arguments)], arguments, threads, on_step)
+def _encoder(arguments: argparse.Namespace, threads: int, on_step: _OnStep) -> Report:
+    return _compare([_case(arguments)], arguments, threads, on_step)
 
 
-def _kernels(
-    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
-) -> Listing[Any]:
+def _kernels(arguments: argparse.Namespace, threads: int, on_step: _OnStep) -> Listing[Any]:
     case = _case(arguments)
+    if arguments.device_model is None and case.dtype not in cases.CPU_DTYPES:
+        raise InvalidArgumentError(
+            "the CPU does not support the dtype",
+            got=f"--dtype {case.dtype}",
+            allowed=f"{', '.join(cases.CPU_DTYPES)}, or a GPU as --device-model",
+        )
     with _requirements():
-        from dcnv3_tvm.bench.kernels import list_kernels
-    return list_kernels(case, threads=threads, on_step=on_step)
+        from dcnv3_tvm.bench.gpu_models import gpu_model
+        from dcnv3_tvm.bench.kernels import list_rooflines, time_kernels
+    if arguments.device_model is not None:
+        return list_rooflines(case, gpu_model(arguments.device_model), on_step=on_step)
+    return time_kernels(case, threads=threads, on_step=on_step)
 
 
-def _memory(
-    arguments: argparse.Namespace, threads: int, on_step: Callable[[str], None]
-) -> Listing[Any]:
+def _memory(arguments: argparse.Namespace, threads: int, on_step: _OnStep) -> Listing[Any]:
     case, peers = _case(arguments), _peers(arguments)
     with _requirements():
         from dcnv3_tvm.bench.memory import measure_memory
     return measure_memory(case, against=peers, threads=threads, on_step=on_step)
 
 
-def _floor(
-    arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]
-) -> Listing[Any]:
-    case = _case(arguments)
-    with _requirements():
-        from dcnv3_tvm.bench.cost import list_floors
-        from dcnv3_tvm.bench.device_models import device_model
-    return list_floors(case, device_model(arguments.device_model), on_step=on_step)
-
-
-def _gpu(arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]) -> GpuRun:
-    # Before anything is imported that takes time.
+def _gpu(arguments: argparse.Namespace, _: int, on_step: _OnStep) -> GpuRun:
+    # Fail without a GPU before the slow imports.
     gpu.device(arguments.device)
     groups, encoders = _gpu_cases(arguments)
     with _requirements():
@@ -163,12 +148,10 @@ def _gpu(arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], 
     )
 
 
-def _gpu_compile(
-    arguments: argparse.Namespace, _threads: int, on_step: Callable[[str], None]
-) -> Compilation:
+def _gpu_compile(arguments: argparse.Namespace, _: int, on_step: _OnStep) -> CompiledJobs:
     groups, encoders = _gpu_cases(arguments)
     with _requirements():
-        from dcnv3_tvm.bench.gpu import compile_ahead
+        from dcnv3_tvm.bench.gpu_compilation import compile_ahead
     return compile_ahead(
         groups, encoders, artifacts=arguments.artifacts, target=arguments.target, on_step=on_step
     )
@@ -177,7 +160,8 @@ def _gpu_compile(
 def _gpu_cases(
     arguments: argparse.Namespace,
 ) -> tuple[list[OperatorGroup], list[cases.EncoderCase]]:
-    groups, encoders = chosen(PARTS if arguments.part is None else [arguments.part], arguments.case)
+    parts = PARTS if arguments.part is None else [arguments.part]
+    groups, encoders = select_cases(parts, arguments.case)
     if not groups and not encoders:
         raise InvalidArgumentError("no case matches the pattern", got=repr(arguments.case))
     return groups, encoders
@@ -192,7 +176,7 @@ def _peers(arguments: argparse.Namespace) -> list[Peer]:
 
 @contextlib.contextmanager
 def _requirements() -> Iterator[None]:
-    """Say how to install what an import in the body does not find."""
+    """Raise an error that says how to install a package whose import fails in the body."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -207,7 +191,7 @@ def _case(arguments: argparse.Namespace) -> cases.EncoderCase:
         arguments.variant,
         batch=arguments.batch,
         size=arguments.size,
-        features=getattr(arguments, "features", False),
+        features=arguments.features,
         dtype=arguments.dtype,
     )
 
@@ -217,22 +201,23 @@ def _specs(arguments: argparse.Namespace) -> list[DCNv3Spec]:
         specs = cases.suite(batch=arguments.batch)
     else:
         specs = cases.stage_specs(arguments.variant, batch=arguments.batch, size=arguments.size)
-    chosen = [spec for spec in specs if fnmatch.fnmatchcase(spec.slug, arguments.case)]
-    if not chosen:
+    matching = [spec for spec in specs if fnmatch.fnmatchcase(spec.slug, arguments.case)]
+    if not matching:
         raise InvalidArgumentError(
             "no case matches the pattern",
             got=repr(arguments.case),
             allowed=", ".join(spec.slug for spec in specs),
         )
-    return chosen
+    return matching
 
 
-_KINDS: Final = {
-    "op": _Kind(
-        f"the operator at the stages of a variant, or of {_ALL} (T to H, and T at "
-        f"{'x'.join(map(str, cases.DETECTION_SIZE))}), beside other runtimes",
+_BENCHMARKS: Final = {
+    "op": _Benchmark(
+        f"time the operator at the stages of a variant, or of {_ALL} (T to H, and T at "
+        f"{'x'.join(map(str, cases.DETECTION_SIZE))}), compared with other runtimes",
         (
-            declare.add_common,
+            declare.add_model,
+            declare.add_threads,
             declare.add_case,
             declare.add_against,
             declare.add_rounds,
@@ -240,45 +225,56 @@ _KINDS: Final = {
         ),
         _operator,
     ),
-    "encoder": _Kind(
-        "a whole encoder beside other runtimes",
+    "encoder": _Benchmark(
+        "time a whole encoder, compared with other runtimes",
         (
-            declare.add_common,
+            declare.add_model,
+            declare.add_threads,
             declare.add_features,
-            declare.add_dtype,
+            declare.add_cpu_dtype,
             declare.add_against,
             declare.add_rounds,
             declare.add_plot,
         ),
         _encoder,
     ),
-    "kernels": _Kind(
-        "every kernel of a compiled encoder alone, beside its floor",
-        (declare.add_common, declare.add_features, declare.add_dtype),
+    "kernels": _Benchmark(
+        "time every kernel of an encoder and compare it with its roofline; with --device-model, "
+        "list the rooflines on a GPU, which need not be in this machine",
+        (
+            declare.add_model,
+            declare.add_threads,
+            declare.add_features,
+            declare.add_dtype,
+            declare.add_device_model,
+        ),
         _kernels,
     ),
-    "memory": _Kind(
-        "the peak memory of an encoder beside that of other runtimes, each in a fresh process",
-        (declare.add_common, declare.add_features, declare.add_dtype, declare.add_against),
+    "memory": _Benchmark(
+        "measure the peak memory of an encoder, compared with other runtimes, each in a process of "
+        "its own",
+        (
+            declare.add_model,
+            declare.add_threads,
+            declare.add_features,
+            declare.add_cpu_dtype,
+            declare.add_against,
+        ),
         _memory,
     ),
-    "floor": _Kind(
-        "what every kernel of an encoder takes on a GPU at least, computed without one",
-        (declare.add_model, declare.add_features, declare.add_device_model, declare.add_csv),
-        _floor,
-    ),
-    "gpu": _Kind(
-        "operator and encoders on this machine's GPU, beside PyTorch and the published extensions",
+    "gpu": _Benchmark(
+        "time operator and encoders on this machine's GPU, compared with PyTorch and the published "
+        "extensions",
         (declare.add_gpu_cases, declare.add_gpu),
         _gpu,
     ),
-    "gpu-compile": _Kind(
+    "gpu-compile": _Benchmark(
         "compile what `bench gpu` measures, for a GPU that need not be in this machine",
         (declare.add_gpu_cases, declare.add_gpu_compile),
         _gpu_compile,
     ),
 }
-"""By name, in the order of the help."""
+"""Sub-commands by name, in the order of the help."""
 
 
 def _write(path: Path, text: str) -> None:
@@ -287,5 +283,5 @@ def _write(path: Path, text: str) -> None:
             Path(temporary).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError(
-            "the results cannot be written", got=f"{error.strerror or error} ({path})"
+            "cannot write the results", got=f"{error.strerror or error} ({path})"
         ) from error

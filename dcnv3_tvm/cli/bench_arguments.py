@@ -1,4 +1,4 @@
-"""What the kinds of ``dcnv3-tvm bench`` take on the command line."""
+"""Arguments of the sub-commands of ``dcnv3-tvm bench``."""
 
 from __future__ import annotations
 
@@ -7,125 +7,120 @@ from pathlib import Path
 from typing import Final
 
 from dcnv3_tvm.bench import cases
-from dcnv3_tvm.bench.contestants import PEERS
+from dcnv3_tvm.bench.backends import PEERS
 from dcnv3_tvm.bench.gpu_cases import PARTS, SECONDS
 from dcnv3_tvm.cli.compile import parse_size
 
 STDOUT: Final = "-"
-"""The value of ``--json`` that prints instead of writing a file."""
+"""Value of ``--json`` that prints instead of writing a file."""
 
 NONE: Final = "none"
-"""The value of ``--against`` for nobody."""
+"""Value of ``--against`` that selects no backend."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Declare the encoder, its batch and its size."""
+    """Declare variant, batch size and image size."""
     parser.add_argument(
         "--variant",
         default="internimage_t",
-        help="a name of `dcnv3-tvm models` (default: %(default)s)",
+        help="a model of `dcnv3-tvm models` (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
     parser.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="of the image (default: the variant's own)"
+        "--size",
+        type=parse_size,
+        metavar="HxW",
+        help="image size (default: the resolution of the variant)",
     )
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Declare an encoder on a CPU: also threads, and CSV."""
-    add_model(parser)
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Declare the number of threads."""
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="that compute (default: the cores)"
+        "--threads", type=int, metavar="N", help="threads that compute (default: all cores)"
     )
-    add_csv(parser)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """Declare where JSON goes."""
+    """Declare the destination of JSON."""
     parser.add_argument(
         "--json",
         nargs="?",
         const=STDOUT,
-        # The command has an option of this name, too, whose value must stand.
+        # `dcnv3-tvm bench` also has --json; its value must not be overwritten by a default.
         default=argparse.SUPPRESS,
         metavar="FILE",
         help="write JSON to a file, or print it instead of the table",
     )
 
 
-def add_csv(parser: argparse.ArgumentParser) -> None:
-    """Declare where CSV goes."""
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write CSV")
-
-
 def add_case(parser: argparse.ArgumentParser) -> None:
-    """Declare a choice among the cases."""
+    """Declare a filter on the cases."""
     parser.add_argument(
-        "--case", default="*", metavar="PATTERN", help="only cases whose name matches"
+        "--case", default="*", metavar="PATTERN", help="only cases whose name matches the pattern"
     )
+
+
+def add_cpu_dtype(parser: argparse.ArgumentParser) -> None:
+    """Declare the matmul dtype on a CPU."""
+    _add_dtype(parser, cases.CPU_DTYPES)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """Declare the type of products on a CPU."""
+    """Declare the matmul dtype on a CPU or a GPU."""
+    _add_dtype(parser, tuple(cases.DTYPES))
+
+
+def _add_dtype(parser: argparse.ArgumentParser, choices: tuple[str, ...]) -> None:
     parser.add_argument(
         "--dtype",
-        choices=cases.CPU_DTYPES,
+        choices=choices,
         default="float32",
-        help="of this library's products (default: %(default)s)",
-    )
-
-
-def _add_gpu_dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(cases.DTYPES),
-        default="float16",
-        help="of the products (default: %(default)s)",
+        help="matmul dtype of this library (default: %(default)s)",
     )
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:
-    """Declare without a head."""
+    """Declare the feature pyramid."""
     parser.add_argument(
         "--features", action="store_true", help="the feature pyramid, without a head"
     )
 
 
 def add_against(parser: argparse.ArgumentParser) -> None:
-    """Declare the peers."""
+    """Declare the backends to compare with."""
     names = ",".join(peer.name for peer in PEERS)
     parser.add_argument(
         "--against",
         metavar="NAMES",
-        help=f"of {names}, or {NONE} (default: all that take part in the dtype)",
+        help=f"backends to compare with, of {names}, or {NONE} (default: all that support the "
+        "dtype, without untuned)",
     )
 
 
 def add_rounds(parser: argparse.ArgumentParser) -> None:
-    """Declare how often is measured."""
+    """Declare the number of rounds."""
     parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="bursts of each (default: 5)"
+        "--rounds", type=int, default=5, metavar="N", help="bursts per backend (default: 5)"
     )
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
-    """Declare where a picture goes."""
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw bars (.png, .svg, .pdf)")
+    """Declare the destination of a bar chart."""
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="save a bar chart (.png, .svg, .pdf)"
+    )
 
 
 def add_device_model(parser: argparse.ArgumentParser) -> None:
-    """Declare the model of a GPU, and the type of products there."""
-    _add_gpu_dtype(parser)
+    """Declare the GPU whose peak rates are known."""
     parser.add_argument(
-        "--device-model",
-        default="h200",
-        metavar="NAME",
-        help="the GPU: h200, h100 or a100 (default: %(default)s)",
+        "--device-model", metavar="NAME", help="a GPU, h200, h100 or a100 (default: this CPU)"
     )
 
 
 def add_gpu_cases(parser: argparse.ArgumentParser) -> None:
-    """Declare a choice among what is measured on a GPU."""
+    """Declare a filter on the GPU cases."""
     parser.add_argument(
         "--part", choices=PARTS, help="only the operator, or only encoders (default: both)"
     )
@@ -133,35 +128,35 @@ def add_gpu_cases(parser: argparse.ArgumentParser) -> None:
 
 
 def add_gpu(parser: argparse.ArgumentParser) -> None:
-    """Declare a run on a GPU."""
+    """Declare the arguments of ``gpu``."""
     parser.add_argument(
         "--results",
         type=Path,
         default=Path("bench-results"),
         metavar="DIR",
-        help="folder for the files (default: %(default)s)",
+        help="folder for the JSON files (default: %(default)s)",
     )
     parser.add_argument(
         "--artifacts",
         type=Path,
         metavar="DIR",
-        help="folder of what `bench gpu-compile` has compiled; the rest is compiled there",
+        help="folder of results of `bench gpu-compile`; missing ones are compiled into it",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=SECONDS,
         metavar="S",
-        help="for all of it; what does not fit is left out and said to be (default: %(default)g)",
+        help="time budget; cases that do not fit are skipped and listed (default: %(default)g)",
     )
     parser.add_argument(
-        "--device", type=int, default=0, metavar="N", help="number of the GPU (default: 0)"
+        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
     )
 
 
 def add_gpu_compile(parser: argparse.ArgumentParser) -> None:
-    """Declare what is compiled ahead for a GPU."""
+    """Declare the arguments of ``gpu-compile``."""
     parser.add_argument(
         "--artifacts", type=Path, required=True, metavar="DIR", help="folder to write to"
     )
-    parser.add_argument("--target", required=True, help="for example cuda-sm90")
+    parser.add_argument("--target", required=True, help="GPU target, for example cuda-sm90")

@@ -1,4 +1,4 @@
-"""Compare a compiled model with PyTorch in float64, with an operator that is not ours."""
+"""Compare a compiled model with PyTorch in float64 and the NumPy reference operator."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime import CompiledModel
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.entries import entry_outputs
-from dcnv3_tvm.verify.tolerances import model_tolerance
+from dcnv3_tvm.verify.tolerances import NORM_ERROR, model_tolerance
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far one output is from the truth.
+    """Error of one output.
 
     Parameters
     ----------
     output : str
         Name of the entry and the output.
     maximum, mean : float
-        Of the absolute differences, divided by `scale`; NaN where an element is not finite.
+        Maximum and mean absolute error, divided by `scale`; NaN if an element is not finite.
     norm : float
-        Euclidean norm of the differences, divided by that of the truth.
+        Relative L2 error.
     scale : float
-        Largest absolute value of the truth.
+        Largest absolute value of the reference.
     """
 
     output: str
@@ -43,13 +43,13 @@ class Difference:
     scale: float
 
     def within(self, dtype: str) -> bool:
-        """Whether every element is finite and close enough for a model compiled for `dtype`."""
+        """Whether the error is within the tolerance of a model compiled for `dtype`."""
         measure, bound = model_tolerance(dtype)
-        return (self.norm if measure == "norm" else self.maximum) <= bound
+        return (self.norm if measure == NORM_ERROR else self.maximum) <= bound
 
 
 class ReferenceOperator(TorchFunctionMode):
-    """While entered, every ``torch.ops.dcnv3_tvm.dcnv3`` is the float64 NumPy reference."""
+    """Context in which ``torch.ops.dcnv3_tvm.dcnv3`` is the float64 NumPy reference."""
 
     def __torch_function__(
         self,
@@ -67,7 +67,7 @@ class ReferenceOperator(TorchFunctionMode):
 
 
 def reference_outputs(model: InternImage, image: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """Run an InternImage in float64, with the reference operator.
+    """Run an InternImage in float64 with the NumPy reference operator.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def pytorch_outputs(
     image : numpy.ndarray
         NCHW batch.
     dtype : torch.dtype
-        The type.
+        Type of weights and activations.
 
     Returns
     -------
@@ -117,32 +117,32 @@ def compare(
     compiled: CompiledModel,
     model: InternImage,
     image: np.ndarray,
-    truth: dict[str, list[np.ndarray]] | None = None,
+    reference: dict[str, list[np.ndarray]] | None = None,
 ) -> list[Difference]:
     """Compare all outputs of all entries for one batch.
 
     Parameters
     ----------
     compiled : CompiledModel
-        What is tested.
+        The model under test.
     model : InternImage
         The PyTorch model with the same weights.
     image : numpy.ndarray
-        NCHW batch of the compiled model's input type.
-    truth : dict of str to list of numpy.ndarray, optional
-        What `reference_outputs` gave for the same model and batch, where it is there already.
+        NCHW batch in the input dtype of the compiled model.
+    reference : dict of str to list of numpy.ndarray, optional
+        Result of `reference_outputs` for the same model and batch, if already computed.
     """
-    truth = truth or reference_outputs(model, image)
+    expected = reference or reference_outputs(model, image)
     found = entry_outputs(compiled, image)
     return [
-        difference(f"{entry}/{tensor.name}", output, expected)
+        difference(f"{entry}/{tensor.name}", ours, theirs)
         for entry, info in compiled.metadata.entries.items()
-        for tensor, output, expected in zip(info.outputs, found[entry], truth[entry], strict=True)
+        for tensor, ours, theirs in zip(info.outputs, found[entry], expected[entry], strict=True)
     ]
 
 
 def difference(name: str, output: np.ndarray, expected: np.ndarray) -> Difference:
-    """Measure how far an output is from the truth."""
+    """Compute the error of an output."""
     if output.shape != expected.shape:
         return Difference(f"{name} {output.shape}", *[float("nan")] * 4)
     scale = float(np.abs(expected).max())

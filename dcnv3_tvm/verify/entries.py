@@ -1,4 +1,4 @@
-"""All outputs of a compiled model."""
+"""Outputs of all entries of a compiled model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def entry_outputs(compiled: CompiledModel, *inputs: Any) -> dict[str, list[Any]]
     compiled : CompiledModel
         The model.
     *inputs : array
-        Of every entry.
+        Inputs, the same for every entry.
 
     Returns
     -------

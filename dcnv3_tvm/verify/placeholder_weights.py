@@ -10,10 +10,11 @@ import torch
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.frontend.models.internimage import InternImage
+from dcnv3_tvm.transform.storage_gpu import MANY_SUMS
 
-_DEEP: Final = 9
-"""Blocks from which on the GPU lowering keeps the residual stream of a pre-norm stage in float32
-(see `lower_gpu.MANY_SUMS`)."""
+_DEEP: Final = MANY_SUMS // 2 + 1
+"""Blocks, of two residual sums each, from which on the GPU lowering keeps the residual stream of a
+pre-norm stage in float32."""
 
 
 def placeholder_model(

@@ -1,22 +1,27 @@
-"""DCNv3 by PyTorch's ``grid_sample``, in the manner of the published fallback for the CPU.
+"""DCNv3 with PyTorch's ``grid_sample``, as in the published CPU fallback.
 
-This is what people run who have no CUDA extension, and what they export to other runtimes:
-benchmarks compare with it, and tests import it. It shares nothing with this library's operator.
+Users without the CUDA extension run or export this implementation, so benchmarks compare with it.
+It shares no code with this library's operator.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
-from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+Sampling = Callable[[Tensor, Tensor, Tensor, DCNv3Params], Tensor]
+"""Computes the operator from x, offset and mask."""
 
 
 def dcnv3_core_pytorch(
@@ -36,20 +41,22 @@ def dcnv3_core_pytorch(
     offset_scale: float,
     remove_center: bool = False,
 ) -> Tensor:
-    """Sample all points of all groups with one ``grid_sample``; the published name and signature.
+    """Sample all points of all groups with one ``grid_sample``.
+
+    Name and signature are the published ones.
 
     Parameters
     ----------
     x, offset, mask : torch.Tensor
         Shapes (N, H, W, C), (N, Ho, Wo, group*P*2) and (N, Ho, Wo, group*P), of one dtype.
     kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w : int
-        As of a convolution.
+        As for a convolution.
     group, group_channels : int
-        Their product is C.
+        Groups and channels per group; C is their product.
     offset_scale : float
-        Factor on grid and offsets.
+        Factor applied to grid and offsets.
     remove_center : bool
-        Leave out the central point.
+        Skip the central point.
 
     Returns
     -------
@@ -58,8 +65,8 @@ def dcnv3_core_pytorch(
     """
     batch, height, width, channels = x.shape
     out_height, out_width = offset.shape[1:3]
-    # Everything is made where x is: what a GPU would have to copy from the host would hold it up.
-    numbers = partial(torch.arange, dtype=x.dtype, device=x.device)
+    # Create all tensors on the device of x: copies from the host would stall a GPU.
+    arange = partial(torch.arange, dtype=x.dtype, device=x.device)
     points = kernel_w * kernel_h - int(remove_center)
     places = torch.arange(points, device=x.device)
     if remove_center:
@@ -70,14 +77,14 @@ def dcnv3_core_pytorch(
     across = (places // kernel_h).to(x.dtype) * dilation_w - half_w
     down = (places % kernel_h).to(x.dtype) * dilation_h - half_h
     grid = torch.stack([across, down], dim=-1) * offset_scale
-    columns = numbers(out_width) * stride_w + (half_w - pad_w)
-    rows = numbers(out_height) * stride_h + (half_h - pad_h)
+    columns = arange(out_width) * stride_w + (half_w - pad_w)
+    rows = arange(out_height) * stride_h + (half_h - pad_h)
     centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], dim=-1)
     fixed = (centres[:, :, None, None] + grid).reshape(1, pixels, 1, points, 2)
 
     moved = fixed + offset.reshape(batch, pixels, group, points, 2) * offset_scale
-    # grid_sample measures from -1 to 1, between the outer edges of the outer pixels.
-    extent = numbers(2) * (height - width) + width
+    # grid_sample takes coordinates in [-1, 1], from edge to edge of the image.
+    extent = arange(2) * (height - width) + width
     normalised = (2 * moved + 1) / extent - 1
     normalised = normalised.transpose(1, 2).reshape(batch * group, pixels, points, 2)
     maps = x.reshape(batch, height * width, channels).transpose(1, 2)
@@ -91,54 +98,60 @@ def dcnv3_core_pytorch(
     return total.transpose(1, 2).reshape(batch, out_height, out_width, channels).contiguous()
 
 
-class TwinOperator(nn.Module):
-    """A DCNv3 problem as a PyTorch module of ``(x, offset, mask)``.
+def grid_sampling(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Tensor:
+    """Call `dcnv3_core_pytorch` with the parameters of an operator."""
+    arguments: tuple[Any, ...] = (
+        *(*params.kernel_size, *params.stride, *params.pad, *params.dilation),
+        *(params.group, x.shape[-1] // params.group, params.offset_scale, params.remove_center),
+    )
+    return dcnv3_core_pytorch(x, offset, mask, *arguments)
+
+
+class PyTorchOperator(nn.Module):
+    """A DCNv3 operator as a PyTorch module of ``(x, offset, mask)``.
 
     Parameters
     ----------
     spec : DCNv3Spec
-        The problem; its mask is ready, not logits.
+        The problem; its mask holds weights, not logits.
     """
+
+    sampling: Sampling
 
     def __init__(self, spec: DCNv3Spec) -> None:
         super().__init__()
         self.spec = spec
+        self.sampling = grid_sampling
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
-        """Sample."""
-        return dcnv3_core_pytorch(x, offset, mask, *_published_arguments(self.spec, x))
+        """Compute the operator."""
+        return self.sampling(x, offset, mask, self.spec)
 
 
-class TwinDCNv3(DCNv3):
-    """The module of this library with the sampling of `dcnv3_core_pytorch`."""
+class PyTorchDCNv3(DCNv3):
+    """The DCNv3 module with another implementation of the sampling."""
+
+    sampling: Sampling
 
     def sample(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """Sample the projected map."""
-        return dcnv3_core_pytorch(x, offset, mask, *_published_arguments(self.params, x))
+        return self.sampling(x, offset, mask, self.params)
 
 
-def _published_arguments(params: DCNv3Params, x: Tensor) -> tuple[Any, ...]:
-    """Return the arguments of `dcnv3_core_pytorch` after the tensors."""
-    extents = (*params.kernel_size, *params.stride, *params.pad, *params.dilation)
-    group_channels = x.shape[-1] // params.group
-    return *extents, params.group, group_channels, params.offset_scale, params.remove_center
-
-
-def twin_of(model: InternImage) -> InternImage:
-    """Copy an InternImage with every operator replaced by ``grid_sample``.
+def with_sampling(module: ModuleT, sampling: Sampling = grid_sampling) -> ModuleT:
+    """Copy a module and replace the implementation of every DCNv3 operator.
 
     Parameters
     ----------
-    model : InternImage
-        Unchanged.
-
-    Returns
-    -------
-    InternImage
-        With the same weights, in memory of its own.
+    module : torch.nn.Module
+        An InternImage or a `PyTorchOperator`. Unchanged; the copy has its own weights.
+    sampling : callable
+        The implementation.
     """
-    twin = copy.deepcopy(model)
-    for part in twin.modules():
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
         if type(part) is DCNv3:
-            part.__class__ = TwinDCNv3
-    return twin
+            part.__class__ = PyTorchDCNv3
+        if isinstance(part, PyTorchDCNv3 | PyTorchOperator):
+            part.sampling = sampling
+    return copied

@@ -1,4 +1,4 @@
-"""Random weights with which an InternImage deforms, for tests and benchmarks."""
+"""Random weights that make every parameter of an InternImage matter."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor, nn
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# E[GELU(z)^2] for z ~ N(0, 1): what a projection behind LayerNorm and GELU sees.
+# E[GELU(z)^2] for z ~ N(0, 1): the input power of a projection after LayerNorm and GELU.
 _GELU_POWER = 0.42
 
 
 def randomize_(module: ModuleT, seed: int = 0, *, offset_std: float = 1.0) -> ModuleT:
-    """Fill a model that holds DCNv3 modules with random weights, in place.
+    """Initialise a model with random weights, in place.
 
-    A fresh InternImage has offset and mask projections of zero and, in most variants, a layer
-    scale of 1e-5: it deforms nothing, and an error in the operator would not be seen. Here every
-    weight matters, and activations stay of order 1 through all stages. Works on any module with
-    the published parameter names, ours or not, whatever prefix they have.
+    A newly created InternImage has zero offset and mask projections and, in most variants, a layer
+    scale of 1e-5, which would hide an error of the operator. With these weights activations stay of
+    order 1 through all stages. Any module with the published parameter names works, whatever their
+    prefix.
 
     Parameters
     ----------
     module : torch.nn.Module
         The model; floating-point parameters on the CPU.
     seed : int
-        The same seed and the same order of parameters give the same weights.
+        Seed; the same seed and order of parameters give the same weights.
     offset_std : float
         Standard deviation of the learned offsets, in pixels before ``offset_scale``.
 
@@ -39,7 +39,7 @@ def randomize_(module: ModuleT, seed: int = 0, *, offset_std: float = 1.0) -> Mo
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, owner in module.named_modules():
-            # The owner's name tells an offset projection; a norm has no name of its own.
+            # Offset projections are recognised by the name of their module.
             role = name.rpartition(".")[2]
             for leaf, parameter in owner.named_parameters(recurse=False):
                 _fill(parameter, owner, role, leaf, offset_std, generator)
@@ -59,7 +59,7 @@ def _fill(
     offset_std: float,
     generator: torch.Generator,
 ) -> None:
-    """Fill one parameter by what its owner is and by its name."""
+    """Fill one parameter according to its module and name."""
     norm = isinstance(owner, (nn.LayerNorm, nn.BatchNorm2d))
     if norm and leaf == "weight":
         parameter.uniform_(0.7, 1.3, generator=generator)
@@ -69,7 +69,7 @@ def _fill(
         parameter.normal_(0.0, 0.1 if role != "offset" else 0.3 * offset_std, generator=generator)
     else:
         fan_in = math.prod(parameter.shape[1:])
-        behind_gelu = role in ("offset", "mask", "fc2", "head") or leaf.startswith("center")
+        after_gelu = role in ("offset", "mask", "fc2", "head") or leaf.startswith("center")
         gain = offset_std if role == "offset" else 1.0
-        std = gain / math.sqrt(fan_in * (_GELU_POWER if behind_gelu else 1.0))
+        std = gain / math.sqrt(fan_in * (_GELU_POWER if after_gelu else 1.0))
         parameter.normal_(0.0, std, generator=generator)

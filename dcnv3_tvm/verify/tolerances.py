@@ -1,6 +1,6 @@
-"""The one table of tolerances: how far a result may be from float64, and why.
+"""The table of tolerances: how far a result may be from float64, and why.
 
-No test has a tolerance of its own. Widening one here is a change of what the library promises.
+Tests do not define tolerances of their own. Widening one here changes what the library promises.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dcnv3_tvm.spec import DCNv3Spec
 
 @dataclasses.dataclass(frozen=True)
 class OperatorTolerance:
-    """Error sources of the DCNv3 kernels for one dtype.
+    """Sources of error of the DCNv3 kernels for one dtype.
 
     Parameters
     ----------
     arithmetic : float
         Machine epsilon of coordinates, weights and sums.
     store : float
-        Unit roundoff of the output: half its machine epsilon, for the one rounding at the store.
+        Unit roundoff of the output type: half its machine epsilon, for one rounding at the store.
     smallest : float
         Half the smallest positive number of the output type.
     """
@@ -38,19 +38,19 @@ _ARITHMETIC32: Final = 2.0**-23
 OPERATOR: Final = {
     "float64": OperatorTolerance(arithmetic=2.0**-52, store=0.0, smallest=0.0),
     "float32": OperatorTolerance(arithmetic=_ARITHMETIC32, store=0.0, smallest=2.0**-126),
-    # The half types: the inputs are taken as they are, all arithmetic is float32.
+    # 16-bit types: inputs are exact, all arithmetic is in float32.
     "float16": OperatorTolerance(arithmetic=_ARITHMETIC32, store=2.0**-11, smallest=2.0**-25),
     "bfloat16": OperatorTolerance(arithmetic=_ARITHMETIC32, store=2.0**-8, smallest=2.0**-134),
 }
-"""Sources of error of the operator by dtype; `operator_bound` combines them."""
+"""Sources of error of the operator by dtype, combined by `operator_bound`."""
 
-# Roundings, in epsilons of max|x| * sum|mask|, that do not depend on the place: weights (a
-# difference, a product of three: 4) and four products and sums a point, which for random signs
-# grow with the square root of their number (49 points: 7 * 2); the exponential and the division
-# of the softmax (3). Doubled.
+# Roundings, in epsilons of max|x| * sum|mask|, that do not depend on the position: the bilinear
+# weights (a difference and a product of three: 4); four products and sums per point, which for
+# random signs grow with the square root of their number (49 points: 7 * 2); the exponential and
+# the division of the softmax (3). Doubled.
 _ROUNDINGS: Final = 40.0
-# A coordinate c has an error of 2 eps*|c| (its sum and its product with offset_scale), and moves
-# the value by at most 2 max|x| a pixel on each of two axes: 8 in the worst case.
+# A coordinate c has an error of 2 eps*|c| (its sum and its product with offset_scale) and changes
+# the value by at most 2 max|x| per pixel along each of two axes: 8 in the worst case.
 _COORDINATE_ROUNDINGS: Final = 8.0
 
 LAYER: Final = {
@@ -59,35 +59,39 @@ LAYER: Final = {
     "float16": 1e-5 + 2.0**-11,
     "bfloat16": 1e-5 + 2.0**-8,
 }
-"""Kernels of single layers by dtype of their output, as a fraction of max(1, max|reference|): sums
-of some thousand products of random signs, in another order; in the half types one more rounding,
-at the store, as everything before it is float32."""
+"""Single layers by output dtype, relative to max(1, max|reference|): sums of some thousand products
+of random signs in another order; in 16-bit types plus one rounding at the store."""
 
 MODEL: Final = {"float32": 1e-4}
-"""Whole encoders by dtype, as a fraction of max|reference| of each output: some 60 layers of
-float32 products in another order, which differ by 1e-6 to 1e-5 between any two libraries."""
+"""Whole encoders by dtype, relative to max|reference| of each output: some 60 layers of float32
+matmuls in another order, which differ by 1e-6 to 1e-5 between any two libraries."""
 
 MODEL_NORM: Final = {"bfloat16": 1e-2, "float16": 2e-3}
-"""Whole encoders by dtype of their products, as a fraction of ||reference|| of each output: every
-factor is rounded to 8 bits, an error of 2**-9 at most and of random sign, so that a product is off
-by some 2**-9 of its norm; some 60 layers, most of them behind a residual, add up to a few times
-that. float16 has three bits more. The largest single error would grow with the number of
-elements."""
+"""Relative L2 error of whole encoders by matmul dtype. Rounding a bfloat16 factor to 8 bits has a
+random error of at most 2**-9, so a matmul is off by some 2**-9 of its norm; some 60 layers, most
+followed by a residual, add up to a few times that. float16 has three bits more. The maximum error
+is not bounded, because it grows with the number of elements."""
+
+MAX_ERROR: Final = "max"
+"""Error measure max|error| / max|reference|."""
+
+NORM_ERROR: Final = "norm"
+"""Error measure ||error|| / ||reference||."""
 
 
 def model_tolerance(dtype: str) -> tuple[str, float]:
-    """Return how the error of a whole encoder compiled for `dtype` is measured, and its bound.
+    """Return the error measure and the tolerance of a whole encoder compiled for `dtype`.
 
     Returns
     -------
     measure : str
-        ``"max"``: max|error| / max|reference|; ``"norm"``: ||error|| / ||reference||.
+        `MAX_ERROR` or `NORM_ERROR`.
     bound : float
         Largest error of each output.
     """
     if dtype in MODEL_NORM:
-        return "norm", MODEL_NORM[dtype]
-    return "max", MODEL[dtype]
+        return NORM_ERROR, MODEL_NORM[dtype]
+    return MAX_ERROR, MODEL[dtype]
 
 
 def operator_bound(
@@ -110,7 +114,7 @@ def operator_bound(
         Shape of `reference`.
     """
     table = OPERATOR[spec.dtype]
-    # Points further away than the image is large are outside of it, and exactly nothing.
+    # Points farther away than the size of the image lie outside and contribute exactly zero.
     extent = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
     learned = float(np.abs(offset.astype(np.float64)).max()) + max(extent)
     outside = max(x.shape[1:3]) + max(extent) + max(spec.pad)

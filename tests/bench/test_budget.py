@@ -1,8 +1,8 @@
-"""What does not fit into the time is not begun."""
+"""Time budgets."""
 
 import pytest
 
-from dcnv3_tvm.bench.budget import Allowance, Budget, NoTimeError
+from dcnv3_tvm.bench.budget import JobBudget, OutOfTimeError, TimeBudget
 
 
 class Clock:
@@ -20,47 +20,47 @@ class Clock:
         return run
 
 
-def test_budget_runs_with_the_clock():
+def test_time_budget():
     clock = Clock()
-    budget = Budget(60.0, clock)
+    budget = TimeBudget(60.0, clock)
     clock.now += 45.0
     assert (budget.spent, budget.left) == (45.0, 15.0)
 
 
-def test_jobs_are_begun_while_the_longest_still_fits():
+def test_jobs_run_while_the_longest_fits():
     clock = Clock()
-    allowance = Allowance(50.0, 10.0, Budget(1000.0, clock), clock)
-    assert allowance.do(clock.job(20.0)) == 20.0
-    assert allowance.do(clock.job(5.0)) == 5.0
-    # 25 are left, and the longest took 20.
-    assert allowance.do(clock.job(7.0)) == 7.0
-    with pytest.raises(NoTimeError, match="20 s expected, 18 s left"):
-        allowance.do(clock.job(1.0))
+    budget = JobBudget(50.0, 10.0, TimeBudget(1000.0, clock))
+    assert budget.run(clock.job(20.0)) == 20.0
+    assert budget.run(clock.job(5.0)) == 5.0
+    # 25 s are left, and the longest job took 20 s.
+    assert budget.run(clock.job(7.0)) == 7.0
+    with pytest.raises(OutOfTimeError, match="20 s expected, 18 s left"):
+        budget.run(clock.job(1.0))
 
 
-def test_the_first_is_taken_to_need_what_is_expected():
+def test_first_job_takes_the_expected_time():
     clock = Clock()
-    with pytest.raises(NoTimeError, match="60 s expected, 50 s left"):
-        Allowance(50.0, 60.0, Budget(1000.0, clock), clock).do(clock.job(1.0))
+    with pytest.raises(OutOfTimeError, match="60 s expected, 50 s left"):
+        JobBudget(50.0, 60.0, TimeBudget(1000.0, clock)).run(clock.job(1.0))
 
 
-def test_the_whole_must_hold_too():
+def test_total_budget_is_kept():
     clock = Clock()
-    allowance = Allowance(50.0, 10.0, Budget(30.0, clock), clock)
+    budget = JobBudget(50.0, 10.0, TimeBudget(30.0, clock))
     clock.now += 25.0
-    with pytest.raises(NoTimeError, match="5 s left"):
-        allowance.do(clock.job(1.0))
+    with pytest.raises(OutOfTimeError, match="5 s left"):
+        budget.run(clock.job(1.0))
 
 
-def test_a_job_that_fails_has_taken_its_time():
+def test_failed_job_counts():
     clock = Clock()
-    allowance = Allowance(15.0, 1.0, Budget(1000.0, clock), clock)
+    budget = JobBudget(15.0, 1.0, TimeBudget(1000.0, clock))
 
     def fail():
         clock.now += 8.0
         raise RuntimeError("lost")
 
     with pytest.raises(RuntimeError, match="lost"):
-        allowance.do(fail)
-    with pytest.raises(NoTimeError, match="8 s expected, 7 s left"):
-        allowance.do(clock.job(1.0))
+        budget.run(fail)
+    with pytest.raises(OutOfTimeError, match="8 s expected, 7 s left"):
+        budget.run(clock.job(1.0))

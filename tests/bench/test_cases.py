@@ -1,4 +1,4 @@
-"""The cases of the benchmark are those of the encoders."""
+"""Cases of the benchmarks match the encoders."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from dcnv3_tvm.bench import cases
 from dcnv3_tvm.errors import InvalidArgumentError
 
 
-def test_suite_is_named_by_slugs():
+def test_suite():
     slugs = [spec.slug for spec in cases.suite()]
     assert len(slugs) == len(set(slugs)) == 28
     assert slugs[:4] == [
@@ -24,7 +24,7 @@ def test_suite_is_named_by_slugs():
 
 
 @pytest.mark.parametrize("size", [(224, 224), (37, 61), (800, 1344)])
-def test_stages_are_those_of_the_model(size):
+def test_stages_match_the_model(size):
     model = frontend.create_model("test_internimage_pre_norm", features_only=True, device="meta")
     maps = model(torch.empty(2, 3, *size, device="meta"))
     specs = cases.stage_specs("test_internimage_pre_norm", batch=2, size=size)
@@ -34,7 +34,7 @@ def test_stages_are_those_of_the_model(size):
         assert spec.output_size == (height, width)
 
 
-def test_parameters_of_the_variant_are_kept():
+def test_stages_keep_the_parameters_of_the_variant():
     assert all(spec.offset_scale == 2.0 for spec in cases.stage_specs("internimage_xl"))
     assert all(spec.remove_center for spec in cases.stage_specs("test_internimage_pre_norm_scale"))
 

@@ -1,15 +1,13 @@
-"""``dcnv3-tvm bench``, on tiny cases."""
+"""``dcnv3-tvm bench`` on tiny cases."""
 
-import csv
 import dataclasses
 import functools
 import json
 
 import pytest
 
-from dcnv3_tvm.bench import measure, ours, runner
-from dcnv3_tvm.bench.contestants import OURS
-from dcnv3_tvm.bench.report import Report
+from dcnv3_tvm.bench import comparison, measure, ours
+from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.targets import has_bfloat16_dot, resolve_target
 
@@ -20,23 +18,22 @@ CASE = "dcnv3-n1-h4-w4-c16-g4-k3-s1-p1-d1-f32"
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     quick = functools.partial(measure.measure, sleep=lambda _: None)
-    monkeypatch.setattr(runner, "measure", quick)
+    monkeypatch.setattr(comparison, "measure", quick)
 
 
 def test_operator(capsys, tmp_path):
-    arguments = ["--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv", "--case", "*c16*"]
-    assert main(["bench", "op", *TINY, *map(str, arguments)]) == 0
+    path = tmp_path / "r.json"
+    assert main(["bench", "op", *TINY, "--json", str(path), "--case", "*c16*"]) == 0
     shown = capsys.readouterr().out
-    for words in (CASE, OURS, "torch", "floor: copy", "floor: arithmetic", "GFLOP/s", "load"):
-        assert words in shown
-    report = Report.from_json(json.loads((tmp_path / "r.json").read_text()))
-    (case,) = report.cases
-    assert [row.name for row in case.rows] == [OURS, f"{OURS} kernel", "torch"]
-    assert all(row.seconds.best > 0 and row.ratio.median > 0 for row in case.rows)
-    assert report.peaks.flops > 1e9
-    assert report.peaks.bytes > 1e8
-    with (tmp_path / "r.csv").open() as file:
-        assert [row["case"] for row in csv.DictReader(file)] == [CASE] * 3
+    for part in (CASE, OURS, "torch", "roofline: memory", "roofline: arithmetic", "GFLOP/s"):
+        assert part in shown
+    data = json.loads(path.read_text())
+    (case,) = data["cases"]
+    assert case["slug"] == CASE
+    assert [row["name"] for row in case["rows"]] == [OURS, f"{OURS} kernel", "torch"]
+    assert all(row["seconds"]["best"] > 0 and row["ratio"]["median"] > 0 for row in case["rows"])
+    assert data["peaks"]["flops"] > 1e9
+    assert data["peaks"]["bytes"] > 1e8
 
 
 @pytest.mark.slow
@@ -51,7 +48,7 @@ def test_encoder_prints_json(capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not has_bfloat16_dot(resolve_target("auto")), reason="the processor multiplies no bfloat16"
+    not has_bfloat16_dot(resolve_target("auto")), reason="needs bfloat16 dot products"
 )
 def test_encoder_in_bfloat16(capsys):
     arguments = ["--dtype", "bfloat16", "--against", "openvino,openvino-bf16", "--json"]
@@ -61,27 +58,27 @@ def test_encoder_in_bfloat16(capsys):
     assert case["measure"] == "norm"
     errors = {row["name"]: row["error"] for row in case["rows"]}
     assert list(errors) == [OURS, "openvino", "openvino-bf16"]
-    # Short products are seen.
+    # The error shows that the matmuls are in bfloat16.
     assert 1e-4 < errors[OURS] < 1e-2
     assert errors["openvino"] < 1e-5
 
 
-def test_wrong_outputs_give_no_times(capsys, monkeypatch):
-    right = ours.build
+def test_wrong_outputs_prevent_timing(capsys, monkeypatch):
+    build = ours.build_ours
 
-    def wrong(problem, threads):
-        call, kernel = right(problem, threads)
+    def build_wrong(problem, threads):
+        call, kernel = build(problem, threads)
         return [dataclasses.replace(call, outputs=lambda y: [1.01 * y]), kernel]
 
-    monkeypatch.setattr(ours, "build", wrong)
-    assert main(["bench", "op", *TINY, "--case", "*c16*"]) == 1
-    shown = capsys.readouterr().out
-    assert f"the outputs of {OURS} are not" in shown
-    assert "not timed" in shown
+    monkeypatch.setattr(ours, "build_ours", build_wrong)
+    assert main(["bench", "op", *TINY, "--case", "*c16*", "--json"]) == 1
+    (case,) = json.loads(capsys.readouterr().out)["cases"]
+    assert [row["wrong"] for row in case["rows"]] == [True, False, False]
+    assert all(row["seconds"] is None for row in case["rows"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (("op", "--against", "tensorrt"), "allowed: torch, compile, onnxruntime, "),
         (("op", "--threads", "0"), "--threads is out of range"),
@@ -89,9 +86,11 @@ def test_wrong_outputs_give_no_times(capsys, monkeypatch):
         (("op", "--case", "x"), "no case matches the pattern"),
         (("op", "--variant", "internimage_u"), "Did you mean"),
         (("encoder", "--variant", "all"), "no model with this name"),
-        (("encoder", "--against", "openvino-bf16"), "no such peer to measure against in float32"),
+        (("encoder", "--against", "openvino-bf16"), "unknown backend for float32"),
+        (("kernels", "--dtype", "float16"), "the CPU does not support the dtype"),
+        (("kernels", "--device-model", "h300"), "unknown device model"),
     ],
 )
-def test_bad_usage(capsys, arguments, words):
+def test_invalid_arguments(capsys, arguments, message):
     assert main(["bench", *arguments]) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err

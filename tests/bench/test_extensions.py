@@ -1,4 +1,4 @@
-"""The published extensions, as stand-ins that follow their sources."""
+"""The published extensions, replaced by stand-ins with their interfaces."""
 
 import sys
 import types
@@ -9,10 +9,13 @@ import torch
 
 from dcnv3_tvm.bench import extensions
 from dcnv3_tvm.bench.extensions import DCNV3, DCNV4
-from dcnv3_tvm.bench.sampling import sampling_by
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.verify.pytorch_reference import TwinOperator, dcnv3_core_pytorch
+from dcnv3_tvm.verify.pytorch_reference import (
+    PyTorchOperator,
+    dcnv3_core_pytorch,
+    with_sampling,
+)
 from helpers.specs import random_inputs
 
 SPEC = DCNv3Spec.of((2, 5, 6, 12), group=3, dtype="float64", offset_scale=1.5)
@@ -24,14 +27,14 @@ def arguments(spec):
 
 
 def forward(x, offset, mask, *parameters):
-    """The signature of version 1.1: `im2col_step` before the last parameter."""
+    """Take the arguments of version 1.1: `im2col_step` is the last but one."""
     *geometry, step, remove_center = parameters
     assert step == 256
     return dcnv3_core_pytorch(x, offset, mask, *geometry, bool(remove_center))
 
 
 def old_forward(*parameters):
-    """Version 1.0 has no `remove_center`."""
+    """Take the arguments of version 1.0, without `remove_center`."""
     if len(parameters) != 15:
         raise TypeError("incompatible function arguments")
     return forward(*parameters, 0)
@@ -45,7 +48,7 @@ def dcnv3(request, monkeypatch):
 
 
 class DCNv4Function:
-    """Reads its packed tensor as DCNv4's kernel does, and samples by the reference."""
+    """Unpack the tensor like DCNv4's kernel, and compute the reference."""
 
     @staticmethod
     def apply(x, packed, kernel_h, kernel_w, *parameters):
@@ -68,32 +71,34 @@ class DCNv4Function:
         return torch.from_numpy(dcnv3_reference(*arrays, spec))
 
 
-def test_absent_extensions_say_why(monkeypatch):
+def test_missing_extensions_report_why(monkeypatch):
     for name in ("DCNv3", "DCNv4"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert "not importable: ModuleNotFoundError: " in DCNV3.absence
-    assert "DCNv3" in DCNV3.absence
-    assert "DCNv4" in DCNV4.absence
+    assert "not importable: ModuleNotFoundError: " in DCNV3.import_failure
+    assert "DCNv3" in DCNV3.import_failure
+    assert "DCNv4" in DCNV4.import_failure
 
 
-def test_a_module_of_the_same_name_is_no_extension(monkeypatch):
+def test_unrelated_module_is_rejected(monkeypatch):
     monkeypatch.setitem(sys.modules, "DCNv3", types.ModuleType("DCNv3"))
-    assert "dcnv3_forward" in DCNV3.absence
+    assert "dcnv3_forward" in DCNV3.import_failure
 
 
 @pytest.mark.usefixtures("dcnv3")
 def test_dcnv3():
-    assert DCNV3.absence is None
+    assert DCNV3.import_failure is None
     tensors = arguments(SPEC)
     found = DCNV3.prepare(DCNV3.loaded, *tensors, SPEC)()
-    truth = dcnv3_reference(*(tensor.numpy() for tensor in tensors), SPEC)
-    np.testing.assert_allclose(found.numpy(), truth, rtol=0, atol=1e-11)
+    reference = dcnv3_reference(*(tensor.numpy() for tensor in tensors), SPEC)
+    np.testing.assert_allclose(found.numpy(), reference, rtol=0, atol=1e-11)
 
 
 @pytest.mark.usefixtures("dcnv3")
-def test_dcnv3_in_a_module_is_not_broken_at():
-    module = TwinOperator(SPEC)
-    other = torch.compile(sampling_by(module, extensions.sample), fullgraph=True, backend="eager")
+def test_dcnv3_does_not_break_torch_compile():
+    module = PyTorchOperator(SPEC)
+    other = torch.compile(
+        with_sampling(module, extensions.extension_sampling), fullgraph=True, backend="eager"
+    )
     tensors = arguments(SPEC)
     torch.testing.assert_close(other(*tensors), module(*tensors), rtol=0, atol=1e-12)
 
@@ -105,13 +110,13 @@ def test_dcnv4(remove_center):
     )
     tensors = arguments(spec)
     found = DCNV4.prepare(DCNv4Function, *tensors, spec)()
-    truth = dcnv3_reference(*(tensor.numpy() for tensor in tensors), spec)
-    np.testing.assert_allclose(found.numpy(), truth, rtol=0, atol=1e-11)
+    reference = dcnv3_reference(*(tensor.numpy() for tensor in tensors), spec)
+    np.testing.assert_allclose(found.numpy(), reference, rtol=0, atol=1e-11)
 
 
-def test_sampling_shares_weights_and_leaves_the_module_alone():
-    module = TwinOperator(SPEC)
-    other = sampling_by(module, lambda x, *_: 2 * x)
+def test_with_sampling_copies_the_module():
+    module = PyTorchOperator(SPEC)
+    other = with_sampling(module, lambda x, *_: 2 * x)
     tensors = arguments(SPEC)
     torch.testing.assert_close(other(*tensors), 2 * tensors[0])
-    assert type(module) is TwinOperator
+    torch.testing.assert_close(module(*tensors), PyTorchOperator(SPEC)(*tensors))

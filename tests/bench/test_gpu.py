@@ -1,6 +1,5 @@
-"""A whole run on a GPU that is not there: its clock and memory are made up, its tensors are not."""
+"""A complete GPU benchmark with simulated times and memory, computed on the CPU."""
 
-import csv
 import dataclasses
 import json
 import sys
@@ -12,26 +11,21 @@ import torch
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.bench import gpu_encoder, gpu_operator
-from dcnv3_tvm.bench.budget import Budget, NoTimeError
+from dcnv3_tvm.bench.backends import OURS
+from dcnv3_tvm.bench.budget import OutOfTimeError, TimeBudget
 from dcnv3_tvm.bench.cases import encoder_case
-from dcnv3_tvm.bench.contestants import OURS
-from dcnv3_tvm.bench.floors import Peaks
-from dcnv3_tvm.bench.gpu import GpuBenchmark, compile_ahead, result_name
-from dcnv3_tvm.bench.gpu_build import build, built_path
-from dcnv3_tvm.bench.gpu_cases import (
-    OperatorGroup,
-    with_logits,
-)
+from dcnv3_tvm.bench.gpu import GpuBenchmark, GpuRun, result_name
+from dcnv3_tvm.bench.gpu_cases import OperatorGroup, with_logits
+from dcnv3_tvm.bench.gpu_compilation import compile_ahead, compile_job, compiled_path
 from dcnv3_tvm.bench.gpu_operator import READY, operator_inputs, tolerance
-from dcnv3_tvm.bench.gpu_report import GpuRun
 from dcnv3_tvm.bench.measure import Plan
-from dcnv3_tvm.bench.report import Report
+from dcnv3_tvm.bench.roofline import Peaks
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.errors import TargetError
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.verify.pytorch_reference import TwinOperator
+from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator
 
 TINY = "test_internimage_pre_norm"
 ENCODER = encoder_case(TINY, batch=2)
@@ -40,8 +34,8 @@ PEAKS = Peaks(flops=67e12, bytes=4.3e12, how="made up", half_flops=790e12)
 PLAN = Plan(rounds=2, calls=3, dropped=1, pause=0.0)
 
 
-class FakeDevice:
-    """An H200 whose tensors are on the CPU, and whose calls take a millisecond."""
+class FakeGpu:
+    """An H200 with tensors on the CPU, whose calls take a millisecond."""
 
     torch_device = torch.device("cpu")
     name, slug, target, driver = "NVIDIA H200", "h200", "cuda-sm90", "570.124.06"
@@ -72,8 +66,8 @@ class FakeDevice:
         return PEAKS
 
 
-class FakeBuilds:
-    """Compiles encoders for the CPU, and operators not at all."""
+class FakePool:
+    """Compiles encoders for the CPU, and no operators."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -85,14 +79,14 @@ class FakeBuilds:
 
     def result(self, job, _seconds):
         if job in self.late:
-            raise NoTimeError("not compiled in time")
+            raise OutOfTimeError("not compiled in time")
         if isinstance(job, DCNv3Spec):
-            return built_path(job, self.folder)
-        return build(job, self.folder, "auto")
+            return compiled_path(job, self.folder)
+        return compile_job(job, self.folder, "auto")
 
 
 class Operator:
-    """What `load_operator` gives, from the twin."""
+    """Stands in for `load_operator`, and computes the PyTorch reference implementation."""
 
     wrong = False
 
@@ -105,12 +99,12 @@ class Operator:
         mask = mask.double()
         if self.spec.softmax:
             mask = mask.unflatten(-1, (self.spec.group, -1)).softmax(-1).flatten(-2)
-        y = TwinOperator(self.spec)(x.double(), offset.double(), mask).to(x.dtype)
+        y = PyTorchOperator(self.spec)(x.double(), offset.double(), mask).to(x.dtype)
         return 1.01 * y if self.wrong else y
 
 
 class DCNv4Function:
-    """A launch that goes wrong."""
+    """Computes wrong outputs."""
 
     @staticmethod
     def apply(x, *_):
@@ -129,17 +123,17 @@ def run(monkeypatch, tmp_path, artifacts):
         monkeypatch.setattr(module, "PLAN", PLAN)
     for name in ("DCNv3", "DCNv4"):
         monkeypatch.setitem(sys.modules, name, None)
-    # torch.compile would take half a minute here.
+    # torch.compile would take half a minute.
     monkeypatch.setattr("dcnv3_tvm.bench.gpu._COMPILE_SECONDS", {"op": 1e9, "encoder": 1e9})
-    device, builds = FakeDevice(), FakeBuilds(artifacts)
+    device, pool = FakeGpu(), FakePool(artifacts)
 
     def start(groups=(), cases=(), seconds=100.0):
-        found = GpuBenchmark(device, builds, tmp_path / "results", Budget(seconds)).run(
-            groups, cases
-        )
+        found = GpuBenchmark(
+            device, pool, tmp_path / "results", TimeBudget(seconds, lambda: 0.0)
+        ).run(groups, cases)
         return found, {path.name for path in (tmp_path / "results").iterdir()}
 
-    start.device, start.builds, start.folder = device, builds, tmp_path / "results"
+    start.device, start.pool, start.folder = device, pool, tmp_path / "results"
     return start
 
 
@@ -159,7 +153,7 @@ TORCH = ".".join(torch.__version__.split(".")[:2])
 def test_operator(run):
     found, files = run([group(SPEC)])
     name = f"cuda-h200-op-tiny-f32-torch{TORCH}"
-    assert files == {f"{name}.json", f"{name}.csv", f"cuda-h200-run-torch{TORCH}.json"}
+    assert files == {f"{name}.json", f"cuda-h200-run-torch{TORCH}.json"}
     rows = rows_of(found)
     assert list(rows) == [OURS, READY, "torch", "compile"]
     for label in (OURS, READY, "torch"):
@@ -171,32 +165,29 @@ def test_operator(run):
     assert "no time: 1000000000 s expected" in rows["compile"].failure
     assert run.device.flushes == 3 * 2 * 3 * gpu_operator.FLUSHES
     assert found.ok
-    assert run.builds.submitted == [with_logits(SPEC), SPEC]
+    assert run.pool.submitted == [with_logits(SPEC), SPEC]
     written = json.loads((run.folder / f"{name}.json").read_text())
-    assert Report.from_json(written) == found.reports[name]
     assert written["provenance"]["gpu"] == "NVIDIA H200"
     assert written["provenance"]["driver"] == "570.124.06"
     assert written["provenance"]["versions"]["torch"] == torch.__version__
-    assert written["cases"][0]["floors"]["copy"] == pytest.approx(SPEC.bytes / 4.3e12)
-    with (run.folder / f"{name}.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    assert [line["contestant"] for line in lines] == list(rows)
-    assert (lines[0]["gpu"], lines[0]["driver"]) == ("NVIDIA H200", "570.124.06")
-    assert lines[0]["median_ms"] == "1.0"
+    (case,) = written["cases"]
+    assert case["roofline"]["memory"] == pytest.approx(SPEC.bytes / 4.3e12)
+    assert [row["name"] for row in case["rows"]] == list(rows)
+    assert case["rows"][0]["seconds"]["median"] == 1e-3
 
 
-def test_absent_extensions_are_listed(run):
+def test_missing_extensions_are_listed(run):
     found, _ = run([group(SPEC, dtype="bfloat16")])
     for name in ("DCNv3 extension", "DCNv4 extension"):
         assert "not importable" in found.skipped[name]
     text = report_text(found)
     assert "skipped DCNv3 extension: not importable" in text
     assert "NVIDIA H200 (driver 570.124.06)" in text
-    assert "790000 for 16-bit products" in text
+    assert "790000 in 16-bit matmuls" in text
     summary = json.loads((run.folder / f"cuda-h200-run-torch{TORCH}.json").read_text())
     assert summary["skipped"] == found.skipped
     assert summary["reports"] == [f"cuda-h200-op-tiny-bf16-torch{TORCH}"]
-    # Nobody else is measured in bfloat16.
+    # Only this library is measured in bfloat16.
     assert list(rows_of(found)) == [OURS, READY]
 
 
@@ -211,7 +202,7 @@ def dcnv4(monkeypatch):
 
 
 @pytest.mark.usefixtures("dcnv4")
-def test_outputs_that_disagree_get_no_time(run):
+def test_wrong_peer_is_not_timed(run):
     found, _ = run([group(SPEC, dtype="float16")], seconds=60.0)
     assert "DCNv4 extension" not in found.skipped
     rows = rows_of(found)
@@ -220,12 +211,12 @@ def test_outputs_that_disagree_get_no_time(run):
     assert wrong.seconds is None
     assert wrong.ratio is None
     assert rows[OURS].seconds is not None
-    # It is theirs that is wrong.
+    # A wrong peer is not an error of the run.
     assert found.ok
-    assert "the outputs of DCNv4 extension are not" in report_text(found)
+    assert "wrong outputs of DCNv4 extension" in report_text(found)
 
 
-def test_our_own_wrong_outputs_get_no_time_either(run, monkeypatch):
+def test_wrong_outputs_of_ours_are_not_timed(run, monkeypatch):
     monkeypatch.setattr(Operator, "wrong", True)
     found, _ = run([group(SPEC, dtype="bfloat16"), group(SPEC)], seconds=60.0)
     assert not found.ok
@@ -239,9 +230,9 @@ def test_our_own_wrong_outputs_get_no_time_either(run, monkeypatch):
     assert rows["torch"].ratio is None
 
 
-def test_what_does_not_compile_or_fit_is_named(run):
+def test_late_and_skipped_cases_are_listed(run):
     late = dataclasses.replace(SPEC, batch=1)
-    run.builds.late = {with_logits(late)}
+    run.pool.late = {with_logits(late)}
     found, _ = run([group(late)])
     rows = rows_of(found)
     assert rows[OURS].failure == "not compiled in time"
@@ -253,20 +244,20 @@ def test_what_does_not_compile_or_fit_is_named(run):
         assert found.skipped[slug] == "no time left"
 
 
-def test_after_a_failure_of_the_gpu_nothing_is_measured(run):
+def test_failure_of_the_gpu_ends_the_measurements(run):
     run.device.broken = True
     found, files = run([group(SPEC), group(dataclasses.replace(SPEC, batch=3))])
     reason = found.skipped[dataclasses.replace(SPEC, batch=3).slug]
     assert "the GPU had failed" in reason
     assert "illegal memory access" in reason
-    # What was measured before is kept.
+    # Earlier results are kept.
     assert f"cuda-h200-op-tiny-f32-torch{TORCH}.json" in files
 
 
 def test_encoder(run):
     found, files = run(cases=[ENCODER])
     name = f"cuda-h200-encoder-{ENCODER.slug}-torch{TORCH}"
-    assert {f"{name}.json", f"{name}.csv"} < files
+    assert f"{name}.json" in files
     rows = rows_of(found)
     assert list(rows) == [OURS, "torch", "compile"]
     assert rows[OURS].error < 1e-4
@@ -301,14 +292,14 @@ def test_inputs_and_references(dtype):
         inputs.reference, dcnv3_reference(x, offset, mask, spec), rtol=0, atol=1e-12
     )
     exact = with_logits(spec)
-    truth = dcnv3_reference(x, offset, logits, exact)
-    np.testing.assert_allclose(inputs.softmax_reference, truth, rtol=0, atol=1e-12)
+    reference = dcnv3_reference(x, offset, logits, exact)
+    np.testing.assert_allclose(inputs.softmax_reference, reference, rtol=0, atol=1e-12)
     least = {"float32": 1e-7, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
     for problem in (spec, exact):
         assert least < tolerance(problem, inputs) < least + 5e-5
 
 
-def test_torch_compile_is_a_contestant(run, monkeypatch):
+def test_torch_compile_is_timed(run, monkeypatch):
     monkeypatch.setattr("dcnv3_tvm.bench.gpu._COMPILE_SECONDS", {"op": 0.0, "encoder": 0.0})
     asked = []
 
@@ -326,16 +317,16 @@ def test_torch_compile_is_a_contestant(run, monkeypatch):
 
 
 def test_result_names():
-    assert result_name(FakeDevice(), "op", "paper-f16") == f"cuda-h200-op-paper-f16-torch{TORCH}"
+    assert result_name(FakeGpu(), "op", "paper-f16") == f"cuda-h200-op-paper-f16-torch{TORCH}"
 
 
-def test_ahead_only_for_gpus(tmp_path):
+def test_compile_ahead_needs_a_gpu_target(tmp_path):
     with pytest.raises(TargetError, match="the target is not a GPU"):
         compile_ahead([], [], artifacts=tmp_path, target="cpu")
 
 
-def test_a_failed_compilation_is_named(monkeypatch, tmp_path):
-    class Failing(FakeBuilds):
+def test_failed_compilation_is_listed(monkeypatch, tmp_path):
+    class Failing(FakePool):
         def __init__(self, folder, *_):
             super().__init__(folder)
 
@@ -348,9 +339,9 @@ def test_a_failed_compilation_is_named(monkeypatch, tmp_path):
         def result(self, job):
             if job.softmax:
                 raise RuntimeError("no nvcc\nmore")
-            return built_path(job, self.folder)
+            return compiled_path(job, self.folder)
 
-    monkeypatch.setattr("dcnv3_tvm.bench.gpu.Builds", Failing)
+    monkeypatch.setattr("dcnv3_tvm.bench.gpu_compilation.CompilePool", Failing)
     found = compile_ahead([group(SPEC)], [], artifacts=tmp_path, target="cuda-sm90")
     assert found.compiled == (SPEC.slug,)
     assert found.failed == {with_logits(SPEC).slug: "RuntimeError: no nvcc"}
@@ -372,7 +363,7 @@ def test_command(capsys, monkeypatch, tmp_path, run):
     def pretend(groups, cases, **options):
         asked.update(options, groups=groups, cases=cases)
         return GpuRun(
-            GpuBenchmark(run.device, run.builds, tmp_path, Budget(1.0))._provenance,
+            GpuBenchmark(run.device, run.pool, tmp_path, TimeBudget(1.0))._provenance,
             {},
             {"internimage_xl": "no time left"},
             12.0,

@@ -1,4 +1,4 @@
-"""What peers compute is the same problem; the published-style twin is the operator."""
+"""Problems, their PyTorch reference implementation, and the backends that compute them."""
 
 import dataclasses
 
@@ -8,19 +8,15 @@ import torch
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench import ours
+from dcnv3_tvm.bench.accuracy import largest_error
+from dcnv3_tvm.bench.backends import BF16_PEER_TOLERANCE, PEER_TOLERANCE, select_peers
 from dcnv3_tvm.bench.cases import encoder_case
-from dcnv3_tvm.bench.contestants import (
-    BF16_PEER_TOLERANCE,
-    PEER_TOLERANCE,
-    error_of,
-    select_peers,
-)
 from dcnv3_tvm.bench.problems import encoder_problem, operator_problem
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime.library import default_threads
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.compare import reference_outputs
-from dcnv3_tvm.verify.pytorch_reference import TwinOperator, twin_of
+from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator, with_sampling
 from dcnv3_tvm.verify.random_weights import randomize_
 from helpers.specs import random_inputs
 
@@ -36,23 +32,23 @@ TINY = "test_internimage_pre_norm"
         {"kernel_size": 2, "pad": 1, "offset_scale": 0.5},
     ],
 )
-def test_twin_is_the_operator(options):
+def test_pytorch_operator_matches_the_reference(options):
     spec = DCNv3Spec.of((2, 7, 11, 12), group=3, dtype="float64", **options)
     inputs = random_inputs(spec)
     arrays = (inputs.x, inputs.offset, inputs.mask)
-    found = TwinOperator(spec)(*map(torch.from_numpy, arrays)).numpy()
+    found = PyTorchOperator(spec)(*map(torch.from_numpy, arrays)).numpy()
     np.testing.assert_allclose(found, dcnv3_reference(*arrays, spec), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", frontend.list_models("test_*"))
-def test_twin_of_an_encoder_is_the_encoder(name):
+def test_encoder_with_grid_sampling_matches_the_reference(name):
     model = randomize_(frontend.create_model(name))
     image = np.random.default_rng(0).standard_normal((2, 3, 32, 64))
-    (truth,) = reference_outputs(model, image)["main"]
-    twin = twin_of(model).double()
+    (reference,) = reference_outputs(model, image)["main"]
+    module = with_sampling(model).double()
     with torch.no_grad():
-        found = twin(torch.from_numpy(image)).numpy()
-    np.testing.assert_allclose(found, truth, rtol=0, atol=1e-9 * np.abs(truth).max())
+        found = module(torch.from_numpy(image)).numpy()
+    np.testing.assert_allclose(found, reference, rtol=0, atol=1e-9 * np.abs(reference).max())
     assert type(model.levels[0].blocks[0].dcn) is frontend.DCNv3
 
 
@@ -64,7 +60,7 @@ def test_operator_problem():
     assert 1.8 < np.abs(offset).max() <= 2.0
     assert all(array.dtype == np.float32 and array.any() for array in problem.inputs.values())
     assert problem.reference[0].dtype == np.float64
-    assert (problem.flops, problem.traffic) == (spec.flops, spec.bytes)
+    assert (problem.flops, problem.bytes) == (spec.flops, spec.bytes)
     assert 1e-7 < problem.tolerance < 1e-4
 
 
@@ -74,11 +70,11 @@ def test_encoder_problem():
     assert [output.shape for output in problem.reference] == [(1, 10)]
     features = encoder_problem(encoder_case(TINY, size=(32, 40), features=True))
     assert len(features.reference) == 4
-    # The head of a tiny model is small beside the rest.
+    # The head of a tiny model is small.
     assert 0.9 * problem.flops < features.flops < problem.flops
 
 
-def test_work_of_internimage_t():
+def test_flops_of_internimage_t():
     from dcnv3_tvm.bench.problems import encoder_flops
 
     # 4.9 G multiply-adds with the head, sampling included: published as "5 G".
@@ -89,16 +85,16 @@ def test_work_of_internimage_t():
     "name", ["torch", "onnxruntime", "onnxruntime-deform", "openvino", "untuned"]
 )
 @pytest.mark.parametrize("kind", ["op", "encoder"])
-def test_peers_compute_the_truth(name, kind):
+def test_peers_are_correct(name, kind):
     if kind == "op":
         problem = operator_problem(DCNv3Spec.of((2, 9, 5, 8), group=2, offset_scale=1.5))
     else:
         problem = encoder_problem(encoder_case(TINY, features=True))
     (peer,) = select_peers([name])
-    contestant = peer.build(problem, default_threads())
-    assert contestant.name == name
-    error = error_of(contestant.outputs(contestant.call()), problem.reference)
-    assert error <= contestant.tolerance == PEER_TOLERANCE
+    backend = peer.build(problem, default_threads())
+    assert backend.name == name
+    error = largest_error(backend.outputs(backend.call()), problem.reference, problem.measure)
+    assert error <= backend.tolerance == PEER_TOLERANCE
     assert error < 1e-5
 
 
@@ -106,36 +102,36 @@ def test_bfloat16_encoder():
     exact = encoder_problem(encoder_case(TINY))
     problem = encoder_problem(encoder_case(TINY, dtype="bfloat16"))
     assert (exact.measure, problem.measure) == ("max", "norm")
-    # The truth is the same; the weights are half as many bytes.
+    # The reference is the same; the weights take half the bytes.
     np.testing.assert_array_equal(problem.reference[0], exact.reference[0])
-    assert 0.5 * exact.traffic < problem.traffic < 0.7 * exact.traffic
+    assert 0.5 * exact.bytes < problem.bytes < 0.7 * exact.bytes
     (peer,) = select_peers(["openvino-bf16"], "bfloat16")
-    contestant = peer.build(problem, default_threads())
-    outputs = contestant.outputs(contestant.call())
-    error = error_of(outputs, problem.reference, problem.measure)
-    assert error <= contestant.tolerance == BF16_PEER_TOLERANCE
-    wrong = [output[:, ::-1] for output in outputs]
-    assert error_of(wrong, problem.reference, problem.measure) > BF16_PEER_TOLERANCE
+    backend = peer.build(problem, default_threads())
+    outputs = backend.outputs(backend.call())
+    error = largest_error(outputs, problem.reference, problem.measure)
+    assert error <= backend.tolerance == BF16_PEER_TOLERANCE
+    wrong = [np.flip(output, 1).copy() for output in outputs]
+    assert largest_error(wrong, problem.reference, problem.measure) > BF16_PEER_TOLERANCE
 
 
-def test_ours_is_compiled_for_the_dtype_of_the_case(monkeypatch):
+def test_encoder_is_compiled_for_the_dtype_of_the_case(monkeypatch):
     asked = []
 
-    def refuse(_, *, dtype, database):
+    def fail(_, *, dtype, database):
         asked.append((dtype, database))
         raise RuntimeError("not today")
 
-    monkeypatch.setattr(ours, "compile_model", refuse)
+    monkeypatch.setattr(ours, "compile_model", fail)
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(RuntimeError, match="not today"):
-            ours.build(encoder_problem(encoder_case(TINY, dtype=dtype)), 1)
+            ours.build_ours(encoder_problem(encoder_case(TINY, dtype=dtype)), 1)
     assert asked == [("float32", "default"), ("bfloat16", "default")]
 
 
-def test_ours_computes_the_truth_and_a_wrong_reference_is_seen():
+def test_our_backends_are_correct():
     problem = operator_problem(DCNv3Spec.of((1, 9, 5, 8), group=2))
     wrong = dataclasses.replace(problem, reference=[problem.reference[0] + 1e-3])
-    for contestant in ours.build(problem, default_threads()):
-        outputs = contestant.outputs(contestant.call())
-        assert error_of(outputs, problem.reference) <= contestant.tolerance
-        assert error_of(outputs, wrong.reference) > contestant.tolerance
+    for backend in ours.build_ours(problem, default_threads()):
+        outputs = backend.outputs(backend.call())
+        assert largest_error(outputs, problem.reference, problem.measure) <= backend.tolerance
+        assert largest_error(outputs, wrong.reference, problem.measure) > backend.tolerance

@@ -1,13 +1,12 @@
-"""A GPU emulated by the processor: what runs on a GPU, byte for byte the same, without one.
+"""An emulated GPU: runs compiled CUDA kernels on the processor, bit for bit as a GPU does.
 
 `install` makes a CUDA toolkit, a driver and a runtime library that need no GPU. A process that
-finds them where it looks for CUDA compiles, loads and runs models as on a machine with GPUs. TVM's
-runtime library and its use of memory, streams and graphs are the real ones; kernels are the
-generated CUDA source, the threads of each block run one by one. `device.h` says what is seen by
-that: missing barriers, misaligned or stray accesses, threads that wait for each other. It has no
-speed, but can count what kernels move through memory: `EmulatedGpu.traffic`.
+finds them in place of CUDA compiles, loads and runs models as on a machine with GPUs. TVM's runtime
+library and its use of memory, streams and graphs are the real ones; kernels are the generated CUDA
+source, and the threads of each block run one after the other. `device.h` lists the errors that this
+detects: missing barriers, misaligned or out-of-bounds accesses, deadlocks. Times mean nothing.
 
-`EmulatedGpu` is such a process: the caller's own stays without a GPU.
+`EmulatedGpu` runs such a process; the caller's own process stays without a GPU.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from dcnv3_tvm.environment import CUDA_HOME
 
 Array = npt.NDArray[Any]
 Output = tuple[tuple[int, ...], str]
-"""Shape and element type."""
+"""Shape and dtype."""
 
 Result = TypeVar("Result")
 
 _HERE: Final = Path(__file__).parent
 _DRIVER, _RUNTIME = "libcuda.so.1", "libcudart.so.13"
 _ARCH, _BACKWARDS = "FAKE_SM", "FAKE_BACKWARDS"
-"""What the driver reads from the environment: the architecture, and the order of threads."""
+"""Environment variables of the driver: the architecture, and whether threads run in reverse."""
 
 
 def install(folder: Path) -> dict[str, str]:
@@ -50,7 +49,7 @@ def install(folder: Path) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        Environment variables, to be set before a process starts.
+        Environment variables to set before a process starts.
 
     Raises
     ------
@@ -71,7 +70,7 @@ def install(folder: Path) -> dict[str, str]:
         for command in commands:
             subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(f"the emulated GPU cannot be made: {error}") from error
+        raise RuntimeError(f"cannot build the emulated GPU: {error}") from error
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{_HERE / "nvcc.py"}" "$@"\n')
@@ -80,12 +79,12 @@ def install(folder: Path) -> dict[str, str]:
 
 
 class EmulatedGpu:
-    """A process with an emulated GPU; a context manager, which ends it.
+    """A process with an emulated GPU, as a context manager.
 
     Parameters
     ----------
     arch : str
-        The architecture that the GPU says it has, for example ``"sm_90"``.
+        Architecture that the GPU reports, for example ``"sm_90"``.
 
     Raises
     ------
@@ -108,36 +107,37 @@ class EmulatedGpu:
         self._folder.cleanup()
 
     def compiling(self) -> contextlib.AbstractContextManager[None]:
-        """While entered, what this process compiles for GPUs runs on the emulated one alone."""
+        """Return a context in which this process compiles for the emulated GPU only."""
         return _set({CUDA_HOME.name: self._environment[CUDA_HOME.name]})
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """Call a function of a module in the process that has the GPU."""
+        """Call a module-level function in the process with the GPU."""
         if self._process is None:
             self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        with _set(self._environment):  # which the process takes over when it starts
+        with _set(self._environment):  # inherited when the process starts
             return self._process.submit(function, *arguments).result()
 
     def run(
         self, function: Any, target: Any, inputs: Sequence[Array], outputs: Sequence[Output]
     ) -> list[Array]:
-        """Compile a scheduled kernel and run it, with its threads in both orders.
+        """Compile a scheduled kernel and run it with its threads in both orders.
 
         Parameters
         ----------
         function : tvm.tirx.PrimFunc
-            Scheduled, intrinsics in place.
+            Scheduled and tensorized kernel.
         target : tvm.target.Target
-            What it is scheduled for.
+            Target of the schedule.
         inputs : sequence of numpy.ndarray
-            Its first arguments.
+            Input arguments.
         outputs : sequence of (shape, dtype)
-            Its other arguments, which begin as NaN.
+            Output arguments, initialised with NaN.
 
         Raises
         ------
         RuntimeError
-            If the kernel does what a GPU would not do, or the two results are not the same.
+            If the kernel makes an error that is detected, or the result depends on the order of
+            threads.
         """
         return self.run_all({"main": function}, target, {"main": (inputs, outputs)})["main"]
 
@@ -147,16 +147,16 @@ class EmulatedGpu:
         target: Any,
         arguments: Mapping[str, tuple[Sequence[Array], Sequence[Output]]],
     ) -> dict[str, list[Array]]:
-        """Do as `run` does for several kernels, compiled together.
+        """Like `run`, for several kernels compiled together.
 
         Parameters
         ----------
         functions : mapping of str to tvm.tirx.PrimFunc
-            By name.
+            Kernels by name.
         target : tvm.target.Target
-            What they are scheduled for.
+            Target of the schedules.
         arguments : mapping of str to (inputs, outputs)
-            Of each.
+            Arguments of each kernel.
         """
         cases = {name: (list(inputs), list(made)) for name, (inputs, made) in arguments.items()}
         with self._compiled(_module(functions), target) as library:
@@ -164,29 +164,29 @@ class EmulatedGpu:
         return {name: _same(first[name], second[name]) for name in first}
 
     def run_module(self, module: Any, target: Any, inputs: Sequence[Array]) -> list[Array]:
-        """Do as `run` does for the function ``main`` of a Relax module, scheduled.
+        """Like `run`, for the function ``main`` of a scheduled Relax module.
 
         Parameters
         ----------
         module : tvm.IRModule
-            Relax functions, and kernels with intrinsics in place.
+            Relax functions and tensorized kernels.
         target : tvm.target.Target
-            What they are scheduled for.
+            Target of the schedules.
         inputs : sequence of numpy.ndarray
-            All arguments.
+            Arguments.
         """
         with self._compiled(module, target) as library:
             return _same(*self.call(_run_main, library, list(inputs)))
 
     def run_model(self, path: Path, inputs: Sequence[Array]) -> dict[str, list[Array]]:
-        """Run every entry of an artifact twice, threads in both orders, graphs replayed.
+        """Run every entry of an artifact with threads in both orders, the second as a graph replay.
 
         Parameters
         ----------
         path : Path
-            The artifact, made under `compiling`.
+            Artifact compiled within `compiling`.
         inputs : sequence of numpy.ndarray
-            Of every entry.
+            Inputs of every entry.
 
         Returns
         -------
@@ -196,14 +196,14 @@ class EmulatedGpu:
         Raises
         ------
         RuntimeError
-            As for `run`.
+            As in `run`.
         """
         first, second = self.call(_run_model, path, list(inputs))
         return {name: _same(first[name], second[name]) for name in first}
 
     @contextlib.contextmanager
     def _compiled(self, module: Any, target: Any) -> Iterator[Path]:
-        """Compile a module to a library that is there while entered."""
+        """Compile a module to a temporary library."""
         from dcnv3_tvm.compiler.cuda.export import export_module
 
         with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-kernels-") as folder:
@@ -242,7 +242,7 @@ def _set(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-# What follows runs in the process that has the GPU.
+# The following functions run in the process with the GPU.
 
 
 def _in_both_orders(function: Callable[[], Result]) -> tuple[Result, Result]:
@@ -254,7 +254,7 @@ def _in_both_orders(function: Callable[[], Result]) -> tuple[Result, Result]:
 
 
 def _open(library: Path) -> tuple[Any, Any]:
-    """Load a library, and return it and the GPU."""
+    """Load a library; return it and the device."""
     import tvm
 
     from dcnv3_tvm.runtime import cuda

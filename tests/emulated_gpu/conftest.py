@@ -16,8 +16,8 @@ typedef unsigned char uchar;
 SHARED_BYTES = 16384
 
 
-class Kernel:
-    """The body of a kernel of floats, compiled as the emulated GPU compiles it."""
+class CompiledBody:
+    """The body of a kernel with float arguments, compiled for the emulated GPU."""
 
     def __init__(self, folder, body, threads):
         begin = (
@@ -32,7 +32,7 @@ class Kernel:
         self.library.emulated_k.restype = ctypes.c_char_p
 
     def launch(self, out, x, *, blocks=1, backwards=0):
-        """Run it, and return what is wrong with it, or None."""
+        """Run the kernel; return the error, or None."""
         config = (ctypes.c_uint * 7)(blocks, 1, 1, self.threads, 1, 1, SHARED_BYTES)
         pointers = [ctypes.c_void_p(array.ctypes.data) for array in (out, x)]
         arguments = (ctypes.c_void_p * 2)(*map(ctypes.addressof, pointers))
@@ -42,17 +42,17 @@ class Kernel:
 
 @pytest.fixture
 def kernel(tmp_path):
-    """Compile the body of a kernel of floats ``x`` and ``out``."""
+    """Compile the body of a kernel with float arguments ``x`` and ``out``."""
 
     def compiled(body, threads):
-        return Kernel(Path(tempfile.mkdtemp(dir=tmp_path)), body, threads)
+        return CompiledBody(Path(tempfile.mkdtemp(dir=tmp_path)), body, threads)
 
     return compiled
 
 
 @pytest.fixture
 def run(kernel):
-    """Compile the body of a kernel of floats, and run it in both orders."""
+    """Compile the body of a kernel and run it with threads in both orders."""
 
     def call(body, x, count, *, threads=64, blocks=1):
         made = kernel(body, threads)

@@ -1,12 +1,10 @@
-/* What generated CUDA kernels use of the language, on the processor.
+/* The part of CUDA that generated kernels use, on the processor.
  *
- * Each thread of a block is a fiber that runs until it has to wait: at a barrier for its block, at
- * an instruction of a warp for its warp. Threads run in rising or in falling order, and copies that
- * need not be there before they are waited for arrive as late as can be, or at once; so a missing
- * barrier shows in one of the two. Shared memory begins as NaN and ends at a page that must not be
- * touched. What a GPU would not do is an error: misaligned accesses, threads that wait for each
- * other, instructions of a warp that some of its threads do not reach. What they move can be
- * counted beside that: see `traffic.cpp`.
+ * Each thread of a block is a fiber that runs until it waits for its block (barrier) or its warp
+ * (warp instruction). Threads run in ascending or descending order, and asynchronous copies complete
+ * as late as possible or at once, so a missing barrier changes the result in one of the two. Shared
+ * memory is initialised with NaN and ends at an inaccessible page. Detected as errors: misaligned
+ * accesses, deadlocks, and warp instructions that some threads of the warp do not reach.
  */
 
 #pragma once
@@ -23,7 +21,7 @@
 
 #include <type_traits>
 
-/* Kernels are compiled without optimisation, which takes longer than they do. */
+/* Kernels are compiled without optimisation, because compiling takes longer than running them. */
 #pragma GCC push_options
 #pragma GCC optimize("O2")
 
@@ -50,7 +48,7 @@ struct Copy {
 
 enum class State { kReady, kAtBarrier, kAtWarp, kDone };
 
-/* What `_setjmp(scheduler)` returns when a thread comes back to it. */
+/* Return values of `_setjmp(scheduler)`. */
 enum { kStart, kPaused, kFailed };
 
 struct Thread {
@@ -79,7 +77,7 @@ inline char error[256];
 inline unsigned char *shared; /* Dynamic shared memory. */
 inline char *stacks;
 
-/* Static shared memory: its variables lie between the two. */
+/* Bounds of static shared memory. */
 extern "C" char __start_emulated_shared[] __attribute__((weak));
 extern "C" char __stop_emulated_shared[] __attribute__((weak));
 
@@ -96,7 +94,7 @@ inline unsigned Thread::lanes() const {
   _longjmp(scheduler, kFailed);
 }
 
-/* Waiting. */
+/* Synchronisation. */
 
 inline void pause(State state, int line) {
   current->state = state;
@@ -106,7 +104,7 @@ inline void pause(State state, int line) {
 
 inline void barrier(int line) { pause(State::kAtBarrier, line); }
 
-/* An instruction of a warp: the last of its threads to arrive performs it for all. */
+/* A warp instruction: the last thread of the warp to arrive performs it for all. */
 inline void together(int line, void *operands, void (*perform)(void **, unsigned)) {
   Thread *first = current->warp();
   unsigned lanes = current->lanes();
@@ -122,7 +120,7 @@ inline void together(int line, void *operands, void (*perform)(void **, unsigned
   perform(all, lanes);
 }
 
-/* Running. */
+/* Scheduling. */
 
 inline void live() {
   if (!_setjmp(current->context)) _longjmp(scheduler, kPaused);
@@ -150,7 +148,7 @@ inline void make_fiber(unsigned number) {
   if (_setjmp(scheduler) == kStart) swapcontext(&back, &start);
 }
 
-/* Let a thread run until it waits. */
+/* Run a thread until it waits. */
 inline bool resume(Thread *thread) {
   int how = _setjmp(scheduler);
   if (how == kStart) {
@@ -161,7 +159,7 @@ inline bool resume(Thread *thread) {
   return how == kPaused;
 }
 
-/* Let the threads of a warp run until all wait for other warps. */
+/* Run the threads of a warp until all wait for other warps. */
 inline bool run_warp(Thread *first) {
   unsigned lanes = first->lanes(), idle = 0;
   for (unsigned turn = 0; idle < lanes; turn = (turn + 1) % lanes) {
@@ -195,8 +193,7 @@ inline bool run_block() {
         continue;
       }
       snprintf(error, sizeof error,
-               "threads wait for each other: (%u, %u, %u) in line %d, (0, 0, 0) in line %d, where "
-               "0 is the end",
+               "deadlock: (%u, %u, %u) in line %d, (0, 0, 0) in line %d (0: finished)",
                other.index.x, other.index.y, other.index.z, other.line, first.line);
       return false;
     }
@@ -210,10 +207,10 @@ inline void caught(int number) {
   sigemptyset(&set);
   sigaddset(&set, number);
   sigprocmask(SIG_UNBLOCK, &set, nullptr);
-  fail(number == SIGILL ? "a misaligned access" : "an access to memory that is not there");
+  fail(number == SIGILL ? "a misaligned access" : "an access to unmapped memory");
 }
 
-/* Dynamic shared memory of `bytes` that ends, up to the alignment, where memory ends. */
+/* Return dynamic shared memory that ends, up to alignment, at an inaccessible page. */
 inline unsigned char *shared_memory(unsigned bytes) {
   static unsigned char *pages = [] {
     void *found = mmap(nullptr, kSharedBytes + (1 << 16), PROT_READ | PROT_WRITE,
@@ -225,7 +222,7 @@ inline unsigned char *shared_memory(unsigned bytes) {
   return pages + kSharedBytes - (bytes + 63) / 64 * 64;
 }
 
-/* Run a kernel; returns what is wrong with it, or null. */
+/* Run a kernel; return the error, or null. */
 inline const char *run(void (*function)(void **), const Launch &config, void **arguments) {
   static char stack[1 << 16];
   static unsigned fibers = 0;
@@ -263,11 +260,11 @@ inline const char *run(void (*function)(void **), const Launch &config, void **a
   return *error ? error : nullptr;
 }
 
-/* Copies into shared memory that are waited for. */
+/* Asynchronous copies into shared memory. */
 
 inline void do_copy(const Copy &copy) { memcpy(copy.to, copy.from, copy.bytes); }
 
-/* Addresses of shared memory: of static variables from kStatic on. */
+/* Addresses of static shared variables start at kStatic, those of dynamic memory at 0. */
 constexpr unsigned kStatic = 1u << 31;
 
 inline unsigned shared_address(const void *pointer) {
@@ -315,7 +312,7 @@ inline void wait_for_copies(unsigned pending) {
   current->copy_count = kept;
 }
 
-/* Numbers of 16 bits. */
+/* 16-bit floating-point types. */
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -377,14 +374,14 @@ struct Number {
   friend Number operator/(Number a, Number b) { return float(a) / float(b); }
 };
 
-/* Instructions of a warp. */
+/* Warp instructions. */
 
 struct Rows {
   unsigned words[4];
   const unsigned char *at;
 };
 
-/* ldmatrix.x4: threads 8i to 8i+7 name the rows of matrix i, of which each gets two numbers. */
+/* ldmatrix.x4: threads 8i to 8i+7 hold the row addresses of matrix i; each thread gets two values. */
 inline void load_matrix(int line, unsigned &a, unsigned &b, unsigned &c, unsigned &d,
                         unsigned address) {
   Rows mine = {{}, shared_at(address, 16)};
@@ -443,7 +440,7 @@ inline void multiply(int line, float &d0, float &d1, float &d2, float &d3, unsig
 
 inline unsigned lane() { return current->number % kWarp; }
 
-/* The lane that `source` names in the segment of the warp, of `width` lanes, of this thread. */
+/* Return lane `source` of this thread's warp segment of `width` lanes. */
 inline unsigned of_segment(unsigned source, unsigned width) {
   return lane() / width * width + source % width;
 }
@@ -471,7 +468,7 @@ inline T shuffle(int line, unsigned mask, T value, unsigned source) {
 
 }  // namespace emulated
 
-/* The language. */
+/* CUDA keywords, built-in variables and functions. */
 
 #define __host__
 #define __device__

@@ -1,9 +1,9 @@
 /* A CUDA driver and runtime that computes on the processor, for machines without a GPU.
  *
- * Device memory is memory of the process, a stream is a number, and everything is done at once, but
- * for what is launched on a stream that is being captured. Kernels are run if they were compiled
- * for it, by `nvcc.py`; machine code for GPUs is launched and does nothing. Device memory begins as
- * NaN, and what lies around it must stay untouched. What happens is written to a log.
+ * Device memory is memory of the process, a stream is a number, and every operation is synchronous,
+ * except launches on a stream that is being captured. Kernels compiled by `nvcc.py` are run;
+ * launches of machine code for GPUs do nothing. Device memory is initialised with NaN, and writes
+ * outside of allocations are errors. Calls are recorded in a log.
  */
 
 #define _GNU_SOURCE
@@ -27,13 +27,13 @@ typedef struct {
   unsigned count;
 } Config;
 
-/* As `nvcc.py` makes them. */
+/* Entry function of a kernel compiled by `nvcc.py`. */
 typedef const char *Run(const unsigned *config, void **parameters, int backwards);
 
 typedef struct {
   char name[128];
   Run *run;                   /* NULL for machine code. */
-  const int *parameter_bytes; /* Ends with 0. */
+  const int *parameter_bytes; /* Terminated by 0. */
   unsigned most_shared;
 } Function;
 
@@ -48,7 +48,7 @@ typedef struct {
   int count;
 } Graph;
 
-/* Device memory, between two margins; the pages around it cannot be touched. */
+/* Device memory between two margins; the pages around them are not accessible. */
 typedef struct Block {
   struct Block *next;
   unsigned char *pages, *memory;
@@ -101,7 +101,7 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
   return OK;
 }
 
-/* The size of an ELF file, whose table of sections comes last. */
+/* Return the size of an ELF file, whose section table is at its end. */
 static size_t elf_size(const void *image) {
   const Elf64_Ehdr *header = image;
   return header->e_shoff + (size_t)header->e_shnum * header->e_shentsize;
@@ -120,7 +120,7 @@ int cuModuleLoadData(void **module, const void *image) {
   if (write(file, image, size) == (ssize_t)size) *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   close(file);
   unlink(path);
-  if (!*module) snprintf(failure, sizeof failure, "the kernels cannot be loaded");
+  if (!*module) snprintf(failure, sizeof failure, "cannot load the kernels");
   return *module ? OK : INVALID;
 }
 
@@ -171,7 +171,7 @@ static int compute(Launch *launch) {
   for (Block *block = blocks; block && !wrong; block = block->next) {
     const unsigned char *end = block->memory + block->size, *last = block->pages + block->mapped;
     if (!is_untouched(block->pages, block->memory) || !is_untouched(end, last)) {
-      wrong = "something was written beside an allocation";
+      wrong = "write outside an allocation";
     }
   }
   if (wrong) snprintf(failure, sizeof failure, "%s: %s", function->name, wrong);

@@ -1,7 +1,7 @@
-"""The compiler of the emulated GPU: generated CUDA source to a library for the processor.
+"""Compiler of the emulated GPU: translates generated CUDA source to a library for the processor.
 
-It is called like nvcc, as far as `compiler.cuda.nvcc` calls it, and writes what `driver.c`
-runs. Of PTX it knows the instructions that are in the table below.
+It takes the command line that `compiler.cuda` passes to nvcc, and writes the library that
+`driver.c` runs. Only the PTX instructions in `_INSTRUCTIONS` are supported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OPTIONS: Final = (
     "-fno-gnu-unique",
     "-fvisibility=hidden",
     "-U_FORTIFY_SOURCE",
-    # What is not initialised is not zero, and a misaligned access is an illegal instruction.
+    # Uninitialised variables are not zero, and misaligned accesses raise SIGILL.
     "-ftrivial-auto-var-init=pattern",
     "-fsanitize=alignment",
     "-fsanitize-undefined-trap-on-error",
@@ -46,7 +46,7 @@ _INSTRUCTIONS: Final = (
         "multiply<emulated::from_bfloat>",
     ),
 )
-"""Patterns of inline PTX, and the functions of `device.h` that do the same."""
+"""Patterns of inline PTX and the equivalent functions of `device.h`."""
 
 _OF_WARPS: Final = ("load_matrix", "multiply")
 _PREDICATED: Final = "copy_or_clear"
@@ -104,7 +104,7 @@ def translate(source: str) -> list[str]:
 
 
 def _kernel(head: re.Match[str], source: str) -> str:
-    """Translate a kernel, and add what runs it and the sizes of its parameters."""
+    """Translate a kernel, and add its entry function and the sizes of its parameters."""
     name = head[1]
     types = [
         re.sub(r"\w+$", "", parameter.replace("__restrict__", "").strip()).strip()
@@ -145,7 +145,7 @@ def _language(source: str) -> str:
 
 
 def _instruction(statement: str) -> str:
-    """Turn the inside of ``asm(...)`` into a call."""
+    """Translate the operands of ``asm(...)`` to a function call."""
     code, *operands = _split(statement, ":")
     for pattern, name in _INSTRUCTIONS:
         found = re.search(pattern, code, re.DOTALL)
@@ -159,15 +159,15 @@ def _instruction(statement: str) -> str:
         if found.groups():
             values = [found[1]]
         if name == _PREDICATED:
-            values = values[:4]  # the last one is the zero that is stored otherwise
+            values = values[:4]  # the last operand is the zero of the other branch
         if name.startswith(_OF_WARPS):
             values.insert(0, "__LINE__")
         return f"emulated::{name}({', '.join(values)})"
-    raise ValueError(f"the emulated GPU does not know this PTX: {code.strip()}")
+    raise ValueError(f"unsupported PTX: {code.strip()}")
 
 
 def _closing(text: str, start: int) -> int:
-    """Return where the bracket closes that was opened before `start`."""
+    """Return the position of the bracket that closes the one opened before `start`."""
     depth = 0
     for place, character in _code(text, start):
         if character in ")]}":
@@ -176,11 +176,11 @@ def _closing(text: str, start: int) -> int:
             depth -= 1
         elif character in "([{":
             depth += 1
-    raise ValueError("a bracket is not closed")
+    raise ValueError("unbalanced brackets")
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split at separators that are in no bracket and no string; nothing has no parts."""
+    """Split at separators outside brackets and strings; blank text has no parts."""
     parts, depth, last = [], 0, 0
     for place, character in _code(text, 0):
         if character in ")]}":
@@ -195,7 +195,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _code(text: str, start: int) -> Iterator[tuple[int, str]]:
-    """Go through the brackets and separators from `start` on that are in no string."""
+    """Iterate over the brackets and separators outside strings from `start` on."""
     for found in _TOKEN.finditer(text, start):
         if found[0][0] != '"':
             yield found.start(), found[0]

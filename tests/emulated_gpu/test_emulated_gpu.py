@@ -1,4 +1,4 @@
-"""What the emulated GPU sees: kernels with one fault each, and some without."""
+"""Errors that the emulated GPU detects, and kernels without errors."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ COMMIT = 'asm volatile("cp.async.commit_group;" : : );'
 WAIT = 'asm volatile("cp.async.wait_group 0;" : : : "memory");'
 
 
-TURN = """
+REVERSE = """
   __shared__ alignas(64) float tile[64];
   tile[threadIdx.x] = x[blockIdx.x * 64 + threadIdx.x];
   %s
@@ -20,16 +20,16 @@ TURN = """
 """
 
 
-def test_threads_share_memory(run, rng):
+def test_shared_memory(run, rng):
     x = rng.standard_normal(192).astype("float32")
     expected = x.reshape(3, 64)[:, ::-1].ravel()
-    for result in run(TURN % "__syncthreads();", x, 192, blocks=3):
+    for result in run(REVERSE % "__syncthreads();", x, 192, blocks=3):
         np.testing.assert_array_equal(result, expected)
 
 
-def test_a_missing_barrier_shows(run, rng):
+def test_missing_barrier_gives_nan(run, rng):
     x = rng.standard_normal(64).astype("float32")
-    results = run(TURN % "", x, 64)
+    results = run(REVERSE % "", x, 64)
     assert all(np.isnan(result).any() for result in results)
 
 
@@ -43,7 +43,7 @@ COPIED = """
 """
 
 
-def test_a_copy_that_is_not_waited_for_shows(run, rng):
+def test_asynchronous_copy_without_wait_gives_nan(run, rng):
     x = rng.standard_normal(256).astype("float32")
     for result in run(COPIED % (COPY + COMMIT + WAIT), x, 256):
         np.testing.assert_array_equal(result, x)
@@ -53,18 +53,21 @@ def test_a_copy_that_is_not_waited_for_shows(run, rng):
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "message"),
     [
         ("out[threadIdx.x] = ((float4 *)(x + threadIdx.x))->x;", "a misaligned access: thread (1,"),
-        ("out[(size_t)1 << 40] = x[0];", "memory that is not there: thread (0, 0, 0) of block (0,"),
-        ("if (threadIdx.x < 40) __syncthreads();", "wait for each other: (40, 0, 0) in line 0"),
+        (
+            "out[(size_t)1 << 40] = x[0];",
+            "unmapped memory: thread (0, 0, 0) of block (0,",
+        ),
+        ("if (threadIdx.x < 40) __syncthreads();", "deadlock: (40, 0, 0) in line 0"),
         (
             "if (threadIdx.x == 3) __syncthreads();\n else __syncthreads();",
-            "wait for each other: (3, 0, 0) in line",
+            "deadlock: (3, 0, 0) in line",
         ),
         (
             "if (threadIdx.x != 5) out[0] = __shfl_sync(__activemask(), x[0], 0, 32);",
-            "wait for each other",
+            "deadlock",
         ),
         ("out[0] = __shfl_down_sync(255, x[0], 1, 32);", "without some threads of the warp"),
         (
@@ -74,11 +77,11 @@ def test_a_copy_that_is_not_waited_for_shows(run, rng):
         ("__cvta_generic_to_shared(x);", "an address is not in shared memory"),
     ],
 )
-def test_what_a_gpu_does_not_do(run, body, words):
-    assert words in run(body, np.zeros(256), 256)
+def test_errors_are_detected(run, body, message):
+    assert message in run(body, np.zeros(256), 256)
 
 
-def test_sums_of_a_warp(run, rng):
+def test_warp_shuffle(run, rng):
     x = rng.standard_normal(64).astype("float32")
     body = """
   float sum = x[threadIdx.x];
@@ -89,7 +92,7 @@ def test_sums_of_a_warp(run, rng):
         np.testing.assert_allclose(result, np.repeat(x.reshape(2, 32).sum(1), 32), rtol=1e-4)
 
 
-def test_half_is_rounded_as_numpy_does(run, rng):
+def test_half_is_rounded_like_numpy(run, rng):
     body = "for (int i = threadIdx.x; i < 4096; i += 64) out[i] = float(half(x[i]));"
     x = rng.standard_normal(4096) * 2.0 ** rng.integers(-28, 18, 4096)
     x[:6] = [0.0, -0.0, np.inf, -np.inf, 65520.0, 65519.0]
@@ -100,16 +103,16 @@ def test_half_is_rounded_as_numpy_does(run, rng):
         np.testing.assert_array_equal(result, expected)
 
 
-def test_unknown_instructions_are_refused():
+def test_unsupported_ptx_raises():
     kernel = 'extern "C" __global__ void k(float* x) {\n  asm volatile("bar.red;" : : );\n}\n'
-    with pytest.raises(ValueError, match=r'does not know this PTX: "bar\.red;"'):
+    with pytest.raises(ValueError, match=r'unsupported PTX: "bar\.red;"'):
         nvcc.translate(kernel)
 
 
 TARGET = resolve_target("cuda-sm90")
 
 
-def test_a_result_that_depends_on_the_order_of_threads_is_refused(gpu):
+def test_result_that_depends_on_the_order_of_threads_raises(gpu):
     @T.prim_func(s_tir=True)
     def last(x: T.Buffer((64,), "float32"), out: T.Buffer((1,), "float32")):
         for i in T.thread_binding(64, "threadIdx.x"):
@@ -121,13 +124,13 @@ def test_a_result_that_depends_on_the_order_of_threads_is_refused(gpu):
         gpu.run(last, TARGET, [np.arange(64, dtype="float32")], [((1,), "float32")])
 
 
-def test_what_is_written_beside_an_output_is_refused(gpu):
+def test_write_outside_an_output_raises(gpu):
     @T.prim_func(s_tir=True)
-    def beside(x: T.Buffer((64,), "float32"), out: T.Buffer((60,), "float32")):
+    def write_outside(x: T.Buffer((64,), "float32"), out: T.Buffer((60,), "float32")):
         for i in T.thread_binding(64, "threadIdx.x"):
             with T.sblock("store"):
                 v = T.axis.spatial(64, i)
                 out[v] = x[v]
 
-    with pytest.raises(RuntimeError, match="main_kernel: something was written beside"):
-        gpu.run(beside, TARGET, [np.zeros(64, "float32")], [((60,), "float32")])
+    with pytest.raises(RuntimeError, match="main_kernel: write outside"):
+        gpu.run(write_outside, TARGET, [np.zeros(64, "float32")], [((60,), "float32")])

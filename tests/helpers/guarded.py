@@ -1,4 +1,4 @@
-"""Outputs for kernels under test: what is not written, or written outside, is seen."""
+"""Output buffers of kernels under test, which detect missing and out-of-bounds writes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.runtime.tensors import to_kernel
 
 _ALIGNMENT: Final = 64
-"""Bytes that kernels expect the beginning of an argument to be a multiple of."""
+"""Alignment in bytes that kernels expect of their arguments."""
 
 _LEAST_MARGIN: Final = 4096
 
 
 class GuardedOutput:
-    """An array of NaN in the middle of memory that must stay as it is.
+    """An array of NaN, with margins that a kernel must not write to.
 
     Parameters
     ----------
     shape : sequence of int
-        Of the array.
+        Shape of the array.
     dtype : str
-        Its element type.
+        Dtype of the array.
     """
 
     def __init__(self, shape: Sequence[int], dtype: str) -> None:
@@ -38,9 +38,9 @@ class GuardedOutput:
         self._array = memory[start : start + size].view(kind).reshape(tuple(shape))
         self._array.fill(np.nan)
         self.argument = to_kernel(self._array)
-        """What a kernel takes."""
+        """The array as a kernel argument."""
 
     def checked(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Return the array; fails where memory around it was written to."""
-        assert not any(part.any() for part in self._outside), "written outside of the output"
+        """Return the array; fails if a margin was written to."""
+        assert not any(part.any() for part in self._outside), "the kernel wrote outside its output"
         return self._array

@@ -1,4 +1,4 @@
-"""Float64 references of the encoder's layers, and a way to run their kernels on arrays."""
+"""Float64 references of the encoder's layers, and running kernels on arrays."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def activation(name: str | None, x: Array) -> Float64Array:
 def finish(
     epilogue: Epilogue, x: Array, bias: Array | None = None, residual: Array | None = None
 ) -> Float64Array:
-    """Apply an epilogue in float64; `bias` and `residual` count only if it asks for them."""
+    """Apply an epilogue in float64; `bias` and `residual` are ignored if it does not use them."""
     x = x.astype(np.float64)
     if epilogue.bias and bias is not None:
         x = x + bias
@@ -58,7 +58,7 @@ def convolution(
 def depthwise(
     x: Array, weight: Array, *, stride: tuple[int, int], pad: tuple[int, int]
 ) -> Float64Array:
-    """Convolve (N, H, W, C) with (kh, kw, C) channel by channel, zero-padded, in float64."""
+    """Convolve (N, H, W, C) with (kh, kw, C) depthwise, zero-padded, in float64."""
     windows = _windows(x, weight.shape[:2], stride, pad, (1, 1))
     return np.asarray(np.einsum("nhwcpq,pqc->nhwc", windows, weight.astype(np.float64)))
 
@@ -78,7 +78,7 @@ def _windows(
     pad: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Float64Array:
-    """View x as windows of shape (N, Ho, Wo, C, kh, kw)."""
+    """Return a view of x as windows of shape (N, Ho, Wo, C, kh, kw)."""
     framed = np.pad(x.astype(np.float64), [(0, 0), *((p, p) for p in pad), (0, 0)])
     spans = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
     windows = np.lib.stride_tricks.sliding_window_view(framed, spans, axis=(1, 2))
@@ -99,18 +99,17 @@ def run_kernel(
     Parameters
     ----------
     func : tvm.tirx.PrimFunc
-        Kernel whose last parameter is the output.
+        Kernel whose last parameter is its output.
     inputs : sequence of ndarray
         The other parameters.
     output_shape : sequence of int
-        Shape of the output, which is NaN everywhere before the kernel runs; what lies around it
-        must stay as it is.
+        Shape of the output, see `helpers.guarded.GuardedOutput`.
     target : tvm.target.Target, optional
-        Target to compile for; this machine's processor by default.
+        Target to compile for; this machine's CPU by default.
     scheduled : bool
-        Whether the schedule rules are applied.
+        Whether to apply the schedule rules.
     dtype : str, optional
-        Element type of the output; that of the first input by default.
+        Dtype of the output; that of the first input by default.
 
     Returns
     -------

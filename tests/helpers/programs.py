@@ -1,4 +1,4 @@
-"""Small Relax programs, built and run for tests of the transformations."""
+"""Build and run small Relax programs, for tests of the transformations."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def make_program(
     inputs: Mapping[str, Sequence[int | str]],
     weights: Mapping[str, Array],
 ) -> Program:
-    """Build a program of one function, ``main``.
+    """Build a program with the single function ``main``.
 
     Parameters
     ----------
     build : callable
-        Takes a BlockBuilder, the inputs and the weights (as Relax variables, in order) and returns
-        the result.
+        Function of a BlockBuilder, the inputs and the weights (Relax variables, in order) that
+        returns the result.
     inputs : mapping of str to shape
-        Float32 inputs; a string in a shape is a symbolic size.
+        Shapes of float32 inputs; a string is a symbolic size.
     weights : mapping of str to ndarray
         Weights by name.
     """
@@ -62,7 +62,7 @@ def make_program(
 
 
 def run_program(program: Program, *inputs: Array) -> Array:
-    """Run ``main`` of a program through TVM's stock pipeline and return its only output."""
+    """Run ``main`` of a program with TVM's default pipeline and return its only output."""
     module = relax.transform.LegalizeOps()(program.module)
     machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
     arguments = [*inputs, *(program.weights[name] for name in program.entries["main"].weights)]
@@ -72,7 +72,7 @@ def run_program(program: Program, *inputs: Array) -> Array:
 
 
 def operators(program: Program) -> list[str]:
-    """List the operators that ``main`` of a program calls, in order; a kernel by its name."""
+    """List the operators and kernels that ``main`` of a program calls, in order."""
     names = []
     for block in program.module["main"].body.blocks:
         for binding in block.bindings:

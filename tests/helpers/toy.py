@@ -1,4 +1,4 @@
-"""A small artifact, compiled in a fraction of a second, to test everything around it."""
+"""A small artifact that compiles in a fraction of a second."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ PREPROCESSING: Final = {
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """relu(x) + bias as logits, x + bias and relu(x) as feature maps, of 8x8 images.
+    """A model of 8x8 images: logits relu(x) + bias, feature maps x + bias and relu(x).
 
     Parameters
     ----------
     code : bytes
         The compiled library.
     weights : dict of str to numpy.ndarray
-        The bias.
+        The weight ``bias``.
     metadata : ArtifactMetadata
-        Without digests, versions and date.
+        Metadata without digests, versions and date.
     """
 
     code: bytes
@@ -50,18 +50,18 @@ class Toy:
         arch: str | None = None,
         cuda_graph: bool = True,
     ) -> Toy:
-        """Compile it for any CPU of this architecture, or for a GPU.
+        """Compile the model for any CPU of this architecture, or for a GPU.
 
         Parameters
         ----------
         batch : int or str
-            Images in a call; a string leaves that to the run time.
+            Batch size; a string makes it dynamic.
         features_only : bool
-            Return the feature maps from the entry ``"main"``, and no logits.
+            Return the feature maps instead of logits from the entry ``"main"``.
         arch : str, optional
-            The GPU's architecture, such as ``"sm_90"``; `batch` is a number then.
+            Architecture of the GPU, such as ``"sm_90"``, which needs a static batch size.
         cuda_graph : bool
-            Whether a GPU runs what lies between inputs and outputs as a CUDA graph.
+            Whether the GPU runs intermediate kernels as a CUDA graph.
         """
         import tvm
 
@@ -77,12 +77,12 @@ class Toy:
         return cls(code, {"bias": bias}, metadata)
 
     def main(self, x: np.ndarray) -> np.ndarray:
-        """Compute what the entry ``"main"`` should return, to the bit."""
+        """Compute the exact output of the entry ``"main"``."""
         result: np.ndarray = np.maximum(x, 0) + self.weights["bias"]
         return result.reshape(x.shape[0], -1)
 
     def write(self, destination: Path, **changes: Any) -> Path:
-        """Write the artifact, with other metadata where given, and return its folder."""
+        """Write the artifact, with changed metadata if given, and return its folder."""
         from dcnv3_tvm.compiler import artifact
 
         artifact.write(
@@ -111,7 +111,7 @@ def _build_for_gpu(
         {
             var: func.with_attr("num_input", 1)
             if isinstance(func, relax.Function)
-            else _a_thread_an_element(func)
+            else _one_thread_per_element(func)
             for var, func in legal.functions_items()
         }
     )
@@ -122,7 +122,7 @@ def _build_for_gpu(
     )
 
 
-def _a_thread_an_element(func: Any) -> Any:
+def _one_thread_per_element(func: Any) -> Any:
     from tvm import s_tir
 
     schedule = s_tir.Schedule(func)

@@ -1,7 +1,4 @@
-"""Models ready to be called again and again, in the way of each runtime.
-
-PyTorch is imported only where a PyTorch module is run.
-"""
+"""Run a model repeatedly with each runtime. PyTorch is imported only to run PyTorch modules."""
 
 from __future__ import annotations
 
@@ -12,11 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.bench.problems import Array
     from dcnv3_tvm.runtime import CompiledModel
 
+Array = np.ndarray[Any, np.dtype[Any]]
 
-class Session(NamedTuple):
+
+class BackendRunner(NamedTuple):
     """A model with its inputs in place.
 
     Parameters
@@ -24,26 +22,30 @@ class Session(NamedTuple):
     call : callable
         Computes once.
     outputs : callable
-        Turns what `call` returned into arrays.
+        Converts what `call` returned to arrays.
     """
 
     call: Callable[[], Any]
     outputs: Callable[[Any], list[Array]]
 
 
-def of_ours(model: CompiledModel, inputs: Mapping[str, Array], threads: int) -> Session:
-    """Call a model of this library."""
+def compiled_model_runner(
+    model: CompiledModel, inputs: Mapping[str, Array], threads: int
+) -> BackendRunner:
+    """Run a model compiled by this library."""
     model.threads = threads
-    given = list(inputs.values())
+    arguments = list(inputs.values())
 
-    def listed(result: Any) -> list[Array]:
+    def outputs(result: Any) -> list[Array]:
         return list(result.values()) if isinstance(result, dict) else [result]
 
-    return Session(lambda: model(*given), listed)
+    return BackendRunner(lambda: model(*arguments), outputs)
 
 
-def of_torch(module: Callable[..., Any], inputs: Mapping[str, Array], threads: int) -> Session:
-    """Call a PyTorch module, compiled or not, without gradients."""
+def torch_runner(
+    module: Callable[..., Any], inputs: Mapping[str, Array], threads: int
+) -> BackendRunner:
+    """Run a PyTorch module, eager or compiled, without gradients."""
     import torch
 
     torch.set_num_threads(threads)
@@ -53,15 +55,15 @@ def of_torch(module: Callable[..., Any], inputs: Mapping[str, Array], threads: i
         with torch.no_grad():
             return module(*tensors)
 
-    def listed(result: Any) -> list[Array]:
+    def outputs(result: Any) -> list[Array]:
         found = [result] if isinstance(result, torch.Tensor) else result
         return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in found]
 
-    return Session(call, listed)
+    return BackendRunner(call, outputs)
 
 
-def of_onnxruntime(path: Path, inputs: Mapping[str, Array], threads: int) -> Session:
-    """Open a file with ONNX Runtime's CPU provider, with its default optimisations: all."""
+def onnxruntime_runner(path: Path, inputs: Mapping[str, Array], threads: int) -> BackendRunner:
+    """Run an ONNX file with ONNX Runtime's CPU provider and its default optimisations."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -69,13 +71,15 @@ def of_onnxruntime(path: Path, inputs: Mapping[str, Array], threads: int) -> Ses
     options.inter_op_num_threads = 1
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     feed = dict(inputs)
-    return Session(lambda: session.run(None, feed), list)
+    return BackendRunner(lambda: session.run(None, feed), list)
 
 
-def of_openvino(path: Path, inputs: Mapping[str, Array], threads: int, precision: str) -> Session:
-    """Open a file with OpenVINO's CPU plugin, for latency.
+def openvino_runner(
+    path: Path, inputs: Mapping[str, Array], threads: int, precision: str
+) -> BackendRunner:
+    """Run an ONNX file with OpenVINO's CPU plugin, optimised for latency.
 
-    The precision is named, ``f32`` or ``bf16``, because by itself it takes bfloat16 where it can.
+    `precision` is ``"f32"`` or ``"bf16"``; OpenVINO's default is bfloat16 where supported.
     """
     import openvino as ov
 
@@ -91,4 +95,4 @@ def of_openvino(path: Path, inputs: Mapping[str, Array], threads: int, precision
     def call() -> Any:
         return request.infer(feed, share_inputs=True, share_outputs=True)
 
-    return Session(call, lambda result: [np.array(result[port]) for port in model.outputs])
+    return BackendRunner(call, lambda result: [np.array(result[port]) for port in model.outputs])

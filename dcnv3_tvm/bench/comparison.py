@@ -1,0 +1,186 @@
+"""Compare backends: build them, check their outputs, and time those that are correct."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from dcnv3_tvm.bench import ours
+from dcnv3_tvm.bench.accuracy import largest_error
+from dcnv3_tvm.bench.backends import OURS, Backend, Peer, missing_packages
+from dcnv3_tvm.bench.budget import OutOfTimeError
+from dcnv3_tvm.bench.cases import EncoderCase
+from dcnv3_tvm.bench.cpu_peaks import measure_peaks
+from dcnv3_tvm.bench.measure import Plan, measure
+from dcnv3_tvm.bench.problems import encoder_problem, operator_problem
+from dcnv3_tvm.bench.report import BackendRow, CaseResult, Report, failure_text
+from dcnv3_tvm.bench.roofline import Roofline
+from dcnv3_tvm.provenance import Provenance
+from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.verify.tolerances import MAX_ERROR
+
+
+def run(
+    cases: Sequence[DCNv3Spec] | Sequence[EncoderCase],
+    *,
+    against: Sequence[Peer] = (),
+    threads: int,
+    plan: Plan | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Benchmark this library and its peers on the CPU.
+
+    If an output of a case is wrong, nothing in that case is timed.
+
+    Parameters
+    ----------
+    cases : sequence of DCNv3Spec or of EncoderCase
+        Cases to run.
+    against : sequence of Peer
+        Peers; those with missing packages are skipped.
+    threads : int
+        Threads of every backend. The operator as users call it reads its number of threads from
+        the environment variable ``TVM_NUM_THREADS``, which must be set before.
+    plan : Plan, optional
+        Number of timed calls.
+    on_step : callable
+        Called with a description of each step before it runs.
+    """
+    plan = plan or Plan()
+    provenance = Provenance.here(threads)
+    skipped = missing_packages(against)
+    for name, reason in skipped.items():
+        on_step(f"skip {name}, {reason} (pip install 'dcnv3-tvm[bench]')")
+    on_step("measure the peak rates of the machine")
+    peaks = measure_peaks(threads)
+    results = []
+    for case in cases:
+        on_step(f"{case.slug}: inputs and reference")
+        problem = operator_problem(case) if isinstance(case, DCNv3Spec) else encoder_problem(case)
+        builders: dict[str, Callable[[], list[Backend]]] = {
+            OURS: functools.partial(ours.build_ours, problem, threads)
+        }
+        for peer in against:
+            if peer.name not in skipped:
+                builders[peer.name] = functools.partial(_build_peer, peer, problem, threads)
+        result = compare_backends(
+            problem.slug,
+            builders,
+            problem.reference,
+            Roofline.of(problem.flops, problem.bytes, peaks, problem.dtype),
+            plan,
+            error_measure=problem.measure,
+            on_step=on_step,
+        )
+        results.append(result)
+    return Report(
+        kind="encoder" if any(isinstance(case, EncoderCase) for case in cases) else "op",
+        provenance=provenance,
+        plan=plan,
+        peaks=peaks,
+        cases=tuple(results),
+        skipped=skipped,
+    )
+
+
+def _build_peer(peer: Peer, problem: Any, threads: int) -> list[Backend]:
+    return [peer.build(problem, threads)]
+
+
+def compare_backends(
+    slug: str,
+    builders: Mapping[str, Callable[[], list[Backend]]],
+    references: Sequence[Any],
+    roofline: Roofline,
+    plan: Plan,
+    *,
+    error_measure: str = MAX_ERROR,
+    keep_going: bool = False,
+    on_step: Callable[[str], None] = lambda _: None,
+    before: Callable[[], Any] | None = None,
+    **timing: Any,
+) -> CaseResult:
+    """Build backends, compare their outputs with the reference, and time them.
+
+    Parameters
+    ----------
+    slug : str
+        Name of the case.
+    builders : mapping of str to callable
+        Builders of one or more backends, in the order in which they are run. A builder that fails
+        makes a row with the failure.
+    references : sequence of array or tensor
+        Reference outputs.
+    roofline : Roofline
+        Lower bounds of the time.
+    plan : Plan
+        Number of timed calls.
+    error_measure : str
+        Error measure, see `dcnv3_tvm.verify.tolerances`.
+    keep_going : bool
+        Time the correct backends even if others, or this library, are wrong or fail. By default a
+        failure of this library is raised, and a wrong output prevents all timing.
+    on_step : callable
+        Called with a description of each step before it runs.
+    before : callable, optional
+        Untimed call before every timed call.
+    **timing
+        ``clock``, ``sleep`` and ``seconds_of`` of `dcnv3_tvm.bench.measure.measure`.
+    """
+    backends: list[Backend] = []
+    rows: dict[str, BackendRow] = {}
+    for name, build in builders.items():
+        on_step(f"{slug}: build {name}")
+        try:
+            built = build()
+        except OutOfTimeError as late:
+            rows[name] = BackendRow(name, failure=str(late))
+        except Exception as error:
+            # Whatever the backend's library raises is a result of the benchmark.
+            if name == OURS and not keep_going:
+                raise
+            rows[name] = BackendRow(name, failure=failure_text(error))
+        else:
+            backends += built
+            rows |= {backend.name: BackendRow(backend.name) for backend in built}
+    for backend in backends:
+        on_step(f"{slug}: check {backend.name}")
+        rows[backend.name] = _checked(backend, references, error_measure, keep_going)
+    calls = {
+        backend.name: backend.call
+        for backend in backends
+        if rows[backend.name].failure is None and not rows[backend.name].wrong
+    }
+    if keep_going or not any(row.wrong for row in rows.values()):
+        timings = measure(
+            calls,
+            plan,
+            on_round=lambda number: on_step(f"{slug}: round {number + 1} of {plan.rounds}"),
+            before=None if before is None else dict.fromkeys(calls, before),
+            **timing,
+        )
+        for name, found in timings.items():
+            rows[name] = dataclasses.replace(
+                rows[name],
+                seconds=found.seconds,
+                ratio=found.ratio_to(timings[OURS]) if OURS in timings else None,
+                redone=found.redone,
+            )
+    return CaseResult(slug, roofline, tuple(rows.values()), error_measure)
+
+
+def _checked(
+    backend: Backend, references: Sequence[Any], error_measure: str, keep_going: bool
+) -> BackendRow:
+    """Call a backend once and compare its outputs with the reference."""
+    try:
+        outputs = backend.outputs(backend.call())
+    except Exception as error:
+        if backend.name.startswith(OURS) and not keep_going:
+            raise
+        return BackendRow(backend.name, failure=failure_text(error))
+    expected = references if backend.reference is None else backend.reference
+    largest = largest_error(outputs, expected, error_measure)
+    return BackendRow(backend.name, largest, backend.tolerance, peak_bytes=backend.peak_bytes)

@@ -1,0 +1,129 @@
+"""Roofline: lower bounds of a kernel's time from its bytes and operations.
+
+Every input and weight is read once, every output written once, at the memory bandwidth; operations
+run at the peak rate of their dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Final
+
+from dcnv3_tvm.compiler.kernel_listing import Kernel
+from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.kernels import gemm, mlp
+from dcnv3_tvm.op.tensorir import spec_of
+from dcnv3_tvm.transform.gpu_padding import depth_multiple
+
+MATMUL_KINDS: Final = ("matmul", "convolution", gemm.KERNEL, mlp.KERNEL)
+"""Kinds of kernels whose operations run at the matmul rate of their weights' dtype."""
+
+CPU_RATES: Final = {"float32": 1.0, "bfloat16": 2.0}
+"""Matmul rates of a CPU by dtype, relative to the float32 rate that is measured.
+
+A bfloat16 dot-product instruction does two multiply-adds per float32 lane. The roofline of a whole
+bfloat16 encoder uses this rate for all operations, and so remains a lower bound.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Peaks:
+    """Peak rates of a CPU, with some number of threads, or of a GPU.
+
+    Parameters
+    ----------
+    flops : float
+        Float32 operations per second; a multiply-add counts as two.
+    bytes : float
+        Bytes per second of a copy larger than the caches, reads and writes.
+    how : str
+        Source of the rates.
+    half_flops : float, optional
+        Operations per second of 16-bit matmuls on a GPU's tensor cores.
+    """
+
+    flops: float
+    bytes: float
+    how: str
+    half_flops: float | None = None
+
+    def flops_in(self, dtype: str) -> float:
+        """Return the rate of matmuls in `dtype`."""
+        if self.half_flops is not None and DTYPE_BYTES[dtype] == 2:
+            return self.half_flops
+        return CPU_RATES[dtype] * self.flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Lower bounds of a time in seconds.
+
+    Parameters
+    ----------
+    memory : float
+        Time to read all inputs and weights once and write all outputs once.
+    arithmetic : float
+        Time of the operations.
+    """
+
+    memory: float
+    arithmetic: float
+
+    @classmethod
+    def of(cls, flops: float, traffic: float, peaks: Peaks, dtype: str = "float32") -> Roofline:
+        """Divide operations and bytes (`traffic`) by the peak rates for matmuls in `dtype`."""
+        return cls(memory=traffic / peaks.bytes, arithmetic=flops / peaks.flops_in(dtype))
+
+    @property
+    def seconds(self) -> float:
+        """The larger of the two: memory transfers and arithmetic overlap."""
+        return max(self.memory, self.arithmetic)
+
+
+def kernel_roofline(kernel: Kernel, peaks: Peaks) -> Roofline:
+    """Return the roofline of one call of a kernel."""
+    # Everything but matmuls computes in float32, whatever the dtype of its arguments.
+    dtype = kernel.inputs[1].dtype if kernel.kind in MATMUL_KINDS else "float32"
+    return Roofline.of(kernel_flops(kernel), kernel_bytes(kernel), peaks, dtype)
+
+
+def kernel_bytes(kernel: Kernel) -> int:
+    """Return the bytes of a kernel's inputs, weights and outputs."""
+    arguments = (*kernel.inputs, *kernel.outputs)
+    return sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in arguments)
+
+
+def kernel_flops(kernel: Kernel) -> int:
+    """Count the multiplications and additions of one call of a kernel, without padding.
+
+    The sampling counts as in `DCNv3Spec.flops`. Kernels of other kinds are bound by memory and
+    count zero.
+    """
+    elements = math.prod(kernel.outputs[0].shape)
+    if kernel.kind == "matmul":
+        return 2 * elements * kernel.inputs[0].shape[-1]
+    if kernel.kind == "convolution":
+        # The weight is (tiles, kh, kw, ...).
+        return 2 * elements * math.prod(kernel.inputs[1].shape[1:3]) * kernel.inputs[0].shape[-1]
+    if kernel.kind == gemm.KERNEL:
+        return 2 * elements * _gemm_depth(kernel)
+    if kernel.kind == mlp.KERNEL:
+        # The weights have one row per hidden column and per output column.
+        rows, hidden = elements // kernel.outputs[0].shape[-1], kernel.inputs[1].shape[0]
+        return 2 * rows * hidden * (kernel.inputs[0].shape[-1] + kernel.outputs[0].shape[-1])
+    if kernel.kind == "depthwise":
+        return 2 * elements * math.prod(kernel.inputs[1].shape[:2])
+    if kernel.kind.startswith("dcnv3"):
+        return spec_of(kernel.function).flops
+    return 0
+
+
+def _gemm_depth(kernel: Kernel) -> int:
+    """Return the reduction length of a GEMM or implicit-GEMM convolution with a square window."""
+    x, weight = kernel.inputs[:2]
+    # Packing transposes float32 weights.
+    channels, padded = x.shape[-1], weight.shape[0 if weight.dtype == gemm.ACCUMULATOR else -1]
+    if gemm.round_up(channels, depth_multiple(channels)) == padded:
+        return channels
+    return channels * math.isqrt(padded // channels) ** 2
