@@ -1,8 +1,8 @@
-"""The blend of DCNv3's result with its input, by a gate for each group, moves into the kernel.
+"""Fuse center-feature scaling into DCNv3.
 
-InternImage H and G compute ``y * (1 - s) + x * s`` behind DCNv3, where s is the sigmoid of a
-projection to one number a group, repeated for the group's channels. The kernel has x at hand, and
-the projection becomes part of the product that makes offsets and mask.
+InternImage H and G compute ``y * (1 - s) + x * s`` after ``y = dcnv3(x, ...)``, where s is the
+sigmoid of a projection to one number for each group, repeated for the group's channels. The kernel
+reads x anyway, and the projection is merged with those to offset and mask.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _GATE: Final = (
     ("relax.expand_dims", "relax.reshape"),
     ("relax.sigmoid",),
 )
-"""Operators that make the gate of its logits, the last one first."""
+"""Operators from the gate back to its logits."""
 
 
 def fuse_center_feature(program: Program) -> Program:
-    """Let the packed DCNv3 kernels blend their results, where a gate of groups does so."""
+    """Fuse the blend after every packed DCNv3 into it."""
     return program.rebuilt(_fuse)
 
 
@@ -36,9 +36,9 @@ def _fuse(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var |
     if getattr(call.op, "name", "") != "relax.add":
         return None
     for deformed, plain in _both_orders(call):
-        for sampled, rest in _factors(rebuilder, deformed):
+        for sampled, complement in _factors(rebuilder, deformed):
             for source, gate in _factors(rebuilder, plain):
-                if _is_rest(rebuilder, rest, gate):
+                if _is_complement(rebuilder, complement, gate):
                     blended = _blended(rebuilder, var, sampled, source, gate)
                     if blended is not None:
                         return blended
@@ -52,14 +52,14 @@ def _both_orders(call: relax.Call) -> Iterator[tuple[relax.Expr, relax.Expr]]:
 
 
 def _factors(rebuilder: Rebuilder, expr: relax.Expr) -> Iterator[tuple[relax.Expr, relax.Expr]]:
-    product = rebuilder.call(expr, "relax.multiply", only_use=True)
-    if product is not None:
-        yield from _both_orders(product)
+    multiply = rebuilder.call(expr, "relax.multiply", only_use=True)
+    if multiply is not None:
+        yield from _both_orders(multiply)
 
 
-def _is_rest(rebuilder: Rebuilder, rest: relax.Expr, gate: relax.Expr) -> bool:
-    """Tell whether an expression is ``1 - gate``."""
-    difference = rebuilder.call(rest, "relax.subtract")
+def _is_complement(rebuilder: Rebuilder, complement: relax.Expr, gate: relax.Expr) -> bool:
+    """Whether an expression is ``1 - gate``."""
+    difference = rebuilder.call(complement, "relax.subtract")
     if difference is None or not difference.args[1].same_as(gate):
         return False
     one = rebuilder.array(difference.args[0])
@@ -73,12 +73,12 @@ def _blended(
     source: relax.Expr,
     gate: relax.Expr,
 ) -> relax.Var | None:
-    """Emit the kernel that blends, if `sampled` is a packed DCNv3 of `source`."""
+    """Emit the DCNv3 that blends, if `sampled` is a packed DCNv3 of `source`."""
     sampling = rebuilder.call(sampled, relax_packed_op.OP_NAME, only_use=True)
     if sampling is None:
         return None
     x, offset_mask = sampling.args
-    if not x.same_as(source) or any(not _alike(sampled, other) for other in (x, gate)):
+    if not x.same_as(source) or any(not _same_type(sampled, other) for other in (x, gate)):
         return None
     spec = relax_op.spec_of(sampling)
     logits, made = _logits(rebuilder, gate, spec), projection(rebuilder, offset_mask)
@@ -94,12 +94,12 @@ def _blended(
     return rebuilder.emit(call, like=var)
 
 
-def _alike(first: relax.Expr, second: relax.Expr) -> bool:
+def _same_type(first: relax.Expr, second: relax.Expr) -> bool:
     return bool(tvm_ffi.structural_equal(first.ty, second.ty))
 
 
 def _logits(rebuilder: Rebuilder, gate: relax.Expr, spec: DCNv3Spec) -> Projection | None:
-    """Return the projection whose sigmoid, repeated for the channels of each group, is the gate."""
+    """Return the projection that the gate is the sigmoid of, repeated for a group's channels."""
     shapes = []
     for operators in _GATE:
         call = rebuilder.call(gate, *operators)
@@ -107,7 +107,7 @@ def _logits(rebuilder: Rebuilder, gate: relax.Expr, spec: DCNv3Spec) -> Projecti
             return None
         gate = call.args[0]
         shapes.append(dimensions(gate))
-    repeated, apart, logits, _ = shapes
-    if repeated[-2:] != (spec.group, spec.group_channels) or apart[-2:] != (spec.group, 1):
+    repeated, expanded, logits, _ = shapes
+    if repeated[-2:] != (spec.group, spec.group_channels) or expanded[-2:] != (spec.group, 1):
         return None
     return projection(rebuilder, gate) if logits[-1] == spec.group else None

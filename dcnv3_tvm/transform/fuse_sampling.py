@@ -1,7 +1,7 @@
-"""The softmax and the two projections in front of DCNv3.
+"""Fuse the softmax into DCNv3, and merge the projections to offset and mask.
 
-``softmax`` over the points moves into the operator. Where offset and mask logits are projections of
-one tensor, the two become one matrix product, whose result the packed kernel reads as it is.
+The pass matches ``dcnv3(x, linear(y), softmax(linear(y)))``. The softmax over the points becomes
+part of DCNv3, and the two projections of y become one matmul, whose result the packed DCNv3 reads.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions, static_shape
 
 
 def fuse_sampling(program: Program) -> Program:
-    """Fuse the softmax into DCNv3, and merge the projections to offset and mask."""
+    """Fuse the softmax into every DCNv3, and merge its projections."""
     return program.rebuilt(_fuse)
 
 
 class Projection(NamedTuple):
-    """``source @ weight + bias``, weight and bias known."""
+    """``source @ weight + bias`` with constant weight and bias."""
 
     source: relax.Expr
     parameters: tuple[relax.Expr, relax.Expr]
@@ -48,7 +48,7 @@ def _fuse(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var |
 
 
 def _logits(rebuilder: Rebuilder, mask: relax.Expr, points: int) -> relax.Expr | None:
-    """Return what the softmax over the points makes the mask of, or None if there is no such."""
+    """Return the logits if the mask is their softmax over the points, else None."""
     last = rebuilder.call(mask, "relax.reshape", only_use=True)
     if last is None:
         return None
@@ -66,7 +66,7 @@ def _logits(rebuilder: Rebuilder, mask: relax.Expr, points: int) -> relax.Expr |
 
 
 def _packed(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
-    """Return the packed form of a call that takes logits, if its projections can be merged."""
+    """Return the packed form of a call on logits if its projections can be merged, else None."""
     x, offset, mask = call.args
     first, second = projection(rebuilder, offset), projection(rebuilder, mask)
     if first is None or second is None or not first.source.same_as(second.source):
@@ -77,29 +77,29 @@ def _packed(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var
 
 
 def projection(rebuilder: Rebuilder, tensor: relax.Expr) -> Projection | None:
-    """Take a projection apart; None if a tensor is no such or is used elsewhere too."""
+    """Match a projection that is read once; None for other tensors."""
     total = rebuilder.call(tensor, "relax.add", only_use=True)
     if total is None or static_shape(total.args[1]) is None:
         return None
-    product = rebuilder.call(total.args[0], "relax.matmul", only_use=True)
-    if product is None:
+    matmul = rebuilder.call(total.args[0], "relax.matmul", only_use=True)
+    if matmul is None:
         return None
-    weight, bias = (rebuilder.array(argument) for argument in (product.args[1], total.args[1]))
+    weight, bias = (rebuilder.array(argument) for argument in (matmul.args[1], total.args[1]))
     if weight is None or bias is None or weight.ndim != 2 or bias.ndim != 1:
         return None
-    return Projection(product.args[0], (product.args[1], total.args[1]), (weight, bias))
+    return Projection(matmul.args[0], (matmul.args[1], total.args[1]), (weight, bias))
 
 
 def emit_merged(
     rebuilder: Rebuilder, projections: Sequence[Projection], channels: int
 ) -> relax.Var:
-    """Emit one projection in place of several of a tensor, filled up with zeros to `channels`."""
+    """Emit one projection for several of a tensor, zero-padded to `channels` outputs."""
 
     def merged(index: int) -> relax.Var:
         array = np.concatenate([each.arrays[index] for each in projections], axis=-1)
-        filling = channels - array.shape[-1]
-        array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, filling)])
+        padding = channels - array.shape[-1]
+        array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, padding)])
         return rebuilder.weight(array, projections[0].parameters[index], "merged")
 
-    product = rebuilder.emit(relax.op.matmul(projections[0].source, merged(0)))
-    return rebuilder.emit(relax.op.add(product, merged(1)))
+    matmul = rebuilder.emit(relax.op.matmul(projections[0].source, merged(0)))
+    return rebuilder.emit(relax.op.add(matmul, merged(1)))

@@ -11,6 +11,7 @@ from tvm import relax
 from dcnv3_tvm.kernels.depthwise import depthwise
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.layer_norm import layer_norm
+from dcnv3_tvm.op import relax_packed_op
 from dcnv3_tvm.transform.find_layers import Layer
 from dcnv3_tvm.transform.ir import Rebuilder, dimensions, element_type
 
@@ -156,3 +157,27 @@ def lower_layer_norm(context: LayerContext) -> relax.Var:
         out_dtype=context.out_dtype,
     )
     return context.call(kernel, f"layer_norm_{channels}", [*layer.root.args, layer.residual])
+
+
+def lower_sampling(
+    rebuilder: Rebuilder, var: relax.Var, call: relax.Call, out_dtype: str, *, vector_loads: bool
+) -> relax.Var:
+    """Lower a packed DCNv3 to its kernel for the element types of its arguments.
+
+    Parameters
+    ----------
+    rebuilder : Rebuilder
+        Rebuilds the function that holds the call.
+    var : relax.Var
+        The result in the old function.
+    call : relax.Call
+        Call of an operator of `dcnv3_tvm.op.relax_packed_op`, with arguments of the new function.
+    out_dtype : str
+        Element type in which the result is stored.
+    vector_loads : bool
+        Whether to use the variant of the kernel for GPUs.
+    """
+    kernel = relax_packed_op.kernel_of(call, out_dtype, vector_loads=vector_loads)
+    function = rebuilder.add_kernel(kernel, relax_packed_op.kernel_name(call))
+    ty = relax.TensorType(var.ty.shape, out_dtype)
+    return rebuilder.emit(relax.call_tir(function, list(call.args), ty), like=var)

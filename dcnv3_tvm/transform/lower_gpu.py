@@ -18,8 +18,8 @@ from dcnv3_tvm.transform.lower_common import (
     call_depthwise,
     depthwise_kernel,
     lower_layer_norm,
+    lower_sampling,
 )
-from dcnv3_tvm.transform.lower_sampling import lower_sampling
 from dcnv3_tvm.transform.storage_gpu import float32_values
 
 

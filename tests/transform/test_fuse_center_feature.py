@@ -25,7 +25,7 @@ def _project(bb, x, weight, bias):
 
 
 def _repeated(bb, gate, tiled, share):
-    """Repeat a gate by group for the channels of each; `share` of them are neighbours."""
+    """Repeat a gate for the channels of each group, in blocks of `share` channels."""
     apart = bb.emit(relax.op.expand_dims(gate, axis=[-1]))
     if tiled:
         repeated = bb.emit(relax.op.tile(apart, (1, 1, 1, 1, share)))
@@ -68,7 +68,7 @@ def _fused(rng, build):
 @pytest.mark.parametrize(
     "options", [{}, {"tiled": True}, {"swapped": True}], ids=["broadcast", "tile", "swapped"]
 )
-def test_the_blend_becomes_part_of_the_kernel(options, rng):
+def test_blend_is_fused(options, rng):
     fused = _fused(rng, _build(**options))
     assert operators(fused) == ["relax.matmul", "relax.add", relax_packed_op.CENTER_FEATURE_OP_NAME]
     weight, bias = sorted(fused.weights.values(), key=lambda array: -array.ndim)
@@ -84,7 +84,7 @@ def test_the_blend_becomes_part_of_the_kernel(options, rng):
     [{"other_input": True}, {"other_center": True}, {"one": 2.0}, {"share": 2}],
     ids=lambda options: next(iter(options)),
 )
-def test_another_blend_stays(options, rng):
+def test_other_blends_are_not_fused(options, rng):
     fused = _fused(rng, _build(**options))
     assert relax_packed_op.CENTER_FEATURE_OP_NAME not in operators(fused)
     assert "relax.sigmoid" in operators(fused)

@@ -55,7 +55,7 @@ def _fused(rng, build):
     return fused
 
 
-def test_projections_of_one_tensor_become_one_product(rng):
+def test_projections_of_one_tensor_are_merged(rng):
     fused = _fused(rng, _build())
     assert operators(fused) == ["relax.matmul", "relax.add", relax_packed_op.OP_NAME]
     weight, bias = sorted(fused.weights.values(), key=lambda array: -array.ndim)
@@ -66,7 +66,7 @@ def test_projections_of_one_tensor_become_one_product(rng):
     assert not bias[54:].any()
 
 
-def test_projections_of_two_tensors_stay_two(rng):
+def test_projections_of_two_tensors_are_not_merged(rng):
     fused = _fused(rng, _build(second_source=True))
     assert operators(fused) == ["relax.matmul", "relax.add"] * 2 + [relax_op.OP_NAME]
     calls = [binding.value for binding in fused.module["main"].body.blocks[0].bindings]
@@ -75,7 +75,7 @@ def test_projections_of_two_tensors_stay_two(rng):
 
 
 @pytest.mark.parametrize("build", [_build(points=6), _build(mask_used_twice=True)])
-def test_another_softmax_or_one_that_is_needed_elsewhere_stays(rng, build):
+def test_other_softmaxes_are_not_fused(rng, build):
     fused = _fused(rng, build)
     assert "relax.nn.softmax" in operators(fused)
     assert relax_op.OP_NAME in operators(fused)
