@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the sub-commands and their arguments."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, benchmark in _BENCHMARKS.items():
-        command = commands.add_parser(name, help=benchmark.help, description=benchmark.help)
+        description = f"{benchmark.help[0].upper()}{benchmark.help[1:]}."
+        command = commands.add_parser(name, help=benchmark.help, description=description)
         for add in (*benchmark.arguments, declare.add_json):
             add(command)
 
