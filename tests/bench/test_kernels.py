@@ -83,10 +83,8 @@ def test_command_with_a_device_model(capsys, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_times_of_an_encoder(capsys, tmp_path, monkeypatch, dtype):
-    if dtype == "bfloat16" and not has_bfloat16_dot(resolve_target("auto")):
-        pytest.skip("needs bfloat16 dot products")
+def test_times_of_an_encoder(capsys, tmp_path, monkeypatch):
+    dtype = "bfloat16" if has_bfloat16_dot(resolve_target("auto")) else "float32"
     monkeypatch.setattr(kernels, "_BURST", 1e-4)
     monkeypatch.setattr(kernels, "_MODEL_BURST", 1e-3)
     path = tmp_path / "k.json"

@@ -13,16 +13,16 @@ RULES = {"dcnv3_packed": "dcnv3"}
 BILLIONS = ("internimage_h", "internimage_g")
 """Variants with so many weights that packing them takes most of a test's time."""
 
+TARGETS = (("cpu-znver4", "bfloat16"), ("cpu-haswell", "float32"), ("cpu-znver4", "float32"))
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("cpu-znver4", "float32"), ("cpu-znver4", "bfloat16"), ("cpu-haswell", "float32")],
-)
-@pytest.mark.parametrize(
-    "variant",
+    ("variant", "name", "dtype"),
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in BILLIONS))
-        for name in frontend.list_models("internimage_*")
+        (variant, *target)
+        for variant in frontend.list_models("internimage_*")
+        for target in (TARGETS[:1] if variant in BILLIONS else TARGETS)
     ],
 )
 def test_kernels_are_scheduled_by_their_own_rule(variant, name, dtype):
