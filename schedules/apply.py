@@ -63,8 +63,6 @@ HIT: Final = "hit"
 MISS: Final = "miss"
 """`ScheduledKernel.record` of a kernel without a tuning record."""
 
-_SYMBOL: Final = "global_symbol"
-
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledKernel:
@@ -140,9 +138,7 @@ def apply_rules(
         if decisions and is_gpu(target):
             check_launch(result)
         space.check_all_used()
-        return ScheduledKernel(
-            _named_like(func, result), rule.__name__, space.candidates, refusals=refusals
-        )
+        return ScheduledKernel(result, rule.__name__, space.candidates, refusals=refusals)
     return ScheduledKernel(func, UNSCHEDULED, {}, refusals=refusals)
 
 
@@ -171,7 +167,7 @@ def schedule(
     if found.rule == UNSCHEDULED and is_gpu(target):
         raise CompileError(
             "no schedule rule applies to this kernel",
-            got=str(func.attrs.get(_SYMBOL) if func.attrs else func),
+            got=str(func.attrs.get("global_symbol") if func.attrs else func),
             hint=f"Kernels for {target_slug(target)} must be scheduled; please report it.",
         )
     return found
@@ -249,10 +245,3 @@ def schedule_module(
         scheduled.update_func(var, result.with_attr(SCHEDULED, True))
         kernels[var.name_hint] = found
     return scheduled, kernels
-
-
-def _named_like(func: tirx.PrimFunc, scheduled: tirx.PrimFunc) -> tirx.PrimFunc:
-    """Restore a function's symbol after a rule has rebuilt the kernel."""
-    symbol = func.attrs.get(_SYMBOL) if func.attrs else None
-    plain = scheduled.without_attr(_SYMBOL)
-    return plain if symbol is None else plain.with_attr(_SYMBOL, symbol)
