@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tvm import relax, tirx
+from tvm import relax, s_tir, tirx
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.schedules import choose_run
@@ -100,3 +100,17 @@ def test_operators_without_a_kernel_read_float32(rng):
     assert operators(lowered) == ["matmul_16_16", "relax.astype", "relax.exp", "relax.mean"]
     x = _random(rng, 4, 16)
     np.testing.assert_allclose(run_program(lowered, x), run_program(program, x), rtol=4e-3)
+
+
+@pytest.mark.parametrize("run", [None, 4])
+def test_depthwise_kernel_has_the_chosen_run(run, rng):
+    def build(bb, x, weight):
+        layouts = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}
+        return bb.emit(relax.op.nn.conv2d(x, weight, padding=1, groups=16, **layouts))
+
+    program = make_program(build, {"x": (1, 5, 7, 16)}, {"weight": _random(rng, 16, 3, 3, 1)})
+    lowered = lower_gpu(program, lambda _kernel: run, "float16")
+    schedule = s_tir.Schedule(lowered.module["depthwise_16"])
+    (sums,) = schedule.get(schedule.get_sblock("window")).writes
+    pixels = [7] if run is None else [2, run]
+    assert list(sums.source.shape) == [1, 5, *pixels, 16]
