@@ -14,11 +14,12 @@ Bilinear sampling at position s reads pixels ``floor(s)`` and ``floor(s) + 1`` w
   the image (in an image of one pixel, both are that pixel, and the second weight is zero);
 - the weight of a pixel at distance d from s is the hat function ``max(0, 1 - |d|)``.
 
-If both pixels of the bilinear formula are inside, i equals ``floor(s)`` and the hat function gives
-the weights ``1 - f`` and ``f``. If s is outside the image by less than one pixel, the two pixels
-are the border pixel, with its bilinear weight, and its inner neighbor, whose distance is at least 1
-and whose weight is zero. Further outside, both weights are zero. So no border needs a branch, and
-no offset reads out of bounds, NaN and infinity included: NaN is clamped to the lower end.
+If both pixels of the bilinear formula are inside the image, i equals ``floor(s)`` and the hat
+function gives the weights ``1 - f`` and ``f``. If only one is inside, the two pixels read are that
+border pixel, with its bilinear weight, and its inner neighbor, at a distance of at least 1 and so
+with weight zero. If none is inside, both weights are zero. So no border needs a branch, and no
+offset reads out of bounds: infinity is clamped like any number, and NaN to the lower end, with
+weight zero.
 
 One difference remains: an infinite or NaN pixel near the border of x may reach outputs whose
 sampling points lie outside the image, because zero times infinity is NaN.
@@ -115,6 +116,7 @@ class AxisCoordinates:
         """Return the bilinear weight of pixel ``first + corner`` (0 or 1): ``max(0, 1 - |d|)``."""
         dtype = self.spec.accumulate_dtype
         distance = position - first - tirx.Cast(dtype, corner)
+        # In this order, the maximum of NaN and zero is zero on CPUs, too.
         weight = tirx.max(tirx.const(1, dtype) - tirx.abs(distance), tirx.const(0, dtype))
         if static(self.step) == 1:
             return weight
