@@ -100,10 +100,15 @@ def test_ctrl_c_during_fork_request_is_deferred(monkeypatch, capfd):
         signal.raise_signal(signal.SIGINT)
         send(*arguments)
 
-    with ProcessPool(1, fresh=True) as pool:
-        monkeypatch.setattr(reduction, "sendfds", send_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_all(pool, [double(1)])
-        monkeypatch.undo()
-        assert values(run_all(pool, [double(2)])) == [4]
+    # A shell that starts the tests in the background makes them ignore SIGINT.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ProcessPool(1, fresh=True) as pool:
+            monkeypatch.setattr(reduction, "sendfds", send_interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run_all(pool, [double(1)])
+            monkeypatch.undo()
+            assert values(run_all(pool, [double(2)])) == [4]
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert capfd.readouterr().err == ""
