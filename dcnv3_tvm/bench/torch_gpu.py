@@ -49,7 +49,7 @@ class TorchGpu:
         self.torch_device = torch.device("cuda", index)
         self.name = found.name
         self.slug = gpu_slug(found.name)
-        self.target = f"cuda-{found.arch.replace('_', '')}"
+        self.target = gpu.target_name(found.arch)
         self._l2_bytes = int(torch.cuda.get_device_properties(index).L2_cache_size)
         event: Any = torch.cuda.Event
         self._events = event(enable_timing=True), event(enable_timing=True)
