@@ -81,3 +81,12 @@ def operators(program: Program) -> list[str]:
                 kernel = call.op.name == "relax.call_tir"
                 names.append(call.args[0].name_hint if kernel else call.op.name)
     return names
+
+
+def kernel_types(program: Program) -> dict[str, list[str]]:
+    """Return the element types of the parameters of each kernel, by its name."""
+    return {
+        var.name_hint: [str(param.dtype) for param in function.params]
+        for var, function in program.module.functions_items()
+        if isinstance(function, tvm.tirx.PrimFunc)
+    }

@@ -15,11 +15,8 @@ from dcnv3_tvm.kernels.packing import column_parts, pack_convolution_weight, pac
 from dcnv3_tvm.op.expr import KERNEL_ATTR
 from dcnv3_tvm.verify.tolerances import LAYER
 from helpers import layers
+from helpers.arrays import random_array
 from helpers.layers import run_kernel
-
-
-def random(rng, *shape, dtype="float32"):
-    return rng.standard_normal(shape).astype(dtype)
 
 
 def assert_close(result, reference, dtype="float32"):
@@ -31,8 +28,8 @@ def assert_close(result, reference, dtype="float32"):
 @pytest.mark.parametrize("row_slack", [0, 15])
 @pytest.mark.parametrize(("columns", "tile"), [(8, 4), (11, 4), (3, 16), (25, 16)])
 def test_matmul(rng, columns, tile, row_slack, epilogue):
-    x, weight = random(rng, 2, 3, 5), random(rng, columns, 5)
-    bias, residual = random(rng, columns), random(rng, 2, 3, columns)
+    x, weight = random_array(rng, 2, 3, 5), random_array(rng, columns, 5)
+    bias, residual = random_array(rng, columns), random_array(rng, 2, 3, columns)
     func = matmul((2, 3), 5, columns, tile=tile, row_slack=row_slack, epilogue=epilogue)
     given = [x, pack_matmul_weight(weight, tile)]
     given += [bias, residual] if epilogue.bias else []
@@ -41,7 +38,7 @@ def test_matmul(rng, columns, tile, row_slack, epilogue):
 
 
 def test_matmul_in_float64(rng):
-    x, weight = random(rng, 7, 5, dtype="float64"), random(rng, 6, 5, dtype="float64")
+    x, weight = random_array(rng, 7, 5, dtype="float64"), random_array(rng, 6, 5, dtype="float64")
     func = matmul((7,), 5, 6, tile=4, dtype="float64")
     result = run_kernel(func, [x, pack_matmul_weight(weight, 4)], (7, 6), scheduled=False)
     assert_close(result, x @ weight.T, "float64")
@@ -49,7 +46,7 @@ def test_matmul_in_float64(rng):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_epilogue_activations(rng, name):
-    x, weight = random(rng, 30, 2) * 4, random(rng, 6, 2)
+    x, weight = random_array(rng, 30, 2) * 4, random_array(rng, 6, 2)
     func = matmul((30,), 2, 6, tile=4, epilogue=Epilogue(activation=name))
     result = run_kernel(func, [x, pack_matmul_weight(weight, 4)], (30, 6), scheduled=False)
     assert_close(result, layers.activation(name, x @ weight.T.astype("float64")))
@@ -69,7 +66,7 @@ def test_unknown_activation_is_an_error():
     ],
 )
 def test_convolution(rng, kernel, stride, pad, dilation):
-    x, weight = random(rng, 2, 7, 9, 3), random(rng, 5, 3, *kernel)
+    x, weight = random_array(rng, 2, 7, 9, 3), random_array(rng, 5, 3, *kernel)
     func = convolution(
         2, 7, 9, 3, 5, kernel_size=kernel, stride=stride, pad=pad, dilation=dilation, tile=4
     )
@@ -80,8 +77,12 @@ def test_convolution(rng, kernel, stride, pad, dilation):
 
 def test_convolution_with_an_epilogue(rng):
     epilogue = Epilogue(bias=True, activation="gelu", residual=True)
-    x, weight, bias = random(rng, 1, 4, 5, 3), random(rng, 6, 3, 3, 3), random(rng, 6)
-    residual = random(rng, 1, 4, 5, 6)
+    x, weight, bias = (
+        random_array(rng, 1, 4, 5, 3),
+        random_array(rng, 6, 3, 3, 3),
+        random_array(rng, 6),
+    )
+    residual = random_array(rng, 1, 4, 5, 6)
     shape = {"stride": (1, 1), "pad": (1, 1)}
     func = convolution(1, 4, 5, 3, 6, kernel_size=(3, 3), tile=4, epilogue=epilogue, **shape)
     given = [x, pack_convolution_weight(weight, 4), bias, residual]
@@ -93,8 +94,12 @@ def test_convolution_with_an_epilogue(rng):
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
 def test_depthwise_convolution_norm_and_activation(rng, stride, normalized):
-    x, weight, bias = random(rng, 2, 5, 7, 6), random(rng, 3, 5, 6), random(rng, 6)
-    gamma, beta = random(rng, 6), random(rng, 6)
+    x, weight, bias = (
+        random_array(rng, 2, 5, 7, 6),
+        random_array(rng, 3, 5, 6),
+        random_array(rng, 6),
+    )
+    gamma, beta = random_array(rng, 6), random_array(rng, 6)
     func = depthwise_kernel(
         2,
         5,
@@ -115,7 +120,7 @@ def test_depthwise_convolution_norm_and_activation(rng, stride, normalized):
 
 
 def test_layer_norm_with_activation_and_residual(rng):
-    x, gamma, beta, residual = (random(rng, *shape) for shape in ((2, 9), (9,), (9,), (2, 9)))
+    x, gamma, beta, residual = (random_array(rng, *shape) for shape in ((2, 9), (9,), (9,), (2, 9)))
     func = layer_norm_kernel((2,), 9, eps=1e-6, activation="relu", residual=True)
     normal = layers.layer_norm(x, gamma, beta, 1e-6)
     result = run_kernel(func, [x, gamma, beta, residual], (2, 9), scheduled=False)
@@ -123,7 +128,7 @@ def test_layer_norm_with_activation_and_residual(rng):
 
 
 def test_packed_weights_are_zero_padded(rng):
-    weight = random(rng, 6, 2, 3, 3)
+    weight = random_array(rng, 6, 2, 3, 3)
     packed = pack_convolution_weight(weight, 4)
     assert packed.shape == (2, 3, 3, 2, 4)
     assert packed.flags.c_contiguous

@@ -1,24 +1,12 @@
 import numpy as np
 import pytest
-from tvm import relax, s_tir, tirx
+from tvm import relax, s_tir
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.schedules import choose_run
 from dcnv3_tvm.transform.lower_gpu import lower_gpu
-from helpers.programs import make_program, operators, run_program
-
-
-def _random(rng, *shape):
-    return rng.standard_normal(shape).astype("float32")
-
-
-def _types(program):
-    """Element types of the parameters of each kernel, by the kernel's name."""
-    return {
-        var.name_hint: [str(param.dtype) for param in function.params]
-        for var, function in program.module.functions_items()
-        if isinstance(function, tirx.PrimFunc)
-    }
+from helpers.arrays import random_array
+from helpers.programs import kernel_types, make_program, operators, run_program
 
 
 def _block(bb, x, skip, first, second, bias):
@@ -31,9 +19,9 @@ def _block(bb, x, skip, first, second, bias):
 
 def _program(rng):
     weights = {
-        "first": _random(rng, 16, 48),
-        "second": _random(rng, 48, 16),
-        "bias": _random(rng, 16),
+        "first": random_array(rng, 16, 48),
+        "second": random_array(rng, 48, 16),
+        "bias": random_array(rng, 16),
     }
     return make_program(_block, {"x": (5, 16), "skip": (5, 16)}, weights)
 
@@ -41,7 +29,7 @@ def _program(rng):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_lowering_preserves_the_results(dtype, rng):
     program = _program(rng)
-    inputs = _random(rng, 5, 16), _random(rng, 5, 16)
+    inputs = random_array(rng, 5, 16), random_array(rng, 5, 16)
     lowered = lower_gpu(program, choose_run, dtype)
     relax.analysis.well_formed(lowered.module)
     expected, result = run_program(program, *inputs), run_program(lowered, *inputs)
@@ -51,9 +39,9 @@ def test_lowering_preserves_the_results(dtype, rng):
 
 
 @pytest.mark.parametrize(("dtype", "stream"), [("float16", "float16"), ("bfloat16", "float32")])
-def test_storage_types(dtype, stream, rng):
+def test_storagekernel_types(dtype, stream, rng):
     lowered = lower_gpu(_program(rng), choose_run, dtype)
-    assert _types(lowered) == {
+    assert kernel_types(lowered) == {
         # x, weight, out: inputs and outputs of a model are float32.
         "matmul_16_48_gelu": ["float32", dtype, dtype],
         "matmul_48_16_residual": [dtype, dtype, "float32", "float32", stream],
@@ -74,15 +62,15 @@ def test_two_matmuls_become_one_kernel(dtype, used_twice, rng, monkeypatch):
         return bb.emit(relax.op.concat([result, hidden], axis=-1)) if used_twice else result
 
     weights = {
-        "first": _random(rng, 16, 64) / 4,
-        "bias1": _random(rng, 64),
-        "second": _random(rng, 64, 16) / 8,
-        "bias2": _random(rng, 16),
+        "first": random_array(rng, 16, 64) / 4,
+        "bias1": random_array(rng, 64),
+        "second": random_array(rng, 64, 16) / 8,
+        "bias2": random_array(rng, 16),
     }
     program = make_program(build, {"x": (3, 5, 16)}, weights)
     lowered = lower_gpu(program, choose_run, dtype)
     relax.analysis.well_formed(lowered.module)
-    x = _random(rng, 3, 5, 16)
+    x = random_array(rng, 3, 5, 16)
     expected, result = run_program(program, x), run_program(lowered, x)
     error = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
     assert np.linalg.norm(result - expected) <= error * np.linalg.norm(expected)
@@ -95,10 +83,10 @@ def test_operators_without_a_kernel_read_float32(rng):
         value = bb.emit(relax.op.matmul(x, weight))
         return bb.emit(relax.op.mean(bb.emit(relax.op.exp(value)), axis=[1]))
 
-    program = make_program(build, {"x": (4, 16)}, {"weight": _random(rng, 16, 16) / 8})
+    program = make_program(build, {"x": (4, 16)}, {"weight": random_array(rng, 16, 16) / 8})
     lowered = lower_gpu(program, choose_run, "float16")
     assert operators(lowered) == ["matmul_16_16", "relax.astype", "relax.exp", "relax.mean"]
-    x = _random(rng, 4, 16)
+    x = random_array(rng, 4, 16)
     np.testing.assert_allclose(run_program(lowered, x), run_program(program, x), rtol=4e-3)
 
 
@@ -108,7 +96,7 @@ def test_depthwise_kernel_has_the_chosen_run(run, rng):
         layouts = {"data_layout": "NHWC", "kernel_layout": "OHWI", "out_layout": "NHWC"}
         return bb.emit(relax.op.nn.conv2d(x, weight, padding=1, groups=16, **layouts))
 
-    program = make_program(build, {"x": (1, 5, 7, 16)}, {"weight": _random(rng, 16, 3, 3, 1)})
+    program = make_program(build, {"x": (1, 5, 7, 16)}, {"weight": random_array(rng, 16, 3, 3, 1)})
     lowered = lower_gpu(program, lambda _kernel: run, "float16")
     schedule = s_tir.Schedule(lowered.module["depthwise_16"])
     (sums,) = schedule.get(schedule.get_sblock("window")).writes

@@ -8,11 +8,8 @@ from dcnv3_tvm.transform.find_layers import find_layers
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
 from dcnv3_tvm.transform.lower_cpu import CpuTiling, lower_cpu
 from dcnv3_tvm.transform.storage_cpu import find_bfloat16, supports_bfloat16
+from helpers.arrays import random_array
 from helpers.programs import make_program, operators
-
-
-def _random(rng, *shape):
-    return rng.standard_normal(shape).astype("float32")
 
 
 def _matmul(bb, x, weight):
@@ -42,7 +39,7 @@ def _types(program):
 
 def _weights(rng, *names):
     shapes = {"square": (16, 16), "gamma": (16,), "beta": (16,), "odd": (16, 21)}
-    return {name: _random(rng, *shapes[name]) for name in names}
+    return {name: random_array(rng, *shapes[name]) for name in names}
 
 
 def test_matmul_operands_are_stored_in_bfloat16(rng):
@@ -91,7 +88,7 @@ def test_model_outputs_are_float32(rng):
 
 @pytest.mark.parametrize("shape", [(16, 21), (15, 16)])
 def test_partial_vectors_or_pairs_stay_in_float32(rng, shape):
-    program = make_program(_matmul, {"x": (4, shape[0])}, {"weight": _random(rng, *shape)})
+    program = make_program(_matmul, {"x": (4, shape[0])}, {"weight": random_array(rng, *shape)})
     lowered = _lowered(program)
     assert operators(lowered) == [f"matmul_{shape[0]}_{shape[1]}"]
     assert _types(lowered) == ["float32"]
@@ -111,11 +108,11 @@ def test_dcnv3_reads_float32_and_stores_bfloat16(rng, offset_scale):
         return _matmul(bb, sampled, square)
 
     weights = {
-        "offset_weight": _random(rng, 16, 36),
-        "mask_weight": _random(rng, 16, 18),
-        "bias_offset": _random(rng, 36),
-        "bias_mask": _random(rng, 18),
-        "square": _random(rng, 16, 16),
+        "offset_weight": random_array(rng, 16, 36),
+        "mask_weight": random_array(rng, 16, 18),
+        "bias_offset": random_array(rng, 36),
+        "bias_mask": random_array(rng, 18),
+        "square": random_array(rng, 16, 16),
     }
     program = fuse_sampling(make_program(build, {"x": (1, 5, 4, 16)}, weights))
     lowered = _lowered(program)

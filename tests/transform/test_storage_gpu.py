@@ -1,25 +1,13 @@
 import pytest
-from tvm import relax, tirx
+from tvm import relax
 
 from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.schedules import choose_run
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
 from dcnv3_tvm.transform.lower_gpu import lower_gpu
 from dcnv3_tvm.transform.storage_gpu import MANY_SUMS
-from helpers.programs import make_program
-
-
-def _random(rng, *shape):
-    return rng.standard_normal(shape).astype("float32")
-
-
-def _types(program):
-    """Element types of the parameters of each kernel, by the kernel's name."""
-    return {
-        var.name_hint: [str(param.dtype) for param in function.params]
-        for var, function in program.module.functions_items()
-        if isinstance(function, tirx.PrimFunc)
-    }
+from helpers.arrays import random_array
+from helpers.programs import kernel_types, make_program
 
 
 @pytest.mark.parametrize(("dtype", "offsets"), [("float16", "float16"), ("bfloat16", "float32")])
@@ -35,14 +23,14 @@ def test_sampling_offsets(dtype, offsets, rng):
         return bb.emit(relax.op.matmul(sampled, square))
 
     weights = {
-        "square": _random(rng, 16, 16),
-        "offset_weight": _random(rng, 16, 36),
-        "offset_bias": _random(rng, 36),
-        "mask_weight": _random(rng, 16, 18),
-        "mask_bias": _random(rng, 18),
+        "square": random_array(rng, 16, 16),
+        "offset_weight": random_array(rng, 16, 36),
+        "offset_bias": random_array(rng, 36),
+        "mask_weight": random_array(rng, 16, 18),
+        "mask_bias": random_array(rng, 18),
     }
     program = fuse_sampling(make_program(build, {"x": (1, 5, 4, 16)}, weights))
-    types = _types(lower_gpu(program, choose_run, dtype))
+    types = kernel_types(lower_gpu(program, choose_run, dtype))
     assert types["matmul_16_64"] == ["float32", dtype, "float32", offsets]  # x, weight, bias, out
     assert types["dcnv3_packed"] == [dtype, offsets, dtype]  # x, offset_mask, out
 
@@ -58,8 +46,10 @@ def test_residual_streams_of_many_sums(sums, stream, rng):
         return bb.emit(relax.op.matmul(norm, square))
 
     shapes = {"square": (16, 16), "bias": (16,), "gamma": (16,), "beta": (16,)}
-    weights = {name: _random(rng, *shape) for name, shape in shapes.items()}
-    types = _types(lower_gpu(make_program(build, {"x": (5, 16)}, weights), choose_run, "float16"))
+    weights = {name: random_array(rng, *shape) for name, shape in shapes.items()}
+    types = kernel_types(
+        lower_gpu(make_program(build, {"x": (5, 16)}, weights), choose_run, "float16")
+    )
     # x, weight, residual, out
     assert types["matmul_16_16_residual"] == ["float16", "float16", stream, stream]
     assert types["layer_norm_16"] == [stream, "float32", "float32", "float16"]

@@ -7,12 +7,9 @@ from dcnv3_tvm.kernels.packing import pack_convolution_weight
 from dcnv3_tvm.op.expr import int64
 from dcnv3_tvm.schedules import row_slack, schedule, weight_tile_width
 from helpers import layers
+from helpers.arrays import random_array
 from helpers.layers import run_kernel
 from helpers.structure import block_body, buffer_scopes, called, loop_kinds
-
-
-def random(rng, *shape):
-    return rng.standard_normal(shape).astype("float32")
 
 
 def check(
@@ -32,9 +29,9 @@ def check(
     epilogue = epilogue or Epilogue(bias=True)
     inputs, outputs = channels
     tile = weight_tile_width(outputs, target)
-    x = random(rng, *sizes, inputs)
-    weight = random(rng, outputs, inputs, *kernel) / (inputs * 9) ** 0.5
-    bias = random(rng, outputs)
+    x = random_array(rng, *sizes, inputs)
+    weight = random_array(rng, outputs, inputs, *kernel) / (inputs * 9) ** 0.5
+    bias = random_array(rng, outputs)
     where = {"stride": stride, "pad": pad, "dilation": dilation}
     width = int64((given or sizes)[2])
     slack = row_slack(output_extent(width, kernel[1], stride[1], pad[1], dilation[1]))
@@ -48,7 +45,7 @@ def check(
         **where,
     )
     sums = layers.convolution(x, weight, **where)
-    residual = random(rng, *sums.shape)
+    residual = random_array(rng, *sums.shape)
     arrays = [x, pack_convolution_weight(weight, tile)]
     arrays += [bias] if epilogue.bias else []
     arrays += [residual] if epilogue.residual else []

@@ -4,12 +4,9 @@ from tvm import tirx
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.schedules import schedule
 from helpers import layers
+from helpers.arrays import random_array
 from helpers.layers import run_kernel
 from helpers.structure import buffer_scopes, loop_kinds
-
-
-def random(rng, *shape):
-    return rng.standard_normal(shape).astype("float32")
 
 
 def check(
@@ -26,8 +23,12 @@ def check(
 ):
     """Compare the scheduled kernel with float64; `given` are dynamic sizes."""
     *sizes, channels = shape
-    x, weight, bias = random(rng, *shape), random(rng, *kernel, channels), random(rng, channels)
-    gamma, beta = random(rng, channels), random(rng, channels)
+    x, weight, bias = (
+        random_array(rng, *shape),
+        random_array(rng, *kernel, channels),
+        random_array(rng, channels),
+    )
+    gamma, beta = random_array(rng, channels), random_array(rng, channels)
     func = depthwise_kernel(
         *(given or sizes),
         channels,

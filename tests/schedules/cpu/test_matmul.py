@@ -17,21 +17,18 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
 )
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
+from helpers.arrays import random_array
 from helpers.layers import run_kernel
 from helpers.structure import block_names, buffer_scopes, loop_kinds
 
 FULL = Epilogue(bias=True, activation="gelu", residual=True)
 
 
-def random(rng, *shape):
-    return rng.standard_normal(shape).astype("float32")
-
-
 def check(rng, assert_close, lead, sizes, inner, columns, target, epilogue=FULL):
     """Compare the scheduled kernel for `lead`, at `sizes`, with float64."""
     tile = weight_tile_width(columns, target)
-    x, weight = random(rng, *sizes, inner), random(rng, columns, inner) / inner**0.5
-    bias, residual = random(rng, columns), random(rng, *sizes, columns)
+    x, weight = random_array(rng, *sizes, inner), random_array(rng, columns, inner) / inner**0.5
+    bias, residual = random_array(rng, columns), random_array(rng, *sizes, columns)
     slack = row_slack(product([int64(size) for size in lead]))
     func = matmul(lead, inner, columns, tile=tile, row_slack=slack, epilogue=epilogue)
     given = [x, pack_matmul_weight(weight, tile)]
