@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from dcnv3_tvm.errors import MissingDependencyError
+from dcnv3_tvm.errors import raise_if_tvm_is_missing
 
 if TYPE_CHECKING:
     from dcnv3_tvm.compiler.compile import compile_artifact, compile_model
@@ -54,12 +54,8 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:
-        if error.name != "tvm":
-            raise
-        raise MissingDependencyError(
-            f"dcnv3_tvm.{name} needs TVM's compiler, which is not installed",
-            hint="Run: pip install apache-tvm==0.27.0.post1",
-        ) from error
+        raise_if_tvm_is_missing(error, f"dcnv3_tvm.{name}")
+        raise
     return getattr(module, name)
 
 

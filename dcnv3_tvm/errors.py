@@ -5,6 +5,15 @@ A message says, in this order: what is wrong, what was given, what is allowed, w
 
 from __future__ import annotations
 
+from typing import Final
+
+INSTALL_FFI: Final = "Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
+"""Hint where the runtime library of compiled models is missing."""
+
+# apache-tvm alone would come with tvm-ffi 0.1.15. See tvm_workarounds: ffi-json.
+INSTALL_TVM: Final = f"{INSTALL_FFI} apache-tvm==0.27.0.post1"
+"""Hint where TVM's compiler is missing."""
+
 
 class DCNv3Error(Exception):
     """Base of all errors raised by this library.
@@ -82,6 +91,22 @@ class TuningError(DCNv3Error):
 
 class MissingDependencyError(DCNv3Error, ImportError):
     """An optional package that the call needs is not installed."""
+
+
+def raise_if_tvm_is_missing(error: ModuleNotFoundError, user: str) -> None:
+    """Raise a `MissingDependencyError` if the module that was not found is TVM's compiler.
+
+    Parameters
+    ----------
+    error : ModuleNotFoundError
+        What an import raised.
+    user : str
+        What needs the compiler, for the message.
+    """
+    if error.name is not None and error.name.partition(".")[0] == "tvm":
+        raise MissingDependencyError(
+            f"{user} needs TVM's compiler, which is not installed", hint=INSTALL_TVM
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import TargetError
 
 _DRIVER: Final = "libcuda.so.1"
-_COMPUTE_MAJOR, _COMPUTE_MINOR, _PROCESSORS = 75, 76, 16
+_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76
 _EMBEDDED: Final = frozenset({"sm_87"})
 _NAME_LENGTH: Final = 256
 
@@ -154,15 +154,12 @@ class GpuInfo:
         For example ``"sm_90"``.
     total_bytes : int
         Size of its memory.
-    processors : int
-        Number of its SMs.
     """
 
     index: int
     name: str
     arch: str
     total_bytes: int
-    processors: int
 
 
 @functools.cache
@@ -235,5 +232,4 @@ def _describe(driver: Any, index: int) -> GpuInfo:
         name=name.value.decode(),
         arch=f"sm_{attribute(_COMPUTE_MAJOR)}{attribute(_COMPUTE_MINOR)}",
         total_bytes=total.value,
-        processors=attribute(_PROCESSORS),
     )

@@ -78,7 +78,7 @@ def test_cuda_without_a_gpu(monkeypatch):
 
 
 def test_cuda_is_the_first_gpu(monkeypatch):
-    here = gpu.GpuInfo(0, "NVIDIA A10", "sm_86", 24 * 2**30, 72)
+    here = gpu.GpuInfo(0, "NVIDIA A10", "sm_86", 24 * 2**30)
     monkeypatch.setattr(gpu, "devices", lambda: (here,))
     assert target_slug(resolve_target("cuda")) == "cuda-sm86"
     with pytest.raises(

@@ -137,8 +137,7 @@ def compare_backends(
             built = build()
         except OutOfTimeError as late:
             rows[name] = BackendRow(name, failure=str(late))
-        except Exception as error:
-            # Whatever the backend's library raises is a result of the benchmark.
+        except Exception as error:  # what a backend's library raises is a result
             if name == OURS and not keep_going:
                 raise
             rows[name] = BackendRow(name, failure=failure_text(error))
@@ -177,7 +176,7 @@ def _checked(
     """Call a backend once and compare its outputs with the reference."""
     try:
         outputs = backend.outputs(backend.call())
-    except Exception as error:
+    except Exception as error:  # what a backend's library raises is a result
         if backend.name.startswith(OURS) and not keep_going:
             raise
         return BackendRow(backend.name, failure=failure_text(error))

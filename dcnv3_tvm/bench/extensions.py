@@ -51,8 +51,7 @@ class Extension:
         """Why the extension cannot be imported; None if it can."""
         try:
             _ = self.loaded
-        except Exception as error:
-            # An extension built for another PyTorch may fail in any way.
+        except Exception as error:  # one built for another PyTorch may fail in any way
             return f"not importable: {failure_text(error)}"
         return None
 

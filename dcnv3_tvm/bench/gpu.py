@@ -175,8 +175,7 @@ class GpuBenchmark:
             return None
         try:
             result = measure(budget.left - _CASE_SECONDS[part])
-        except Exception as error:
-            # PyTorch raises many types, usually for lack of memory; the run must continue.
+        except Exception as error:  # PyTorch raises many types, usually for lack of memory
             failed = BackendRow(OURS, failure=failure_text(error))
             result = CaseResult(slug, Roofline(0.0, 0.0), (failed,))
         try:

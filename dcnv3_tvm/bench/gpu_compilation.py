@@ -173,8 +173,7 @@ def compile_ahead(
             on_step(f"{number + 1} of {len(jobs)}: {job.slug}")
             try:
                 pool.result(job)
-            except Exception as error:
-                # A failed job is part of the result, and does not stop the others.
+            except Exception as error:  # a failed job is a result, and does not stop the others
                 failed[job.slug] = failure_text(error)
             else:
                 compiled.append(job.slug)

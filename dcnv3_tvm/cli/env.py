@@ -8,6 +8,7 @@ import platform
 from typing import Any, Final
 
 from dcnv3_tvm.cli.result import Result, table
+from dcnv3_tvm.errors import INSTALL_FFI
 from dcnv3_tvm.provenance import installed_version
 
 HELP: Final = "show versions, CPU, GPUs, threads and environment variables"
@@ -108,7 +109,7 @@ def version_warnings(versions: dict[str, str | None]) -> list[str]:
     if tvm and ffi and tvm.startswith("0.27.") and _release(ffi) >= (0, 1, 15):
         return [
             f"TVM {tvm} with tvm-ffi {ffi} crashes when it reads or writes JSON, as tuning does. "
-            "Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
+            f"{INSTALL_FFI}"
         ]
     return []
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from dcnv3_tvm import files
 from dcnv3_tvm.compiler import artifact_readme
-from dcnv3_tvm.errors import ArtifactError, MissingDependencyError
+from dcnv3_tvm.errors import INSTALL_TVM, ArtifactError, MissingDependencyError
 from dcnv3_tvm.runtime import weights as weights_file
 from dcnv3_tvm.runtime.library import installed_runtime
 from dcnv3_tvm.runtime.loading import read_metadata
@@ -62,7 +62,7 @@ def write(
     if runtime is None:
         raise MissingDependencyError(
             "apache-tvm, whose runtime library is copied into the artifact, is not installed",
-            hint="Run: pip install apache-tvm==0.27.0.post1",
+            hint=INSTALL_TVM,
         )
     try:
         with files.atomic_folder(destination) as folder:

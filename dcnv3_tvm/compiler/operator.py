@@ -16,8 +16,8 @@ from dcnv3_tvm.compiler.argument_checks import check_shapes, check_tensors
 from dcnv3_tvm.errors import (
     CompileError,
     InvalidArgumentError,
-    MissingDependencyError,
     TargetError,
+    raise_if_tvm_is_missing,
 )
 from dcnv3_tvm.runtime import library, tensors
 from dcnv3_tvm.runtime.cuda import Gpu, load_runtime
@@ -237,12 +237,8 @@ def compile_op(
         text = _text_of(target) if isinstance(target, str) else str(targets.resolve_target(target))
         return _compile(spec, text, os.fspath(database))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "tvm":
-            raise
-        raise MissingDependencyError(
-            "TVM's compiler, which the operator needs, is not installed",
-            hint="Run: pip install apache-tvm==0.27.0.post1",
-        ) from error
+        raise_if_tvm_is_missing(error, "the operator")
+        raise
 
 
 @functools.lru_cache(maxsize=64)

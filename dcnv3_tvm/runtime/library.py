@@ -23,6 +23,7 @@ from typing import Any, Final
 from dcnv3_tvm.checks import integer
 from dcnv3_tvm.environment import OMP_NUM_THREADS, TVM_LIBRARY_PATH, TVM_NUM_THREADS
 from dcnv3_tvm.errors import (
+    INSTALL_FFI,
     ArtifactError,
     MissingDependencyError,
     first_line,
@@ -59,7 +60,7 @@ def tvm_ffi() -> ModuleType:
     except ImportError as error:
         raise MissingDependencyError(
             "apache-tvm-ffi, which runs compiled models, is not installed",
-            hint="Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'",
+            hint=INSTALL_FFI,
         ) from error
 
 

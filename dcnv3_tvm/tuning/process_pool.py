@@ -206,7 +206,7 @@ def _run_jobs(connection: Connection) -> None:
         signal.alarm(math.ceil(timeout) + _ALARM_MARGIN)
         try:
             result = JobResult(job())
-        except Exception as error:
+        except Exception as error:  # a failed job is a result
             text = " / ".join(str(error).strip().splitlines()[-_ERROR_LINES:])
             result = JobResult(error=f"{type(error).__name__}: {text[-_ERROR_LENGTH:]}")
         signal.alarm(0)

@@ -78,7 +78,7 @@ def test_machine_without_a_gpu(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this PyTorch can use a GPU")
 def test_pytorch_without_cuda(monkeypatch):
-    monkeypatch.setattr(gpu, "devices", lambda: (gpu.GpuInfo(0, "NVIDIA H200", "sm_90", 1, 132),))
+    monkeypatch.setattr(gpu, "devices", lambda: (gpu.GpuInfo(0, "NVIDIA H200", "sm_90", 1),))
     with pytest.raises(MissingDependencyError, match="PyTorch cannot use the GPU"):
         TorchGpu()
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 
 def random_array(
-    rng: np.random.Generator, *shape: int, dtype: npt.DTypeLike = "float32"
+    rng: np.random.Generator, *shape: int, dtype: npt.DTypeLike = "float32", scale: float = 1.0
 ) -> npt.NDArray[Any]:
-    """Draw an array of standard normal numbers."""
-    return rng.standard_normal(shape).astype(dtype)
+    """Draw an array of normal numbers with the standard deviation `scale`."""
+    return (scale * rng.standard_normal(shape)).astype(dtype)

@@ -62,4 +62,7 @@ def test_missing_tvm_is_named(statement: str):
         "except errors.MissingDependencyError as error:\n"
         "    print(error)\n"
     )
-    assert "pip install apache-tvm==" in message
+    assert (
+        "needs TVM's compiler, which is not installed. Run: pip install 'apache-tvm-ffi" in message
+    )
+    assert " apache-tvm==" in message

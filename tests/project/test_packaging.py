@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dcnv3_tvm import errors
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -119,9 +121,15 @@ def test_required_packages_are_light(wheel: zipfile.ZipFile):
     assert required is not None
     always = [line for line in required if "extra ==" not in line]
     assert not [line for line in always if line.startswith(("torch", "onnx", "scikit", "pytest"))]
+
+
+def test_hints_install_the_required_tvm():
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    tvm, ffi = (name for name in required if name.startswith("apache-tvm"))
+    assert f"Run: pip install '{ffi}'" == errors.INSTALL_FFI
+    assert f"{errors.INSTALL_FFI} {tvm}" == errors.INSTALL_TVM
     # tvm-ffi 0.1.15 crashes in TVM 0.27's JSON reader and writer.
-    (ffi,) = (line for line in always if line.startswith("apache-tvm-ffi"))
-    assert "<0.1.15" in ffi
+    assert ffi.endswith(",<0.1.15")
 
 
 def test_sdist_holds_sources_tests_and_tools(sdist_names: set[str]):

@@ -20,8 +20,8 @@ from dcnv3_tvm.runtime.arguments import Arguments
 from dcnv3_tvm.runtime.loading import check_target
 from dcnv3_tvm.signature import TensorInfo
 
-H200 = gpu.GpuInfo(0, "NVIDIA H200", "sm_90", 150_000_000_000, 132)
-A10 = gpu.GpuInfo(1, "NVIDIA A10", "sm_86", 24_000_000_000, 72)
+H200 = gpu.GpuInfo(0, "NVIDIA H200", "sm_90", 150_000_000_000)
+A10 = gpu.GpuInfo(1, "NVIDIA A10", "sm_86", 24_000_000_000)
 FOR_HOPPER = TargetInfo("cuda", slug="cuda-sm90", arch="sm_90")
 IMAGE = TensorInfo("image", (1, 3, 8, 8), "float32", "NCHW")
 OUT_OF_MEMORY = RuntimeError("CUDA Runtime Error: cudaErrorMemoryAllocation (2): out of memory")

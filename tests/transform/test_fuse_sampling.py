@@ -1,18 +1,19 @@
+import functools
+
 import numpy as np
 import pytest
 from tvm import relax
 
 from dcnv3_tvm.op import relax_op, relax_packed_op
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
+from helpers.arrays import random_array
 from helpers.programs import make_program, operators, run_program
 
 _N, _H, _W, _C, _GROUP, _POINTS = 1, 5, 4, 8, 2, 9
 
 
 def _weights(rng):
-    def random(*shape):
-        return rng.standard_normal(shape).astype("float32")
-
+    random = functools.partial(random_array, rng)
     return {
         "offset_weight": random(_C, _GROUP * _POINTS * 2),
         "offset_bias": random(_GROUP * _POINTS * 2),

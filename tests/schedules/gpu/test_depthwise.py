@@ -10,6 +10,7 @@ from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
+from helpers.arrays import random_array
 from helpers.gpu_kernels import depthwise as depthwise_kernel
 
 TARGET = resolve_target("cuda-sm90")
@@ -19,10 +20,6 @@ TYPES = [
     {"x_dtype": "float16", "out_dtype": "float32"},
     {"x_dtype": "float32", "out_dtype": "bfloat16"},
 ]
-
-
-def random(rng, shape, dtype="float32"):
-    return rng.standard_normal(shape).astype(dtype)
 
 
 def check(
@@ -40,9 +37,9 @@ def check(
 ):
     """Compare the scheduled kernel with float64."""
     *sizes, channels = shape
-    x = random(rng, shape, types.get("x_dtype", "float32"))
-    weight = random(rng, (*kernel, channels))
-    bias, gamma, beta = (random(rng, (channels,)) for _ in range(3))
+    x = random_array(rng, *shape, dtype=types.get("x_dtype", "float32"))
+    weight = random_array(rng, *kernel, channels)
+    bias, gamma, beta = (random_array(rng, channels) for _ in range(3))
     func = depthwise_kernel(
         *(given or sizes),
         channels,

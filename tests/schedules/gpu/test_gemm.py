@@ -11,6 +11,7 @@ from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
+from helpers.arrays import random_array
 from helpers.gpu_kernels import gemm as gemm_kernel
 from helpers.gpu_kernels import implicit_gemm, pack_gemm_weight
 
@@ -24,10 +25,6 @@ def run(gpu, kernel, inputs, shape, dtype):
     scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
     (result,) = gpu.run(scheduled, TARGET, inputs, [(shape, dtype)])
     return result
-
-
-def random(rng, shape, dtype):
-    return rng.standard_normal(shape).astype(dtype)
 
 
 MATMUL = [
@@ -45,9 +42,10 @@ MATMUL = [
 def test_matmul(run_together, assert_close, dtype, rng):
     problems = {}
     for lead, inputs, outputs, epilogue in MATMUL:
-        x, weight = random(rng, (*lead, inputs), dtype), random(rng, (outputs, inputs), dtype)
-        bias = random(rng, outputs, "float32")
-        residual = random(rng, (*lead, outputs), dtype)
+        x = random_array(rng, *lead, inputs, dtype=dtype)
+        weight = random_array(rng, outputs, inputs, dtype=dtype)
+        bias = random_array(rng, outputs)
+        residual = random_array(rng, *lead, outputs, dtype=dtype)
         kernel = gemm_kernel(lead, inputs, outputs, epilogue=epilogue, dtype=dtype)
         arrays = [x, pack_gemm_weight(weight)]
         arrays += [bias] if epilogue.bias else []
@@ -63,9 +61,9 @@ def test_matmul(run_together, assert_close, dtype, rng):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_float32_input_residual_and_output(gpu, assert_close, dtype, rng):
-    x = random(rng, (50, 64), "float32")
-    weight = random(rng, (96, 64), dtype)
-    bias, residual = random(rng, 96, "float32"), random(rng, (50, 96), "float32")
+    x = random_array(rng, 50, 64)
+    weight = random_array(rng, 96, 64, dtype=dtype)
+    bias, residual = random_array(rng, 96), random_array(rng, 50, 96)
     kernel = gemm_kernel(
         (50,),
         64,
@@ -93,9 +91,9 @@ def test_float32_input_residual_and_output(gpu, assert_close, dtype, rng):
     ids=str,
 )
 def test_convolution(gpu, assert_close, image, outputs, kernel_size, stride, pad, dtype, rng):
-    x = random(rng, image, dtype)
-    weight = random(rng, (outputs, image[-1], *kernel_size), dtype)
-    bias = random(rng, outputs, "float32")
+    x = random_array(rng, *image, dtype=dtype)
+    weight = random_array(rng, outputs, image[-1], *kernel_size, dtype=dtype)
+    bias = random_array(rng, outputs)
     expected = layers.convolution(x, weight, stride=stride, pad=pad) + bias
     kernel = implicit_gemm(
         *image,
@@ -114,9 +112,9 @@ def test_convolution(gpu, assert_close, image, outputs, kernel_size, stride, pad
 def test_dynamic_rows(gpu, assert_close, dtype, rng):
     n = tvm.tirx.Var("n", "int64")
     kernel = gemm_kernel((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
-    weight, bias = random(rng, (48, 64), dtype), random(rng, 48, "float32")
+    weight, bias = random_array(rng, 48, 64, dtype=dtype), random_array(rng, 48)
     for rows in (1, 26, 77):
-        x = random(rng, (rows, 5, 64), dtype)
+        x = random_array(rng, rows, 5, 64, dtype=dtype)
         result = run(gpu, kernel, [x, pack_gemm_weight(weight), bias], (rows, 5, 48), dtype)
         matmul = x.astype(np.float64) @ weight.astype(np.float64).T
         assert_close(result, layers.finish(GELU, matmul, bias), dtype)

@@ -9,6 +9,7 @@ from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
+from helpers.arrays import random_array
 
 TARGET = resolve_target("cuda-sm90")
 TYPES = [
@@ -20,10 +21,6 @@ TYPES = [
 ]
 
 
-def random(rng, shape, dtype="float32"):
-    return rng.standard_normal(shape).astype(dtype)
-
-
 def run(gpu, func, inputs, shape, dtype):
     (result,) = gpu.run(layer_norm(func, TARGET, SearchSpace()), TARGET, inputs, [(shape, dtype)])
     return result
@@ -32,8 +29,8 @@ def run(gpu, func, inputs, shape, dtype):
 def check(gpu, rng, assert_close, shape, lead=None, **options):
     """Compare the scheduled kernel with float64."""
     dtypes = [options.get(f"{name}_dtype", "float32") for name in ("x", "residual", "out")]
-    x, residual = (random(rng, shape, dtype) for dtype in dtypes[:2])
-    gamma, beta = random(rng, shape[-1]), random(rng, shape[-1])
+    x, residual = (random_array(rng, *shape, dtype=dtype) for dtype in dtypes[:2])
+    gamma, beta = (random_array(rng, shape[-1]) for _ in range(2))
     func = layer_norm_kernel(lead or shape[:-1], shape[-1], eps=1e-6, **options)
     given = [x, gamma, beta, *([residual] if options.get("residual") else [])]
     result = run(gpu, func, given, shape, dtypes[2])

@@ -11,6 +11,7 @@ from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import resolve_target
 from helpers import layers
+from helpers.arrays import random_array
 from helpers.gpu_kernels import gemm, pack_gemm_weight
 from helpers.gpu_kernels import mlp as mlp_kernel
 
@@ -18,19 +19,15 @@ TARGET = resolve_target("cuda-sm90")
 HALF = ("float16", "bfloat16")
 
 
-def random(rng, shape, dtype, scale=1.0):
-    return (scale * rng.standard_normal(shape)).astype(dtype)
-
-
 def arguments(rng, lead, sizes, residual, dtypes):
     """Return the inputs of a kernel, and the result in float64 of the rounded inputs."""
     dtype, x_dtype, residual_dtype = dtypes
     inputs, hidden, outputs = sizes
-    x = random(rng, (*lead, inputs), dtype).astype(x_dtype)
-    first = random(rng, (hidden, inputs), dtype, inputs**-0.5)
-    second = random(rng, (outputs, hidden), dtype, hidden**-0.5)
-    bias1, bias2 = random(rng, hidden, "float32"), random(rng, outputs, "float32")
-    added = [random(rng, (*lead, outputs), residual_dtype)] if residual else []
+    x = random_array(rng, *lead, inputs, dtype=dtype).astype(x_dtype)
+    first = random_array(rng, hidden, inputs, dtype=dtype, scale=inputs**-0.5)
+    second = random_array(rng, outputs, hidden, dtype=dtype, scale=hidden**-0.5)
+    bias1, bias2 = random_array(rng, hidden), random_array(rng, outputs)
+    added = [random_array(rng, *lead, outputs, dtype=residual_dtype)] if residual else []
     gelu = Epilogue(bias=True, activation="gelu")
     wide = [array.astype(np.float64) for array in (x, first, second)]
     middle = layers.finish(gelu, wide[0] @ wide[1].T, bias1)
