@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from dcnv3_tvm.errors import ImageError, InvalidArgumentError, MissingDependencyError
+from dcnv3_tvm.errors import ImageError, InvalidArgumentError
+from dcnv3_tvm.runtime.open_image import Source, open_image, pillow
 from dcnv3_tvm.runtime.tensors import aligned_bytes
 
 if TYPE_CHECKING:
     import PIL.Image
-
-Source: TypeAlias = "str | os.PathLike[str] | PIL.Image.Image | np.ndarray"
-"""One image: a file, a PIL image, or a uint8 array of shape (H, W, 3)."""
 
 _MAX_ASPECT_RATIO: Final = 8
 """Images with a larger aspect ratio are cropped before resizing, which bounds the memory."""
 
 
 def preprocess(
-    source: Source | Sequence[Source], settings: Mapping[str, Any], *, dtype: str = "float32"
+    source: Source | Sequence[Source],
+    settings: Mapping[str, Any],
+    *,
+    dtype: str = "float32",
+    value_range: tuple[float, float] | None = None,
 ) -> np.ndarray:
     """Resize the shorter side, crop the center, normalize.
 
     Parameters
     ----------
-    source : path, PIL image, uint8 array of shape (H, W, 3), or a sequence of these
-        Any size. Grayscale and transparent images are converted to RGB, and the EXIF orientation is
-        applied.
+    source : path, bytes, open binary file, PIL image, array, or a list of these
+        Any size. Grayscale and transparent images are converted to RGB, 16-bit ones are scaled, and
+        the EXIF orientation is applied. Of an animation, the first frame is taken. An array has the
+        shape (H, W, 3), RGB, or (H, W), and is uint8 or uint16, or with `value_range` of any real
+        type.
     settings : mapping
         ``resize`` (shorter side in pixels), ``crop`` (height, width), ``mean`` and ``std`` (RGB,
         for values between 0 and 1), ``interpolation``, ``layout``.
     dtype : str
         Element type of the result.
+    value_range : (float, float), optional
+        Values of black and of white in images of more than 8 bits. Needed for 32-bit integers and
+        floats, where it is unknown; 16-bit images have the range 0 to 65535 by default.
 
     Returns
     -------
@@ -46,9 +51,9 @@ def preprocess(
     Raises
     ------
     ImageError
-        If an item is not an image.
+        If an item is not an image; it is named by its index.
     InvalidArgumentError
-        If `settings` is empty.
+        If `settings` is empty, or `value_range` invalid.
     """
     if not settings:
         raise InvalidArgumentError(
@@ -59,7 +64,20 @@ def preprocess(
     if not sources:
         raise ImageError("the sequence of images is empty")
     height, width = settings["crop"]
-    pixels = np.stack([_resize_and_crop(_open(item), settings) for item in sources])
+    images = []
+    for index, item in enumerate(sources):
+        try:
+            images.append(_resize_and_crop(open_image(item, value_range), settings))
+        except ImageError as error:
+            if len(sources) == 1:
+                raise
+            raise ImageError(
+                f"item {index} of the {len(sources)} images: {error.problem}",
+                got=error.got,
+                allowed=error.allowed,
+                hint=error.hint,
+            ) from error
+    pixels = np.stack(images)
     mean = np.asarray(settings["mean"], np.float32) * 255
     std = np.asarray(settings["std"], np.float32) * 255
     batch = (pixels.astype(np.float32) - mean) / std
@@ -114,28 +132,8 @@ def top_k(logits: Any, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
     return classes, np.take_along_axis(probabilities, classes, axis=1)
 
 
-def _open(source: Any) -> PIL.Image.Image:
-    pil, ops = _pillow()
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-            raise ImageError(
-                "the array is not an image",
-                got=f"{source.dtype} of shape {source.shape}",
-                allowed="uint8 of shape (height, width, 3), RGB",
-            )
-        return pil.fromarray(np.ascontiguousarray(source))
-    try:
-        opened = source if isinstance(source, pil.Image) else pil.open(Path(source))
-        return ops.exif_transpose(opened).convert("RGB")
-    except FileNotFoundError as error:
-        raise ImageError("the image file does not exist", got=source) from error
-    except (OSError, ValueError, SyntaxError, TypeError, pil.DecompressionBombError) as error:
-        got = source if isinstance(source, str | os.PathLike) else type(source).__name__
-        raise ImageError("the image cannot be read", got=got, hint=f"({error})") from error
-
-
 def _resize_and_crop(picture: PIL.Image.Image, settings: Mapping[str, Any]) -> np.ndarray:
-    pil, _ = _pillow()
+    pil, _ = pillow()
     picture = _limit_aspect_ratio(picture)
     crop_height, crop_width = settings["crop"]
     scale = settings["resize"] / min(picture.size)
@@ -169,14 +167,3 @@ def _numpy_dtype(name: str) -> np.dtype[Any]:
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
     return np.dtype(name)
-
-
-def _pillow() -> tuple[Any, Any]:
-    try:
-        import PIL.Image
-        import PIL.ImageOps
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pillow, which reads images, is not installed", hint="Run: pip install pillow"
-        ) from error
-    return PIL.Image, PIL.ImageOps

@@ -127,23 +127,32 @@ class CompiledModel:
         """Return the names of an entry's outputs."""
         return [output.name for output in self._entry(entry).outputs]
 
-    def preprocess(self, source: image.Source | Sequence[image.Source]) -> np.ndarray:
+    def preprocess(
+        self,
+        source: image.Source | Sequence[image.Source],
+        *,
+        value_range: tuple[float, float] | None = None,
+    ) -> np.ndarray:
         """Convert one image or several to the input: a normalized NCHW batch.
 
         Parameters
         ----------
-        source : path, PIL.Image.Image or uint8 array of shape (H, W, 3), or a sequence of these
-            Of any size.
+        source : path, bytes, open binary file, PIL.Image.Image, array, or a list of these
+            Of any size. An array is of shape (H, W, 3), RGB, or (H, W).
+        value_range : (float, float), optional
+            Values of black and of white in images of 32-bit integers or floats.
 
         Raises
         ------
         ImageError
-            If a source is not an image.
+            If a source is not an image; in a list, it is named by its index.
         InvalidArgumentError
             If the artifact does not specify the preprocessing.
         """
         info = self._entry("main").inputs[0]
-        return image.preprocess(source, self.metadata.preprocessing, dtype=info.dtype)
+        return image.preprocess(
+            source, self.metadata.preprocessing, dtype=info.dtype, value_range=value_range
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Copy the artifact to a folder, atomically.

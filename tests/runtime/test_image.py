@@ -1,5 +1,8 @@
 """Preprocessing of images, and classes from logits."""
 
+import io
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,6 +68,59 @@ def test_any_size_and_mode(size, mode, tmp_path):
     assert np.isfinite(batch).all()
 
 
+RAMP = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+
+
+def tiff(values, **tags):
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "TIFF", **tags)
+    return stream.getvalue()
+
+
+def test_16_bits_are_scaled(tmp_path):
+    expected = runtime.preprocess(np.rint(RAMP / 257).astype(np.uint8), SETTINGS)
+    sources = [RAMP, RAMP.astype(">u2"), tiff(RAMP)]
+    for suffix in ("png", "tif", "pgm"):
+        sources.append(tmp_path / f"ramp.{suffix}")
+        Image.fromarray(RAMP).save(sources[-1])
+    for values in runtime.preprocess(sources, SETTINGS):
+        np.testing.assert_array_equal(values, expected[0])
+    inverted = runtime.preprocess(tiff(RAMP, tiffinfo={262: 0}), SETTINGS)
+    np.testing.assert_array_equal(inverted, runtime.preprocess(65535 - RAMP, SETTINGS))
+
+
+def test_32_bits_need_a_range():
+    expected = runtime.preprocess(RAMP, SETTINGS)
+    unit = (RAMP / 65535).astype(np.float32)
+    for values, value_range in ((unit, (0, 1)), (RAMP.astype(np.int32), (0, 65535))):
+        for source in (values, tiff(values), Image.fromarray(values)):
+            with pytest.raises(ImageError, match="value_range"):
+                runtime.preprocess(source, SETTINGS)
+            found = runtime.preprocess(source, SETTINGS, value_range=value_range)
+            np.testing.assert_array_equal(found, expected)
+    for bad in ((1, 1), (0, np.nan), 3, "ab", (0, 1, 2)):
+        with pytest.raises(InvalidArgumentError, match="value_range"):
+            runtime.preprocess(unit, SETTINGS, value_range=bad)
+    unit[0, 0] = np.nan
+    with pytest.raises(ImageError, match="NaN"):
+        runtime.preprocess(unit, SETTINGS, value_range=(0, 1))
+
+
+def test_bytes_and_open_files(photo):
+    expected = runtime.preprocess(photo, SETTINGS)
+    with open(photo, "rb") as file:
+        content = file.read()
+        for source in (content, bytearray(content), io.BytesIO(content), file):
+            np.testing.assert_array_equal(runtime.preprocess(source, SETTINGS), expected)
+    with open(__file__) as text, pytest.raises(ImageError, match="text mode"):
+        runtime.preprocess(text, SETTINGS)
+
+
+def test_bad_item_of_a_list_is_named(photo):
+    with pytest.raises(ImageError, match=r"item 2 of the 3 images: .*does not exist"):
+        runtime.preprocess([photo, photo, "missing.jpg"], SETTINGS)
+
+
 def test_exif_orientation(tmp_path):
     path = tmp_path / "rotated.jpg"
     pixels = np.zeros((40, 40, 3), np.uint8)
@@ -81,8 +137,11 @@ def test_exif_orientation(tmp_path):
     [
         np.zeros((4, 4, 3), np.float32),
         np.zeros((3, 4, 4), np.uint8),
-        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4), bool),
+        np.zeros((4, 4), complex),
+        np.zeros((4,), np.uint8),
         np.zeros((0, 4, 3), np.uint8),
+        b"",
         None,
         7,
         [],
@@ -96,8 +155,10 @@ def test_not_an_image(bad):
 def test_not_an_image_file(tmp_path, photo):
     with pytest.raises(ImageError, match="does not exist"):
         runtime.preprocess(tmp_path / "missing.jpg", SETTINGS)
-    with pytest.raises(ImageError):
-        runtime.preprocess(tmp_path, SETTINGS)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path, tmp_path / "pipe.jpg"):
+        with pytest.raises(ImageError, match="not a regular file"):
+            runtime.preprocess(path, SETTINGS)
     text, cut, empty = tmp_path / "text.jpg", tmp_path / "cut.jpg", tmp_path / "empty.png"
     text.write_text("not an image")
     with open(photo, "rb") as stream:
