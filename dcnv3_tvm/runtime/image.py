@@ -64,20 +64,8 @@ def preprocess(
     if not sources:
         raise ImageError("the sequence of images is empty")
     height, width = settings["crop"]
-    images = []
-    for index, item in enumerate(sources):
-        try:
-            images.append(_resize_and_crop(open_image(item, value_range), settings))
-        except ImageError as error:
-            if len(sources) == 1:
-                raise
-            raise ImageError(
-                f"item {index} of the {len(sources)} images: {error.problem}",
-                got=error.got,
-                allowed=error.allowed,
-                hint=error.hint,
-            ) from error
-    pixels = np.stack(images)
+    images = (_opened(index, sources, value_range) for index in range(len(sources)))
+    pixels = np.stack([_resize_and_crop(picture, settings) for picture in images])
     mean = np.asarray(settings["mean"], np.float32) * 255
     std = np.asarray(settings["std"], np.float32) * 255
     batch = (pixels.astype(np.float32) - mean) / std
@@ -130,6 +118,22 @@ def top_k(logits: Any, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     classes = np.argsort(-values, axis=1, kind="stable")[:, :k].astype(np.int64)
     return classes, np.take_along_axis(probabilities, classes, axis=1)
+
+
+def _opened(
+    index: int, sources: Sequence[Source], value_range: tuple[float, float] | None
+) -> PIL.Image.Image:
+    try:
+        return open_image(sources[index], value_range)
+    except ImageError as error:
+        if len(sources) == 1:
+            raise
+        raise ImageError(
+            f"item {index} of the {len(sources)} images: {error.problem}",
+            got=error.got,
+            allowed=error.allowed,
+            hint=error.hint,
+        ) from error
 
 
 def _resize_and_crop(picture: PIL.Image.Image, settings: Mapping[str, Any]) -> np.ndarray:

@@ -23,6 +23,7 @@ from dcnv3_tvm.runtime.metadata import (
     WEIGHTS,
     ArtifactMetadata,
 )
+from dcnv3_tvm.runtime.open_image import Source
 from dcnv3_tvm.signature import Entry
 
 
@@ -129,7 +130,7 @@ class CompiledModel:
 
     def preprocess(
         self,
-        source: image.Source | Sequence[image.Source],
+        source: Source | Sequence[Source],
         *,
         value_range: tuple[float, float] | None = None,
     ) -> np.ndarray:
