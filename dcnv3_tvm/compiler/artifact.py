@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dcnv3_tvm import files
 from dcnv3_tvm.compiler import artifact_readme
 from dcnv3_tvm.errors import INSTALL_TVM, ArtifactError, MissingDependencyError
@@ -33,7 +31,7 @@ def write(
     destination: str | os.PathLike[str],
     *,
     library: Path | bytes,
-    weights: Mapping[str, np.ndarray],
+    weights: Mapping[str, weights_file.Weight],
     metadata: ArtifactMetadata,
 ) -> None:
     """Write an artifact.
@@ -44,8 +42,8 @@ def write(
         The folder. An artifact in it is replaced, and unchanged if writing fails.
     library : Path or bytes
         The compiled shared library, as a file or its content.
-    weights : mapping of str to numpy.ndarray
-        By the names that the entries use; any memory layout.
+    weights : mapping of str to Weight
+        By the names that the entries use: arrays of any memory layout, or lazy ones.
     metadata : ArtifactMetadata
         Digests are filled in, and versions and date if empty.
 
@@ -129,7 +127,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _check_weights(weights: Mapping[str, np.ndarray], metadata: ArtifactMetadata) -> None:
+def _check_weights(weights: Mapping[str, weights_file.Weight], metadata: ArtifactMetadata) -> None:
     needed = {name for entry in metadata.entries.values() for name in entry.weights}
     missing = sorted(needed - weights.keys())
     if missing:

@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -36,15 +36,30 @@ _TAGS: Final = {dtype: tag for tag, (dtype, _) in _DTYPES.items()}
 _HEADER_LIMIT: Final = 100_000_000
 
 
-def write(path: Path, weights: Mapping[str, np.ndarray]) -> None:
+class Weight(Protocol):
+    """A NumPy array, or an object that computes one when it is converted to it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102 - as in NumPy
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
+
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def write(path: Path, weights: Mapping[str, Weight]) -> None:
     """Write a safetensors file with as many aligned tensors as possible.
 
     Parameters
     ----------
     path : Path
         The file.
-    weights : mapping of str to numpy.ndarray
-        Any memory layout; weights are made contiguous one at a time.
+    weights : mapping of str to Weight
+        Arrays of any memory layout. One at a time is computed, made contiguous and written.
 
     Raises
     ------
@@ -79,7 +94,7 @@ def write(path: Path, weights: Mapping[str, np.ndarray]) -> None:
             stream.write(flat.view(np.uint8).data)
 
 
-def _order(weights: Mapping[str, np.ndarray]) -> list[str]:
+def _order(weights: Mapping[str, Weight]) -> list[str]:
     """Put multiples of the alignment first, so that all of these and the next one are aligned."""
     sizes = {name: array.nbytes for name, array in weights.items()}
     multiples = [name for name, size in sizes.items() if size % ALIGNMENT == 0]

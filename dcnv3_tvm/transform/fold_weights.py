@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 from tvm import relax
 
-from dcnv3_tvm.transform.ir import Program, Rebuilder, static_shape
+from dcnv3_tvm.transform.ir import Program, Rebuilder, static_shape, transpose_axes
+from dcnv3_tvm.transform.lazy_array import LazyArray
 
 
 def fold_weights(program: Program) -> Program:
@@ -34,6 +35,11 @@ def _fold(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Expr 
     return None
 
 
+def _rsqrt(array: np.ndarray) -> np.ndarray:
+    root: np.ndarray = 1 / np.sqrt(array)
+    return root
+
+
 _BINARY: Final[dict[str, Callable[..., Any]]] = {
     "relax.add": np.add,
     "relax.subtract": np.subtract,
@@ -43,7 +49,7 @@ _BINARY: Final[dict[str, Callable[..., Any]]] = {
 _UNARY: Final[dict[str, Callable[..., Any]]] = {
     "relax.negative": np.negative,
     "relax.sqrt": np.sqrt,
-    "relax.rsqrt": lambda array: 1 / np.sqrt(array),
+    "relax.rsqrt": _rsqrt,
 }
 _VIEWS: Final = frozenset({"relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten"})
 
@@ -52,32 +58,31 @@ def _evaluate(
     rebuilder: Rebuilder, var: relax.Var, call: relax.Call, name: str
 ) -> relax.Var | None:
     """Compute the call if all its tensors are weights or literals."""
-    change = name.removeprefix("relax.")
-    if name == "relax.concat":
-        arrays = _arrays(rebuilder, call.args[0].fields)
-        if arrays is None:
-            return None
-        result: np.ndarray = np.concatenate(arrays, axis=int(call.attrs.axis))
-        return rebuilder.weight(result, call.args[0].fields[0], change)
-    if name not in _BINARY and name not in _UNARY and name not in _VIEWS | {"relax.permute_dims"}:
+    elementwise = _BINARY.get(name) or _UNARY.get(name)
+    if elementwise is None and name not in _VIEWS | {"relax.permute_dims", "relax.concat"}:
         return None
-    arrays = _arrays(rebuilder, [argument for argument in call.args if _is_tensor(argument)])
+    tensors = call.args[0].fields if name == "relax.concat" else filter(_is_tensor, call.args)
+    sources = list(tensors)
+    arrays = _arrays(rebuilder, sources)
     shape = static_shape(var)
     if arrays is None or shape is None:
         return None
-    if name in _BINARY:
-        result = _BINARY[name](*arrays)
-    elif name in _UNARY:
-        result = _UNARY[name](*arrays)
+    if name == "relax.concat":
+        result = LazyArray(_concatenate, *arrays, shape=shape, axis=int(call.attrs.axis))
+    elif elementwise is not None:
+        result = LazyArray(elementwise, *arrays, shape=shape)
     elif name == "relax.permute_dims":
-        axes = call.attrs.axes
-        result = np.transpose(arrays[0], None if axes is None else [int(axis) for axis in axes])
+        result = arrays[0].transpose(*transpose_axes(call))
     else:
-        result = np.reshape(arrays[0], shape)
-    return rebuilder.weight(np.asarray(result, arrays[0].dtype), call.args[0], change)
+        result = arrays[0].reshape(*shape)
+    return rebuilder.weight(result, sources[0], name.removeprefix("relax."))
 
 
-def _arrays(rebuilder: Rebuilder, exprs: Iterable[relax.Expr]) -> list[np.ndarray] | None:
+def _concatenate(*arrays: np.ndarray, axis: int) -> np.ndarray:
+    return np.concatenate(arrays, axis)
+
+
+def _arrays(rebuilder: Rebuilder, exprs: Iterable[relax.Expr]) -> list[LazyArray] | None:
     """Return the values of weights and literals; None if one is neither."""
     arrays = []
     for expr in exprs:
@@ -97,7 +102,7 @@ def _fold_batch_norm(rebuilder: Rebuilder, call: relax.Call) -> relax.Expr | Non
     arrays = _arrays(rebuilder, statistics)
     if arrays is None or bool(call.attrs.training):
         return None
-    gamma, beta, mean, variance = (array.astype("float64") for array in arrays)
+    gamma, beta, mean, variance = (np.asarray(array, "float64") for array in arrays)
     scale = gamma / np.sqrt(variance + float(call.attrs.epsilon))
     rank, axis = source.ty.ndim, int(call.attrs.axis)
     shape = [1] * rank
@@ -157,7 +162,7 @@ def _by_channel(rebuilder: Rebuilder, weight: relax.Expr, source: relax.Expr) ->
     channels = source.ty.shape[source.ty.ndim - 1]
     if array.size == 0 or array.shape[-1:] != (array.size,) or array.size != channels:
         return None
-    return array.reshape(-1)
+    return np.asarray(array).reshape(-1)
 
 
 def _scaled(rebuilder: Rebuilder, source: relax.Expr, scale: np.ndarray) -> relax.Var | None:
@@ -178,7 +183,8 @@ def _scaled(rebuilder: Rebuilder, source: relax.Expr, scale: np.ndarray) -> rela
             return None
         shape = [1] * weight.ndim
         shape[axis] = -1
-        scaled_weight = rebuilder.weight(weight * scale.reshape(shape), inner.args[1], "scaled")
+        product = LazyArray(np.multiply, weight, scale.reshape(shape))
+        scaled_weight = rebuilder.weight(product, inner.args[1], "scaled")
         arguments = [inner.args[0], scaled_weight, *inner.args[last:]]
         return rebuilder.emit(relax.Call(inner.op, arguments, inner.attrs))
     if (inner := rebuilder.call(source, "relax.nn.layer_norm", only_use=True)) is not None:
@@ -186,7 +192,7 @@ def _scaled(rebuilder: Rebuilder, source: relax.Expr, scale: np.ndarray) -> rela
         if any(array is None or array.shape != scale.shape for array in parameters):
             return None
         scaled_parameters = [
-            rebuilder.weight(array * scale, argument, "scaled")
+            rebuilder.weight(np.asarray(array) * scale, argument, "scaled")
             for array, argument in zip(parameters, inner.args[1:], strict=True)
         ]
         arguments = [inner.args[0], *scaled_parameters]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+import numpy as np
 import tvm_ffi
 from tvm import relax
 
@@ -17,6 +18,7 @@ from dcnv3_tvm.op import relax_op, relax_packed_op, tensorir
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.transform.fuse_sampling import Projection, emit_merged, projection
 from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions
+from dcnv3_tvm.transform.lazy_array import LazyArray
 
 _GATE: Final = (
     ("relax.reshape",),
@@ -63,7 +65,7 @@ def _is_complement(rebuilder: Rebuilder, complement: relax.Expr, gate: relax.Exp
     if difference is None or not difference.args[1].same_as(gate):
         return False
     one = rebuilder.array(difference.args[0])
-    return one is not None and one.size == 1 and float(one.reshape(())) == 1
+    return one is not None and one.size == 1 and float(np.asarray(one).reshape(())) == 1
 
 
 def _blended(
@@ -85,13 +87,20 @@ def _blended(
     if logits is None or made is None or not logits.source.same_as(made.source):
         return None
     used = spec.offset_channels + spec.mask_channels
-    weight, bias = (array[..., :used] for array in made.arrays)
+    weight, bias = (
+        LazyArray(_first_channels, array, shape=(*array.shape[:-1], used), count=used)
+        for array in made.arrays
+    )
     channels = tensorir.packed_channels(spec, center_feature=True)
     parts = (made._replace(arrays=(weight, bias)), logits)
     packed = emit_merged(rebuilder, parts, channels)
     params = relax_op.params_of(sampling)
     call = relax_packed_op.dcnv3_packed(x, packed, params, center_feature=True)
     return rebuilder.emit(call, like=var)
+
+
+def _first_channels(array: np.ndarray, count: int) -> np.ndarray:
+    return array[..., :count]
 
 
 def _same_type(first: relax.Expr, second: relax.Expr) -> bool:

@@ -16,6 +16,7 @@ from tvm import relax
 from dcnv3_tvm.op import relax_op, tensorir
 from dcnv3_tvm.op.relax_packed_op import dcnv3_packed
 from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions, static_shape
+from dcnv3_tvm.transform.lazy_array import LazyArray
 
 
 def fuse_sampling(program: Program) -> Program:
@@ -28,7 +29,7 @@ class Projection(NamedTuple):
 
     source: relax.Expr
     parameters: tuple[relax.Expr, relax.Expr]
-    arrays: tuple[np.ndarray, np.ndarray]
+    arrays: tuple[LazyArray, LazyArray]
 
 
 def _fuse(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
@@ -96,10 +97,16 @@ def emit_merged(
     """Emit one projection for several of a tensor, zero-padded to `channels` outputs."""
 
     def merged(index: int) -> relax.Var:
-        array = np.concatenate([each.arrays[index] for each in projections], axis=-1)
-        padding = channels - array.shape[-1]
-        array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, padding)])
+        arrays = [each.arrays[index] for each in projections]
+        shape = (*arrays[0].shape[:-1], channels)
+        array = LazyArray(_concatenate_and_pad, *arrays, shape=shape, channels=channels)
         return rebuilder.weight(array, projections[0].parameters[index], "merged")
 
     matmul = rebuilder.emit(relax.op.matmul(projections[0].source, merged(0)))
     return rebuilder.emit(relax.op.add(matmul, merged(1)))
+
+
+def _concatenate_and_pad(*arrays: np.ndarray, channels: int) -> np.ndarray:
+    array = np.concatenate(arrays, axis=-1)
+    padding = channels - array.shape[-1]
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, padding)])

@@ -15,6 +15,7 @@ from tvm.ir.expr import GenericConst
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.signature import Entry
+from dcnv3_tvm.transform.lazy_array import LazyArray
 
 _OPAQUE: Final = 8
 """TVM's operator pattern for kernels that FuseOps fuses nothing into."""
@@ -31,18 +32,19 @@ class Program:
     entries : dict of str to Entry
         Signatures by function name. The parameters of a function are its inputs, then its weights,
         in the order of the entry.
-    weights : dict of str to numpy.ndarray
+    weights : dict of str to LazyArray
         By name; shared by the entries.
     """
 
     module: tvm.IRModule
     entries: dict[str, Entry]
-    weights: dict[str, np.ndarray]
+    weights: dict[str, LazyArray]
 
     @classmethod
     def of(cls, imported: ImportedModel) -> Program:
         """Start with an imported model."""
-        return cls(imported.module, dict(imported.entries), dict(imported.weights))
+        weights = {name: LazyArray.of(array) for name, array in imported.weights.items()}
+        return cls(imported.module, dict(imported.entries), weights)
 
     def transformed(self, transform: tvm.transform.Pass) -> Program:
         """Apply a TVM pass that does not change the parameters of the entries."""
@@ -104,12 +106,12 @@ class Rebuilder:
         Of the function.
     entry : Entry
         Its signature.
-    weights : dict of str to numpy.ndarray
+    weights : dict of str to LazyArray
         Derived weights are added.
     """
 
     def __init__(
-        self, module: tvm.IRModule, name: str, entry: Entry, weights: dict[str, np.ndarray]
+        self, module: tvm.IRModule, name: str, entry: Entry, weights: dict[str, LazyArray]
     ) -> None:
         self.function = module[name]
         self.module = module
@@ -141,20 +143,19 @@ class Rebuilder:
             return None
         return value
 
-    def array(self, var: relax.Expr) -> np.ndarray | None:
+    def array(self, var: relax.Expr) -> LazyArray | None:
         """Return the value of a weight or a literal; None for other expressions."""
         if isinstance(var, GenericConst):
-            literal: np.ndarray = var.value.numpy()
-            return literal
+            return LazyArray.of(var.value.numpy())
         name = self._weight_names.get(var) if isinstance(var, relax.Var) else None
         return None if name is None else self.weights[name]
 
-    def weight(self, array: np.ndarray, parent: relax.Expr, change: str) -> relax.Var:
+    def weight(self, array: LazyArray | np.ndarray, parent: relax.Expr, change: str) -> relax.Var:
         """Add a weight derived from `parent`; `change` becomes part of its name."""
-        array = np.ascontiguousarray(array)
+        array = LazyArray.of(array)
         base = f"{self._weight_names.get(parent, 'constant')}:{change}"
         name, number = base, 1
-        while name in self.weights and not _same(self.weights[name], array):
+        while name in self.weights and not self.weights[name].same(array):
             number += 1
             name = f"{base}{number}"
         self.weights.setdefault(name, array)
@@ -301,10 +302,6 @@ def count_uses(function: relax.Function) -> Counter[relax.Var]:
             uses.update(variables(binding.value))
     uses.update(variables(function.body.body))
     return uses
-
-
-def _same(first: np.ndarray, second: np.ndarray) -> bool:
-    return first.dtype == second.dtype and np.array_equal(first, second)
 
 
 def dimensions(expr: relax.Expr) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from dcnv3_tvm.kernels.layer_norm import layer_norm
 from dcnv3_tvm.op import relax_packed_op
 from dcnv3_tvm.transform.find_layers import Layer
 from dcnv3_tvm.transform.ir import Rebuilder, dimensions, element_type
+from dcnv3_tvm.transform.lazy_array import LazyArray
 
 
 class LayerContext:
@@ -62,18 +64,20 @@ class LayerContext:
         )
 
     @property
-    def weight(self) -> np.ndarray:
+    def weight(self) -> LazyArray:
         """The layer's weight, not packed, in float32."""
         array = self.rebuilder.array(self.rebuilder.current(self.layer.root.args[1]))
         assert array is not None, "find_layers takes operators with a constant weight only"
         return array
 
     @property
-    def matrix(self) -> np.ndarray:
+    def matrix(self) -> LazyArray:
         """The weight of a matmul as (out_features, in_features)."""
         weight = self.weight
         # Stored as (in, out); that of a 1x1 convolution as (out, 1, 1, in).
-        return weight.T if weight.ndim == 2 else weight.reshape(weight.shape[0], weight.shape[-1])
+        if weight.ndim == 2:
+            return weight.transpose()
+        return weight.reshape(weight.shape[0], weight.shape[-1])
 
     @property
     def residual_dtype(self) -> str | None:
@@ -96,10 +100,31 @@ class LayerContext:
         attrs = self.layer.root.attrs
         return {"stride": _pair(attrs.strides), "pad": _pair(attrs.padding)}
 
-    def packed(self, array: np.ndarray) -> relax.Var:
-        """Add the weight in the kernel's layout."""
-        parent = self.rebuilder.current(self.layer.root.args[1])
-        return self.rebuilder.weight(array, parent, "packed")
+    def packed(
+        self,
+        function: Callable[..., np.ndarray],
+        array: LazyArray,
+        parameter: tvm.tirx.Buffer,
+        **options: Any,
+    ) -> relax.Var:
+        """Add the weight in a kernel's layout.
+
+        Parameters
+        ----------
+        function : callable
+            Packs the array.
+        array : LazyArray
+            The weight in the kernel's element type.
+        parameter : Buffer
+            The kernel's parameter that it becomes.
+        **options
+            Keyword arguments of `function`.
+        """
+        shape = [int(size) for size in parameter.shape]
+        packed = LazyArray(function, array, shape=shape, **options)
+        return self.rebuilder.weight(
+            packed, self.rebuilder.current(self.layer.root.args[1]), "packed"
+        )
 
     def call(
         self, kernel: tvm.tirx.PrimFunc, name: str, arguments: list[relax.Expr | None]
@@ -122,7 +147,7 @@ def depthwise_kernel(context: LayerContext, *, run: int | None = None) -> tvm.ti
     layer = context.layer
     return depthwise(
         *context.sizes,
-        kernel_size=context.weight.shape[1:3],
+        kernel_size=(context.weight.shape[1], context.weight.shape[2]),
         **context.window,
         bias=layer.bias is not None,
         norm_eps=None if layer.norm is None else float(layer.norm.attrs.epsilon),
@@ -136,7 +161,8 @@ def depthwise_kernel(context: LayerContext, *, run: int | None = None) -> tvm.ti
 def call_depthwise(context: LayerContext, kernel: tvm.tirx.PrimFunc) -> relax.Var:
     """Emit the call of a depthwise kernel, whose weight is (kh, kw, C)."""
     layer = context.layer
-    packed = context.packed(context.weight[..., 0].transpose(1, 2, 0))
+    weight = context.weight.reshape(*context.weight.shape[:-1]).transpose(1, 2, 0)
+    packed = context.packed(np.asarray, weight, kernel.params[1])
     norm = [] if layer.norm is None else list(layer.norm.args[1:])
     arguments = [context.source, packed, layer.bias, *norm]
     return context.call(kernel, f"depthwise_{context.sizes[-1]}", arguments)

@@ -113,7 +113,8 @@ def _lower_matmul(context: LayerContext, tiling: CpuTiling) -> relax.Var:
         dtype=context.dtype,
         out_dtype=context.out_dtype,
     )
-    packed = context.packed(pack_matmul_weight(matrix.astype(context.dtype), tile))
+    weight = matrix.astype(context.dtype)
+    packed = context.packed(pack_matmul_weight, weight, kernel.params[1], tile=tile)
     arguments = [context.source, packed, layer.bias, layer.residual]
     return context.call(kernel, f"matmul_{inputs}_{outputs}", arguments)
 
@@ -133,6 +134,7 @@ def _lower_convolution(context: LayerContext, tiling: CpuTiling) -> relax.Var:
         row_slack=tiling.row_slack(out_width),
         epilogue=context.epilogue,
     )
-    packed = context.packed(pack_convolution_weight(weight.transpose(0, 3, 1, 2), tile))
+    weight = weight.transpose(0, 3, 1, 2)
+    packed = context.packed(pack_convolution_weight, weight, kernel.params[1], tile=tile)
     arguments = [context.source, packed, context.layer.bias]
     return context.call(kernel, f"convolution_{inputs}_{outputs}", arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from tvm import relax, tirx
@@ -146,8 +147,10 @@ def _lower_mlp(
         out_dtype=out_dtype,
     )
     weight1, weight2 = (
-        context.packed(pack_gemm_weight(context.matrix.astype(dtype), padding))
-        for context in (inner, outer)
+        context.packed(
+            pack_gemm_weight, context.matrix.astype(dtype), kernel.params[index], padding=padding
+        )
+        for context, index in ((inner, 1), (outer, 3))
     )
     arguments = [source, weight1, first.bias, weight2, second.bias, second.residual]
     return outer.call(kernel, f"mlp_{inputs}_{hidden}_{outputs}", arguments)
@@ -169,7 +172,8 @@ def _lower_matmul(context: LayerContext, dtype: str) -> relax.Var:
         residual_dtype=context.residual_dtype,
         out_dtype=context.out_dtype,
     )
-    packed = context.packed(pack_gemm_weight(matrix.astype(dtype), padding))
+    weight = matrix.astype(dtype)
+    packed = context.packed(pack_gemm_weight, weight, kernel.params[1], padding=padding)
     arguments = [context.source, packed, layer.bias, layer.residual]
     return context.call(kernel, f"matmul_{inputs}_{outputs}", arguments)
 
@@ -177,7 +181,7 @@ def _lower_matmul(context: LayerContext, dtype: str) -> relax.Var:
 def _lower_convolution(context: LayerContext, dtype: str) -> relax.Var:
     weight = context.weight
     outputs, *kernel_size, inputs = weight.shape
-    padding = gemm_padding(_rows(dimensions(context.var)[:-1]), weight[0].size)
+    padding = gemm_padding(_rows(dimensions(context.var)[:-1]), math.prod(weight.shape[1:]))
     kernel = implicit_gemm(
         *context.sizes,
         outputs,
@@ -189,7 +193,8 @@ def _lower_convolution(context: LayerContext, dtype: str) -> relax.Var:
         x_dtype=context.dtype,
         out_dtype=context.out_dtype,
     )
-    packed = context.packed(pack_gemm_weight(weight.astype(dtype), padding))
+    weight = weight.astype(dtype)
+    packed = context.packed(pack_gemm_weight, weight, kernel.params[1], padding=padding)
     arguments = [context.source, packed, context.layer.bias]
     return context.call(kernel, f"convolution_{inputs}_{outputs}", arguments)
 

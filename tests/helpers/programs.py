@@ -11,6 +11,7 @@ from tvm import relax
 
 from dcnv3_tvm.signature import Entry, TensorInfo
 from dcnv3_tvm.transform.ir import Program
+from dcnv3_tvm.transform.lazy_array import LazyArray
 
 Array = npt.NDArray[np.float32]
 
@@ -58,14 +59,16 @@ def make_program(
         outputs=(),
         weights=tuple(weights),
     )
-    return Program(builder.get(), {"main": entry}, dict(weights))
+    arrays = {name: LazyArray.of(array) for name, array in weights.items()}
+    return Program(builder.get(), {"main": entry}, arrays)
 
 
 def run_program(program: Program, *inputs: Array) -> Array:
     """Run ``main`` of a program with TVM's default pipeline and return its only output."""
     module = relax.transform.LegalizeOps()(program.module)
     machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
-    arguments = [*inputs, *(program.weights[name] for name in program.entries["main"].weights)]
+    weights = [np.asarray(program.weights[name]) for name in program.entries["main"].weights]
+    arguments = [*inputs, *weights]
     result = machine["main"](*(tvm.runtime.tensor(array) for array in arguments))
     array: Array = result.numpy()
     return array

@@ -71,7 +71,7 @@ def _fused(rng, build):
 def test_blend_is_fused(options, rng):
     fused = _fused(rng, _build(**options))
     assert operators(fused) == ["relax.matmul", "relax.add", relax_packed_op.CENTER_FEATURE_OP_NAME]
-    weight, bias = sorted(fused.weights.values(), key=lambda array: -array.ndim)
+    weight, bias = sorted(map(np.asarray, fused.weights.values()), key=lambda array: -array.ndim)
     # 54 offsets and logits, two gates, padded with zeros to a multiple of 16.
     assert (weight.shape, bias.shape) == ((_CHANNELS, 64), (64,))
     assert weight[:, :56].all()

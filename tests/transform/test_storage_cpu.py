@@ -142,7 +142,7 @@ def test_weights_are_rounded_to_bfloat16(rng):
     weights = _weights(rng, "square")
     program = make_program(_matmul, {"x": (4, 16)}, weights)
     lowered = _lowered(program)
-    packed = lowered.weights["square:packed"].astype("float32")
+    packed = np.asarray(lowered.weights["square:packed"], "float32")
     # (tiles, K/2, tile, 2) back to (K, N)
     matrix = packed[0].transpose(0, 2, 1).reshape(16, 16)
     np.testing.assert_array_equal(
