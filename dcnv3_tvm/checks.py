@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dcnv3_tvm.errors import InvalidArgumentError
@@ -36,9 +38,24 @@ def pair(name: str, value: Any, *, low: int, high: int | None = None) -> tuple[i
 
 def finite(name: str, value: Any) -> float:
     """Return a finite number."""
-    if not hasattr(value, "__float__") or not math.isfinite(float(value)):
+    try:
+        number = float(value) if hasattr(value, "__float__") else math.nan
+    except (TypeError, ValueError, OverflowError):  # An array; an integer of 400 digits.
+        number = math.nan
+    if not math.isfinite(number):
         raise InvalidArgumentError(f"{name} is not a finite number", got=repr(value))
-    return float(value)
+    return number
+
+
+def path(name: str, value: Any) -> Path:
+    """Return a path, given as such or as text."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise InvalidArgumentError(
+            f"{name} is not a path", got=repr(value), allowed="str or pathlib.Path"
+        )
+    if not os.fspath(value) or "\0" in os.fspath(value):
+        raise InvalidArgumentError(f"{name} is not a valid path", got=repr(value))
+    return Path(value)
 
 
 def boolean(name: str, value: Any) -> bool:

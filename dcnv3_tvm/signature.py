@@ -39,11 +39,6 @@ class TensorInfo:
         """Return plain values for ``json.dumps``."""
         return dataclasses.asdict(self) | {"shape": list(self.shape)}
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> TensorInfo:
-        """Restore what `to_json` returned."""
-        return cls(**(data | {"shape": tuple(data["shape"])}))
-
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -68,12 +63,3 @@ class Entry:
             "outputs": [tensor.to_json() for tensor in self.outputs],
             "weights": list(self.weights),
         }
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Entry:
-        """Restore what `to_json` returned."""
-        return cls(
-            inputs=tuple(TensorInfo.from_json(tensor) for tensor in data["inputs"]),
-            outputs=tuple(TensorInfo.from_json(tensor) for tensor in data["outputs"]),
-            weights=tuple(data["weights"]),
-        )

@@ -46,7 +46,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("versions", ", ".join(f"{name} {value}" for name, value in metadata.versions.items())),
         ("created", metadata.created),
         ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
-        ("memory", _memory(sizes[WEIGHTS], metadata.activation_bytes)),
+        ("memory", _memory(sizes.get(WEIGHTS, 0), metadata.activation_bytes)),
         ("kernels", _kernels(metadata.kernels)),
         ("tuning records", tuning_summary(metadata)),
         ("verified", _verification(metadata.verification)),

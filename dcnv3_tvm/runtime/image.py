@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from dcnv3_tvm import checks
+from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.errors import ImageError, InvalidArgumentError
 from dcnv3_tvm.runtime.open_image import Source, open_image, pillow
 from dcnv3_tvm.runtime.tensors import aligned_bytes
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 _MAX_ASPECT_RATIO: Final = 8
 """Images with a larger aspect ratio are cropped before resizing, which bounds the memory."""
+
+_MAX_SIZE: Final = 1 << 14
+"""Pixels of the shorter side, and of the crop: bounds the memory too."""
 
 
 def preprocess(
@@ -53,7 +58,7 @@ def preprocess(
     ImageError
         If an item is not an image; it is named by its index.
     InvalidArgumentError
-        If `settings` is empty, or `value_range` invalid.
+        If `settings` are empty or invalid, or `value_range` is.
     """
     if not settings:
         raise InvalidArgumentError(
@@ -63,6 +68,8 @@ def preprocess(
     sources = list(source) if isinstance(source, list | tuple) else [source]
     if not sources:
         raise ImageError("the sequence of images is empty")
+    settings = _checked(settings)
+    element = numpy_dtype(dtype)
     height, width = settings["crop"]
     images = (_opened(index, sources, value_range) for index in range(len(sources)))
     pixels = np.stack([_resize_and_crop(picture, settings) for picture in images])
@@ -70,10 +77,9 @@ def preprocess(
     std = np.asarray(settings["std"], np.float32) * 255
     batch = (pixels.astype(np.float32) - mean) / std
     shape: tuple[int, ...] = (len(sources), height, width, 3)
-    if settings.get("layout", "NCHW") == "NCHW":
+    if settings["layout"] == "NCHW":
         batch = batch.transpose(0, 3, 1, 2)
         shape = (len(sources), 3, height, width)
-    element = _numpy_dtype(dtype)
     result = aligned_bytes(batch.size * element.itemsize).view(element).reshape(shape)
     result[...] = batch
     return result
@@ -120,6 +126,33 @@ def top_k(logits: Any, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
     return classes, np.take_along_axis(probabilities, classes, axis=1)
 
 
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return valid settings, complete with defaults."""
+    missing = sorted({"resize", "crop", "mean", "std"} - settings.keys())
+    if missing:
+        raise InvalidArgumentError(
+            "the preprocessing settings are incomplete", got=f"no {', '.join(missing)}"
+        )
+    valid = {"interpolation": "bicubic", "layout": "NCHW"} | dict(settings)
+    valid["resize"] = checks.integer("resize", valid["resize"], low=1, high=_MAX_SIZE)
+    valid["crop"] = checks.pair("crop", valid["crop"], low=1, high=_MAX_SIZE)
+    for name in ("mean", "std"):
+        numbers = valid[name] if isinstance(valid[name], list | tuple) else ()
+        if len(numbers) != 3 or (0 in [checks.finite(name, n) for n in numbers] and name == "std"):
+            raise InvalidArgumentError(
+                f"{name} is invalid",
+                got=repr(valid[name]),
+                allowed="a number for each of R, G and B, not zero for std",
+            )
+    methods = sorted(method.name.lower() for method in pillow()[0].Resampling)
+    for name, allowed in (("interpolation", methods), ("layout", ["NCHW", "NHWC"])):
+        if valid[name] not in allowed:
+            raise InvalidArgumentError(
+                f"{name} is unknown", got=repr(valid[name]), allowed=", ".join(allowed)
+            )
+    return valid
+
+
 def _opened(
     index: int, sources: Sequence[Source], value_range: tuple[float, float] | None
 ) -> PIL.Image.Image:
@@ -146,7 +179,7 @@ def _resize_and_crop(picture: PIL.Image.Image, settings: Mapping[str, Any]) -> n
         settings["resize"] if size == min(picture.size) else int(scale * size)
         for size in picture.size
     )
-    method = pil.Resampling[settings.get("interpolation", "bicubic").upper()]
+    method = pil.Resampling[settings["interpolation"].upper()]
     resized = picture.resize((max(width, crop_width), max(height, crop_height)), method)
     left = round((resized.width - crop_width) / 2)
     top = round((resized.height - crop_height) / 2)
@@ -162,12 +195,3 @@ def _limit_aspect_ratio(picture: PIL.Image.Image) -> PIL.Image.Image:
     new_width, new_height = min(width, limit), min(height, limit)
     left, top = (width - new_width) // 2, (height - new_height) // 2
     return picture.crop((left, top, left + new_width, top + new_height))
-
-
-def _numpy_dtype(name: str) -> np.dtype[Any]:
-    if name == "bfloat16":
-        import ml_dtypes
-
-        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-        return bfloat16
-    return np.dtype(name)

@@ -35,6 +35,9 @@ from dcnv3_tvm.tvm_workarounds.process import set_max_concurrency, without_torch
 CPU: Final = (1, 0)
 """DLPack's device type and index of the CPU."""
 
+MAX_THREADS: Final = 1024
+"""Largest number of threads of a model; the process ends if the system cannot create them."""
+
 _POOLED_ALLOCATOR: Final = 2
 _SHARE_ALL_CORES: Final = -3
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
-from dcnv3_tvm import files, gpu
-from dcnv3_tvm.checks import integer
+from dcnv3_tvm import checks, files, gpu
 from dcnv3_tvm.errors import ArtifactError, TargetError
 from dcnv3_tvm.machine import architecture, missing_features
 from dcnv3_tvm.runtime import cuda, library, weights
@@ -60,7 +60,7 @@ def load(
     Raises
     ------
     InvalidArgumentError
-        If `threads` is less than one.
+        If an argument has another type, or `threads` is out of range.
     ArtifactError
         If the artifact is missing, modified, truncated, or of another schema or TVM version.
     TargetError
@@ -76,8 +76,9 @@ def load(
     >>> logits = model(model.preprocess("photo.jpg"))  # doctest: +SKIP
     """
     if threads is not None:
-        integer("threads", threads, low=1)
-    folder = Path(path)
+        threads = checks.integer("threads", threads, low=1, high=library.MAX_THREADS)
+    verify_digests = checks.boolean("verify_digests", verify_digests)
+    folder = checks.path("path", path)
     try:
         metadata = read_metadata(folder, verify_digest=verify_digests)
         index = check_target(metadata.target, device)
@@ -128,13 +129,17 @@ def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetada
     ArtifactError
         If `folder` is not an artifact, or its metadata is invalid or modified.
     """
-    if not folder.exists():
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(
             "the artifact does not exist",
             got=folder,
             hint=f"Make it with: dcnv3-tvm compile internimage_t -o {folder}",
-        )
-    if not folder.is_dir():
+        ) from error
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    if not is_folder:
         raise ArtifactError(
             "an artifact is a folder, but this is a file",
             got=folder,
@@ -220,8 +225,9 @@ def _device_index(target: TargetInfo, device: str | None) -> int | None:
             allowed=", ".join(kinds),
         )
     kind = kinds[target.kind]
-    wanted, colon, number = (device or kind).partition(":")
-    if wanted not in kinds.values() or (colon and not (wanted == "cuda" and number.isdecimal())):
+    wanted, colon, number = (kind if device is None else str(device)).partition(":")
+    valid = wanted == "cuda" and number.isdecimal() and len(number) < 4 if colon else True
+    if wanted not in kinds.values() or not valid:
         raise TargetError(
             "the device name is invalid", got=repr(device), allowed="'cpu', 'cuda', 'cuda:1'"
         )

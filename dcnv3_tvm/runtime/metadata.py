@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from dcnv3_tvm.errors import ArtifactError
+from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.signature import Entry, TensorInfo
 
 SCHEMA_VERSION: Final = 2
@@ -182,7 +183,7 @@ class ArtifactMetadata:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(
                 f"{METADATA} is not valid JSON", got=error, hint="Compile the model again."
             ) from error
@@ -190,46 +191,64 @@ class ArtifactMetadata:
         if version != SCHEMA_VERSION:
             raise ArtifactError(
                 f"{METADATA} has another schema version",
-                got=version,
+                got=version if isinstance(version, int | str) else type(version).__name__,
                 allowed=SCHEMA_VERSION,
                 hint="Compile the model again with the installed dcnv3_tvm.",
             )
         digest = data.pop("digest", None)
-        if verify_digest and digest != _digest(data):
-            raise ArtifactError(
-                f"{METADATA} was modified after it was written",
-                hint="Compile the model again, or load with verify_digests=False.",
-            )
         try:
+            if verify_digest and digest != _digest(data):
+                raise ArtifactError(
+                    f"{METADATA} was modified after it was written",
+                    hint="Compile the model again, or load with verify_digests=False.",
+                )
             return cls._from_json(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ArtifactError(
-                f"{METADATA} is incomplete",
-                got=f"{type(error).__name__}: {error}",
-                hint="Compile the model again.",
+                f"{METADATA} is invalid", got=error, hint="Compile the model again."
             ) from error
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> ArtifactMetadata:
-        target = dict(data["target"])
-        target["text"] = target.pop("str")
-        target["features"] = tuple(target["features"])
-        return cls(
-            name=data["name"],
-            dtype=data["dtype"],
-            config=data["config"],
-            preprocessing=data["preprocessing"],
-            target=TargetInfo(**target),
-            versions=data["versions"],
-            entries={name: Entry.from_json(entry) for name, entry in data["entries"].items()},
-            kernels=data["kernels"],
-            activation_bytes=data["activation_bytes"],
-            records=data["records"],
-            records_from=data["records_from"],
-            verification=data["verification"],
-            created=data["created"],
-            digests=data["digests"],
-        )
+        target = decode(dict[str, Any], data.get("target"), "target")
+        if "str" in target:
+            target = target | {"text": target["str"]}
+        metadata: ArtifactMetadata = decode(cls, data | {"target": target}, "metadata")
+        if metadata.verification is not None:
+            decode(_Verification, metadata.verification, "verification")
+        if metadata.records or metadata.records_from:
+            decode(_RecordsOrigin, metadata.records_from, "records_from")
+        if "main" not in metadata.entries:
+            raise ValueError("entries has no main")
+        for name, entry in metadata.entries.items():
+            if not entry.inputs or not entry.outputs:
+                raise ValueError(f"entry {name!r} has no inputs, or no outputs")
+            for tensor in (*entry.inputs, *entry.outputs):
+                _check_tensor(tensor, f"{tensor.name!r} of entry {name!r}")
+        return metadata
+
+
+class _VerifiedOutput(TypedDict):
+    max_error: float
+
+
+class _Verification(TypedDict):
+    ok: bool
+    reference: str
+    outputs: list[_VerifiedOutput]
+
+
+class _RecordsOrigin(TypedDict):
+    target: str
+    hardware: str
+    date: str
+
+
+def _check_tensor(tensor: TensorInfo, name: str) -> None:
+    if any(isinstance(size, int) and size < 1 for size in tensor.shape):
+        raise ValueError(f"{name} has the shape {list(tensor.shape)}")
+    if tensor.layout and len(tensor.layout) != len(tensor.shape):
+        raise ValueError(f"{name} has the layout {tensor.layout!r} and {len(tensor.shape)} axes")
 
 
 def _channels(tensor: TensorInfo) -> int | str | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dcnv3_tvm import files
+from dcnv3_tvm import checks, files
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
 from dcnv3_tvm.runtime import cuda, image, library, tensors
 from dcnv3_tvm.runtime.arguments import Arguments
@@ -165,7 +165,7 @@ class CompiledModel:
         ArtifactError
             If `path` holds something else or cannot be written, or the copy differs.
         """
-        destination = Path(path)
+        destination = checks.path("path", path)
         check_replaceable(destination)
         try:
             with files.atomic_folder(destination) as temporary:
@@ -227,7 +227,14 @@ class CompiledModel:
                 result = function(*kernel_inputs, *weights)
             except (RuntimeError, ValueError, TypeError, AttributeError) as error:
                 raise self._failure(error, name) from error
-        return [arguments.from_kernel(tensor) for tensor in flatten(result)]
+        outputs = flatten(result)
+        if len(outputs) != len(self._entry(name).outputs):
+            raise ArtifactError(
+                f"the code returns other outputs than {METADATA} describes",
+                got=f"{len(outputs)} outputs of {name}",
+                hint="Compile the model again.",
+            )
+        return [arguments.from_kernel(tensor) for tensor in outputs]
 
     def _stream(self, arguments: Arguments) -> contextlib.AbstractContextManager[None]:
         """Run the kernels of this thread on the caller's stream."""

@@ -14,7 +14,7 @@ import pytest
 
 from dcnv3_tvm import files, machine, runtime
 from dcnv3_tvm.compiler import artifact
-from dcnv3_tvm.errors import ArtifactError, TargetError
+from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
 from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo, library
 from dcnv3_tvm.runtime import weights as weights_file
 
@@ -257,6 +257,28 @@ def test_not_an_artifact(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ArtifactError, match="an artifact is a folder"):
         runtime.load(tmp_path / "file")
+    with pytest.raises(ArtifactError, match=r"cannot be read.*File name too long"):
+        runtime.load("x" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"path": None}, "path is not a path; got None"),
+        ({"path": b"x"}, "path is not a path"),
+        ({"path": ""}, "not a valid path"),
+        ({"threads": 2.5}, "threads is out of range; got 2.5"),
+        ({"threads": True}, "threads is out of range; got True"),
+        ({"threads": 0}, "threads is out of range; got 0"),
+        ({"threads": 10**6}, "at least 1 and at most 1024"),
+        ({"verify_digests": "no"}, "verify_digests is not a boolean"),
+        ({"device": 0}, "the device name is invalid; got 0"),
+        ({"device": "cuda:" + "9" * 5000}, "the device name is invalid"),
+    ],
+)
+def test_invalid_arguments(artifact_path, keywords, message):
+    with pytest.raises((InvalidArgumentError, TargetError), match=message):
+        runtime.load(**{"path": artifact_path} | keywords)
 
 
 def test_unreadable_file(artifact_path, monkeypatch):
@@ -382,11 +404,14 @@ def test_every_weight_type_round_trips(toy, tmp_path):
     given["scalar"] = np.array(2.5)
     given["empty"] = np.zeros((0, 4), np.float32)
     path = toy.write(tmp_path / "x").joinpath("weights.safetensors")
+    main = toy.metadata.entries["main"]
     artifact.write(
         tmp_path / "x",
         library=toy.code,
         weights=given,
-        metadata=dataclasses.replace(toy.metadata, entries={}),
+        metadata=dataclasses.replace(
+            toy.metadata, entries={"main": dataclasses.replace(main, weights=())}
+        ),
     )
     read, digest = weights_file.read(path)
     assert digest == runtime.read_metadata(tmp_path / "x").digests["weights.safetensors"]

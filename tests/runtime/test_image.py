@@ -177,6 +177,26 @@ def test_decompression_bomb(tmp_path, monkeypatch):
         runtime.preprocess(path, SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resize": 0}, "resize is out of range; got 0"),
+        ({"crop": [8, 8, 8]}, "crop is not"),
+        ({"crop": [10**9, 8]}, "crop is out of range"),
+        ({"mean": [0.5]}, "mean is invalid"),
+        ({"std": [1, 0, 1]}, "std is invalid.*not zero"),
+        ({"std": [1, 10**400, 1]}, "std is not a finite number"),
+        ({"interpolation": "magic"}, "interpolation is unknown; got 'magic'; allowed: bicubic"),
+        ({"layout": ["NCHW"]}, "layout is unknown"),
+    ],
+)
+def test_invalid_settings(photo, change, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        runtime.preprocess(photo, SETTINGS | change)
+    with pytest.raises(InvalidArgumentError, match="incomplete; got no crop, mean"):
+        runtime.preprocess(photo, {"resize": 8, "std": [1, 1, 1]})
+
+
 def test_without_settings(photo):
     with pytest.raises(InvalidArgumentError, match="no preprocessing settings"):
         runtime.preprocess(photo, {})
