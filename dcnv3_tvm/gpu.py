@@ -186,7 +186,7 @@ def device(index: int = 0) -> GpuInfo:
             "this machine has no NVIDIA GPU, or no driver for it",
             got=f"no {_DRIVER} that lists a device",
             hint="Check that nvidia-smi lists the GPU; to compile for another machine, name its "
-            'architecture: target="cuda-sm90" (--target cuda-sm90).',
+            'architecture: target="cuda-sm90".',
         )
     if not 0 <= index < len(found):
         raise TargetError(

@@ -1,6 +1,7 @@
 """The command line ``dcnv3-tvm``: data on stdout, messages on stderr.
 
-Exit codes: 0 for success, 1 for failure, 2 for invalid usage or input, 130 for Ctrl-C.
+Exit codes: 0 for success, 1 for failure, 2 for invalid usage or input, 130 for Ctrl-C, 143 for
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
-import os
-import sys
 from collections.abc import Sequence
 from typing import Final, Protocol, cast
 
 from dcnv3_tvm import errors
+from dcnv3_tvm.cli.arguments import Parser, in_options
+from dcnv3_tvm.cli.process import StdoutClosedError, prepared_process, report, write
 from dcnv3_tvm.cli.result import Result
 
 VERBS: Final = (
@@ -45,6 +46,7 @@ class _Verb(Protocol):
     """A module of this package that implements a subcommand."""
 
     HELP: str
+    EXAMPLE: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
@@ -61,42 +63,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv : sequence of str, optional
         Arguments without the program's name; by default those of the process.
     """
+    with prepared_process():
+        try:
+            return _run(argv)
+        except KeyboardInterrupt:
+            report("dcnv3-tvm: interrupted")
+            return 130
+        except StdoutClosedError:
+            return 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
     verbs = {name: _load(name) for name in VERBS}
-    arguments = _parser(verbs).parse_args(argv)
+    arguments = parser(verbs).parse_args(argv)
+    program = f"dcnv3-tvm {arguments.verb}"
     try:
-        result = verbs[arguments.verb].execute(arguments)
-        as_json = arguments.json in (True, _STDOUT)
-        print(json.dumps(result.data, indent=2) if as_json else result.text)
-        sys.stdout.flush()
+        result = _execute(verbs[arguments.verb], arguments, program)
+        if arguments.json in (True, _STDOUT):
+            write(json.dumps(result.data, indent=2))
+        else:
+            write(result.text)
     except errors.DCNv3Error as error:
-        print(f"dcnv3-tvm {arguments.verb}: error: {error}", file=sys.stderr)
+        report(f"{program}: error: {in_options(str(error), arguments)}")
         return 2 if isinstance(error, _INPUT_ERRORS) else 1
-    except KeyboardInterrupt:
-        print(f"dcnv3-tvm {arguments.verb}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # The reader, such as `head`, has closed the pipe. Flushing at exit would raise once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except MemoryError:
+        report(f"{program}: error: this machine has too little free memory")
+        return 1
     return 0 if result.ok else 1
+
+
+def _execute(verb: _Verb, arguments: argparse.Namespace, program: str) -> Result:
+    try:
+        return verb.execute(arguments)
+    except ModuleNotFoundError as error:
+        errors.raise_if_tvm_is_missing(error, program)
+        if error.name == "torch":
+            raise errors.MissingDependencyError(
+                f"{program} needs PyTorch, which is not installed",
+                hint="Run: pip install 'dcnv3-tvm[torch]'",
+            ) from error
+        raise
 
 
 def _load(name: str) -> _Verb:
     return cast(_Verb, importlib.import_module(f"dcnv3_tvm.cli.{name}"))
 
 
-def _parser(verbs: dict[str, _Verb]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dcnv3-tvm", description="Compile InternImage and DCNv3 with TVM."
+def parser(verbs: dict[str, _Verb]) -> Parser:
+    """Return the parser of the whole command line."""
+    result = Parser(
+        prog="dcnv3-tvm",
+        description="Compile InternImage and DCNv3 with TVM.",
+        example="dcnv3-tvm compile internimage_t --checkpoint internimage_t_1k_224.pth -o artifact",
     )
     version = importlib.metadata.version("dcnv3-tvm")
-    parser.add_argument("--version", action="version", version=f"dcnv3-tvm {version}")
-    commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    result.add_argument("--version", action="version", version=f"dcnv3-tvm {version}")
+    commands = result.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for name, verb in verbs.items():
         description = f"{verb.HELP[0].upper()}{verb.HELP[1:]}."
-        command = commands.add_parser(name, help=verb.HELP, description=description)
+        command = commands.add_parser(
+            name, help=verb.HELP, description=description, example=verb.EXAMPLE
+        )
         verb.add_arguments(command)
         # Some subcommands declare a --json of their own, which can also write to a file.
         with contextlib.suppress(argparse.ArgumentError):
             command.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+    return result

@@ -17,10 +17,12 @@ from dcnv3_tvm.bench import cases
 from dcnv3_tvm.bench.backends import Peer, select_peers
 from dcnv3_tvm.bench.gpu_cases import PARTS, OperatorGroup, select_cases
 from dcnv3_tvm.cli import bench_arguments as declare
+from dcnv3_tvm.cli.arguments import image_shape
 from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.environment import TVM_NUM_THREADS
 from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
+from dcnv3_tvm.frontend.models.variants import model_config
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from dcnv3_tvm.spec import DCNv3Spec
 
 HELP: Final = "compare the operator or an encoder with PyTorch and other runtimes"
+EXAMPLE: Final = "dcnv3-tvm bench encoder --variant internimage_t"
 
 _ALL: Final = "all"
 _OnStep = Callable[[str], None]
@@ -42,8 +45,8 @@ class _Benchmark:
 
     Parameters
     ----------
-    help : str
-        One line of help.
+    help, example : str
+        One line of help, and a command line.
     arguments : tuple of callable
         Functions that declare its arguments, except ``--json``.
     measure : callable
@@ -51,6 +54,7 @@ class _Benchmark:
     """
 
     help: str
+    example: str
     arguments: tuple[Callable[[argparse.ArgumentParser], None], ...]
     measure: Callable[[argparse.Namespace, int, _OnStep], Any]
 
@@ -60,17 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, benchmark in _BENCHMARKS.items():
         description = f"{benchmark.help[0].upper()}{benchmark.help[1:]}."
-        command = commands.add_parser(name, help=benchmark.help, description=description)
+        command = commands.add_parser(
+            name, help=benchmark.help, description=description, example=benchmark.example
+        )
         for add in (*benchmark.arguments, declare.add_json):
             add(command)
 
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Run a benchmark, write the files that were asked for, and return the report."""
-    for name in ("batch", "threads", "rounds"):
-        value = getattr(arguments, name, None)
-        if value is not None and value < 1:
-            raise InvalidArgumentError(f"--{name} is out of range", got=value, allowed="1 or more")
     from dcnv3_tvm.runtime.library import default_threads
 
     given = getattr(arguments, "threads", None)
@@ -188,6 +190,7 @@ def _requirements() -> Iterator[None]:
 
 
 def _case(arguments: argparse.Namespace) -> cases.EncoderCase:
+    image_shape(arguments, model_config(arguments.variant).resolution)  # Raises if it is too large.
     return cases.encoder_case(
         arguments.variant,
         batch=arguments.batch,
@@ -216,6 +219,7 @@ _BENCHMARKS: Final = {
     "op": _Benchmark(
         f"time the operator at the stages of a variant, or of {_ALL} (T to H, and T at "
         f"{'x'.join(map(str, cases.DETECTION_SIZE))}), compared with other runtimes",
+        "dcnv3-tvm bench op --variant internimage_t --against torch",
         (
             declare.add_model,
             declare.add_threads,
@@ -228,6 +232,7 @@ _BENCHMARKS: Final = {
     ),
     "encoder": _Benchmark(
         "time a whole encoder, compared with other runtimes",
+        "dcnv3-tvm bench encoder --variant internimage_t --dtype bfloat16",
         (
             declare.add_model,
             declare.add_threads,
@@ -242,6 +247,7 @@ _BENCHMARKS: Final = {
     "kernels": _Benchmark(
         "time every kernel of an encoder and compare it with its roofline; with --device-model, "
         "list the rooflines on a GPU, which need not be in this machine",
+        "dcnv3-tvm bench kernels --variant internimage_t --device-model h100",
         (
             declare.add_model,
             declare.add_threads,
@@ -254,6 +260,7 @@ _BENCHMARKS: Final = {
     "memory": _Benchmark(
         "measure the peak memory of an encoder, compared with other runtimes, each in a process of "
         "its own",
+        "dcnv3-tvm bench memory --variant internimage_t --against none",
         (
             declare.add_model,
             declare.add_threads,
@@ -266,11 +273,13 @@ _BENCHMARKS: Final = {
     "gpu": _Benchmark(
         "time operator and encoders on this machine's GPU, compared with PyTorch and the published "
         "extensions",
+        "dcnv3-tvm bench gpu --seconds 300",
         (declare.add_gpu_cases, declare.add_gpu),
         _gpu,
     ),
     "gpu-compile": _Benchmark(
         "compile what `bench gpu` measures, for a GPU that need not be in this machine",
+        "dcnv3-tvm bench gpu-compile --target cuda-sm90 --artifacts gpu",
         (declare.add_gpu_cases, declare.add_gpu_compile),
         _gpu_compile,
     ),

@@ -9,7 +9,13 @@ from typing import Final
 from dcnv3_tvm.bench import cases
 from dcnv3_tvm.bench.backends import PEERS
 from dcnv3_tvm.bench.gpu_cases import PARTS, SECONDS
-from dcnv3_tvm.cli.compile import parse_size
+from dcnv3_tvm.cli.arguments import (
+    parse_count,
+    parse_natural,
+    parse_path,
+    parse_positive,
+    parse_size,
+)
 
 STDOUT: Final = "-"
 """Value of ``--json`` that prints instead of writing a file."""
@@ -25,7 +31,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default="internimage_t",
         help="a model of `dcnv3-tvm models` (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
+    parser.add_argument(
+        "--batch", type=parse_count, default=1, metavar="N", help="batch size (default: 1)"
+    )
     parser.add_argument(
         "--size",
         type=parse_size,
@@ -37,7 +45,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """Declare the number of threads."""
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads that compute (default: all cores)"
+        "--threads", type=parse_count, metavar="N", help="threads that compute (default: all cores)"
     )
 
 
@@ -101,14 +109,14 @@ def add_against(parser: argparse.ArgumentParser) -> None:
 def add_rounds(parser: argparse.ArgumentParser) -> None:
     """Declare the number of rounds."""
     parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="bursts per backend (default: 5)"
+        "--rounds", type=parse_count, default=5, metavar="N", help="bursts per backend (default: 5)"
     )
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
     """Declare the destination of a bar chart."""
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="save a bar chart (.png, .svg, .pdf)"
+        "--plot", type=parse_path, metavar="FILE", help="save a bar chart (.png, .svg, .pdf)"
     )
 
 
@@ -131,32 +139,32 @@ def add_gpu(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``gpu``."""
     parser.add_argument(
         "--results",
-        type=Path,
+        type=parse_path,
         default=Path("bench-results"),
         metavar="DIR",
         help="folder for the JSON files (default: %(default)s)",
     )
     parser.add_argument(
         "--artifacts",
-        type=Path,
+        type=parse_path,
         metavar="DIR",
         help="folder of results of `bench gpu-compile`; missing ones are compiled into it",
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=parse_positive,
         default=SECONDS,
         metavar="S",
         help="time budget; cases that do not fit are skipped and listed (default: %(default)g)",
     )
     parser.add_argument(
-        "--device", type=int, default=0, metavar="N", help="index of the GPU (default: 0)"
+        "--device", type=parse_natural, default=0, metavar="N", help="index of the GPU (default: 0)"
     )
 
 
 def add_gpu_compile(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``gpu-compile``."""
     parser.add_argument(
-        "--artifacts", type=Path, required=True, metavar="DIR", help="folder to write to"
+        "--artifacts", type=parse_path, required=True, metavar="DIR", help="folder to write to"
     )
     parser.add_argument("--target", required=True, help="GPU target, for example cuda-sm90")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dcnv3_tvm.cli.arguments import add_shape, image_shape, parse_path
 from dcnv3_tvm.cli.info import tuning_summary
+from dcnv3_tvm.cli.model_arguments import add_model, create, describe_weights, find_model
 from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
@@ -17,19 +18,21 @@ if TYPE_CHECKING:
     from dcnv3_tvm.imported_model import ImportedModel
 
 HELP: Final = "compile a model to an artifact, which runs without PyTorch"
+EXAMPLE: Final = "dcnv3-tvm compile internimage_t_1k_224.pth -o artifact"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
+    add_model(parser)
     parser.add_argument(
-        "model",
-        help="name listed by `models`, or a checkpoint file whose name starts with one",
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="artifact folder to write"
+        "-o",
+        "--output",
+        type=parse_path,
+        required=True,
+        metavar="DIR",
+        help="artifact folder to write",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing artifact")
-    add_weights(parser)
     parser.add_argument(
         "--target",
         default="auto",
@@ -54,33 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="on a GPU, launch kernels one by one instead of as a CUDA graph",
     )
-    parser.add_argument("--batch", type=int, default=1, help="batch size (default: %(default)s)")
+    add_shape(parser)
     parser.add_argument("--dynamic-batch", action="store_true", help="accept any batch size")
     parser.add_argument("--dynamic-size", action="store_true", help="accept any image size")
     parser.add_argument(
-        "--size",
-        type=parse_size,
-        metavar="HxW",
-        help="image size (default: the model's resolution)",
-    )
-    parser.add_argument(
-        "--features-only",
-        action="store_true",
-        help="return four feature maps instead of logits",
-    )
-    parser.add_argument(
-        "--debug-dump", type=Path, metavar="DIR", help="write the module after each phase to DIR"
-    )
-
-
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Declare the options for weights."""
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="weights (.safetensors, .pth or .bin)"
-    )
-    weights.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="use random weights, for trials"
+        "--debug-dump",
+        type=parse_path,
+        metavar="DIR",
+        help="write the module after each phase to DIR",
     )
 
 
@@ -88,8 +72,8 @@ def execute(arguments: argparse.Namespace) -> Result:
     """Compile the model and write the artifact."""
     from dcnv3_tvm.runtime.model import check_replaceable
 
-    name, checkpoint = _model_and_checkpoint(arguments)
-    _check_sizes(arguments)
+    if arguments.checkpoint is not None and not arguments.checkpoint.exists():
+        raise InvalidArgumentError("the checkpoint does not exist", got=arguments.checkpoint)
     check_replaceable(arguments.output)
     if arguments.output.exists() and any(arguments.output.iterdir()) and not arguments.force:
         raise InvalidArgumentError(
@@ -97,6 +81,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             got=arguments.output,
             hint="Use --force to replace it.",
         )
+    name, checkpoint = find_model(arguments)
     _check_compilation(name, arguments)
     with Progress(f"compile {name}") as progress:
         progress.step("build PyTorch model")
@@ -134,14 +119,16 @@ def execute(arguments: argparse.Namespace) -> Result:
 
 def _check_compilation(name: str, arguments: argparse.Namespace) -> None:
     """Raise the compiler's errors early, before the model is built and imported."""
-    from dcnv3_tvm.compiler.compile import check_dtype
+    from dcnv3_tvm.compiler.compile import check_buildable, check_dtype
     from dcnv3_tvm.frontend.models.variants import model_config
     from dcnv3_tvm.schedules.records import find_records
     from dcnv3_tvm.targets import resolve_target
 
     if arguments.dynamic_size and not arguments.features_only:
         model_config(name).check_dynamic_size()
+    image_shape(arguments, model_config(name).resolution)
     target = resolve_target(arguments.target)
+    check_buildable(target)
     check_dtype(arguments.dtype, target)
     find_records(target, arguments.database)
 
@@ -152,24 +139,27 @@ def _import(
     from dcnv3_tvm import frontend
     from dcnv3_tvm.frontend.models.variants import model_config
 
-    model = frontend.create_model(
-        name, checkpoint=checkpoint, features_only=arguments.features_only
+    model = create(
+        name,
+        checkpoint,
+        arguments,
+        num_classes=arguments.num_classes,
+        layer_scale=arguments.layer_scale,
+        features_only=arguments.features_only,
+        out_indices=arguments.out_indices,
     )
-    if arguments.random_weights is not None:
-        from dcnv3_tvm.verify.random_weights import randomize_
-
-        randomize_(model, arguments.random_weights)
-    resolution = model_config(name).resolution
-    height, width = arguments.size or (resolution, resolution)
+    shape = image_shape(arguments, model_config(name).resolution)
     progress.step("import into Relax")
     imported = frontend.import_model(
         model,
-        example=(arguments.batch, 3, height, width),
+        example=shape,
         dynamic_batch=arguments.dynamic_batch,
         dynamic_size=arguments.dynamic_size,
     )
     return dataclasses.replace(
-        imported, preprocessing=_preprocessing(imported.preprocessing, height, width)
+        imported,
+        config=imported.config | {"weights": describe_weights(checkpoint, arguments)},
+        preprocessing=_preprocessing(imported.preprocessing, *shape[2:]),
     )
 
 
@@ -178,42 +168,3 @@ def _preprocessing(settings: dict[str, Any], height: int, width: int) -> dict[st
     if not settings or settings["crop"] == [height, width]:
         return settings
     return settings | {"resize": max(height, width), "crop": [height, width]}
-
-
-def _model_and_checkpoint(arguments: argparse.Namespace) -> tuple[str, Path | None]:
-    from dcnv3_tvm.frontend.models.variants import list_models, model_config
-
-    path = Path(arguments.model)
-    if not path.suffix and not path.is_file():
-        return model_config(arguments.model).variant, arguments.checkpoint
-    if arguments.checkpoint is not None or arguments.random_weights is not None:
-        raise InvalidArgumentError(
-            "weights are specified twice",
-            got=f"{arguments.model} and --checkpoint or --random-weights",
-            allowed="a model name with one of these options, or a checkpoint without them",
-        )
-    for name in list_models():
-        if re.match(rf"{name}(?![a-z])", path.name.lower()):
-            return name, path
-    raise InvalidArgumentError(
-        "the checkpoint's file name does not start with a model name",
-        got=path.name,
-        hint=f"Name the model: dcnv3-tvm compile internimage_t --checkpoint {path} -o DIR",
-    )
-
-
-def _check_sizes(arguments: argparse.Namespace) -> None:
-    if arguments.batch < 1:
-        raise InvalidArgumentError(
-            "--batch is out of range", got=arguments.batch, allowed="1 or more"
-        )
-    if arguments.checkpoint is not None and not arguments.checkpoint.exists():
-        raise InvalidArgumentError("the checkpoint does not exist", got=arguments.checkpoint)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Parse ``HxW``, or one number for both, for argparse."""
-    match = re.fullmatch(r"(\d+)(?:[xX](\d+))?", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 384x512 or 224")
-    return int(match[1]), int(match[2] or match[1])

@@ -12,6 +12,7 @@ from dcnv3_tvm.errors import INSTALL_FFI
 from dcnv3_tvm.provenance import installed_version
 
 HELP: Final = "show versions, CPU, GPUs, threads and environment variables"
+EXAMPLE: Final = "dcnv3-tvm env"
 
 _PACKAGES: Final = {
     "dcnv3_tvm": "dcnv3-tvm",

@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 from typing import Any, Final
 
-from dcnv3_tvm.cli.compile import parse_size
+from dcnv3_tvm.cli.arguments import add_shape, image_shape
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.errors import InvalidArgumentError
 
 HELP: Final = "show which schedule rule each kernel of a model gets, and why"
+EXAMPLE: Final = "dcnv3-tvm explain internimage_t --target cpu-znver4"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="element type of the matmuls (default: %(default)s)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
-    parser.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="image size (default: the model's own)"
-    )
+    add_shape(parser)
     parser.add_argument(
         "--report",
         action="store_true",
@@ -43,6 +41,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     from dcnv3_tvm.compiler.cuda.assembler_report import report
     from dcnv3_tvm.compiler.explain import launch, verdicts
     from dcnv3_tvm.compiler.kernel_listing import model_kernels
+    from dcnv3_tvm.frontend.models.variants import model_config
     from dcnv3_tvm.schedules.gpu.tensorize import tensorize
     from dcnv3_tvm.verify.placeholder_weights import placeholder_model
 
@@ -55,6 +54,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             allowed="--target cuda-sm90 and the like",
         )
     check_dtype(arguments.dtype, target)
+    image_shape(arguments, model_config(arguments.model).resolution)  # Raises if it is too large.
     case = encoder_case(arguments.model, batch=arguments.batch, size=arguments.size)
     imported = frontend.import_model(
         placeholder_model(case.variant, shorten=True),

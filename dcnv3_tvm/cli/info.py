@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import collections
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dcnv3_tvm.cli.arguments import parse_path
 from dcnv3_tvm.cli.result import Result, table
 
 if TYPE_CHECKING:
     from dcnv3_tvm.runtime.metadata import ArtifactMetadata
 
 HELP: Final = "describe an artifact without running it"
+EXAMPLE: Final = "dcnv3-tvm info artifact"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("artifact", type=Path, help="artifact folder")
+    parser.add_argument("artifact", type=parse_path, help="artifact folder")
 
 
 def execute(arguments: argparse.Namespace) -> Result:
@@ -45,6 +46,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("dtype", metadata.dtype),
         ("versions", ", ".join(f"{name} {value}" for name, value in metadata.versions.items())),
         ("created", metadata.created),
+        ("weights", metadata.config.get("weights", "those of the imported model")),
         ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
         ("memory", _memory(sizes.get(WEIGHTS, 0), metadata.activation_bytes)),
         ("kernels", _kernels(metadata.kernels)),

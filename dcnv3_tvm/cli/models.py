@@ -9,6 +9,7 @@ from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.errors import InvalidArgumentError
 
 HELP: Final = "list the models with their parameters and resolution"
+EXAMPLE: Final = "dcnv3-tvm models"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm import files
-from dcnv3_tvm.cli.compile import parse_size
+from dcnv3_tvm.cli.arguments import add_shape, parse_path, parse_positive
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.cli.tune import import_model
 from dcnv3_tvm.errors import InvalidArgumentError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dcnv3_tvm.schedules.records import Record, Records
 
 HELP: Final = "show, check, merge, prune or export tuning records"
+EXAMPLE: Final = "dcnv3-tvm records show runs/t"
 
 _FOLDER: Final = "folder of records, work directory of `tune`, or target with shipped records"
 
@@ -25,10 +26,16 @@ _FOLDER: Final = "folder of records, work directory of `tune`, or target with sh
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="list records", description="List records.")
+    show = actions.add_parser(
+        "show",
+        example="dcnv3-tvm records show cpu-znver4",
+        help="list records",
+        description="List records.",
+    )
     show.add_argument("records", help=_FOLDER)
     check = actions.add_parser(
         "check",
+        example="dcnv3-tvm records check runs/t internimage_t",
         help="list the kernels of a model that have records",
         description="List the kernels of a model that have records. Exit code 1 if a record is "
         "invalid for its kernel.",
@@ -36,35 +43,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("records", help=_FOLDER)
     check.add_argument("model", help="name listed by `dcnv3-tvm models`")
     check.add_argument("--dtype", default="float32", help="element type (default: %(default)s)")
-    check.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
-    check.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="image size (default: the model's own)"
-    )
+    add_shape(check)
     merge = actions.add_parser(
         "merge",
+        example="dcnv3-tvm records merge merged runs/t runs/b",
         help="merge folders, keeping the fastest record of each kernel",
         description="Merge folders of one target, keeping the fastest record of each kernel.",
     )
-    merge.add_argument("output", type=Path, help="folder to write; may be one of the inputs")
+    merge.add_argument("output", type=parse_path, help="folder to write; may be one of the inputs")
     merge.add_argument("records", nargs="+", help=_FOLDER)
     prune = actions.add_parser(
         "prune",
+        example="dcnv3-tvm records prune runs/t/records",
         help="drop records that are hardly faster than the default",
         description="Drop records that are hardly faster than the default schedule.",
     )
-    prune.add_argument("records", type=Path, help="folder of records")
+    prune.add_argument("records", type=parse_path, help="folder of records")
     prune.add_argument(
         "--min-speedup",
-        type=float,
+        type=parse_positive,
         default=1.03,
         metavar="X",
         help="keep records with at least this speedup (default: 1.03)",
     )
     export = actions.add_parser(
-        "export", help="write records as CSV", description="Write records as a CSV file."
+        "export",
+        example="dcnv3-tvm records export runs/t records.csv",
+        help="write records as CSV",
+        description="Write records as a CSV file.",
     )
     export.add_argument("records", help=_FOLDER)
-    export.add_argument("output", type=Path, help="the CSV file")
+    export.add_argument("output", type=parse_path, help="the CSV file")
     for action in (show, check, merge, prune, export):
         # Without SUPPRESS, the default here would overwrite --json of the command itself.
         action.add_argument(
@@ -131,7 +140,7 @@ def _check(arguments: argparse.Namespace) -> Result:
     records = _read(arguments.records)
     target = targets.resolve_target(records.about.target)
     check_dtype(arguments.dtype, target)
-    imported = import_model(arguments.model, arguments.batch, arguments.size)
+    imported = import_model(arguments.model, arguments)
     rows = [
         {
             "kernel": task.kernel,

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dcnv3_tvm.cli.arguments import parse_count, parse_natural, parse_path
 from dcnv3_tvm.cli.result import Result, table
 
 if TYPE_CHECKING:
@@ -16,29 +17,30 @@ if TYPE_CHECKING:
     from dcnv3_tvm.runtime import CompiledModel
 
 HELP: Final = "run an artifact on an image"
+EXAMPLE: Final = "dcnv3-tvm run artifact photo.jpg --top 3"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("artifact", type=Path, help="artifact folder")
-    parser.add_argument("image", type=Path, help="image file of any size")
+    parser.add_argument("artifact", type=parse_path, help="artifact folder")
+    parser.add_argument("image", type=parse_path, help="image file of any size")
     parser.add_argument(
-        "--top", type=int, default=5, metavar="K", help="classes to print (default: 5)"
+        "--top", type=parse_count, default=5, metavar="K", help="classes to print (default: 5)"
     )
     parser.add_argument(
         "--features",
-        type=Path,
+        type=parse_path,
         metavar="FILE.npz",
         help="save feature maps instead of classes",
     )
     parser.add_argument(
         "--repeat",
-        type=int,
+        type=parse_natural,
         default=0,
         metavar="N",
         help="time N more calls; print quartiles",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument("--threads", type=parse_count, metavar="N", help="CPU threads")
     add_device(parser)
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import re
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm.cli.compile import parse_size
+from dcnv3_tvm.cli.arguments import (
+    add_shape,
+    image_shape,
+    parse_count,
+    parse_natural,
+    parse_path,
+    parse_positive,
+)
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
@@ -18,6 +25,7 @@ if TYPE_CHECKING:
     from dcnv3_tvm.tuning.tune import TuneConfig
 
 HELP: Final = "find the fastest schedules of kernels on a device"
+EXAMPLE: Final = "dcnv3-tvm tune internimage_t --work-dir runs/t --minutes 30"
 
 _OPERATOR_PREFIX: Final = "dcnv3-"
 _MAX_ROWS: Final = 20
@@ -34,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--work-dir",
-        type=Path,
+        type=parse_path,
         metavar="DIR",
         help="folder for trials, records and plots; a session found there is continued",
     )
@@ -46,26 +54,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float32", help="element type of models (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="batch size (default: 1)")
+    add_shape(parser)
     parser.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="image size (default: the model's own)"
+        "--trials",
+        type=parse_count,
+        metavar="N",
+        help="total number of trials (default: 40 per kernel)",
     )
-    parser.add_argument(
-        "--trials", type=int, metavar="N", help="total number of trials (default: 40 per kernel)"
-    )
-    parser.add_argument("--minutes", type=float, metavar="M", help="time limit")
+    parser.add_argument("--minutes", type=parse_positive, metavar="M", help="time limit")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=parse_positive,
         default=20.0,
         metavar="S",
         help="seconds after which a measurement is killed (default: 20)",
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of a kernel (default: as compiled)"
+        "--threads",
+        type=parse_count,
+        metavar="N",
+        help="CPU threads of a kernel (default: as compiled)",
     )
     parser.add_argument(
-        "--device", type=int, default=0, metavar="INDEX", help="index of the GPU (default: 0)"
+        "--device",
+        type=parse_natural,
+        default=0,
+        metavar="INDEX",
+        help="index of the GPU (default: 0)",
     )
     parser.add_argument(
         "--rpc",
@@ -74,7 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rpc-key", metavar="KEY", help="key that the servers registered under")
     parser.add_argument(
-        "--rpc-workers", type=int, default=1, metavar="N", help="number of servers (default: 1)"
+        "--rpc-workers",
+        type=parse_count,
+        default=1,
+        metavar="N",
+        help="number of servers (default: 1)",
     )
     parser.add_argument(
         "--dry-run",
@@ -109,7 +128,7 @@ def execute(arguments: argparse.Namespace) -> Result:
 def parse_address(text: str, option: str) -> tuple[str, int]:
     """Parse ``HOST:PORT``."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) < 2**16:
         raise InvalidArgumentError(
             f"{option} is not an address",
             got=repr(text),
@@ -142,10 +161,6 @@ def _rpc(arguments: argparse.Namespace) -> RpcConfig | None:
         raise InvalidArgumentError(
             "--rpc needs --rpc-key", hint="Pass the key of `dcnv3-tvm worker --key KEY`."
         )
-    if arguments.rpc_workers < 1:
-        raise InvalidArgumentError(
-            "--rpc-workers is out of range", got=arguments.rpc_workers, allowed="1 or more"
-        )
     host, port = parse_address(arguments.rpc, "--rpc")
     return RpcConfig(host, port, arguments.rpc_key, arguments.rpc_workers)
 
@@ -155,28 +170,24 @@ def _models(arguments: argparse.Namespace) -> list[ImportedModel | DCNv3Spec]:
     from dcnv3_tvm.frontend.models.variants import model_config
     from dcnv3_tvm.spec import DCNv3Spec
 
-    if arguments.batch < 1:
-        raise InvalidArgumentError(
-            "--batch is out of range", got=arguments.batch, allowed="1 or more"
-        )
     operators = [name for name in arguments.models if name.startswith(_OPERATOR_PREFIX)]
     models = [name for name in arguments.models if not name.startswith(_OPERATOR_PREFIX)]
     result: list[ImportedModel | DCNv3Spec] = [DCNv3Spec.from_slug(name) for name in operators]
     for name in models:
-        model_config(name)  # Raises for an unknown name before any model is imported.
+        # Raises before any model is imported.
+        image_shape(arguments, model_config(name).resolution)
     for name in models:
         with Progress(f"import {name}"):
-            result.append(import_model(name, arguments.batch, arguments.size))
+            result.append(import_model(name, arguments))
     return result
 
 
-def import_model(name: str, batch: int, size: tuple[int, int] | None) -> ImportedModel:
+def import_model(name: str, arguments: argparse.Namespace) -> ImportedModel:
     """Import a model with random weights, which do not affect its kernels."""
     from dcnv3_tvm import frontend
     from dcnv3_tvm.frontend.models.variants import model_config
 
-    resolution = model_config(name).resolution
-    example = (batch, 3, *(size or (resolution, resolution)))
+    example = image_shape(arguments, model_config(name).resolution)
     return frontend.import_model(frontend.create_model(name), example=example)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm.cli.compile import add_weights
+from dcnv3_tvm.cli.arguments import parse_natural, parse_path
+from dcnv3_tvm.cli.model_arguments import add_weights, create
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.cli.run import add_device
-from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
+from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
@@ -18,20 +18,25 @@ if TYPE_CHECKING:
     from dcnv3_tvm.runtime import CompiledModel
 
 HELP: Final = "compare an artifact with PyTorch in float64"
+EXAMPLE: Final = "dcnv3-tvm verify artifact photo.jpg --checkpoint internimage_t_1k_224.pth"
 
 _DYNAMIC_BATCH: Final = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument("artifact", type=Path, help="artifact folder")
-    parser.add_argument("image", type=Path, nargs="*", help="image files to compare on, too")
+    parser.add_argument("artifact", type=parse_path, help="artifact folder")
+    parser.add_argument(
+        "image", type=parse_path, nargs="*", help="image files to compare on as well"
+    )
     add_weights(parser)
     add_device(parser)
     parser.add_argument(
         "--record", action="store_true", help="write the result to the artifact's metadata"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random input (default: 0)")
+    parser.add_argument(
+        "--seed", type=parse_natural, default=0, help="seed of the random input (default: 0)"
+    )
 
 
 def execute(arguments: argparse.Namespace) -> Result:
@@ -123,24 +128,12 @@ def _model(config: dict[str, Any], arguments: argparse.Namespace) -> Any:
             "the artifact is not of an InternImage variant, so it cannot be verified here",
             hint="Compare your own model with dcnv3_tvm.verify.compare.",
         )
-    try:
-        from dcnv3_tvm import frontend
-
-        model = frontend.create_model(
-            config["variant"],
-            checkpoint=arguments.checkpoint,
-            num_classes=config["num_classes"],
-            features_only=config["features_only"],
-            out_indices=config["out_indices"],
-            layer_scale=config["layer_scale"],
-        )
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            "verification needs PyTorch, which is not installed",
-            hint="Run: pip install 'dcnv3-tvm[torch]'",
-        ) from error
-    if arguments.random_weights is not None:
-        from dcnv3_tvm.verify.random_weights import randomize_
-
-        randomize_(model, arguments.random_weights)
-    return model
+    return create(
+        config["variant"],
+        arguments.checkpoint,
+        arguments,
+        num_classes=config["num_classes"],
+        features_only=config["features_only"],
+        out_indices=config["out_indices"],
+        layer_scale=config["layer_scale"],
+    )

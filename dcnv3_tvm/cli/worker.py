@@ -7,10 +7,12 @@ import signal
 import sys
 from typing import Final
 
+from dcnv3_tvm.cli.arguments import parse_port
 from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.cli.tune import parse_address
 
 HELP: Final = "measure kernels for tuning sessions on other machines"
+EXAMPLE: Final = "dcnv3-tvm worker --tracker 10.0.0.1:9190 --key epyc"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="0.0.0.0", help="address to listen on (default: %(default)s)"
     )
     parser.add_argument(
-        "--port", type=int, default=9090, help="first port to try (default: %(default)s)"
+        "--port", type=parse_port, default=9090, help="first port to try (default: %(default)s)"
     )
     parser.add_argument(
         "--address", help="address at which clients reach this machine, if the tracker sees another"

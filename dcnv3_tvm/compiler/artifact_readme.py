@@ -14,7 +14,7 @@ def render(metadata: ArtifactMetadata) -> str:
         f"# {metadata.name}",
         f"Compiled for `{metadata.target.slug}` in {metadata.dtype} by dcnv3-tvm "
         f"{metadata.versions.get('dcnv3_tvm', '?')} (TVM {metadata.versions.get('tvm', '?')}) on "
-        f"{metadata.created}.",
+        f"{metadata.created}{_weights(metadata)}.",
         "It needs the packages `dcnv3-tvm`, `apache-tvm-ffi`, `numpy` and `pillow`, but neither "
         "PyTorch nor TVM's compiler. Running processes map the weights into memory: replace or "
         "remove the folder as a whole, but do not overwrite its files in place.",
@@ -35,6 +35,11 @@ def render(metadata: ArtifactMetadata) -> str:
         settings = [f"- `{name}`: {value}" for name, value in metadata.preprocessing.items()]
         sections += ["## Preprocessing", "\n".join(settings)]
     return "\n\n".join(sections) + "\n"
+
+
+def _weights(metadata: ArtifactMetadata) -> str:
+    source = metadata.config.get("weights")
+    return "" if source is None else f", with {source}"
 
 
 def _gpu(metadata: ArtifactMetadata) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import tvm
 from tvm import relax
 
-from dcnv3_tvm import targets
+from dcnv3_tvm import machine, targets
 from dcnv3_tvm.compiler import artifact, pipeline
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
@@ -130,6 +130,7 @@ def compile_artifact(
         If the folder cannot be written.
     """
     resolved = targets.resolve_target(target)
+    check_buildable(resolved)
     check_dtype(dtype, resolved)
     records = find_records(resolved, database)
     program, kernels = pipeline.run_pipeline(
@@ -165,6 +166,24 @@ def compile_artifact(
     return metadata
 
 
+def check_buildable(target: tvm.target.Target) -> None:
+    """Check that this machine can link code for a target.
+
+    Raises
+    ------
+    TargetError
+        If the target is, or its GPU's host has, another CPU architecture or operating system.
+    """
+    triple = target_info(target).triple
+    if triple.partition("-")[0] != machine.architecture() or "linux" not in triple:
+        raise TargetError(
+            "artifacts for another CPU architecture or system cannot be built on this machine",
+            got=triple,
+            allowed=f"{machine.architecture()} and Linux",
+            hint="A C++ compiler and TVM's runtime library for it are missing: compile there.",
+        )
+
+
 def check_dtype(dtype: str, target: tvm.target.Target) -> None:
     """Check that matmuls with operands of a dtype are supported on a target.
 
@@ -192,7 +211,7 @@ def check_dtype(dtype: str, target: tvm.target.Target) -> None:
             "bfloat16 is not supported by the target",
             got=targets.target_slug(target),
             allowed="a GPU, or a CPU with avx512_bf16: cpu-znver4, cpu-cooperlake",
-            hint='Compile with dtype="float32" (--dtype float32).',
+            hint='Compile with dtype="float32".',
         )
 
 
@@ -230,7 +249,7 @@ def build_library(
         raise CompileError(
             "TVM cannot build the model",
             got=str(error).strip().splitlines()[-1],
-            hint="Compile with debug_dump (--debug-dump DIR) to see the module after each phase.",
+            hint="Compile with debug_dump=DIR to see the module after each phase.",
         ) from error
     try:
         if on_gpu:

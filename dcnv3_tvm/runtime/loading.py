@@ -135,7 +135,7 @@ def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetada
         raise ArtifactError(
             "the artifact does not exist",
             got=folder,
-            hint=f"Make it with: dcnv3-tvm compile internimage_t -o {folder}",
+            hint=f"Make it with: dcnv3-tvm compile internimage_t --checkpoint FILE -o {folder}",
         ) from error
     except OSError as error:
         raise _unreadable(folder, error) from error

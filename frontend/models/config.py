@@ -199,7 +199,7 @@ class InternImageConfig:
                 "the clip-projector head needs a fixed image size",
                 got=f"{self.variant} with dynamic_size",
                 hint="Import the model with a fixed image size, or build it with "
-                "features_only=True (--features-only).",
+                "features_only=True.",
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -81,8 +81,6 @@ def test_wrong_outputs_prevent_timing(capsys, monkeypatch):
     ("arguments", "message"),
     [
         (("op", "--against", "tensorrt"), "allowed: torch, compile, onnxruntime, "),
-        (("op", "--threads", "0"), "--threads is out of range"),
-        (("op", "--rounds", "-1"), "--rounds is out of range"),
         (("op", "--case", "x"), "no case matches the pattern"),
         (("op", "--variant", "internimage_u"), "Did you mean"),
         (("encoder", "--variant", "all"), "no model with this name"),

@@ -1,8 +1,12 @@
 """Subcommands that compile no model, usage errors, and exit codes."""
 
+import argparse
 import dataclasses
+import importlib
 import io
 import os
+import shlex
+import signal
 import subprocess
 import sys
 
@@ -10,7 +14,8 @@ import numpy as np
 import pytest
 
 from dcnv3_tvm import gpu, runtime
-from dcnv3_tvm.cli import VERBS, env
+from dcnv3_tvm.cli import VERBS, env, parser, verify
+from dcnv3_tvm.cli.arguments import in_options
 from dcnv3_tvm.cli.result import table
 from dcnv3_tvm.progress import Progress
 
@@ -141,9 +146,17 @@ def test_version_warnings(tvm, ffi, warned):
         (("info", "nowhere"), "does not exist"),
         (("compile", "internimage_t"), "-o"),
         (("compile", "internimage_u", "-o", "x"), "Did you mean"),
-        (("compile", "photo.pth", "-o", "x"), "does not start with a model name"),
+        (("compile", "internimage_t", "-o", "x"), "--random-weights SEED"),
+        (("compile", "photo.pth", "-o", "x"), "there is no checkpoint"),
         (("compile", "internimage_t", "-o", "x", "--size", "big"), "not a size such as 384x512"),
+        (("compile", "internimage_t", "-o", "x", "--size", "10000000x10000000"), "from 1 to 16384"),
         (("compile", "internimage_t", "-o", "x", "--batch", "0"), "1 or more"),
+        (("compile", "internimage_t", "-o", "x", "--layer-scale", "much"), "none or auto"),
+        (("compile", "internimage_t", "-o", "x", "--out-indices", "1,4"), "such as 1,2,3"),
+        (("explain", "internimage_t", "--size", "16384", "--batch", "9"), "batch is too large"),
+        (("run", "nowhere", "x.jpg", "--features", ""), "path is empty"),
+        (("bench", "op", "--threads", "0"), "1 or more"),
+        (("bench", "op", "--rounds", "-1"), "1 or more"),
         (
             ("compile", "internimage_t", "-o", "x", "--checkpoint", "no.pth"),
             "checkpoint does not exist",
@@ -174,6 +187,7 @@ def test_invalid_usage(cli, arguments, message, tmp_path, monkeypatch):
     [
         (("--target", "toaster"), "target is unknown"),
         (("--target", "cuda-sm75"), "GPU architecture is not supported"),
+        (("--target", "llvm -mtriple=aarch64-linux-gnu"), "got aarch64-linux-gnu; allowed: x86_64"),
         (("--dtype", "float8"), "allowed: float32, bfloat16, float16"),
         (
             ("--target", "cpu-haswell", "--dtype", "bfloat16"),
@@ -186,7 +200,8 @@ def test_invalid_usage(cli, arguments, message, tmp_path, monkeypatch):
     ],
 )
 def test_compile_checks_arguments_before_it_builds_the_model(cli, arguments, message, tmp_path):
-    found = cli("compile", "internimage_h", "-o", tmp_path / "x", *arguments)
+    weights = ("--random-weights", "0")
+    found = cli("compile", "internimage_h", *weights, "-o", tmp_path / "x", *arguments)
     assert found.code == 2
     assert message in found.err
     assert "build PyTorch model" not in found.err
@@ -252,27 +267,113 @@ def test_version_and_module():
     assert found.stdout.startswith("dcnv3-tvm 0.")
 
 
-def test_closed_pipe():
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
+def run_to(stdout, *, prepare=None):
+    return subprocess.run(
         [sys.executable, "-m", "dcnv3_tvm", "models"],
-        stdout=writer,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         timeout=60,
         check=False,
+        preexec_fn=prepare,
     )
-    os.close(writer)
-    assert done.stderr == ""
-    assert done.returncode == 0
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help(cli, verb):
-    found = cli(verb, "--help")
-    assert found.code == 0
-    assert "--json" in found.out
+def test_stdout_that_is_closed_or_full():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        piped = run_to(pipe)
+    closed = run_to(None, prepare=lambda: os.close(1))
+    for done in (piped, closed):
+        assert done.stderr == ""
+        assert done.returncode == 0
+    with open("/dev/full", "w") as full:
+        done = run_to(full)
+    assert done.stderr.startswith("dcnv3-tvm models: error: the result cannot be written to stdout")
+    assert done.stderr.count("\n") == 1
+    assert done.returncode == 1
+
+
+def parsers(parser):
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers(child)
+
+
+def test_every_help_ends_with_an_example():
+    whole = parser({name: importlib.import_module(f"dcnv3_tvm.cli.{name}") for name in VERBS})
+    found = list(parsers(whole))
+    assert len(found) == 1 + len(VERBS) + 5 + 6  # With the actions of records and of bench.
+    for each in found:
+        example = each.format_help().splitlines()[-1]
+        program, *arguments = shlex.split(example.removeprefix("Example: "))
+        assert program == "dcnv3-tvm"
+        assert f"dcnv3-tvm {' '.join(arguments)}".startswith(each.prog)
+        whole.parse_args(arguments)
+        if each.prog.count(" ") < 2 and each is not whole:
+            assert "--json" in each.format_help()
+
+
+def test_lists_may_be_interrupted_by_options():
+    whole = parser({"verify": verify})
+    for order in (["a", "b", "--seed", "1", "c"], ["--seed", "1", "a", "b", "c"]):
+        found = whole.parse_args(["verify", *order])
+        assert (str(found.artifact), [str(path) for path in found.image]) == ("a", ["b", "c"])
+    with pytest.raises(SystemExit):
+        whole.parse_args(["verify", "a", "--speed", "1", "b"])
+
+
+def test_errors_name_the_options_of_the_command():
+    arguments = argparse.Namespace(use_ema=None, layer_scale=None, value_range=None, dtype=None)
+    text = (
+        "Use layer_scale=None, or value_range=(0, 1) with use_ema=False and use_ema=True; "
+        'dtype="float32", not num_classes=3.'
+    )
+    assert in_options(text, arguments) == (
+        "Use --layer-scale none, or --value-range 0,1 without --use-ema and --use-ema; "
+        "--dtype float32, not num_classes=3."
+    )
+
+
+@pytest.mark.parametrize("package", ["tvm", "torch"])
+def test_missing_package_is_named(cli, monkeypatch, package):
+    def missing(_):
+        raise ModuleNotFoundError(name=package)
+
+    monkeypatch.setattr(env, "execute", missing)
+    found = cli("env")
+    assert found.code == 1
+    assert "pip install" in found.err
+
+
+def test_termination_and_interruption_clean_up(tmp_path):
+    code = (
+        "import sys, tempfile, time\n"
+        "from dcnv3_tvm.cli import env, main\n"
+        "def execute(_):\n"
+        f"    with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}):\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "env.execute = execute\n"
+        "sys.exit(main(['env']))\n"
+    )
+    for number, code_of_exit in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        with subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(number)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == code_of_exit
+        assert "Traceback" not in err
+        assert not list(tmp_path.iterdir())
 
 
 class Terminal(io.StringIO):

@@ -146,8 +146,9 @@ def test_checkpoint_named_after_the_model(cli, classifier, photo, tmp_path):
 
 
 def test_interrupted_compile_writes_nothing(tmp_path):
+    options = ["--random-weights", "0", "-o", str(tmp_path / "x")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "dcnv3_tvm", "compile", MODEL, "-o", str(tmp_path / "x")],
+        [sys.executable, "-m", "dcnv3_tvm", "compile", MODEL, *options],
         stderr=subprocess.PIPE,
         text=True,
         # Background jobs of a shell ignore SIGINT.

@@ -112,7 +112,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile):
     assert metadata["Requires-Python"] == ">=3.10"
     assert [name for name in wheel.namelist() if name.endswith("/LICENSE")]
     (name,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
-    assert "dcnv3-tvm = dcnv3_tvm.cli:main" in wheel.read(name).decode()
+    assert "dcnv3-tvm = dcnv3_tvm.__main__:main" in wheel.read(name).decode()
 
 
 def test_required_packages_are_light(wheel: zipfile.ZipFile):

@@ -1,0 +1,182 @@
+"""Parsing of arguments that subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from dcnv3_tvm.errors import InvalidArgumentError
+
+_Number = TypeVar("_Number", int, float)
+
+_MAX_SIDE: Final = 16384
+
+_MAX_VALUES: Final = 2**31 - 1
+"""Compiled code indexes with 32 bits."""
+
+_KEYWORD: Final = re.compile(r"(with )?\b([a-z_]+)=(\"[^\"]*\"|'[^']*'|\([^)]*\)|[\w.+-]*\w)")
+"""A keyword argument in an error's message, such as ``dtype="float32"``."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that takes options before, between and after positional arguments.
+
+    Parameters
+    ----------
+    example : str
+        A command line, with which the help ends.
+    **options
+        As of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, *, example: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        self._example = example
+        self._list: argparse.Action | None = None
+
+    def format_help(self) -> str:
+        """Return the help."""
+        return f"{super().format_help()}\nExample: {self._example}\n"
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Declare an argument."""
+        action = super().add_argument(*names, **options)
+        if not action.option_strings and action.nargs in ("*", "+"):
+            self._list = action
+        return action
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse arguments; those of a list may be interrupted by options.
+
+        argparse ends a list at the first option, and leaves the rest of it over.
+        """
+        parsed, rest = super().parse_known_args(args, namespace)
+        if self._list is None or any(text.startswith("-") for text in rest):
+            return parsed, rest
+        convert = self._list.type or str
+        values = getattr(parsed, self._list.dest)
+        setattr(parsed, self._list.dest, [*values, *map(convert, rest)])  # type: ignore[arg-type]
+        return parsed, []
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Declare batch size and image size of a model."""
+    parser.add_argument(
+        "--batch", type=parse_count, default=1, metavar="N", help="batch size (default: 1)"
+    )
+    parser.add_argument(
+        "--size", type=parse_size, metavar="HxW", help="image size (default: the model's own)"
+    )
+
+
+def image_shape(arguments: argparse.Namespace, resolution: int) -> tuple[int, int, int, int]:
+    """Return the shape of the input that `add_shape` describes.
+
+    Parameters
+    ----------
+    arguments : argparse.Namespace
+        The arguments.
+    resolution : int
+        Height and width by default.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the input has too many values.
+    """
+    height, width = arguments.size or (resolution, resolution)
+    shape = (arguments.batch, 3, height, width)
+    if math.prod(shape) > _MAX_VALUES:
+        raise InvalidArgumentError(
+            "the image batch is too large",
+            got=f"{' x '.join(map(str, shape))} values",
+            allowed=f"{_MAX_VALUES:.1e}",
+            hint="Use a smaller --batch or --size.",
+        )
+    return shape
+
+
+def parse_path(text: str) -> Path:
+    """Parse the path of a file or folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def parse_count(text: str) -> int:
+    """Parse an integer of at least one."""
+    number = _number(int, text)
+    if number is None or not 1 <= number < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
+    return number
+
+
+def parse_natural(text: str) -> int:
+    """Parse an integer of at least zero, such as a seed."""
+    number = _number(int, text)
+    if number is None or not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
+    return number
+
+
+def parse_port(text: str) -> int:
+    """Parse the number of a TCP port."""
+    number = _number(int, text)
+    if number is None or not 1 <= number < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return number
+
+
+def parse_positive(text: str) -> float:
+    """Parse a finite number above zero."""
+    number = _number(float, text)
+    if number is None or not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse ``HxW``, or one number for both."""
+    match = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 384x512 or 224")
+    height, width = int(match[1]), int(match[2] or match[1])
+    if not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
+        raise argparse.ArgumentTypeError(f"{text!r}: height and width are from 1 to {_MAX_SIDE}")
+    return height, width
+
+
+def in_options(message: str, arguments: argparse.Namespace) -> str:
+    """Replace the keyword arguments that an error mentions by the options of a command.
+
+    Examples
+    --------
+    >>> in_options("Use num_classes=0.", argparse.Namespace(num_classes=None))
+    'Use --num-classes 0.'
+    """
+
+    def option(match: re.Match[str]) -> str:
+        before, name, value = match[1] or "", match[2], match[3].strip("\"'()")
+        if name not in vars(arguments):
+            return match[0]
+        flag = f"--{name.replace('_', '-')}"
+        if value == "False":
+            return f"without {flag}"
+        if value == "True":
+            return before + flag
+        return f"{before}{flag} {value.replace(', ', ',').replace('None', 'none')}"
+
+    return _KEYWORD.sub(option, message)
+
+
+def _number(kind: Callable[[str], _Number], text: str) -> _Number | None:
+    try:
+        return kind(text)
+    except ValueError:
+        return None

@@ -1,0 +1,87 @@
+"""Standard streams and signals of the process that runs a command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any, Final, TextIO
+
+from dcnv3_tvm.errors import DCNv3Error
+
+_SIGNAL_BASE: Final = 128
+"""A shell's exit code of a process that a signal ended is this plus the signal's number."""
+
+
+class StdoutClosedError(Exception):
+    """The reader of stdout, such as `head`, has stopped reading."""
+
+
+@contextlib.contextmanager
+def prepared_process() -> Iterator[None]:
+    """Handle signals so that commands clean up, and streams that are closed or full.
+
+    Ctrl-C raises KeyboardInterrupt, and SIGTERM and SIGHUP raise SystemExit.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # Closed by the caller: `dcnv3-tvm models >&-`.
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
+                stack.callback(setattr, sys, name, None)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in (
+                (signal.SIGINT, signal.default_int_handler),
+                (signal.SIGTERM, _exit),
+                (signal.SIGHUP, _exit),
+            ):
+                # A caller's own handler stays, and `nohup` keeps ignoring SIGHUP.
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    stack.callback(signal.signal, number, signal.signal(number, handler))
+        try:
+            yield
+        finally:
+            # Python's own flush at exit would print a traceback.
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(DCNv3Error, StdoutClosedError):
+                    _write(stream, "")
+
+
+def write(text: str) -> None:
+    """Write a line to stdout.
+
+    Raises
+    ------
+    StdoutClosedError
+        If the reader has closed it.
+    DCNv3Error
+        If it cannot be written, for example because a disk is full.
+    """
+    # File names may hold bytes that are no text.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    _write(sys.stdout, text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def report(text: str) -> None:
+    """Write a line to stderr, if that is possible."""
+    with contextlib.suppress(DCNv3Error, StdoutClosedError):
+        _write(sys.stderr, text + "\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        # What is left in the buffer would raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise StdoutClosedError from error
+        raise DCNv3Error("the result cannot be written to stdout", got=error.strerror) from error
+
+
+def _exit(number: int, _: FrameType | None) -> Any:
+    raise SystemExit(_SIGNAL_BASE + number)
