@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -34,10 +35,28 @@ class Progress:
         self._quiet = quiet
         self._terminal = self._stream.isatty()
         self._start = time.monotonic()
+        self._interval = 0.2 if self._terminal else 5.0
+        self._shown = 0.0
 
     def step(self, name: str) -> None:
         """Start a step."""
         self._show(f"[{self.seconds:6.1f} s] {self._title}: {name}", last=False)
+
+    def count(self, done: int, total: int) -> None:
+        """Show how many items are done, their rate and the time left, at most every few seconds."""
+        seconds = self.seconds
+        if done == 0 or (done < total and seconds - self._shown < self._interval):
+            return
+        self._shown = seconds
+        rate = done / max(seconds, 1e-9)
+        left = (total - done) / rate
+        self.step(f"{done} of {total}, {rate:.1f}/s, {left:.0f} s left")
+
+    def note(self, text: str) -> None:
+        """Show a message, also if the progress is not shown."""
+        with contextlib.suppress(OSError):
+            self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
+            self._stream.flush()
 
     @property
     def seconds(self) -> float:
@@ -59,9 +78,11 @@ class Progress:
     def _show(self, line: str, *, last: bool) -> None:
         if self._quiet:
             return
-        if self._terminal:
-            # Return to the start of the line and clear it.
-            self._stream.write(f"\r\x1b[K{line}" + ("\n" if last else ""))
-        else:
-            self._stream.write(f"{line}\n")
-        self._stream.flush()
+        # A job does not fail because nobody can see its progress.
+        with contextlib.suppress(OSError):
+            if self._terminal:
+                # Return to the start of the line and clear it.
+                self._stream.write(f"\r\x1b[K{line}" + ("\n" if last else ""))
+            else:
+                self._stream.write(f"{line}\n")
+            self._stream.flush()

@@ -79,6 +79,8 @@ def _run(argv: Sequence[str] | None) -> int:
     program = f"dcnv3-tvm {arguments.verb}"
     try:
         result = _execute(verbs[arguments.verb], arguments, program)
+        if result.data is None:
+            return 0 if result.ok else 1
         if arguments.json in (True, _STDOUT):
             write(json.dumps(result.data, indent=2))
         else:

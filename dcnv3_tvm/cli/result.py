@@ -14,7 +14,7 @@ class Result:
     Parameters
     ----------
     data : object
-        JSON values, printed with ``--json``.
+        JSON values, printed with ``--json``; None if the subcommand has printed its results.
     text : str
         Text, printed otherwise.
     ok : bool

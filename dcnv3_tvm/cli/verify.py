@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dcnv3_tvm.cli.arguments import parse_natural, parse_path
 from dcnv3_tvm.cli.model_arguments import add_weights, create
 from dcnv3_tvm.cli.result import Result, table
-from dcnv3_tvm.cli.run import add_device
+from dcnv3_tvm.cli.run import add_device, add_value_range
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
 
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_weights(parser)
     add_device(parser)
+    add_value_range(parser)
     parser.add_argument(
         "--record", action="store_true", help="write the result to the artifact's metadata"
     )
@@ -116,7 +117,7 @@ def _inputs(compiled: CompiledModel, arguments: argparse.Namespace) -> dict[str,
     random = np.random.default_rng(arguments.seed).standard_normal(shape).astype(info.dtype)
     inputs = {f"random {'x'.join(map(str, shape))}": random}
     for path in arguments.image:
-        inputs[path.name] = compiled.preprocess([path] * batch)
+        inputs[path.name] = compiled.preprocess([path] * batch, value_range=arguments.value_range)
     return inputs
 
 

@@ -162,7 +162,7 @@ def _to_bytes(values: np.ndarray, value_range: tuple[float, float] | None, kind:
         raise ImageError(
             "the values of black and white are unknown for this kind of image",
             got=f"{kind}, from {low:g} to {high:g}",
-            hint="Pass value_range=(black, white), for example (0, 1).",
+            hint="Pass value_range=(0, 1), or what black and white are.",
         )
     low, high = value_range
     scaled = (values.astype(np.float64) - low) * (255 / (high - low))
