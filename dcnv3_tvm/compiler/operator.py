@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -19,7 +18,9 @@ from dcnv3_tvm.errors import (
     TargetError,
     raise_if_tvm_is_missing,
 )
+from dcnv3_tvm.forks import fork_safe_lock
 from dcnv3_tvm.runtime import library, tensors
+from dcnv3_tvm.runtime.call_threads import Contexts
 from dcnv3_tvm.runtime.cuda import Gpu, load_runtime
 from dcnv3_tvm.spec import DCNv3Spec
 
@@ -31,7 +32,7 @@ TensorT = TypeVar("TensorT")
 CACHE_SIZE: Final = 256
 """Number of compiled operators in the cache, which evicts the least recently used."""
 
-_COMPILING = threading.Lock()
+_COMPILING = fork_safe_lock()
 
 _NAME: Final = "dcnv3"
 
@@ -106,8 +107,9 @@ class CompiledOperator:
         out = tensors.empty_like(x, [int(size or 0) for size in spec.output_shape])
         device = tensors.device_of(x)
         if device == tensors.CPU:
-            library.use_threads(_threads())
-            self._function(*(tensors.to_kernel(each) for each in (x, offset, mask, out)))
+            function = self._function
+            arguments = [tensors.to_kernel(each) for each in (x, offset, mask, out)]
+            _cpu_calls().run(lambda _: function(*arguments))
         else:
             self._run_on_gpu(device, (x, offset, mask, out))
         return out
@@ -185,8 +187,10 @@ def _gpu_index(device: str, arch: str) -> int:
 
 
 @functools.cache
-def _threads() -> int:
-    return library.default_threads()
+def _cpu_calls() -> Contexts[None]:
+    """As many calls side by side as there are cores for their threads."""
+    threads = library.default_threads()
+    return Contexts([None] * max(1, len(machine.usable_cores()) // threads), threads)
 
 
 def compile_op(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from dcnv3_tvm.errors import (
     TargetError,
     first_line,
 )
+from dcnv3_tvm.forks import fork_safe_lock
 from dcnv3_tvm.runtime import cuda_toolkit, library
 from dcnv3_tvm.runtime.metadata import CUDA_LIBRARY
 from dcnv3_tvm.runtime.tensors import allocate, total_bytes
@@ -34,7 +36,7 @@ _FREE_MEMORY: Final = 15
 
 _OUT_OF_MEMORY: Final = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 _gpus: dict[int, Gpu] = {}
 
 
@@ -58,6 +60,7 @@ class Gpu:
         self.device = ffi.device("cuda", index)
         self._select = ffi.get_global_func("__tvm_set_device")
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._last_stream: int | None = None
 
     @staticmethod
@@ -66,11 +69,28 @@ class Gpu:
         with _lock:
             if index not in _gpus:
                 _gpus[index] = Gpu(index)
+            _gpus[index].check_process()
             return _gpus[index]
+
+    def check_process(self) -> None:
+        """Check that this process is not forked from one that used the GPU: CUDA would fail.
+
+        Raises
+        ------
+        DeviceError
+            If it is.
+        """
+        if os.getpid() != self._process:
+            raise DeviceError(
+                f"the process was forked after the GPU {self.name} was used",
+                hint="CUDA does not work there. Start the process with "
+                'multiprocessing.get_context("spawn"), or load models only in child processes.',
+            )
 
     @contextlib.contextmanager
     def on_stream(self, stream: int) -> Iterator[None]:
         """Run kernels called by this thread on `stream`, a CUDA stream handle."""
+        self.check_process()
         raw_stream = library.tvm_ffi().use_raw_stream
         with self._lock, _torch_device(self.index), raw_stream(self.device, stream):
             # See tvm_workarounds: cuda-current-device.
@@ -85,6 +105,8 @@ class Gpu:
         ------
         InvalidArgumentError
             If PyTorch is capturing the stream into a CUDA graph.
+        DeviceError
+            If the process was forked after the GPU was used.
         """
         with self.on_stream(stream):
             _check_not_capturing()
@@ -114,7 +136,7 @@ class Gpu:
         """
         with self._lock, _torch_device(self.index):
             try:
-                machine = library.open_executable(code, (DEVICE_TYPE, self.index))
+                (machine,) = library.open_executables(code, (DEVICE_TYPE, self.index))
             except ArtifactError as error:
                 gpu_error = self.translate_error(error)
                 if gpu_error is None:

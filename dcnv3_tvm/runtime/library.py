@@ -28,6 +28,7 @@ from dcnv3_tvm.errors import (
     MissingDependencyError,
     first_line,
 )
+from dcnv3_tvm.forks import fork_safe_lock
 from dcnv3_tvm.machine import physical_cores, usable_cores
 from dcnv3_tvm.runtime.metadata import LIBRARY, RUNTIME_LIBRARY
 from dcnv3_tvm.tvm_workarounds.process import set_max_concurrency, without_torch
@@ -42,7 +43,7 @@ _POOLED_ALLOCATOR: Final = 2
 _SHARE_ALL_CORES: Final = -3
 
 _thread_state = threading.local()
-_lock = threading.Lock()
+_lock = fork_safe_lock()
 _loaded_version: str | None = None
 
 
@@ -182,8 +183,8 @@ def open_library(code: bytes) -> Any:
             return ffi.load_module(path)
 
 
-def open_executable(code: bytes, device: tuple[int, int] = CPU) -> Any:
-    """Open a compiled model and return its virtual machine, initialized on a device.
+def open_executables(code: bytes, device: tuple[int, int] = CPU, count: int = 1) -> list[Any]:
+    """Open a compiled model and return virtual machines that run it side by side.
 
     Parameters
     ----------
@@ -191,25 +192,30 @@ def open_executable(code: bytes, device: tuple[int, int] = CPU) -> Any:
         Content of a ``model.so``.
     device : (int, int)
         DLPack's device type and index.
+    count : int
+        Number of virtual machines.
 
     Raises
     ------
     ArtifactError
         If it cannot be loaded.
     """
-    module = open_library(code)
     # The CPU is added for a GPU model, because shapes are computed there.
     devices = [(*place, _POOLED_ALLOCATOR) for place in dict.fromkeys((device, CPU))]
-    with _load_errors():
-        machine = module["vm_load_executable"]()
-        machine["vm_initialization"](*(number for place in devices for number in place))
-    return machine
+    with _lock, _load_errors():  # A fork waits for the lock, and so for locks of TVM.
+        module = open_library(code)
+        machines = [module["vm_load_executable"]() for _ in range(count)]
+        for machine in machines:
+            machine["vm_initialization"](*(number for place in devices for number in place))
+    return machines
 
 
 @contextlib.contextmanager
 def _load_errors() -> Iterator[None]:
     try:
         yield
+    except ArtifactError:
+        raise
     except (AttributeError, OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"{LIBRARY} cannot be loaded",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dcnv3_tvm import checks, files, gpu
-from dcnv3_tvm.errors import ArtifactError, TargetError
+from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
 from dcnv3_tvm.machine import architecture, missing_features
 from dcnv3_tvm.runtime import cuda, library, weights
 from dcnv3_tvm.runtime.metadata import (
@@ -30,6 +30,7 @@ def load(
     verify_digests: bool = True,
     device: str | None = None,
     threads: int | None = None,
+    workers: int = 1,
     owner: object | None = None,
 ) -> CompiledModel:
     """Load a compiled model. Neither PyTorch nor TVM's compiler is needed or imported.
@@ -48,8 +49,11 @@ def load(
         ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:1"``; by default the device the artifact
         was compiled for. Weights are copied to a GPU on loading.
     threads : int, optional
-        CPU threads; by default ``TVM_NUM_THREADS`` or ``OMP_NUM_THREADS`` of the environment, else
-        the number of physical cores this process may use.
+        CPU threads of a call; by default ``TVM_NUM_THREADS`` or ``OMP_NUM_THREADS`` of the
+        environment, else the number of physical cores this process may use, divided by `workers`.
+    workers : int
+        Number of calls from different threads that run side by side. They share the weights; each
+        needs memory for intermediate results. On a GPU it is 1.
     owner : object, optional
         Kept alive as long as the model, for example a temporary folder that holds `path`.
 
@@ -60,7 +64,7 @@ def load(
     Raises
     ------
     InvalidArgumentError
-        If an argument has another type, or `threads` is out of range.
+        If an argument has another type or is out of range.
     ArtifactError
         If the artifact is missing, modified, truncated, or of another schema or TVM version.
     TargetError
@@ -77,11 +81,16 @@ def load(
     """
     if threads is not None:
         threads = checks.integer("threads", threads, low=1, high=library.MAX_THREADS)
+    workers = checks.integer("workers", workers, low=1, high=library.MAX_THREADS)
     verify_digests = checks.boolean("verify_digests", verify_digests)
     folder = checks.path("path", path)
     try:
         metadata = read_metadata(folder, verify_digest=verify_digests)
         index = check_target(metadata.target, device)
+        if index is not None and workers > 1:
+            raise InvalidArgumentError(
+                "a model on a GPU has one worker", got=f"workers={workers}", allowed=1
+            )
         code = (folder / LIBRARY).read_bytes()
         if verify_digests:
             _check_digest(LIBRARY, hashlib.sha256(code).hexdigest(), metadata)
@@ -99,12 +108,17 @@ def load(
         raise _unreadable(folder, error) from error
     _check_weights(tensors, metadata)
     device_gpu = None if index is None else cuda.Gpu.of(index)
+    machines = (
+        library.open_executables(code, count=workers)
+        if device_gpu is None
+        else [device_gpu.open_executable(code)]
+    )
     return CompiledModel(
-        library.open_executable(code) if device_gpu is None else device_gpu.open_executable(code),
+        machines,
         tensors if device_gpu is None else device_gpu.upload_all(tensors),
         metadata,
         folder=folder.absolute(),
-        threads=library.default_threads() if threads is None else threads,
+        threads=max(1, library.default_threads() // workers) if threads is None else threads,
         gpu=device_gpu,
         owner=owner,
     )

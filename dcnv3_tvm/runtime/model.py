@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ import numpy as np
 
 from dcnv3_tvm import checks, files
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
-from dcnv3_tvm.runtime import cuda, image, library, tensors
+from dcnv3_tvm.runtime import cuda, image, tensors
 from dcnv3_tvm.runtime.arguments import Arguments
+from dcnv3_tvm.runtime.execution import CpuExecution, Execution, Functions, GpuExecution
 from dcnv3_tvm.runtime.metadata import (
     CARD,
     LIBRARY,
@@ -30,7 +29,8 @@ from dcnv3_tvm.signature import Entry
 class CompiledModel:
     """A compiled model in memory; made by `dcnv3_tvm.load` and `dcnv3_tvm.compile_model`.
 
-    Concurrent calls run one at a time. Results stay valid after the model is closed.
+    It may be called from several threads: `workers` calls run side by side, others wait. On the CPU
+    it may also be called in a forked child. Results stay valid after the model is closed.
 
     Examples
     --------
@@ -41,7 +41,7 @@ class CompiledModel:
 
     def __init__(
         self,
-        machine: Any,
+        machines: Sequence[Any],
         weights: dict[str, Any],
         metadata: ArtifactMetadata,
         *,
@@ -54,23 +54,18 @@ class CompiledModel:
         """Description of the artifact."""
         self.threads = threads
         """Number of CPU threads of a call."""
+        self.workers = len(machines)
+        """Number of calls that run side by side."""
         self.device = "cpu" if gpu is None else gpu.name
         """Device it runs on, for example ``"cpu"`` or ``"cuda:0"``."""
         self._gpu = gpu
-        self._buffers: list[Any] = []
         self._weight_bytes = tensors.total_bytes(weights.values())
         self._folder = folder
         self._owner = owner
-        self._lock = threading.Lock()
-        self._functions: dict[str, tuple[Any, list[Any]]] = {}
-        for name, entry in metadata.entries.items():
-            try:
-                function = machine[name]
-            except AttributeError as error:
-                raise ArtifactError(
-                    f"{LIBRARY} has no function {name!r}", hint="Compile the model again."
-                ) from error
-            self._functions[name] = (function, [weights[weight] for weight in entry.weights])
+        workers = [_functions(machine, weights, metadata) for machine in machines]
+        self._execution: Execution = (
+            CpuExecution(workers, threads) if gpu is None else GpuExecution(workers[0], gpu)
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the model.
@@ -188,12 +183,8 @@ class CompiledModel:
 
         On a GPU this frees the memory, except that of results still in use.
         """
-        with self._lock:
-            self._functions.clear()
-            self._buffers.clear()
-            self._owner = None
-            if self._gpu is not None:
-                self._gpu.release_unused()
+        self._execution.close()
+        self._owner = None
 
     def __enter__(self) -> CompiledModel:
         return self
@@ -217,16 +208,12 @@ class CompiledModel:
 
     def _run(self, name: str, inputs: Sequence[Any]) -> list[Any]:
         arguments = Arguments(inputs, self._entry(name).inputs, self._gpu)
-        with self._lock, self._stream(arguments):
-            if name not in self._functions:
-                raise InvalidArgumentError("the model is closed", hint="Load it again.")
-            function, weights = self._functions[name]
-            library.use_threads(self.threads)
-            kernel_inputs = arguments.to_kernel(self._buffers)
-            try:
-                result = function(*kernel_inputs, *weights)
-            except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-                raise self._failure(error, name) from error
+        try:
+            result = self._execution.run(name, arguments)
+        except DCNv3Error:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise self._failure(error, name) from error
         outputs = flatten(result)
         if len(outputs) != len(self._entry(name).outputs):
             raise ArtifactError(
@@ -236,12 +223,6 @@ class CompiledModel:
             )
         return [arguments.from_kernel(tensor) for tensor in outputs]
 
-    def _stream(self, arguments: Arguments) -> contextlib.AbstractContextManager[None]:
-        """Run the kernels of this thread on the caller's stream."""
-        if self._gpu is None:
-            return contextlib.nullcontext()
-        return self._gpu.model_call(arguments.stream)
-
     def _failure(self, error: Exception, name: str) -> DCNv3Error:
         if self._gpu is not None:
             activations = self.metadata.activation_bytes.get(name)
@@ -250,6 +231,24 @@ class CompiledModel:
             if gpu_error is not None:
                 return gpu_error
         return InvalidArgumentError("the compiled model rejects the input", got=first_line(error))
+
+
+def _functions(machine: Any, weights: dict[str, Any], metadata: ArtifactMetadata) -> Functions:
+    """Return the functions of a virtual machine, bound to their weights."""
+    functions = {}
+    for name, entry in metadata.entries.items():
+        try:
+            function = machine[name]
+        except AttributeError as error:
+            raise ArtifactError(
+                f"{LIBRARY} has no function {name!r}", hint="Compile the model again."
+            ) from error
+        functions[name] = _bind(function, [weights[weight] for weight in entry.weights])
+    return functions
+
+
+def _bind(function: Any, weights: list[Any]) -> Callable[..., Any]:
+    return lambda *inputs: function(*inputs, *weights)
 
 
 def flatten(result: Any) -> list[Any]:

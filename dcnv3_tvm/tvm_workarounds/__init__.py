@@ -54,6 +54,9 @@ DEFECTS: Final[Mapping[str, str]] = {
     "ffi-torch": "Importing tvm_ffi imports PyTorch wherever it is installed, which takes a second "
     "and 200 MB. PyTorch tensors are accepted without it if PyTorch is imported later.",
     "ffi-json": "TVM 0.27 with apache-tvm-ffi 0.1.15 crashes when it reads or writes JSON.",
+    "thread-pool-fork": "A forked child inherits the thread pool of the thread that forked, but "
+    "no threads: calls wait for them for ever; the exit does too, or aborts, and so does resetting "
+    "the pool. Mutexes that other threads held in TVM stay locked.",
     "thread-pool-size": "The maximum size of a thread pool is fixed when it is created, from the "
     "environment; no packed function sets it, only the C++ function SetMaxConcurrency.",
     "thread-pool-default": "The default number of threads is half of the logical cores, also on "

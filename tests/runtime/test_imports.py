@@ -104,6 +104,24 @@ def test_threads_of_the_environment(files):
     assert found.strip() == "1"
 
 
+FORK_AND_EXIT = """
+    import os, time
+    time.sleep(0.3)  # TVM's threads stop spinning, and sleep.
+    child = os.fork()
+    assert np.array_equal(model(image), expected)
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+CALLS_OF_A_DAEMON = """
+    import itertools, threading
+    threading.Thread(target=lambda: [model(image) for _ in itertools.count()], daemon=True).start()
+"""
+
+
+def test_exit_of_a_forked_child_and_during_calls(files):
+    assert run(LOAD, FORK_AND_EXIT, CALLS_OF_A_DAEMON, arguments=files).strip() == "0"
+
+
 def test_missing_pillow(files):
     code = """
     import sys

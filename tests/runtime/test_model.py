@@ -1,5 +1,6 @@
 """Calls of a loaded model: inputs, outputs and errors."""
 
+import concurrent.futures
 import gc
 import os
 import threading
@@ -10,6 +11,7 @@ import torch
 
 from dcnv3_tvm import runtime
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.runtime import library
 from dcnv3_tvm.runtime.tensors import ALIGNMENT, aligned_bytes, aligned_copy
 
 TASKS = "/proc/self/task"
@@ -124,7 +126,10 @@ def test_closed_model_raises(model, image):
         model(image)
 
 
-def test_concurrent_calls(model, toy):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_concurrent_calls(artifact_path, toy, workers):
+    model = runtime.load(artifact_path, threads=1, workers=workers)
+    assert model.workers == workers
     images = np.random.default_rng(2).standard_normal((8, 1, 3, 8, 8)).astype(np.float32)
     failures = []
 
@@ -138,6 +143,46 @@ def test_concurrent_calls(model, toy):
     for worker in workers:
         worker.join()
     assert not failures
+
+
+def test_workers_run_side_by_side(artifact_path, image, monkeypatch):
+    together = threading.Barrier(2)
+    monkeypatch.setattr(library, "use_threads", lambda _: together.wait(timeout=60))
+    model = runtime.load(artifact_path, workers=2)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        assert len(list(pool.map(model, [image] * 4))) == 4  # Each passes the barrier with another.
+
+
+def test_one_worker_serves_in_order_of_arrival(artifact_path, image, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(library, "use_threads", lambda _: started.set() or go_on.wait())
+    model = runtime.load(artifact_path)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        calls = [pool.submit(model, image)]
+        started.wait()
+        calls += [pool.submit(model, image) for _ in range(3)]
+        go_on.set()
+        assert len([call.result() for call in calls]) == 4
+
+
+def test_close_during_a_call(artifact_path, image, toy, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    monkeypatch.setattr(library, "use_threads", lambda _: started.set() or go_on.wait())
+    model = runtime.load(artifact_path)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = pool.submit(model, image)
+        started.wait()
+        waiting = pool.submit(model, image)
+        model.close()
+        go_on.set()
+        np.testing.assert_array_equal(running.result(), toy.main(image))
+        with pytest.raises(InvalidArgumentError, match="closed"):
+            waiting.result()
+
+
+def test_default_threads_are_divided_among_workers(artifact_path, monkeypatch):
+    monkeypatch.setenv("TVM_NUM_THREADS", "4")
+    assert [runtime.load(artifact_path, workers=n).threads for n in (1, 2, 3, 8)] == [4, 2, 1, 1]
 
 
 def test_dynamic_batch(make_toy, tmp_path):

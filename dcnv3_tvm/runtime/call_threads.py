@@ -1,0 +1,232 @@
+"""Threads that run compiled code on the CPU for the callers, so that the process may fork.
+
+TVM gives every thread that calls compiled code a thread pool. In a forked child its threads are
+missing: calls never return, nor does the exit (tvm_workarounds: thread-pool-fork). Therefore a
+caller hands its call over to a thread of this module, and a child starts new ones. A fork waits for
+running calls, because they hold locks of TVM.
+"""
+
+from __future__ import annotations
+
+import atexit
+import collections
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Generic, TypeVar
+
+from dcnv3_tvm.errors import DeviceError, InvalidArgumentError
+from dcnv3_tvm.runtime import library
+
+ContextT = TypeVar("ContextT")
+ResultT = TypeVar("ResultT")
+
+
+class Contexts(Generic[ContextT]):
+    """What a call needs for itself: as many calls run side by side, others wait in order.
+
+    Parameters
+    ----------
+    contexts : sequence
+        Passed to the called functions.
+    threads : int
+        CPU threads of a call.
+    """
+
+    def __init__(self, contexts: Sequence[ContextT], threads: int) -> None:
+        self.threads = threads
+        # Only `_Calls` uses these, with its lock held.
+        self.free = list(contexts)
+        self.waiting: collections.deque[_Call] = collections.deque()
+        self.closed = False
+        _calls.register(self)
+
+    def run(self, function: Callable[[ContextT], ResultT]) -> ResultT:
+        """Call a function with a context, in a thread of this module.
+
+        Ctrl-C interrupts the wait for the result; the function still runs to its end.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If `close` was called.
+        DeviceError
+            If the system starts no more threads.
+        """
+        call = _Call(function)
+        _calls.submit(self, call)
+        value, error = call.reply.get()
+        if error is None:
+            result: ResultT = value
+            return result
+        try:
+            raise error
+        finally:
+            del error  # Its traceback refers to this frame.
+
+    def close(self) -> None:
+        """Drop each context as soon as it is free; waiting and later calls raise an error."""
+        _calls.close(self)
+
+
+class _Call:
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+        self.caller = threading.get_ident()
+        # An attribute of the module, because gevent replaces it together with Thread.
+        self.reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run(self, context: Any, threads: int) -> tuple[Any, BaseException | None]:
+        try:
+            library.use_threads(threads)
+            return self.function(context), None
+        except BaseException as error:  # Whatever it is, it belongs to the caller.
+            return None, error
+
+
+class _CallThread:
+    """A thread that has a thread pool of TVM.
+
+    Parameters
+    ----------
+    threads : int
+        Largest number of threads of a call, unless the default is larger.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.capacity = max(threads, library.default_threads())
+        self._work: queue.SimpleQueue[tuple[Contexts[Any], Any, _Call]] = queue.SimpleQueue()
+        threading.Thread(target=self._loop, name="dcnv3-tvm", daemon=True).start()
+
+    def start(self, contexts: Contexts[Any], context: Any, call: _Call) -> None:
+        self._work.put((contexts, context, call))
+
+    def _loop(self) -> None:
+        while True:
+            contexts, context, call = self._work.get()
+            outcome = call.run(context, contexts.threads)
+            _calls.finish(self, contexts, context, call, outcome)
+            del contexts, context, call, outcome  # Else they would live until the next call.
+
+
+class _Calls:
+    """The calls of the whole process. Its lock is not held while compiled code runs."""
+
+    def __init__(self) -> None:
+        self._all: weakref.WeakSet[Contexts[Any]] = weakref.WeakSet()
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        # Reentrant, because a signal handler may fork or call a model.
+        self._state = threading.Condition(threading.RLock())
+        self._idle: list[_CallThread] = []
+        self._running: set[_Call] = set()
+        self._forks = 0
+        self._exiting = False
+
+    def register(self, contexts: Contexts[Any]) -> None:
+        with self._state:
+            self._all.add(contexts)
+
+    def submit(self, contexts: Contexts[Any], call: _Call) -> None:
+        with self._state:
+            if contexts.closed:
+                raise closed_error()
+            if self._exiting and threading.current_thread() is not threading.main_thread():
+                return  # Never answered: the caller is a daemon thread of a process that exits.
+            contexts.waiting.append(call)
+            self._start(contexts)
+
+    def finish(
+        self,
+        thread: _CallThread,
+        contexts: Contexts[Any],
+        context: Any,
+        call: _Call,
+        outcome: tuple[Any, BaseException | None],
+    ) -> None:
+        with self._state:
+            self._running.remove(call)
+            self._idle.append(thread)
+            if not contexts.closed:
+                contexts.free.append(context)
+            call.reply.put(outcome)
+            self._start(contexts)
+            self._state.notify_all()
+
+    def close(self, contexts: Contexts[Any]) -> None:
+        with self._state:
+            contexts.closed = True
+            contexts.free.clear()
+            while contexts.waiting:
+                contexts.waiting.popleft().reply.put((None, closed_error()))
+
+    def _start(self, contexts: Contexts[Any]) -> None:
+        """Start waiting calls for which a context is free."""
+        while contexts.waiting and contexts.free and not self._forks:
+            call = contexts.waiting.popleft()
+            try:
+                thread = self._take_thread(contexts.threads)
+            except RuntimeError as error:
+                call.reply.put((None, _thread_error(error)))
+                continue
+            self._running.add(call)
+            thread.start(contexts, contexts.free.pop(), call)
+
+    def _take_thread(self, threads: int) -> _CallThread:
+        """Return the last used thread that suffices: fewer threads of TVM spin on the cores."""
+        for index in reversed(range(len(self._idle))):
+            if self._idle[index].capacity >= threads:
+                return self._idle.pop(index)
+        return _CallThread(threads)
+
+    def before_exit(self) -> None:
+        """Wait for running calls, and let daemon threads start no more."""
+        with self._state:
+            self._exiting = True
+            self._state.wait_for(lambda: not self._running)
+
+    def before_fork(self) -> None:
+        self._state.acquire()
+        self._forks += 1
+        self._state.wait_for(lambda: not self._running)
+
+    def after_fork_in_parent(self) -> None:
+        self._forks -= 1
+        for contexts in self._all:
+            self._start(contexts)
+        self._state.release()
+
+    def after_fork_in_child(self) -> None:
+        self._start_empty()
+        for contexts in self._all:
+            # The other callers do not exist in the child.
+            own = [call for call in contexts.waiting if call.caller == threading.get_ident()]
+            contexts.waiting = collections.deque(own)
+            self._start(contexts)
+
+
+def closed_error() -> InvalidArgumentError:
+    """Return the error of a call of a closed model."""
+    return InvalidArgumentError("the model is closed", hint="Load it again.")
+
+
+def _thread_error(error: RuntimeError) -> DeviceError:
+    return DeviceError(
+        "the system starts no more threads",
+        got=error,
+        hint="Raise the limit of processes (ulimit -u, or the container's), or use fewer threads.",
+    )
+
+
+_calls: Final = _Calls()
+# The process would abort if it exited during a call, of a daemon thread or interrupted by Ctrl-C.
+atexit.register(_calls.before_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_calls.before_fork,
+        after_in_parent=_calls.after_fork_in_parent,
+        after_in_child=_calls.after_fork_in_child,
+    )
