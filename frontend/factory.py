@@ -10,9 +10,10 @@ from typing import Final, Literal
 import torch
 
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.frontend.checkpoints.containers import CheckpointTensors
 from dcnv3_tvm.frontend.checkpoints.layouts import has_layer_scale
 from dcnv3_tvm.frontend.checkpoints.load import load_tensors
-from dcnv3_tvm.frontend.checkpoints.read import CheckpointTensors, read_tensors
+from dcnv3_tvm.frontend.checkpoints.read import read_tensors
 from dcnv3_tvm.frontend.models.config import InternImageConfig
 from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.frontend.models.variants import model_config

@@ -10,12 +10,9 @@ from typing import Final, NamedTuple
 from torch import Tensor
 
 from dcnv3_tvm.errors import CheckpointError
-from dcnv3_tvm.frontend.checkpoints.read import CheckpointTensors
+from dcnv3_tvm.frontend.checkpoints.containers import ANCHOR, CheckpointTensors
 from dcnv3_tvm.frontend.checkpoints.report import shortened
 from dcnv3_tvm.frontend.models.variants import VARIANTS
-
-_ANCHOR: Final = "patch_embed.conv1.weight"
-"""A key of every InternImage; what precedes it is the prefix of all its keys."""
 
 _USUAL_PREFIXES: Final = ("module.", "model.", "backbone.")
 
@@ -46,7 +43,7 @@ def find_internimage(content: CheckpointTensors, path: str | Path) -> InternImag
     CheckpointError
         If there is none, or more than one.
     """
-    prefixes = [key.removesuffix(_ANCHOR) for key in content.tensors if key.endswith(_ANCHOR)]
+    prefixes = [key.removesuffix(ANCHOR) for key in content.tensors if key.endswith(ANCHOR)]
     prefixes = [prefix for prefix in prefixes if not prefix or prefix.endswith(".")]
     usual = "|".join(re.escape(prefix) for prefix in _USUAL_PREFIXES)
     preferred = [prefix for prefix in prefixes if re.fullmatch(f"(?:{usual})*", prefix)]
@@ -54,7 +51,7 @@ def find_internimage(content: CheckpointTensors, path: str | Path) -> InternImag
         prefixes = preferred
     if not prefixes:
         raise CheckpointError(
-            f"{path} contains no InternImage: no key ends with {_ANCHOR}",
+            f"{path} contains no InternImage: no key ends with {ANCHOR}",
             got=f"keys {shortened(content.tensors)}",
         )
     if len(prefixes) > 1:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dcnv3_tvm.errors import CheckpointError
+from dcnv3_tvm.frontend.checkpoints.containers import CheckpointTensors
 from dcnv3_tvm.frontend.checkpoints.layouts import find_internimage, matching_variants
-from dcnv3_tvm.frontend.checkpoints.read import CheckpointTensors, read_tensors
+from dcnv3_tvm.frontend.checkpoints.read import read_tensors
 from dcnv3_tvm.frontend.checkpoints.report import LoadReport, shortened
 from dcnv3_tvm.frontend.models.config import InternImageConfig
 from dcnv3_tvm.frontend.models.internimage import InternImage
@@ -50,7 +51,8 @@ def load_checkpoint(
     strict : bool
         Raise an error unless the weights fit exactly. Otherwise load what fits; see the report.
     use_ema : bool
-        Load the averaged weights (EMA) of a training checkpoint.
+        Load the averaged weights (EMA) of a training checkpoint. A checkpoint of mmengine has them
+        where the others usually are, so they are loaded in any case.
     ignore_objects : bool
         Skip the Python objects of a training checkpoint; runs no code from the file.
     allow_pickle : bool
@@ -64,8 +66,8 @@ def load_checkpoint(
     Raises
     ------
     CheckpointError
-        If the file cannot be read, contains no InternImage, or does not fit. The model is then
-        unchanged.
+        If the file cannot be read, contains no InternImage or several, has NaN, infinite or complex
+        weights, or does not fit. The model is then unchanged.
     """
     content = read_tensors(
         path, use_ema=use_ema, ignore_objects=ignore_objects, allow_pickle=allow_pickle
@@ -82,7 +84,7 @@ def load_tensors(
     skipped = [*other_keys, *(key for key in tensors if _is_unused_head(key, model.config))]
     candidates = {key: value for key, value in tensors.items() if key not in set(skipped)}
     fitting = {
-        key: value.to(own[key].dtype)
+        key: _converted(key, value, own[key].dtype, path)
         for key, value in candidates.items()
         if key in own and own[key].shape == value.shape
     }
@@ -114,6 +116,30 @@ def load_tensors(
     return report
 
 
+def _converted(key: str, value: Tensor, dtype: torch.dtype, path: str | Path) -> Tensor:
+    """Convert a weight to the model's dtype, and check that its values can be weights."""
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        kind = "without data" if value.is_meta else "sparse or quantised"
+        raise _unusable(key, path, f"a tensor that is {kind}")
+    if not dtype.is_floating_point:
+        return value.to(dtype)
+    if not value.dtype.is_floating_point:
+        raise _unusable(key, path, f"values of {value.dtype}")
+    value = value.to(dtype)
+    if value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
+        raise _unusable(key, path, "NaN or infinite values")
+    return value
+
+
+def _unusable(key: str, path: str | Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{key} in {path} cannot be used as a weight",
+        got=found,
+        allowed="finite real floating-point values",
+        hint="Check how the checkpoint was made: its training may have diverged.",
+    )
+
+
 def _is_unused_head(key: str, config: InternImageConfig) -> bool:
     if config.features_only:
         return key.startswith(_HEAD_PREFIXES)
@@ -127,7 +153,7 @@ def _mismatch(
     variants = matching_variants(tensors)
     classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else None
     if variants and config.variant not in variants:
-        hint = f"The weights look like {' or '.join(variants)}: use create_model({variants[0]!r})."
+        hint = f"The weights look like {' or '.join(variants)}: choose that model."
     elif classes is not None and classes != config.num_classes and not config.features_only:
         return CheckpointError(
             f"{report.path} has {classes} classes, the model has {config.num_classes}",

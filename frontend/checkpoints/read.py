@@ -7,7 +7,6 @@ plain values and rejects everything else.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dcnv3_tvm.errors import CheckpointError
-from dcnv3_tvm.frontend.checkpoints.report import shortened
+from dcnv3_tvm.frontend.checkpoints.containers import CheckpointTensors, select_container
 from dcnv3_tvm.frontend.checkpoints.restricted_pickle import is_malicious, make_pickle_module
 
 FOLDER_FILES: Final = (
@@ -28,11 +27,7 @@ FOLDER_FILES: Final = (
 )
 """Files looked for in a folder, in this order."""
 
-CONTAINER_NAMES: Final = ("model", "module", "state_dict")
-"""Keys under which trainers store the weights, in order of preference."""
-
-EMA_NAMES: Final = ("model_ema", "ema", "state_dict_ema")
-"""Keys under which trainers store weights averaged over training steps."""
+_INDEX: Final = ".index.json"
 
 _OTHER_FORMATS: Final = (
     (b"\x89PNG", "a PNG image"),
@@ -47,25 +42,6 @@ _OTHER_FORMATS: Final = (
 
 _LEGACY_TORCH_MAGIC: Final = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 """The pickled magic number at the start of files from before PyTorch 1.6."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointTensors:
-    """The tensors of a checkpoint, under the keys of the file.
-
-    Parameters
-    ----------
-    tensors : dict of str to Tensor
-        On the CPU.
-    container : str
-        Where in the file they were, for example ``"'model'"``; empty for the top level.
-    ignored : tuple of str
-        Other entries of the file, and classes replaced by placeholders.
-    """
-
-    tensors: dict[str, Tensor]
-    container: str = ""
-    ignored: tuple[str, ...] = ()
 
 
 def read_tensors(
@@ -98,7 +74,7 @@ def read_tensors(
     file = _find_file(Path(path))
     start = _first_bytes(file)
     ignored: list[str] = []
-    if file.name.endswith(".index.json"):
+    if file.name.endswith(_INDEX):
         data: Any = _read_shards(file, ignore_objects, allow_pickle)
     elif _is_safetensors(start):
         data = _read_safetensors(file)
@@ -111,7 +87,7 @@ def read_tensors(
             got=found or f"a file that begins with {start[:8]!r}",
             allowed="safetensors, or a file written by torch.save",
         )
-    return _select_container(file, data, use_ema, ignored)
+    return select_container(file, data, use_ema=use_ema, ignored=tuple(ignored))
 
 
 def _find_file(path: Path) -> Path:
@@ -185,7 +161,7 @@ def _torch_load(file: Path, **options: Any) -> Any:
         raise CheckpointError(
             f"{file} contains objects of a package that is not installed",
             got=str(error),
-            hint="Use ignore_objects=True instead of allow_pickle=True: it imports no package.",
+            hint="Use ignore_objects=True, which imports no package.",
         ) from error
     except Exception as error:  # PyTorch raises about a dozen types for damaged files.
         if options["weights_only"] and "nsupported" in str(error):
@@ -216,60 +192,34 @@ def _contains_objects(file: Path, names: list[str]) -> CheckpointError:
         got=", ".join(names) or None,
         allowed=allowed,
         hint="Use ignore_objects=True to skip the objects and read the weights (runs no code), or "
-        "allow_pickle=True if you trust the source of the file.",
+        "in Python allow_pickle=True if you trust the source of the file.",
     )
 
 
 def _read_shards(index: Path, ignore_objects: bool, allow_pickle: bool) -> dict[str, Tensor]:
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({str(name) for name in files.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted(set(names))
+        valid = all(isinstance(name, str) for name in shards)
+    except OSError as error:
+        raise CheckpointError(f"{index} cannot be read", got=error.strerror) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
         raise CheckpointError(
             f"{index} is not an index of a sharded checkpoint", allowed='JSON with a "weight_map"'
-        ) from error
+        )
     tensors: dict[str, Tensor] = {}
     for name in shards:
-        if Path(name).name != name:
+        # A shard that is an index, or its folder, might be read for ever.
+        if not name or Path(name).name != name or name == ".." or name.endswith(_INDEX):
             raise CheckpointError(
-                f"{index} names a shard outside its folder", got=name, allowed="plain file names"
+                f"{index} names a shard outside its folder, or an index",
+                got=repr(name),
+                allowed="plain file names",
             )
         shard = read_tensors(
             index.parent / name, ignore_objects=ignore_objects, allow_pickle=allow_pickle
         )
         tensors.update(shard.tensors)
     return tensors
-
-
-def _select_container(
-    file: Path, data: Any, use_ema: bool, ignored: list[str]
-) -> CheckpointTensors:
-    """Find the state dict in the content of a file."""
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            f"{file} contains no named weights",
-            got=f"an object of type {type(data).__name__}",
-            allowed="a dictionary of tensors, at the top level or under "
-            + ", ".join(repr(name) for name in CONTAINER_NAMES),
-        )
-    ema = [name for name in EMA_NAMES if isinstance(data.get(name), dict)]
-    if use_ema and not ema:
-        raise CheckpointError(
-            f"{file} contains no averaged weights",
-            got=shortened(map(repr, data)),
-            allowed=", ".join(EMA_NAMES),
-            hint="Use use_ema=False.",
-        )
-    candidates = ema if use_ema else [*CONTAINER_NAMES, *ema]
-    container = next((name for name in candidates if isinstance(data.get(name), dict)), None)
-    if container is not None:
-        ignored = [*(str(name) for name in data if name != container), *ignored]
-    state = data if container is None else data[container]
-    tensors = {
-        name: value
-        for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise CheckpointError(f"{file} contains no named tensors", got=shortened(map(repr, state)))
-    return CheckpointTensors(tensors, "" if container is None else repr(container), tuple(ignored))

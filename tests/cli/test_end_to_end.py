@@ -55,7 +55,7 @@ def test_compile_output(compilation):
 
 
 def test_verify(cli, classifier, photo):
-    found = cli("verify", classifier, photo, "--random-weights", 3, "--json")
+    found = cli("verify", classifier, "--random-weights", 3, photo, "--json")
     assert found.code == 0
     assert found.data["ok"]
     assert {row["input"] for row in found.data["outputs"]} == {"random 1x3x32x32", "china.jpg"}
@@ -65,7 +65,10 @@ def test_verify(cli, classifier, photo):
 
 def test_verify_record(cli, classifier, tmp_path):
     folder = shutil.copytree(classifier, tmp_path / "copy")
-    assert "verify --record" in cli("info", folder).out
+    described = cli("info", folder).out
+    assert "verify --record" in described
+    assert "random weights (seed 3)" in described
+    assert "random weights (seed 3)" in (folder / "README.md").read_text()
     assert cli("verify", folder, "--random-weights", 3, "--record").code == 0
     metadata = runtime.load(folder).metadata
     assert metadata.verification["ok"]

@@ -30,6 +30,10 @@ LAYOUTS = {
     "deepspeed": lambda state: {"module": state, "dp_world_size": 8},
     "deepspeed-ddp": lambda state: {"module": with_prefix("module.", state)},
     "hugging-face-bin": lambda state: with_prefix("model.", with_hugging_face_names(state)),
+    **{
+        name: lambda state, name=name: {name: state, "loss": 0.1, "history": {"x": torch.ones(2)}}
+        for name in ("model_state_dict", "net", "params", "weights", "encoder_of_my_own")
+    },
     "only averaged": lambda state: {"model_ema": state},
     "nested prefixes": lambda state: {"state_dict": with_prefix("module.backbone.", state)},
 }
@@ -184,6 +188,34 @@ def test_weights_of_another_variant_are_recognised(tmp_path):
     path = saved(tmp_path / "s.pth", {"model": tiny})
     with pytest.raises(CheckpointError, match="look like internimage_s"):
         frontend.create_model("internimage_t", checkpoint=path, layer_scale=None)
+
+
+@pytest.mark.parametrize("names", [("student", "teacher"), ("model", "state_dict")])
+def test_several_containers_are_listed(tmp_path, names):
+    path = saved(tmp_path / "two.pth", {name: random_state() for name in names})
+    with pytest.raises(CheckpointError, match=f"under '{names[0]}', '{names[1]}'"):
+        frontend.create_model(NAME, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.to(torch.complex64), "complex64"),
+        (lambda value: value.to(torch.int8), "int8"),
+        (lambda value: value.to_sparse(), "sparse"),
+        (lambda value: value.to("meta"), "without data"),
+        (lambda value: value.fill_(torch.nan), "NaN or infinite"),
+        (lambda value: torch.full_like(value, 1e300, dtype=torch.float64), "NaN or infinite"),
+    ],
+)
+def test_values_that_are_no_weights(tmp_path, change, message):
+    state = random_state()
+    key = "levels.0.blocks.0.dcn.offset.bias"
+    state[key] = change(state[key].clone())
+    path = saved(tmp_path / "bad.pth", state)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        frontend.create_model(NAME, checkpoint=path)
+    assert key in str(caught.value)
 
 
 def test_two_models_in_one_file_need_a_usual_prefix(tmp_path):

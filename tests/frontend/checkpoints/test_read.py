@@ -43,10 +43,21 @@ def test_averaged_weights_are_read_on_request(tmp_path):
     )
     assert_holds(frontend.create_model(NAME, checkpoint=path), plain)
     assert_holds(frontend.create_model(NAME, checkpoint=path, use_ema=True), averaged)
+    path = saved(tmp_path / "params.pth", {"params": plain, "params_ema": averaged})
+    assert_holds(frontend.create_model(NAME, checkpoint=path, use_ema=True), averaged)
     with pytest.raises(CheckpointError, match="no averaged weights"):
         frontend.create_model(
             NAME, checkpoint=saved(tmp_path / "p.pth", {"model": plain}), use_ema=True
         )
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_mmengine_stores_averaged_weights_as_the_usual_ones(tmp_path, use_ema):
+    plain, averaged = random_state(seed=1), random_state(seed=2)
+    raw = {"steps": torch.tensor(7), **with_prefix("module.backbone.", plain)}
+    data = {"state_dict": with_prefix("backbone.", averaged), "ema_state_dict": raw}
+    path = saved(tmp_path / "epoch_12.pth", data)
+    assert_holds(frontend.create_model(NAME, checkpoint=path, use_ema=use_ema), averaged)
 
 
 def test_folder_prefers_safetensors(tmp_path):
@@ -77,9 +88,14 @@ def test_sharded_folder(tmp_path):
     index_file.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     with pytest.raises(CheckpointError, match="outside its folder"):
         frontend.create_model(NAME, checkpoint=tmp_path)
-    index_file.write_text("[1, 2]")
-    with pytest.raises(CheckpointError, match="not an index"):
-        frontend.create_model(NAME, checkpoint=tmp_path)
+    for name in ("", ".", "..", "model.safetensors.index.json"):
+        index_file.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            frontend.create_model(NAME, checkpoint=tmp_path)
+    for text in ("[1, 2]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": [1]}}', "[" * 200000):
+        index_file.write_text(text)
+        with pytest.raises(CheckpointError, match="not an index"):
+            frontend.create_model(NAME, checkpoint=tmp_path)
 
 
 def training_checkpoint(path, state):
