@@ -9,12 +9,38 @@ import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from dcnv3_tvm.errors import DCNv3Error
+
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+
+
+def temporary_folder(purpose: str = "") -> tempfile.TemporaryDirectory[str]:
+    """Create a folder that is removed with the returned object, or at the end of a ``with`` block.
+
+    Parameters
+    ----------
+    purpose : str
+        A part of its name.
+
+    Raises
+    ------
+    DCNv3Error
+        If no folder can be created.
+    """
+    try:
+        return tempfile.TemporaryDirectory(prefix=f"dcnv3-tvm-{purpose}")
+    except OSError as error:
+        raise DCNv3Error(
+            "no temporary folder can be created",
+            got=error,
+            hint="Set TMPDIR to a folder that is writable and has free space.",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -13,7 +12,7 @@ from typing import Any, Final
 import tvm
 from tvm import relax
 
-from dcnv3_tvm import machine, targets
+from dcnv3_tvm import files, machine, targets
 from dcnv3_tvm.compiler import artifact, pipeline
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
@@ -82,7 +81,7 @@ def compile_model(
     """
     # Loading checks the target as well, but after minutes of compilation.
     check_target(target_info(targets.resolve_target(target)))
-    folder = tempfile.TemporaryDirectory(prefix="dcnv3-tvm-")
+    folder = files.temporary_folder()
     destination = Path(folder.name) / "artifact"
     compile_artifact(
         imported,
@@ -156,7 +155,7 @@ def compile_artifact(
         records_from={} if records is None else dataclasses.asdict(records.about),
         activation_bytes=activation_bytes,
     )
-    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-build-") as folder:
+    with files.temporary_folder("build-") as folder:
         library = Path(folder) / "model.so"
         static = activation_bytes.keys() == program.entries.keys()
         build_library(planned, resolved, library, cuda_graph=cuda_graph and static)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from dcnv3_tvm import gpu, machine, targets
+from dcnv3_tvm import files, gpu, machine, targets
 from dcnv3_tvm.compiler.argument_checks import check_shapes, check_tensors
 from dcnv3_tvm.errors import (
     CompileError,
@@ -284,7 +283,7 @@ def _compile(spec: DCNv3Spec, target_text: str, database: str) -> CompiledOperat
 def _compile_for_gpu(function: Any, target: Target) -> DeviceLibrary:
     from dcnv3_tvm.compiler.kernel_library import export_kernel
 
-    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-op-") as folder:
+    with files.temporary_folder("op-") as folder:
         path = Path(folder) / "op.so"
         export_kernel(function, target, path, name=_NAME)
         return DeviceLibrary(path.read_bytes())

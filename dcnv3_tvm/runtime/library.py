@@ -11,9 +11,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +28,7 @@ from dcnv3_tvm.errors import (
 )
 from dcnv3_tvm.forks import fork_safe_lock
 from dcnv3_tvm.machine import physical_cores, usable_cores
+from dcnv3_tvm.runtime import copied_library
 from dcnv3_tvm.runtime.metadata import LIBRARY, RUNTIME_LIBRARY
 from dcnv3_tvm.tvm_workarounds.process import set_max_concurrency, without_torch
 
@@ -150,13 +149,22 @@ def load_global(path: Path) -> None:
         If it cannot be loaded.
     """
     try:
-        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+        try:
+            ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            if not copied_library.is_denied(error):
+                raise
+            copied_library.load(path.read_bytes(), _load_global)
     except OSError as error:
         raise ArtifactError(
             f"TVM's runtime library {path.name} cannot be loaded",
             got=error,
             hint="It is built for Linux and the processor architecture of the artifact.",
         ) from error
+
+
+def _load_global(path: str) -> None:
+    ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
 
 
 def open_library(code: bytes) -> Any:
@@ -176,11 +184,12 @@ def open_library(code: bytes) -> Any:
         If it cannot be loaded.
     """
     ffi = tvm_ffi()
-    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-") as folder:
-        path = os.path.join(folder, LIBRARY)
-        Path(path).write_bytes(code)
-        with _load_errors():
-            return ffi.load_module(path)
+    # `tvm_ffi.load_module` would find the loader by the extension of the path.
+    load = ffi.get_global_func("ffi.Module.load_from_file.so")
+    with _load_errors():
+        module = copied_library.load(code, lambda path: load(path, "so"))
+    ffi.get_global_func("ffi.ModuleGlobalsAdd")(module)  # Results may outlive the model.
+    return module
 
 
 def open_executables(code: bytes, device: tuple[int, int] = CPU, count: int = 1) -> list[Any]:

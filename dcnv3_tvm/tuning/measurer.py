@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from tvm.target import Target
 
+from dcnv3_tvm import files
 from dcnv3_tvm.tuning.builder import build_candidate
 from dcnv3_tvm.tuning.device_pool import DevicePool
 from dcnv3_tvm.tuning.process_pool import Job, JobResult, ProcessPool
@@ -55,7 +55,7 @@ class Measurer:
         self._batches = 0
         self._builders = ProcessPool(builders, fresh=False)
         self._runners = ProcessPool(devices.size, fresh=devices.fresh_processes)
-        self._folder = tempfile.TemporaryDirectory(prefix="dcnv3-tvm-tune-")
+        self._folder = files.temporary_folder("tune-")
 
     def __enter__(self) -> Measurer:
         return self

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +12,7 @@ import numpy as np
 import tvm
 from tvm import tirx
 
-from dcnv3_tvm import targets
+from dcnv3_tvm import files, targets
 from dcnv3_tvm.compiler.kernel_library import ENTRY, export_kernel
 from dcnv3_tvm.compiler.kernel_listing import KernelArgument
 from dcnv3_tvm.dtypes import numpy_dtype
@@ -126,7 +125,7 @@ class KernelRunner:
         nan_output = np.full(shape, np.nan, numpy_dtype(dtype))
         module, device = self._load(path, timeout)
         result = _call(module, device, inputs, nan_output)
-        with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-reference-") as folder:
+        with files.temporary_folder("reference-") as folder:
             reference_path = Path(folder) / "reference.so"
             export_kernel(function, targets.resolve_target("auto"), reference_path)
             module = tvm.runtime.load_module(str(reference_path))

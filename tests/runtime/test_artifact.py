@@ -15,7 +15,7 @@ import pytest
 from dcnv3_tvm import files, machine, runtime
 from dcnv3_tvm.compiler import artifact
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
-from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo, library
+from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo, copied_library, library
 from dcnv3_tvm.runtime import weights as weights_file
 
 FILES = {"model.so", "weights.safetensors", "metadata.json", "README.md", "libtvm_runtime.so"}
@@ -435,6 +435,30 @@ def test_invalid_library(toy, tmp_path):
     path = dataclasses.replace(toy, code=b"\x7fELF invalid").write(tmp_path / "x")
     with pytest.raises(ArtifactError, match=r"model\.so cannot be loaded"):
         runtime.load(path)
+
+
+def test_load_without_a_temporary_folder(artifact_path, toy, image, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    models = [runtime.load(artifact_path) for _ in range(3)]
+    for model in models:
+        np.testing.assert_array_equal(model(image), toy.main(image))
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(ArtifactError, match=r"neither from memory.*'/nonexistent.*Set TMPDIR"):
+        runtime.load(artifact_path)
+    monkeypatch.undo()
+
+
+def test_load_with_a_temporary_folder_only(artifact_path, toy, image, monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    np.testing.assert_array_equal(runtime.load(artifact_path)(image), toy.main(image))
+
+
+def test_temporary_folder_that_may_not_hold_code():
+    def deny(path):
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    with pytest.raises(ArtifactError, match=r"failed to map segment.*Set TMPDIR.*noexec"):
+        copied_library.load(b"code", deny)
 
 
 def test_tvm_library_path(tmp_path, monkeypatch):

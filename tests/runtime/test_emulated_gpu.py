@@ -103,6 +103,12 @@ def test_weights_are_copied_once_and_the_code_is_a_cubin(run):
     assert log_of("copy h2d", "load") == ["copy h2d 768 stream=0", "load cubin"] + [
         "copy h2d 768 stream=0"
     ]
+    import os
+    child = os.fork()
+    if not child:
+        errors_of_child = [error_of(lambda: model(image)), error_of(lambda: runtime.load(path))]
+        os._exit(0 if all("forked after the GPU" in str(e) for e in errors_of_child) else 1)
+    assert os.waitpid(child, 0)[1] == 0
     """)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from dcnv3_tvm import files
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.runtime import cuda_toolkit
 
@@ -46,7 +46,7 @@ def compile_cubin(source: str, arch: str) -> bytes:
     """
     nvcc = cuda_toolkit.find_nvcc()
     if nvcc is not None:
-        with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-cuda-") as folder:
+        with files.temporary_folder("cuda-") as folder:
             run_nvcc(nvcc, source, arch, Path(folder))
             return (Path(folder) / "kernels.cubin").read_bytes()
     nvrtc, headers = cuda_toolkit.find_nvrtc(), cuda_toolkit.find_headers()
