@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +22,16 @@ from dcnv3_tvm.errors import DCNv3Error
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
+_TEMPORARY: Final = "dcnv3-tvm-tmp-"
+
+_OLD: Final = ".old"
+"""Suffix of an old folder while the new one takes its name; never removed as stale."""
+
 
 def temporary_folder(purpose: str = "") -> tempfile.TemporaryDirectory[str]:
     """Create a folder that is removed with the returned object, or at the end of a ``with`` block.
+
+    If the process is killed, the next call in any process removes it.
 
     Parameters
     ----------
@@ -34,7 +44,7 @@ def temporary_folder(purpose: str = "") -> tempfile.TemporaryDirectory[str]:
         If no folder can be created.
     """
     try:
-        return tempfile.TemporaryDirectory(prefix=f"dcnv3-tvm-{purpose}")
+        return _TemporaryFolder(purpose)
     except OSError as error:
         raise DCNv3Error(
             "no temporary folder can be created",
@@ -63,16 +73,15 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
     """
     destination = destination.absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(destination)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                _flush(path)
-        _replace(temporary, destination)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _locked_sibling(destination, ".tmp", Path.mkdir) as temporary:
+        try:
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    _flush(path)
+            _replace(temporary, destination)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -90,13 +99,13 @@ def atomic_file(destination: Path) -> Iterator[Path]:
         If the file cannot be written.
     """
     destination = destination.absolute()
-    temporary = _sibling(destination).with_suffix(destination.suffix)
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, destination)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _locked_sibling(destination, destination.suffix, Path.touch) as temporary:
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, destination)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:
@@ -108,8 +117,80 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sibling(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}.{secrets.token_hex(4)}.tmp")
+class _TemporaryFolder(tempfile.TemporaryDirectory[str]):
+    """A temporary folder that is locked as long as it is in use."""
+
+    def __init__(self, purpose: str) -> None:
+        _remove_stale(Path(tempfile.gettempdir()), f"{_TEMPORARY}.*")
+        while True:
+            super().__init__(prefix=f"{_TEMPORARY}{purpose}")
+            self._unlock = weakref.finalize(self, _unlock, _lock(Path(self.name)))
+            if os.path.exists(self.name):
+                return
+            self.cleanup()  # Another process has just taken it for stale.
+
+    def cleanup(self) -> None:
+        """Remove the folder."""
+        super().cleanup()
+        self._unlock()
+
+
+@contextlib.contextmanager
+def _locked_sibling(
+    destination: Path, suffix: str, create: Callable[[Path], None]
+) -> Iterator[Path]:
+    """Create a hidden file or folder, locked as long as its writer lives, and remove stale ones."""
+    name = re.escape(destination.name)
+    _remove_stale(destination.parent, rf"\.{name}\.[0-9a-f]{{8}}{re.escape(suffix)}")
+    while True:
+        temporary = _sibling(destination, suffix)
+        create(temporary)
+        lock = _lock(temporary)
+        if temporary.exists():
+            break
+        _unlock(lock)  # Another process has just taken it for stale.
+    try:
+        yield temporary
+    finally:
+        _unlock(lock)
+
+
+def _sibling(destination: Path, suffix: str) -> Path:
+    return destination.with_name(f".{destination.name}.{secrets.token_hex(4)}{suffix}")
+
+
+def _remove_stale(folder: Path, pattern: str) -> None:
+    """Remove what matches and whose writer has ended, so that nobody holds its lock."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if not re.fullmatch(pattern, path.name) or path.lstat().st_uid != os.getuid():
+                continue
+            lock = _lock(path, wait=False)
+            if lock is None:
+                continue
+            try:
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+            finally:
+                _unlock(lock)
+
+
+def _lock(path: Path, *, wait: bool = True) -> int | None:
+    """Lock a file or folder; None if it is locked, or the file system has no locks."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
 
 
 def _flush(path: Path) -> None:
@@ -124,7 +205,7 @@ def _replace(temporary: Path, destination: Path) -> None:
         return
     if _exchange(temporary, destination):
         return  # `temporary` is now the old folder, which the caller removes
-    old = _sibling(destination)
+    old = _sibling(destination, _OLD)
     destination.rename(old)
     try:
         temporary.rename(destination)

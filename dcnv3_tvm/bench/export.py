@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+
+from dcnv3_tvm import files
 
 OPSET: Final = 20
 """ONNX operator set of the export."""
@@ -37,7 +38,7 @@ class OnnxFile:
         inputs: Mapping[str, Any],
         translations: Mapping[Any, Any] | None = None,
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="dcnv3-tvm-bench-")
+        self._folder = files.temporary_folder("bench-")
         self.path = Path(self._folder.name) / "model.onnx"
         with _quiet():
             program = torch.onnx.export(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import torch
 
-from dcnv3_tvm import frontend
+from dcnv3_tvm import files, frontend
 from dcnv3_tvm.bench.accuracy import largest_error
 from dcnv3_tvm.bench.backends import OURS, Peer, missing_packages
 from dcnv3_tvm.bench.cases import EncoderCase
@@ -103,7 +102,7 @@ def measure_memory(
         Called with a description of each step before it runs.
     """
     rows: list[MemoryRow] = []
-    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-bench-") as name:
+    with files.temporary_folder("bench-") as name:
         folder = Path(name)
         on_step(f"{case.slug}: inputs and reference")
         problem = encoder_problem(case)

@@ -5,6 +5,9 @@ import errno
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -219,6 +222,40 @@ def test_atomic_file(tmp_path):
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["maps.npz"]
+
+
+def killed(code):
+    """Run code that ends with SIGKILL, and return the names of the files it left."""
+    source = f"import os, signal; from dcnv3_tvm import files\n{code}\n"
+    kill = "os.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run([sys.executable, "-c", source.replace("KILL", kill)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    folder, file = tmp_path / "a", tmp_path / "a.npz"
+    killed(
+        "from pathlib import Path\n"
+        f"with files.atomic_folder(Path({str(folder)!r})) as new:\n"
+        "    (new / 'x').touch()\n"
+        f"    with files.atomic_file(Path({str(file)!r})):\n"
+        "        kept = files.temporary_folder('test-')\n"
+        "        KILL"
+    )
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 3
+    with files.atomic_folder(folder), files.atomic_file(file):
+        now = {path.name for path in tmp_path.iterdir()}
+        assert len(now & left) == 1  # The temporary folder.
+        # What living writers write is left alone.
+        with files.atomic_folder(folder), files.atomic_file(file):
+            assert now < {path.name for path in tmp_path.iterdir()}
+        with files.temporary_folder("x-"), files.temporary_folder("x-"):
+            assert not {path.name for path in tmp_path.iterdir()} & left
+            assert len(list(tmp_path.glob("dcnv3-tvm-tmp-x-*"))) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "a.npz"}
 
 
 def flip(path: Path, position: int) -> None:

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import re
 import struct
-import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +18,7 @@ from tvm import tirx
 from tvm.ir import instrument
 from tvm.target import Target
 
-from dcnv3_tvm import gpu
+from dcnv3_tvm import files, gpu
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.nvcc import run_nvcc
 from dcnv3_tvm.errors import CompileError
@@ -101,7 +100,7 @@ def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
     with device_pipeline.lowering(instruments=[shared]):
         executable = tvm.compile(module, target=target, tir_pipeline=device_pipeline.PIPELINE)
     source = "\n".join(device_pipeline.cuda_sources(executable.mod))
-    with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-") as folder:
+    with files.temporary_folder("report-") as folder:
         ptx, logs, cubin = _assemble(nvcc, source, arch, Path(folder))
     sizes = _count_instructions(cubin)
     return [
