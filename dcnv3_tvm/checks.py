@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dcnv3_tvm.errors import InvalidArgumentError
+
+_FLOAT32_MAX: Final = 3.4028234e38
 
 
 def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
     """Return an integer from `low` to `high`."""
-    if not _is_integer(value) or value < low or (high is not None and value > high):
+    number = _plain(value)
+    if not _is_integer(number) or number < low or (high is not None and number > high):
         upper = "" if high is None else f" and at most {high}"
         raise InvalidArgumentError(
             f"{name} is out of range",
             got=repr(value),
             allowed=f"an integer of at least {low}{upper}",
         )
-    return int(value)
+    return operator.index(number)
 
 
 def pair(name: str, value: Any, *, low: int, high: int | None = None) -> tuple[int, int]:
     """Return (height, width) from one integer for both or a pair, each from `low` to `high`."""
-    values = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(values) != 2 or not all(_is_integer(each) for each in values):
+    plain = _plain(value)
+    values = [_plain(v) for v in plain] if isinstance(plain, Sequence) else [plain, plain]
+    if len(values) != 2 or not all(map(_is_integer, values)):
         raise InvalidArgumentError(
             f"{name} is not an integer or a (height, width) pair",
             got=repr(value),
@@ -37,14 +42,16 @@ def pair(name: str, value: Any, *, low: int, high: int | None = None) -> tuple[i
 
 
 def finite(name: str, value: Any) -> float:
-    """Return a finite number."""
-    try:
-        number = float(value) if hasattr(value, "__float__") else math.nan
-    except (TypeError, ValueError, OverflowError):  # An array; an integer of 400 digits.
-        number = math.nan
-    if not math.isfinite(number):
-        raise InvalidArgumentError(f"{name} is not a finite number", got=repr(value))
-    return number
+    """Return a number that is finite in float32."""
+    plain = _plain(value)
+    is_number = isinstance(plain, numbers.Real) and not isinstance(plain, bool)
+    if not is_number or not abs(plain) <= _FLOAT32_MAX:
+        raise InvalidArgumentError(
+            f"{name} is not a finite number",
+            got=repr(value),
+            allowed=f"a number between -{_FLOAT32_MAX:.2g} and {_FLOAT32_MAX:.2g}",
+        )
+    return float(plain)
 
 
 def path(name: str, value: Any) -> Path:
@@ -60,9 +67,17 @@ def path(name: str, value: Any) -> Path:
 
 def boolean(name: str, value: Any) -> bool:
     """Return a boolean, given as such or as 0 or 1."""
-    if value not in (False, True):
-        raise InvalidArgumentError(f"{name} is not a boolean", got=repr(value))
-    return bool(value)
+    plain = _plain(value)
+    if not isinstance(plain, int) or plain not in (0, 1):
+        raise InvalidArgumentError(
+            f"{name} is not a boolean", got=repr(value), allowed="True or False"
+        )
+    return bool(plain)
+
+
+def _plain(value: Any) -> Any:
+    """Return scalars and arrays of NumPy and PyTorch as numbers and lists of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _is_integer(value: Any) -> bool:

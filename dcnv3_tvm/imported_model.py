@@ -22,7 +22,7 @@ class ImportedModel:
         For example ``"internimage_t"``; becomes the name of the artifact.
     module : tvm.IRModule
         One Relax function for each entry, with the entry's name. Its parameters are the entry's
-        inputs, followed by its weights.
+        inputs in `TensorInfo.kernel_shape`, followed by its weights.
     entries : dict of str to Entry
         ``"main"`` returns what the original model returns; ``"features"``, where present, returns
         the feature pyramid (NCHW maps).
@@ -31,7 +31,9 @@ class ImportedModel:
     config : dict
         Variant and configuration as plain values; empty if unknown.
     preprocessing : dict
-        How an image becomes the input, as plain values; empty if unknown.
+        How an image becomes the first input, as plain values; empty if unknown.
+    labels : tuple of str
+        Names of the classes; empty if unknown.
     """
 
     name: str
@@ -40,3 +42,4 @@ class ImportedModel:
     weights: dict[str, np.ndarray]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    labels: tuple[str, ...] = ()

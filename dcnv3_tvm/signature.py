@@ -3,7 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+BATCH: Final = "n"
+"""Name of a dynamic batch size."""
+
+
+def parse_size(size: str) -> tuple[int, str]:
+    """Return multiple and name of a dynamic input size.
+
+    Examples
+    --------
+    >>> parse_size("h"), parse_size("32*h")
+    ((1, 'h'), (32, 'h'))
+    """
+    multiple, _, name = size.rpartition("*")
+    return int(multiple or 1), name
+
+
+def is_input_size(size: str) -> bool:
+    """Whether a string is a dynamic size as an input may have it.
+
+    Examples
+    --------
+    >>> is_input_size("32*h"), is_input_size("0*h"), is_input_size("h + 1")
+    (True, False, False)
+    """
+    return re.fullmatch(r"(?:[1-9]\d{0,8}\*)?[A-Za-z_]\w*", size) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +43,8 @@ class TensorInfo:
     name : str
         For example ``"image"``, ``"logits"``, ``"feature_0"``.
     shape : tuple of int or str
-        Sizes; a string names a dynamic size (``"n"``).
+        Sizes; a string is a dynamic size (``"n"``). That of an input may be restricted to multiples
+        (``"32*h"``), that of an output may be computed from the inputs' (``"8*h"``).
     dtype : str
         Element type.
     layout : str
@@ -34,6 +63,21 @@ class TensorInfo:
         """Format layout and shape, for example ``NCHW (n, 3, 224, 224)``."""
         shape = ", ".join(str(size) for size in self.shape)
         return f"{self.layout} ({shape})".strip()
+
+    def kernel_shape(self, shape: Sequence[int | str]) -> tuple[int | str, ...]:
+        """Return the shape in which compiled code takes an input, given its shape.
+
+        An axis of size ``"32*h"`` is taken as two, of sizes ``h`` and 32: then all sizes in the
+        model are computed from ``h``, without divisions that would have to leave no remainder.
+        """
+        sizes: list[int | str] = []
+        for size, expected in zip(shape, self.shape, strict=True):
+            multiple, name = parse_size(expected) if isinstance(expected, str) else (1, "")
+            if multiple == 1:
+                sizes.append(size)
+            else:
+                sizes += [name if isinstance(size, str) else size // multiple, multiple]
+        return tuple(sizes)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``json.dumps``."""

@@ -207,7 +207,7 @@ class DCNv3Spec(DCNv3Params):
     Parameters
     ----------
     batch, height, width : int or None
-        Sizes of the input; ``None`` makes a size dynamic.
+        Sizes of the input; ``None`` makes a size dynamic. The batch may be empty.
     group_channels : int
         Channels in each group.
     dtype : str
@@ -244,7 +244,7 @@ class DCNv3Spec(DCNv3Params):
                 "dtype is not supported", got=repr(dtype), allowed=", ".join(DTYPE_BYTES)
             )
         self._set(
-            batch=None if batch is None else integer("batch", batch, low=1),
+            batch=None if batch is None else integer("batch", batch, low=0),
             height=None if height is None else integer("height", height, low=1),
             width=None if width is None else integer("width", width, low=1),
             group_channels=integer("group_channels", group_channels, low=1),
@@ -293,7 +293,7 @@ class DCNv3Spec(DCNv3Params):
             )
         batch, height, width, channels = dims
         group = DCNv3Params(**params).group
-        if channels is None or channels < 1 or channels % group:
+        if channels is None or integer("channels", channels, low=0) % group or channels < 1:
             raise InvalidArgumentError(
                 f"the {channels} channels of x cannot be divided into {group} groups",
                 got=f"shape {dims}",

@@ -2,6 +2,7 @@ import dataclasses
 import inspect
 import json
 
+import numpy as np
 import pytest
 
 from dcnv3_tvm.compiler.functional import dcnv3
@@ -85,6 +86,14 @@ def test_slug_distinguishes_every_parameter():
         ({"stride": "33"}, "stride is not an integer or a"),
         ({"offset_scale": float("nan")}, "not a finite number"),
         ({"offset_scale": "2"}, "not a finite number"),
+        ({"offset_scale": None}, "not a finite number"),
+        ({"offset_scale": 1e300}, "not a finite number"),
+        ({"offset_scale": np.complex64(1 + 2j)}, "not a finite number"),
+        ({"offset_scale": True}, "not a finite number"),
+        ({"softmax": np.ones(2)}, "softmax is not a boolean"),
+        ({"remove_center": 1.0}, "remove_center is not a boolean"),
+        ({"kernel_size": np.array([3.0, 3.0])}, "not an integer or a"),
+        ({"stride": np.bool_(True)}, "not an integer or a"),
         ({"softmax": "no"}, "softmax is not a boolean"),
         ({"dtype": "int8"}, "dtype is not supported"),
         ({"kernel_size": 4, "remove_center": True}, "needs an odd kernel"),
@@ -97,7 +106,9 @@ def test_bad_parameters_are_rejected(change, message):
         DCNv3Spec.of((1, 8, 8, 64), **{"group": 4, **change})
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (0, 8, 8, 64), (1, 0, 8, 64), (1, 8, 8, 0)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (-1, 8, 8, 64), (1, 0, 8, 64), (1, 8, 8, 0), (1, 8, 8, 4.0)]
+)
 def test_bad_shapes_are_rejected(shape):
     with pytest.raises(InvalidArgumentError, match="got"):
         DCNv3Spec.of(shape, group=4)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from dcnv3_tvm.cli.arguments import add_shape, image_shape, parse_path
+from dcnv3_tvm.cli.arguments import add_shape, image_shape, parse_count, parse_path
 from dcnv3_tvm.cli.info import tuning_summary
 from dcnv3_tvm.cli.model_arguments import add_model, create, describe_weights, find_model
 from dcnv3_tvm.cli.result import Result
-from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.errors import InvalidArgumentError, first_line
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
@@ -59,7 +59,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_shape(parser)
     parser.add_argument("--dynamic-batch", action="store_true", help="accept any batch size")
-    parser.add_argument("--dynamic-size", action="store_true", help="accept any image size")
+    parser.add_argument(
+        "--dynamic-size",
+        nargs="?",
+        type=parse_count,
+        const=1,
+        default=0,
+        metavar="MULTIPLE",
+        help="accept any image size, or only multiples of a number such as 32",
+    )
+    parser.add_argument(
+        "--labels",
+        type=parse_path,
+        metavar="FILE",
+        help="names of the classes, one a line (default: ImageNet-1k's for 1000 classes)",
+    )
     parser.add_argument(
         "--debug-dump",
         type=parse_path,
@@ -139,6 +153,7 @@ def _import(
     from dcnv3_tvm import frontend
     from dcnv3_tvm.frontend.models.variants import model_config
 
+    labels = None if arguments.labels is None else _read_labels(arguments.labels)
     model = create(
         name,
         checkpoint,
@@ -154,17 +169,18 @@ def _import(
         model,
         example=shape,
         dynamic_batch=arguments.dynamic_batch,
-        dynamic_size=arguments.dynamic_size,
+        dynamic_size=arguments.dynamic_size or False,
+        labels=labels,
     )
     return dataclasses.replace(
-        imported,
-        config=imported.config | {"weights": describe_weights(checkpoint, arguments)},
-        preprocessing=_preprocessing(imported.preprocessing, *shape[2:]),
+        imported, config=imported.config | {"weights": describe_weights(checkpoint, arguments)}
     )
 
 
-def _preprocessing(settings: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """Set the crop to the compiled image size."""
-    if not settings or settings["crop"] == [height, width]:
-        return settings
-    return settings | {"resize": max(height, width), "crop": [height, width]}
+def _read_labels(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(
+            "the labels cannot be read", got=f"{path}: {first_line(error)}"
+        ) from error

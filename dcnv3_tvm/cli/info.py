@@ -54,10 +54,10 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("verified", _verification(metadata.verification)),
     ]
     for name, entry in metadata.entries.items():
-        facts += [(f"input of {name}", tensor.describe()) for tensor in entry.inputs]
         facts += [
-            (f"output of {name}", f"{tensor.name}: {tensor.describe()} {tensor.dtype}")
-            for tensor in entry.outputs
+            (f"{role} of {name}", f"{tensor.name}: {tensor.describe()} {tensor.dtype}")
+            for role, tensors in (("input", entry.inputs), ("output", entry.outputs))
+            for tensor in tensors
         ]
     data = metadata.to_json() | {"files": sizes, "runs_here": runs_here}
     return Result(data, table(["", ""], facts).strip("\n"))

@@ -6,7 +6,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -108,7 +108,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         arguments,
         entry=entry,
         output=arguments.features or arguments.output,
-        describe=lambda outputs: _describe(outputs, arguments.top),
+        describe=lambda outputs: _describe(outputs, arguments.top, model.metadata.labels),
         line=_line,
     )
 
@@ -137,7 +137,7 @@ def _run_one(model: CompiledModel, entry: str, arguments: argparse.Namespace) ->
         data["features"] = {"file": str(path)} | _shapes(outputs)
         lines += [f"{path}:", *(f"  {name} {shape}" for name, shape in _shapes(outputs).items())]
     else:
-        data |= _describe(outputs, arguments.top)
+        data |= _describe(outputs, arguments.top, model.metadata.labels)
         lines.append(_text(data))
     if arguments.repeat > 0:
         times = _measure(lambda: call(model, entry, batch), arguments.repeat)
@@ -153,7 +153,7 @@ def _run_one(model: CompiledModel, entry: str, arguments: argparse.Namespace) ->
     return Result(data, "\n".join(lines))
 
 
-def _describe(outputs: dict[str, np.ndarray], top: int) -> dict[str, Any]:
+def _describe(outputs: dict[str, np.ndarray], top: int, labels: Sequence[str]) -> dict[str, Any]:
     """Return the most probable classes of logits, or the shapes of other outputs."""
     from dcnv3_tvm import runtime
 
@@ -164,6 +164,7 @@ def _describe(outputs: dict[str, np.ndarray], top: int) -> dict[str, Any]:
     return {
         "top": [
             {"class": int(number), "probability": float(probability)}
+            | ({"label": labels[number]} if labels else {})
             for number, probability in zip(classes[0], probabilities[0], strict=True)
         ]
     }
@@ -172,8 +173,11 @@ def _describe(outputs: dict[str, np.ndarray], top: int) -> dict[str, Any]:
 def _text(data: dict[str, Any]) -> str:
     if "top" not in data:
         return "\n".join(f"{name} {shape}" for name, shape in data["outputs"].items())
-    rows = [(row["class"], f"{row['probability']:.4f}") for row in data["top"]]
-    return table(["class", "probability"], rows)
+    names = list(data["top"][0])
+    rows = [
+        [f"{v:.4f}" if isinstance(v, float) else v for v in row.values()] for row in data["top"]
+    ]
+    return table(names, rows)
 
 
 def _line(data: dict[str, Any]) -> str:
@@ -181,7 +185,7 @@ def _line(data: dict[str, Any]) -> str:
     if "top" not in data:
         return f"{data['image']}  " + ", ".join(f"{k} {v}" for k, v in data["outputs"].items())
     return f"{data['image']}  " + "  ".join(
-        f"{row['class']} {row['probability']:.4f}" for row in data["top"]
+        f"{row.get('label', row['class'])} {row['probability']:.4f}" for row in data["top"]
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata
-from dcnv3_tvm.signature import TensorInfo
+from dcnv3_tvm.signature import TensorInfo, parse_size
 
 
 def render(metadata: ArtifactMetadata) -> str:
@@ -53,26 +53,29 @@ def _gpu(metadata: ArtifactMetadata) -> list[str]:
 
 
 def _example(metadata: ArtifactMetadata) -> str:
+    values = {
+        tensor.name.replace(".", "_"): f'np.zeros({_example_shape(tensor)}, "{tensor.dtype}")'
+        for tensor in metadata.entries["main"].inputs
+    }
     if metadata.preprocessing:
-        image = 'model.preprocess("photo.jpg")'
-    else:
-        shape = ", ".join(
-            "1" if isinstance(size, str) else str(size)
-            for size in metadata.entries["main"].inputs[0].shape
-        )
-        image = f'np.zeros(({shape}), "{metadata.entries["main"].inputs[0].dtype}")'
+        values[next(iter(values))] = 'model.preprocess("photo.jpg")'
+    arguments = ", ".join(values)
     lines = [
         "```python",
-        *([] if metadata.preprocessing else ["import numpy as np"]),
+        *(["import numpy as np"] if any("np." in value for value in values.values()) else []),
         "from dcnv3_tvm import runtime",
         'model = runtime.load(".")  # this folder',
-        f"image = {image}",
+        *(f"{name} = {value}" for name, value in values.items()),
     ]
     if metadata.feature_entry != "main":
-        lines.append("result = model(image)")
+        lines.append(f"result = model({arguments})")
     if metadata.feature_entry is not None:
-        lines.append("maps = model.features(image)")
+        lines.append(f"maps = model.features({arguments})")
     return "\n".join([*lines, "```"])
+
+
+def _example_shape(tensor: TensorInfo) -> tuple[int, ...]:
+    return tuple(parse_size(size)[0] if isinstance(size, str) else size for size in tensor.shape)
 
 
 def _table(rows: Sequence[tuple[str, TensorInfo]]) -> str:

@@ -150,6 +150,7 @@ def compile_artifact(
         dtype=dtype,
         config=imported.config,
         preprocessing=imported.preprocessing,
+        labels=imported.labels,
         kernels={name: found.rule for name, found in kernels.items()},
         records={name: found.record for name, found in kernels.items() if found.record},
         records_from={} if records is None else dataclasses.asdict(records.about),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.compiler.argument_checks import check_shapes, check_tensors
@@ -76,7 +76,7 @@ def dcnv3(
     """
     device = check_tensors(x, offset, mask)
     shape = tensors.shape_of(x)
-    if 0 in shape:
+    if 0 in shape[1:]:
         raise InvalidArgumentError("x is empty", got=f"shape {shape}", allowed="sizes of 1 or more")
     dtype = tensors.dtype_of(x)
     if dtype not in DTYPE_BYTES:
@@ -86,16 +86,18 @@ def dcnv3(
     spec = _spec(
         shape,
         dtype=dtype,
-        group=group,
+        group=_hashable(group),
         kernel_size=_hashable(kernel_size),
         stride=_hashable(stride),
         pad=_hashable(pad),
         dilation=_hashable(dilation),
-        offset_scale=offset_scale,
-        remove_center=remove_center,
-        softmax=softmax,
+        offset_scale=_hashable(offset_scale),
+        remove_center=_hashable(remove_center),
+        softmax=_hashable(softmax),
     )
     check_shapes(spec, x, offset, mask)
+    if spec.batch == 0:
+        return tensors.empty_like(x, [int(size or 0) for size in spec.output_shape])
     return compile_op(spec, _target(device)).run_checked(spec, x, offset, mask)
 
 
@@ -111,8 +113,9 @@ def _target(device: str) -> str:
     return gpu.target_name(gpu.device(int(device.partition(":")[2])).arch)
 
 
-def _hashable(value: int | Sequence[int]) -> Hashable:
-    """Return a pair as a cache key; an invalid one as its text, which `DCNv3Params` rejects."""
-    if isinstance(value, Sequence):
-        return tuple(value)
-    return value if isinstance(value, Hashable) else repr(value)
+def _hashable(value: Any) -> Hashable:
+    """Return a parameter as a cache key; an invalid one as its text, which is rejected."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(plain, Sequence) and not isinstance(plain, str):
+        return tuple(map(_hashable, plain))
+    return plain if isinstance(plain, Hashable) else repr(plain)

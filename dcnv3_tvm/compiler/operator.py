@@ -86,8 +86,8 @@ class CompiledOperator:
         self._check_device(check_tensors(x, offset, mask))
         shape = tensors.shape_of(x)
         matches = len(shape) == 4 and all(
-            size == wanted or (wanted is None and size > 0)
-            for size, wanted in zip(shape, self.spec.input_shape, strict=True)
+            size == wanted or (wanted is None and (size > 0 or axis == 0))
+            for axis, (size, wanted) in enumerate(zip(shape, self.spec.input_shape, strict=True))
         )
         if not matches:
             raise InvalidArgumentError(
@@ -104,6 +104,8 @@ class CompiledOperator:
     def run_checked(self, spec: DCNv3Spec, x: TensorT, offset: TensorT, mask: TensorT) -> TensorT:
         """Run the operator on tensors already checked against the static specification `spec`."""
         out = tensors.empty_like(x, [int(size or 0) for size in spec.output_shape])
+        if spec.batch == 0:
+            return out
         device = tensors.device_of(x)
         if device == tensors.CPU:
             function = self._function
@@ -203,7 +205,8 @@ def compile_op(
     Parameters
     ----------
     spec : DCNv3Spec
-        The problem. Sizes that are ``None`` are dynamic: one operator handles all of them.
+        The problem. Sizes that are ``None`` are dynamic: one operator handles all of them. An empty
+        batch is dynamic, too.
     target : str, mapping or tvm.target.Target
         As for `dcnv3_tvm.targets.resolve_target`.
     database : str or path
@@ -217,6 +220,8 @@ def compile_op(
 
     Raises
     ------
+    InvalidArgumentError
+        If `spec` is not a specification.
     TargetError
         If the target is unknown.
     RecordsError
@@ -235,6 +240,14 @@ def compile_op(
     >>> operator(x, offset, np.ones((1, 6, 7, 18), "float32")).shape
     (1, 6, 7, 8)
     """
+    if not isinstance(spec, DCNv3Spec):
+        raise InvalidArgumentError(
+            "spec is not a DCNv3Spec",
+            got=repr(spec),
+            hint="For example compile_op(DCNv3Spec.of((1, 56, 56, 64), group=4)).",
+        )
+    if spec.batch == 0:
+        spec = dataclasses.replace(spec, batch=None)
     try:
         # Targets compare by identity, so the cache is keyed by their text.
         text = _text_of(target) if isinstance(target, str) else str(targets.resolve_target(target))

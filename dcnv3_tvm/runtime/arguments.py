@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.runtime.cuda import Gpu
-from dcnv3_tvm.signature import TensorInfo
+from dcnv3_tvm.signature import BATCH, TensorInfo, parse_size
+
+
+def in_order(
+    values: Sequence[Any], named: Mapping[str, Any], infos: Sequence[TensorInfo]
+) -> list[Any]:
+    """Return inputs given by position and by name, in the order of the signature.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an input is missing, unknown or given twice.
+    """
+    names = [info.name for info in infos[len(values) :]]
+    if len(values) > len(infos) or named.keys() != set(names):
+        raise InvalidArgumentError(
+            "wrong number or names of inputs",
+            got=", ".join([f"{len(values)} by position", *named]),
+            allowed=f"{len(infos)}: {', '.join(info.name for info in infos)}",
+        )
+    return [*values, *(named[name] for name in names)]
 
 
 class Arguments:
@@ -19,7 +40,7 @@ class Arguments:
     Parameters
     ----------
     values : sequence of numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
-        One for each of `infos`, contiguous or not.
+        One for each of `infos`, contiguous or not. The batch may be empty where it is dynamic.
     infos : sequence of TensorInfo
         Inputs of the compiled function.
     device : Gpu, optional
@@ -29,24 +50,23 @@ class Arguments:
     Raises
     ------
     InvalidArgumentError
-        If the number, kind, dtype, rank, layout, size or device of the values is wrong.
+        If the kind, dtype, rank, layout, size or device of a value is wrong.
     """
 
     def __init__(
         self, values: Sequence[Any], infos: Sequence[TensorInfo], device: Gpu | None = None
     ) -> None:
-        if len(values) != len(infos):
-            raise InvalidArgumentError(
-                "wrong number of inputs",
-                got=len(values),
-                allowed=f"{len(infos)}: {', '.join(info.name for info in infos)}",
-            )
         self._device = device
+        self._infos = infos
         self._inputs = [_describe(value, info) for value, info in zip(values, infos, strict=True)]
         sizes: dict[str, int] = {}
         for each, info in zip(self._inputs, infos, strict=True):
             _check_device(each, info.name, device)
             _check(each, info, sizes)
+        self._is_empty = sizes.get(BATCH) == 0
+        if self._is_empty:
+            # Kernels need at least one image, whose result is dropped.
+            self._inputs = list(map(_with_one_image, self._inputs, infos))
         kinds = [each.kind for each in self._inputs]
         if device is not None and len(set(kinds)) > 1:
             raise InvalidArgumentError(
@@ -73,16 +93,27 @@ class Arguments:
         """
         values = [each.value for each in self._inputs]
         if self._device is None:
-            return [tensors.to_kernel(value, tensors.ALIGNMENT) for value in values]
-        if self._inputs[0].kind != "numpy":
-            return [tensors.to_kernel(value, gpu.VECTOR_BYTES) for value in values]
-        buffers.extend([None] * (len(values) - len(buffers)))
-        for index, value in enumerate(values):
-            buffers[index] = self._device.upload(tensors.to_kernel(value), into=buffers[index])
-        return list(buffers)
+            converted = [tensors.to_kernel(value, tensors.ALIGNMENT) for value in values]
+        elif self._inputs[0].kind != "numpy":
+            converted = [tensors.to_kernel(value, gpu.VECTOR_BYTES) for value in values]
+        else:
+            buffers.extend([None] * (len(values) - len(buffers)))
+            for index, value in enumerate(values):
+                buffers[index] = self._device.upload(tensors.to_kernel(value), into=buffers[index])
+            converted = buffers
+        return list(map(_kernel_view, converted, self._infos))
 
-    def from_kernel(self, tensor: Any) -> Any:
+    def from_kernel(self, tensor: Any, info: TensorInfo) -> Any:
         """Convert a result to the kind of the first input, sharing its memory where possible."""
+        result = self._converted(tensor)
+        if not self._is_empty:
+            return result
+        sizes = zip(tensors.shape_of(result), info.shape, strict=True)
+        return tensors.empty_like(
+            result, [0 if _depends_on_batch(expected) else size for size, expected in sizes]
+        )
+
+    def _converted(self, tensor: Any) -> Any:
         kind = self._inputs[0].kind
         if kind == "numpy" and self._device is not None:
             buffer = tensors.aligned_bytes(tensors.total_bytes([tensor]))
@@ -102,6 +133,26 @@ def _describe(value: Any, info: TensorInfo) -> _Input:
     hint = "For an image file or a PIL image, call model.preprocess(image) first."
     kind = tensors.kind_of(info.name, value, hint=hint)
     return _Input(value, kind, tensors.shape_of(value), tensors.dtype_of(value))
+
+
+def _with_one_image(given: _Input, info: TensorInfo) -> _Input:
+    """Replace an input of an empty batch by zeros for one image."""
+    shape = tuple(
+        1 if expected == BATCH else size
+        for size, expected in zip(given.shape, info.shape, strict=True)
+    )
+    return given._replace(value=tensors.zeros_like(given.value, shape), shape=shape)
+
+
+def _depends_on_batch(size: int | str) -> bool:
+    return isinstance(size, str) and BATCH in re.findall(r"\w+", size)
+
+
+def _kernel_view(tensor: Any, info: TensorInfo) -> Any:
+    shape = info.kernel_shape(tensors.shape_of(tensor))
+    if len(shape) == len(info.shape):
+        return tensor
+    return tensors.view(tensor, [int(size) for size in shape], str(tensor.dtype))
 
 
 def _check_device(given: _Input, name: str, device: Gpu | None) -> None:
@@ -136,7 +187,10 @@ def _check(given: _Input, info: TensorInfo, sizes: dict[str, int]) -> None:
             allowed=info.describe(),
             hint=_rank_hint(given, info),
         )
-    if 0 in given.shape:
+    if any(
+        size == 0 and expected != BATCH
+        for size, expected in zip(given.shape, info.shape, strict=True)
+    ):
         raise InvalidArgumentError(
             f"{info.name} is empty", got=f"shape {given.shape}", allowed=info.describe()
         )
@@ -148,7 +202,17 @@ def _check(given: _Input, info: TensorInfo, sizes: dict[str, int]) -> None:
             hint=_shape_hint(given, info),
         )
     for axis, (size, expected) in enumerate(zip(given.shape, info.shape, strict=True)):
-        if isinstance(expected, str) and sizes.setdefault(expected, size) != size:
+        if not isinstance(expected, str):
+            continue
+        multiple, name = parse_size(expected)
+        if size % multiple:
+            raise InvalidArgumentError(
+                f"axis {axis} of {info.name} is not a multiple of {multiple}",
+                got=f"shape {given.shape}",
+                allowed=f"{info.describe()}, with any {name}",
+                hint=f"Resize or pad the image to multiples of {multiple}.",
+            )
+        if sizes.setdefault(expected, size) != size:
             raise InvalidArgumentError(
                 f"axis {axis} of {info.name} differs from another axis of size {expected!r}",
                 got=size,

@@ -10,17 +10,15 @@ import numpy as np
 from dcnv3_tvm import checks
 from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.errors import ImageError, InvalidArgumentError
+from dcnv3_tvm.preprocessing import check_settings
+from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.runtime.open_image import Source, open_image, pillow
-from dcnv3_tvm.runtime.tensors import aligned_bytes
 
 if TYPE_CHECKING:
     import PIL.Image
 
 _MAX_ASPECT_RATIO: Final = 8
 """Images with a larger aspect ratio are cropped before resizing, which bounds the memory."""
-
-_MAX_SIZE: Final = 1 << 14
-"""Pixels of the shorter side, and of the crop: bounds the memory too."""
 
 
 def preprocess(
@@ -66,13 +64,13 @@ def preprocess(
             hint="Prepare the input array yourself and call the model with it.",
         )
     sources = list(source) if isinstance(source, list | tuple) else [source]
-    if not sources:
-        raise ImageError("the sequence of images is empty")
-    settings = _checked(settings)
+    settings = check_settings(settings)
     element = numpy_dtype(dtype)
     height, width = settings["crop"]
     images = (_opened(index, sources, value_range) for index in range(len(sources)))
-    pixels = np.stack([_resize_and_crop(picture, settings) for picture in images])
+    pixels = np.empty((len(sources), height, width, 3), np.uint8)
+    for index, picture in enumerate(images):
+        pixels[index] = _resize_and_crop(picture, settings)
     mean = np.asarray(settings["mean"], np.float32) * 255
     std = np.asarray(settings["std"], np.float32) * 255
     batch = (pixels.astype(np.float32) - mean) / std
@@ -80,31 +78,34 @@ def preprocess(
     if settings["layout"] == "NCHW":
         batch = batch.transpose(0, 3, 1, 2)
         shape = (len(sources), 3, height, width)
-    result = aligned_bytes(batch.size * element.itemsize).view(element).reshape(shape)
+    result = tensors.aligned_bytes(batch.size * element.itemsize).view(element).reshape(shape)
     result[...] = batch
     return result
 
 
-def top_k(logits: Any, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+def top_k(logits: Any, k: int = 5, *, labels: Sequence[str] = ()) -> tuple[np.ndarray, np.ndarray]:
     """Return the most probable classes and their probabilities.
 
     Parameters
     ----------
     logits : array of shape (N, classes)
-        A NumPy, PyTorch or TVM array.
+        A NumPy, PyTorch or TVM array of real numbers. The batch may be empty.
     k : int
         Number of classes to return.
+    labels : sequence of str, optional
+        Names of the classes, for example ``model.metadata.labels``; by default their numbers.
 
     Returns
     -------
-    classes : numpy.ndarray of int64, shape (N, k)
+    classes : numpy.ndarray of int64, or of str with `labels`; shape (N, k)
     probabilities : numpy.ndarray of float64, shape (N, k)
         In descending order.
 
     Raises
     ------
     InvalidArgumentError
-        If `logits` is not two-dimensional, or `k` is out of range.
+        If `logits` is not a matrix of real numbers, has NaN or positive infinity, or `k` or the
+        number of labels is out of range.
 
     Examples
     --------
@@ -112,45 +113,39 @@ def top_k(logits: Any, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
     >>> classes.tolist(), probabilities.round(3).tolist()
     ([[1, 2]], [[0.665, 0.245]])
     """
-    values = np.asarray(logits if isinstance(logits, np.ndarray) else np.from_dlpack(logits))
-    if values.ndim != 2:
+    tensors.kind_of("logits", logits, hint="Of several outputs, pass one: outputs['logits'].")
+    if tensors.device_of(logits) != tensors.CPU:
         raise InvalidArgumentError(
-            "logits have the wrong shape", got=f"shape {values.shape}", allowed="(N, classes)"
+            "logits are on a GPU", got=tensors.device_of(logits), hint="Use logits.cpu()."
         )
-    if not 1 <= k <= values.shape[1]:
-        raise InvalidArgumentError("k is out of range", got=k, allowed=f"1 to {values.shape[1]}")
+    is_array = isinstance(logits, np.ndarray)
+    values = logits if is_array else tensors.to_numpy(tensors.to_kernel(logits))
+    is_real = values.dtype.kind in "fiu" or values.dtype.name == "bfloat16"
+    if values.ndim != 2 or not is_real:
+        raise InvalidArgumentError(
+            "logits are not a matrix of real numbers",
+            got=f"{values.dtype} of shape {values.shape}",
+            allowed="(N, classes)",
+        )
+    k = checks.integer("k", k, low=1, high=values.shape[1])
+    if labels and len(labels) != values.shape[1]:
+        raise InvalidArgumentError(
+            "the number of labels is not that of the classes",
+            got=f"{len(labels)} labels",
+            allowed=values.shape[1],
+        )
     values = values.astype(np.float64)
-    exponentials = np.exp(values - values.max(axis=1, keepdims=True))
+    highest = values.max(axis=1, keepdims=True)
+    if not np.isfinite(highest).all():
+        raise InvalidArgumentError(
+            "logits have NaN, or infinities that leave no probabilities",
+            got=f"a maximum of {highest[~np.isfinite(highest)][0]}",
+        )
+    exponentials = np.exp(values - highest)
     probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
     classes = np.argsort(-values, axis=1, kind="stable")[:, :k].astype(np.int64)
-    return classes, np.take_along_axis(probabilities, classes, axis=1)
-
-
-def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return valid settings, complete with defaults."""
-    missing = sorted({"resize", "crop", "mean", "std"} - settings.keys())
-    if missing:
-        raise InvalidArgumentError(
-            "the preprocessing settings are incomplete", got=f"no {', '.join(missing)}"
-        )
-    valid = {"interpolation": "bicubic", "layout": "NCHW"} | dict(settings)
-    valid["resize"] = checks.integer("resize", valid["resize"], low=1, high=_MAX_SIZE)
-    valid["crop"] = checks.pair("crop", valid["crop"], low=1, high=_MAX_SIZE)
-    for name in ("mean", "std"):
-        numbers = valid[name] if isinstance(valid[name], list | tuple) else ()
-        if len(numbers) != 3 or (0 in [checks.finite(name, n) for n in numbers] and name == "std"):
-            raise InvalidArgumentError(
-                f"{name} is invalid",
-                got=repr(valid[name]),
-                allowed="a number for each of R, G and B, not zero for std",
-            )
-    methods = sorted(method.name.lower() for method in pillow()[0].Resampling)
-    for name, allowed in (("interpolation", methods), ("layout", ["NCHW", "NHWC"])):
-        if valid[name] not in allowed:
-            raise InvalidArgumentError(
-                f"{name} is unknown", got=repr(valid[name]), allowed=", ".join(allowed)
-            )
-    return valid
+    chosen = np.take_along_axis(probabilities, classes, axis=1)
+    return np.array(labels)[classes] if labels else classes, chosen
 
 
 def _opened(

@@ -9,7 +9,7 @@ from typing import Any, Final, TypedDict
 
 from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.json_values import decode
-from dcnv3_tvm.signature import Entry, TensorInfo
+from dcnv3_tvm.signature import Entry, TensorInfo, is_input_size
 
 SCHEMA_VERSION: Final = 2
 """Incremented when older readers can no longer load the folder."""
@@ -77,6 +77,8 @@ class ArtifactMetadata:
         Variant and configuration of the model, JSON values.
     preprocessing : dict
         Settings of `preprocess`, JSON values; empty if unknown.
+    labels : tuple of str
+        Names of the classes in order; empty if unknown.
     versions : dict of str to str
         Versions of ``dcnv3_tvm``, ``tvm`` and ``tvm_ffi`` it was compiled with.
     kernels : dict of str to str
@@ -103,6 +105,7 @@ class ArtifactMetadata:
     dtype: str = "float32"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    labels: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
     activation_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -147,6 +150,7 @@ class ArtifactMetadata:
             "dtype": self.dtype,
             "config": self.config,
             "preprocessing": self.preprocessing,
+            "labels": list(self.labels),
             "target": target,
             "versions": self.versions,
             "entries": {name: entry.to_json() for name, entry in self.entries.items()},
@@ -223,6 +227,10 @@ class ArtifactMetadata:
         for name, entry in metadata.entries.items():
             if not entry.inputs or not entry.outputs:
                 raise ValueError(f"entry {name!r} has no inputs, or no outputs")
+            sizes = [size for tensor in entry.inputs for size in tensor.shape]
+            wrong = [size for size in sizes if isinstance(size, str) and not is_input_size(size)]
+            if wrong:
+                raise ValueError(f"an input of entry {name!r} has the size {wrong[0]!r}")
             for tensor in (*entry.inputs, *entry.outputs):
                 _check_tensor(tensor, f"{tensor.name!r} of entry {name!r}")
         return metadata

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from dcnv3_tvm import checks, files
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
 from dcnv3_tvm.runtime import cuda, image, tensors
-from dcnv3_tvm.runtime.arguments import Arguments
+from dcnv3_tvm.runtime.arguments import Arguments, in_order
 from dcnv3_tvm.runtime.execution import CpuExecution, Execution, Functions, GpuExecution
 from dcnv3_tvm.runtime.metadata import (
     CARD,
@@ -67,17 +67,17 @@ class CompiledModel:
             CpuExecution(workers, threads) if gpu is None else GpuExecution(workers[0], gpu)
         )
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run the model.
 
         Parameters
         ----------
-        *inputs : numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
-            As specified by ``metadata.entries["main"].inputs``, usually an NCHW image. Used in
-            place if contiguous and aligned to 64 bytes, as from `preprocess` and PyTorch, copied
-            otherwise. A model on a GPU takes tensors on that GPU, runs on the caller's current
-            stream and returns before it is done, as PyTorch does; NumPy arrays are copied to the
-            GPU, and the result back.
+        *inputs, **named : numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
+            By position or by name, as specified by ``metadata.entries["main"].inputs``, usually an
+            NCHW image. Used in place if contiguous and aligned to 64 bytes, as from `preprocess`
+            and PyTorch, copied otherwise. A dynamic batch may be empty. A model on a GPU takes
+            tensors on that GPU, runs on the caller's current stream and returns before it is done,
+            as PyTorch does; NumPy arrays are copied to the GPU, and the result back.
 
         Returns
         -------
@@ -87,21 +87,22 @@ class CompiledModel:
         Raises
         ------
         InvalidArgumentError
-            If an input has the wrong rank, shape, layout or element type, or is on another device.
+            If an input is missing, has the wrong rank, shape, layout or element type, or is on
+            another device.
         DeviceError
             If the GPU has too little free memory, or fails.
         """
-        outputs = self._run("main", inputs)
+        outputs = self._run("main", inputs, named)
         if len(outputs) == 1:
             return outputs[0]
         return dict(zip(self.output_names(), outputs, strict=True))
 
-    def features(self, *inputs: Any) -> list[Any]:
+    def features(self, *inputs: Any, **named: Any) -> list[Any]:
         """Return the feature pyramid: NCHW maps, finest first.
 
         Parameters
         ----------
-        *inputs : numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
+        *inputs, **named : numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
             As in a call.
 
         Raises
@@ -117,7 +118,7 @@ class CompiledModel:
                 hint="Compile with --features-only, or import a create_model(..., "
                 "features_only=True).",
             )
-        return self._run(name, inputs)
+        return self._run(name, inputs, named)
 
     def output_names(self, entry: str = "main") -> list[str]:
         """Return the names of an entry's outputs."""
@@ -206,8 +207,10 @@ class CompiledModel:
                 allowed=", ".join(self.metadata.entries),
             ) from None
 
-    def _run(self, name: str, inputs: Sequence[Any]) -> list[Any]:
-        arguments = Arguments(inputs, self._entry(name).inputs, self._gpu)
+    def _run(self, name: str, inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+        entry = self._entry(name)
+        ordered = in_order(inputs, named, entry.inputs)
+        arguments = Arguments(ordered, entry.inputs, self._gpu)
         try:
             result = self._execution.run(name, arguments)
         except DCNv3Error:
@@ -215,13 +218,16 @@ class CompiledModel:
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise self._failure(error, name) from error
         outputs = flatten(result)
-        if len(outputs) != len(self._entry(name).outputs):
+        if len(outputs) != len(entry.outputs):
             raise ArtifactError(
                 f"the code returns other outputs than {METADATA} describes",
                 got=f"{len(outputs)} outputs of {name}",
                 hint="Compile the model again.",
             )
-        return [arguments.from_kernel(tensor) for tensor in outputs]
+        return [
+            arguments.from_kernel(tensor, info)
+            for tensor, info in zip(outputs, entry.outputs, strict=True)
+        ]
 
     def _failure(self, error: Exception, name: str) -> DCNv3Error:
         if self._gpu is not None:

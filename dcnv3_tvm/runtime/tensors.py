@@ -151,6 +151,17 @@ def empty_like(tensor: TensorT, shape: Sequence[int]) -> TensorT:
     return cast("TensorT", result)
 
 
+def zeros_like(tensor: TensorT, shape: Sequence[int]) -> TensorT:
+    """Allocate zeros of the kind, dtype and device of another; a TVM tensor on a GPU: anything."""
+    result: Any = empty_like(tensor, shape)
+    if _is_torch(result):
+        result.zero_()
+    elif device_of(result) == CPU:
+        array = result if isinstance(result, np.ndarray) else to_numpy(result)
+        array[...] = 0
+    return cast("TensorT", result)
+
+
 def allocate(shape: Sequence[int], dtype: Any, device: Any) -> Any:
     """Allocate an uninitialized TVM tensor."""
     ffi = tvm_ffi()

@@ -77,12 +77,12 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
     def visit(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
         if var in absorbed:
             return relax.Var(var.name, var.ty)  # placeholder: nothing reads it in the end
-        out_dtype = "bfloat16" if var in bfloat16_stored else element_type(var)
-        if is_dcnv3_packed(call):
-            return lower_sampling(rebuilder, var, call, out_dtype, vector_loads=False)
         layer = layers.get(var)
-        if layer is None:
+        if layer is None and not is_dcnv3_packed(call):
             return None
+        out_dtype = "bfloat16" if var in bfloat16_stored else element_type(var)
+        if layer is None:
+            return lower_sampling(rebuilder, var, call, out_dtype, vector_loads=False)
         source = rebuilder.current(layer.root.args[0])
         if var in bfloat16_matmuls:
             source = as_bfloat16(rebuilder, source)

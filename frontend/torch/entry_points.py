@@ -9,6 +9,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from dcnv3_tvm.errors import ModelImportError
+from dcnv3_tvm.frontend.torch.model_inputs import ModelInputs
 
 PYRAMID_METHODS: Final = {"forward_pyramid": "NCHW", "forward_features_seq_out": "NHWC"}
 """Methods that return the feature maps of all stages, and the layout of these maps.
@@ -35,13 +36,18 @@ class EntryPoint(nn.Module):
     ----------
     model : nn.Module
         The model, prepared for export.
+    inputs : ModelInputs
+        Its inputs.
     owner, method : str
         Submodule and method to call; by default the model itself.
     """
 
-    def __init__(self, model: nn.Module, owner: str = "", method: str = "") -> None:
+    def __init__(
+        self, model: nn.Module, inputs: ModelInputs, owner: str = "", method: str = ""
+    ) -> None:
         super().__init__()
         self.model = model
+        self.inputs = inputs
         self.owner = owner
         self.method = method
         self.training = False
@@ -52,12 +58,13 @@ class EntryPoint(nn.Module):
         """Path of each returned tensor in the model's result; known after the export."""
         return self._output_names.value
 
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of the model's result in order."""
         if not self.method:
-            outputs = self.model(image)
+            outputs = self.inputs.call(self.model, tensors)
         else:
-            outputs = getattr(self.model.get_submodule(self.owner), self.method)(image)
+            method = getattr(self.model.get_submodule(self.owner), self.method)
+            outputs = self.inputs.call(method, tensors)
             if PYRAMID_METHODS[self.method] == "NHWC":
                 outputs = [feature.permute(0, 3, 1, 2) for feature in outputs]
         flat = _flatten("", outputs)
@@ -65,13 +72,15 @@ class EntryPoint(nn.Module):
         return tuple(tensor for _, tensor in flat)
 
 
-def find_pyramid(model: nn.Module) -> EntryPoint | None:
-    """Return the call that computes the feature pyramid, if the model has one."""
+def find_pyramid(model: nn.Module, inputs: ModelInputs) -> EntryPoint | None:
+    """Return the call that computes the feature pyramid of an image, if the model has one."""
+    if [len(info.shape) for info in inputs.infos] != [4]:
+        return None
     for method in PYRAMID_METHODS:
         for owner in _PYRAMID_OWNERS:
             part = getattr(model, owner, None) if owner else model
             if isinstance(part, nn.Module) and callable(getattr(part, method, None)):
-                return EntryPoint(model, owner, method)
+                return EntryPoint(model, inputs, owner, method)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Describe the input and the outputs of an imported function: names, shapes, layouts, strides."""
+"""Describe the outputs of an imported function: names, shapes, layouts, strides."""
 
 from __future__ import annotations
 
@@ -9,17 +9,12 @@ import tvm
 from tvm import relax, tirx
 
 from dcnv3_tvm.errors import ModelImportError
+from dcnv3_tvm.frontend.torch.model_inputs import ModelInputs
 from dcnv3_tvm.signature import TensorInfo
 
 
-def describe_input(function: relax.Function) -> TensorInfo:
-    """Describe the image, the first parameter."""
-    image = function.params[0].ty
-    return TensorInfo("image", _symbolic_shape(image), str(image.dtype.dtype), "NCHW")
-
-
 def describe_outputs(
-    names: Sequence[str], function: relax.Function, image: Sequence[int]
+    names: Sequence[str], function: relax.Function, inputs: ModelInputs
 ) -> tuple[TensorInfo, ...]:
     """Describe the outputs.
 
@@ -28,9 +23,9 @@ def describe_outputs(
     names : sequence of str
         Paths of the tensors in the PyTorch result.
     function : relax.Function
-        Its first parameter is an image (N, 3, H, W).
-    image : sequence of int
-        Shape of the example, at which feature maps are told from other tensors by their size.
+        Its first parameters are the inputs.
+    inputs : ModelInputs
+        The examples tell feature maps from other tensors by their size.
 
     Raises
     ------
@@ -42,11 +37,12 @@ def describe_outputs(
         if output.shape is None:
             raise ModelImportError(
                 "the shape of an output is unknown",
-                got=f"output {name or 0!r} for images of shape {tuple(image)}",
+                got=f"output {name or 0!r}",
                 hint="The model combines a tensor of a fixed size (linspace, a slice up to a "
                 "constant) with one of a dynamic size: import it with fixed sizes.",
             )
-    shapes = [_example_shape(output, function.params[0].ty, image) for output in outputs]
+    shapes = [_example_shape(output, function, inputs) for output in outputs]
+    image = inputs.spatial_size
     all_maps = all(len(shape) == 4 and _stride(shape[2:], image) for shape in shapes)
     return tuple(
         TensorInfo(
@@ -74,13 +70,14 @@ def _symbolic_shape(tensor: relax.TensorType) -> tuple[int | str, ...]:
 
 
 def _example_shape(
-    output: relax.TensorType, parameter: relax.TensorType, image: Sequence[int]
+    output: relax.TensorType, function: relax.Function, inputs: ModelInputs
 ) -> list[int]:
-    """Return the shape of an output for the example image."""
+    """Return the shape of an output for the examples."""
     analyzer = tvm.sym.Analyzer()
-    for size, value in zip(parameter.shape.values, image, strict=True):
-        if isinstance(size, tirx.Var):
-            analyzer.bind(size, tirx.IntImm("int64", value))
+    for parameter, example in zip(function.params, inputs.examples, strict=False):
+        for size, value in zip(parameter.ty.shape.values, example.shape, strict=True):
+            if isinstance(size, tirx.Var):
+                analyzer.bind(size, tirx.IntImm("int64", value))
     return [int(analyzer.simplify(size).value) for size in output.shape.values]
 
 
@@ -93,7 +90,7 @@ def _output_name(path: str, rank: int, all_maps: bool) -> str:
 
 
 def _layout_and_stride(
-    shape: list[int], image: Sequence[int], all_maps: bool
+    shape: list[int], image: tuple[int, int] | None, all_maps: bool
 ) -> tuple[str, int | None]:
     if len(shape) != 4:
         return "", None
@@ -103,9 +100,11 @@ def _layout_and_stride(
     return possible[0] if len(possible) == 1 or (all_maps and possible) else ("", None)
 
 
-def _stride(size: list[int], image: Sequence[int]) -> int | None:
+def _stride(size: list[int], image: tuple[int, int] | None) -> int | None:
     """Return the power of two by which a (height, width) is smaller than the image's."""
-    height, width = image[2:]
+    if image is None:
+        return None
+    height, width = image
     stride = 1
     while [height, width] != size:
         if height == width == 1:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
 
@@ -58,34 +56,3 @@ def check_weights(module: nn.Module) -> None:
                 allowed="float32 weights",
                 hint="Import model.float(), and choose the dtype when compiling.",
             )
-
-
-def example_image(
-    module: nn.Module, example: Tensor | Sequence[int], *, dynamic_batch: bool
-) -> Tensor:
-    """Return the example on the model's device, from a tensor or a shape (N, 3, H, W).
-
-    Raises
-    ------
-    InvalidArgumentError
-        If the shape or the dtype is invalid.
-    """
-    shape = tuple(example.shape if isinstance(example, Tensor) else example)
-    if len(shape) != 4 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise InvalidArgumentError(
-            "the example is not an image batch", got=f"shape {shape}", allowed="(N, 3, H, W)"
-        )
-    if isinstance(example, Tensor) and example.dtype != torch.float32:
-        raise InvalidArgumentError(
-            "the example has another dtype than the model",
-            got=str(example.dtype),
-            allowed="torch.float32",
-            hint="Use image.float(), normalised as the model expects it.",
-        )
-    weight = next(module.parameters(), None)
-    device = torch.device("cpu") if weight is None else weight.device
-    image = example.to(device) if isinstance(example, Tensor) else torch.zeros(shape, device=device)
-    if dynamic_batch and shape[0] == 1:
-        # torch.export specialises on a size of 1.
-        image = image.expand(2, -1, -1, -1).contiguous()
-    return image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,19 +13,27 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from tvm import relax
 
+from dcnv3_tvm.checks import boolean, integer
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
-from dcnv3_tvm.frontend.models.config import InternImageConfig
+from dcnv3_tvm.frontend.models.config import IMAGENET_MEAN, IMAGENET_STD, InternImageConfig
+from dcnv3_tvm.frontend.models.imagenet import IMAGENET_CLASSES, imagenet_labels
 from dcnv3_tvm.frontend.torch.entry_points import (
     MODEL_PREFIX,
     PYRAMID_METHODS,
     EntryPoint,
     find_pyramid,
 )
-from dcnv3_tvm.frontend.torch.entry_signature import describe_input, describe_outputs, is_pyramid
-from dcnv3_tvm.frontend.torch.export import check_dcnv3_calls, export_entry_point
-from dcnv3_tvm.frontend.torch.import_arguments import check_weights, example_image, unwrap
+from dcnv3_tvm.frontend.torch.entry_signature import describe_outputs, is_pyramid
+from dcnv3_tvm.frontend.torch.export import (
+    check_dcnv3_calls,
+    export_entry_point,
+    runs_with_sizes,
+)
+from dcnv3_tvm.frontend.torch.import_arguments import check_weights, unwrap
+from dcnv3_tvm.frontend.torch.model_inputs import Example, ModelInputs
 from dcnv3_tvm.frontend.torch.prepare_model import PreparedModel, prepare_model
-from dcnv3_tvm.frontend.torch.shape_guards import check_shape_guards
+from dcnv3_tvm.frontend.torch.preprocessing import check_labels, complete_settings
+from dcnv3_tvm.frontend.torch.shape_guards import ShapeGuards
 from dcnv3_tvm.frontend.torch.to_relax import name_dynamic_sizes, to_relax
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.signature import Entry
@@ -34,11 +42,13 @@ from dcnv3_tvm.signature import Entry
 def import_model(
     module: nn.Module,
     *,
-    example: Tensor | Sequence[int] = (1, 3, 224, 224),
+    example: Example = (1, 3, 224, 224),
     dynamic_batch: bool = False,
-    dynamic_size: bool = False,
+    dynamic_size: bool | int = False,
     name: str | None = None,
     features: Literal["auto", "always", "never"] = "auto",
+    preprocessing: Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
 ) -> ImportedModel:
     """Import a PyTorch model into Relax, with each DCNv3 as one operator ``dcnv3_tvm.dcnv3``.
 
@@ -50,17 +60,33 @@ def import_model(
     Parameters
     ----------
     module : nn.Module
-        A float32 model whose forward takes one image batch.
-    example : Tensor or (int, int, int, int)
-        An image batch (N, 3, H, W) or its shape. Sizes that are not dynamic are fixed to it.
-    dynamic_batch, dynamic_size : bool
-        Make N, or H and W, dynamic.
+        A float32 model whose forward takes tensors.
+    example : Tensor, shape, tuple or dict
+        What forward is called with: an image batch (N, 3, H, W) or its shape; a tuple of these for
+        several inputs, or a dict of these by parameter. An input may be a list, tuple or dict of
+        tensors. Inputs are float32, boolean or integer, of any rank; a shape stands for float32.
+        Sizes that are not dynamic are fixed to the example.
+    dynamic_batch : bool
+        Make the first axis of all inputs dynamic.
+    dynamic_size : bool or int
+        Make H and W dynamic, in all inputs of four axes or more (the last two, unless channels are
+        last). A number, for example 32, says that they are multiples of it. With True, a model that
+        PyTorch runs for some multiples only is compiled for these. Heights that are equal in the
+        examples are equal in every call.
     name : str, optional
         Name of the imported model; by default that of its configuration, or of its class.
     features : str
         Whether to add an entry ``"features"`` that returns the feature pyramid: ``"auto"`` if the
         model can compute one and ``"main"`` does not return it, ``"always"`` (an error if it
         cannot), or ``"never"``.
+    preprocessing : mapping, optional
+        How images become the first input, for `CompiledModel.preprocess`: ``mean`` and ``std`` (R,
+        G and B, for values between 0 and 1); ``crop``, the size of the example by default; and
+        ``resize``, the length of the shorter side before the crop, by default the larger side of
+        the crop; ``interpolation``, ``"bicubic"`` by default. By default that of the configuration.
+    labels : sequence of str, optional
+        Names of the classes in order; by default, for an InternImage with 1000 classes,
+        ImageNet-1k's.
 
     Returns
     -------
@@ -70,10 +96,11 @@ def import_model(
     Raises
     ------
     InvalidArgumentError
-        If the example is invalid, or the head does not support dynamic sizes.
+        If the example, preprocessing or labels are invalid, or the head does not support dynamic
+        sizes.
     ModelImportError
-        If the model contains no DCNv3, or an operator that cannot be converted to Relax; the
-        message lists each with its source line.
+        If the model contains no DCNv3, takes inputs that the example lacks, or has an operator that
+        cannot be converted to Relax; the message lists each with its source line.
 
     Examples
     --------
@@ -87,24 +114,37 @@ def import_model(
         raise InvalidArgumentError(
             "features is invalid", got=repr(features), allowed="'auto', 'always', 'never'"
         )
+    dynamic_batch = boolean("dynamic_batch", dynamic_batch)
+    multiple = _size_multiple(dynamic_size)
     module = unwrap(module)
     config = getattr(module, "config", None)
     if not isinstance(config, InternImageConfig):
         config = None
-    if config is not None and dynamic_size:
+    if config is not None and multiple:
         config.check_dynamic_size()
     check_weights(module)
-    image = example_image(module, example, dynamic_batch=dynamic_batch)
-    dynamic_axes = {*([0] if dynamic_batch else []), *([2, 3] if dynamic_size else [])}
+    inputs = ModelInputs.of(module, example, dynamic_batch=dynamic_batch, multiple=multiple)
+    if preprocessing is None and config is not None:
+        preprocessing = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    settings = complete_settings(preprocessing, inputs.given[0]) if preprocessing else {}
 
     prepared = prepare_model(module)
     _buffers_to_parameters(prepared.model)
-    main = _import_entry(EntryPoint(prepared.model), prepared, image, dynamic_axes)
-    imported = {"main": main}
+    main = EntryPoint(prepared.model, inputs)
+    program = export_entry_point(main)
+    if multiple == 1:
+        multiple = _needed_multiple(main, program)
+        if multiple > 1:
+            inputs = ModelInputs.of(module, example, dynamic_batch=dynamic_batch, multiple=multiple)
+            main = EntryPoint(prepared.model, inputs)
+            program = export_entry_point(main)
+    imported = {"main": _import_entry(main, program, prepared)}
     if features != "never":
-        pyramid = _import_pyramid(main, prepared, image, dynamic_axes, features)
+        pyramid = _import_pyramid(imported["main"], prepared, inputs, features)
         if pyramid is not None:
             imported["features"] = pyramid
+    if labels is None and config is not None and not config.features_only:
+        labels = imagenet_labels() if config.num_classes == IMAGENET_CLASSES else ()
     used = {weight for each in imported.values() for weight in each.entry.weights}
     return ImportedModel(
         name=name or (config.variant if config else _snake_case(type(module).__name__)),
@@ -121,7 +161,8 @@ def import_model(
             if weight in used
         },
         config=config.to_json() if config else {},
-        preprocessing=config.preprocessing if config else {},
+        preprocessing=settings,
+        labels=check_labels(labels, imported["main"].entry.outputs) if labels else (),
     )
 
 
@@ -139,25 +180,37 @@ def _buffers_to_parameters(model: nn.Module) -> None:
                 part.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
 
 
+def _size_multiple(dynamic_size: bool | int) -> int:
+    """Return what heights and widths are multiples of; 0 if they are fixed."""
+    if isinstance(dynamic_size, bool | np.bool_):
+        return int(dynamic_size)
+    return integer("dynamic_size", dynamic_size, low=1)
+
+
+def _needed_multiple(main: EntryPoint, program: ExportedProgram) -> int:
+    """Return what sizes must be multiples of where PyTorch runs the model for no others, else 1."""
+    guards = ShapeGuards(program, main.inputs.infos, main.inputs.sizes)
+    multiple, failing = guards.size_multiple(), guards.failing_sizes()
+    if multiple is None or failing is None or runs_with_sizes(main, failing):
+        return 1
+    return multiple
+
+
 def _import_pyramid(
-    main: _ImportedEntry,
-    prepared: PreparedModel,
-    image: Tensor,
-    dynamic_axes: set[int],
-    features: str,
+    main: _ImportedEntry, prepared: PreparedModel, inputs: ModelInputs, features: str
 ) -> _ImportedEntry | None:
-    pyramid = find_pyramid(prepared.model)
+    pyramid = find_pyramid(prepared.model, inputs)
     if features == "auto" and (pyramid is None or is_pyramid(main.entry.outputs)):
         return None
     if pyramid is None:
         raise ModelImportError(
             "the model has no method that returns a feature pyramid",
             got=type(prepared.model).__name__,
-            allowed=f"a model with a method {' or '.join(PYRAMID_METHODS)}",
+            allowed=f"a model of one image with a method {' or '.join(PYRAMID_METHODS)}",
             hint="Import it with features='auto'.",
         )
     try:
-        return _import_entry(pyramid, prepared, image, dynamic_axes)
+        return _import_entry(pyramid, export_entry_point(pyramid), prepared)
     except ModelImportError as error:
         raise ModelImportError(
             "the model's feature pyramid cannot be imported",
@@ -167,25 +220,26 @@ def _import_pyramid(
 
 
 def _import_entry(
-    entry_point: EntryPoint, prepared: PreparedModel, image: Tensor, dynamic_axes: set[int]
+    entry_point: EntryPoint, program: ExportedProgram, prepared: PreparedModel
 ) -> _ImportedEntry:
-    program = export_entry_point(entry_point, image, dynamic_axes)
+    inputs = entry_point.inputs
     check_dcnv3_calls(program, prepared.dcnv3_modules)
-    function = name_dynamic_sizes(to_relax(program))
-    check_shape_guards(program, tuple(image.shape), dynamic_axes)
+    ShapeGuards(program, inputs.infos, inputs.sizes).check()
+    function = name_dynamic_sizes(to_relax(program), inputs.infos)
     names = _parameter_names(program)
     used = set(relax.analysis.free_vars(function.body))
-    weights = [var for var in function.params[1:] if var in used]
+    count = len(inputs.infos)
+    weights = [var for var in function.params[count:] if var in used]
     function = relax.Function(
-        [function.params[0], *weights],
+        [*function.params[:count], *weights],
         function.body,
         function.ret_ty,
         function.is_pure,
         function.attrs,
     )
     entry = Entry(
-        inputs=(describe_input(function),),
-        outputs=describe_outputs(entry_point.output_names, function, image.shape),
+        inputs=inputs.infos,
+        outputs=describe_outputs(entry_point.output_names, function, inputs),
         weights=tuple(names[var.name] for var in weights),
     )
     return _ImportedEntry(function, entry)

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from dcnv3_tvm.checks import boolean, finite
 from dcnv3_tvm.pytorch import operator as torch_op
 
 CORE_NAME: Final = "dcnv3_core_pytorch"
@@ -43,8 +44,8 @@ def core(
         stride=(stride_h, stride_w),
         pad=(pad_h, pad_w),
         dilation=(dilation_h, dilation_w),
-        offset_scale=float(offset_scale),
-        remove_center=bool(remove_center),
+        offset_scale=finite("offset_scale", offset_scale),
+        remove_center=boolean("remove_center", remove_center),
     )
 
 

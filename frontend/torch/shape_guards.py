@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -17,8 +17,10 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.printers import PythonPrinter
 
 from dcnv3_tvm.errors import ModelImportError
+from dcnv3_tvm.signature import BATCH, TensorInfo, parse_size
 
-_SIZE_NAMES: Final = "nchw"
+_MULTIPLES: Final = range(1, 257)
+"""What sizes of images may have to be a multiple of."""
 
 _TESTED_SIZES: Final = (*range(2, 132), 256, 257, 384, 510, 513, 800, 1023, 1333, 4096, 5001)
 """Sizes for which guards are evaluated: all remainders of common strides, small and large."""
@@ -29,10 +31,8 @@ _NAMESPACE: Final = {
 """Names that PyTorch uses in printed guards."""
 
 
-def check_shape_guards(
-    program: ExportedProgram, shape: tuple[int, ...], dynamic_axes: set[int]
-) -> None:
-    """Raise an error for a program that is valid only for some of the dynamic sizes.
+class ShapeGuards:
+    """The guards of an exported program: conditions on its dynamic sizes.
 
     Guards that exclude only a size of one are accepted: ``torch.export`` always adds them, and the
     operators left in the graph are valid for one as well.
@@ -40,76 +40,138 @@ def check_shape_guards(
     Parameters
     ----------
     program : ExportedProgram
-        A program with one argument, ``image``.
-    shape : tuple of int
-        Shape of the example.
-    dynamic_axes : set of int
-        Axes whose size is dynamic.
-
-    Raises
-    ------
-    ModelImportError
-        If a guard fails for some size; the message names the guard and its source line.
+        The program.
+    infos : sequence of TensorInfo
+        Its inputs.
+    sizes : mapping of str to int
+        Dynamic sizes of the examples by name, as in `ModelInputs.sizes`.
     """
-    failing = [
-        f"{guard} ({source})" if source else guard
-        for guard, source in _guards(program).items()
-        if not _always_holds(guard, shape, dynamic_axes)
-    ]
-    if failing:
-        raise ModelImportError(
-            "the model computes something else for images of another size",
-            got=f"it was exported for sizes where {' and '.join(failing)}",
-            hint="Import it with fixed sizes (dynamic_batch=False, dynamic_size=False), or move "
-            "the step that depends on the size (for example a padding) out of the model.",
+
+    def __init__(
+        self, program: ExportedProgram, infos: Sequence[TensorInfo], sizes: Mapping[str, int]
+    ) -> None:
+        names = [parse_size(size) for info in infos for size in info.shape if isinstance(size, str)]
+        self._multiples = {name: multiple for multiple, name in names}
+        self._example = {name: self._multiples[name] * size for name, size in sizes.items()}
+        self._guards, self._bounds = _read(program, infos)
+
+    def check(self) -> None:
+        """Raise an error for a program that is valid only for some of the dynamic sizes.
+
+        Raises
+        ------
+        ModelImportError
+            If a guard fails for some size; the message names the guard and its source line.
+        """
+        if self._bounds:
+            raise ModelImportError(
+                "the exported model would not accept larger images",
+                got=", ".join(f"{name} <= {most}" for name, most in self._bounds.items()),
+                hint="Use an example whose smallest feature map has more than one pixel. If the "
+                "model computes something else for larger images, import it with fixed sizes.",
+            )
+        failing = [
+            f"{guard} ({source})" if source else guard
+            for guard, source in self._guards.items()
+            if self._failing_sizes(guard) is not None
+        ]
+        if failing:
+            multiple = self.size_multiple()
+            raise ModelImportError(
+                "the model computes something else for images of another size",
+                got=f"it was exported for sizes where {' and '.join(failing)}",
+                hint="Import it with fixed sizes (dynamic_batch=False, dynamic_size=False), or "
+                "move the step that depends on the size (for example a padding) out of the model."
+                if multiple is None
+                else f"Import it for multiples of {multiple}: dynamic_size={multiple}, or "
+                f"--dynamic-size {multiple}; or with fixed sizes.",
+            )
+
+    def size_multiple(self) -> int | None:
+        """Return the least m so that all guards hold for heights and widths that are multiples."""
+        if self._bounds:
+            return None
+        return next(
+            (m for m in _MULTIPLES if all(self._failing_sizes(g, m) is None for g in self._guards)),
+            None,
         )
 
+    def failing_sizes(self) -> dict[str, int] | None:
+        """Return dynamic sizes for which a guard does not hold, if there are any."""
+        failing = map(self._failing_sizes, self._guards)
+        return next((sizes for sizes in failing if sizes is not None), None)
 
-def _guards(program: ExportedProgram) -> dict[str, str]:
-    """Return the guards as Python expressions of n, c, h and w, with their source lines."""
-    image = next(node for node in program.graph.nodes if node.name == "image").meta["val"]
+    def _failing_sizes(self, guard: str, multiple: int = 1) -> dict[str, int] | None:
+        tree = ast.parse(guard, mode="eval")
+        code = compile(tree, guard, "eval")
+        sizes: dict[str, int] = {}
+        try:
+            for sizes in self._tested_sizes(multiple):
+                if not (_evaluate(code, sizes) or _has_size_of_one(tree, sizes)):
+                    return sizes
+        except (NameError, AttributeError, TypeError, ArithmeticError):
+            return sizes  # The guard depends on more than sizes.
+        return None
+
+    def _tested_sizes(self, multiple: int) -> Iterator[dict[str, int]]:
+        """Yield the example's sizes with one dynamic size changed at a time."""
+        steps = {
+            name: known * (1 if name == BATCH else multiple)
+            for name, known in self._multiples.items()
+        }
+        example = {
+            name: math.ceil(size / steps[name]) * steps[name]
+            for name, size in self._example.items()
+        }
+        for name, step in steps.items():
+            for size in _TESTED_SIZES:
+                yield example | {name: size * step}
+
+
+def _read(
+    program: ExportedProgram, infos: Sequence[TensorInfo]
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the guards as Python expressions with their source lines, and the upper bounds."""
     print_python = PythonPrinter().doprint
-    sizes = {
-        name: size.node
-        for name, size in zip(_SIZE_NAMES, image.shape, strict=True)
-        if isinstance(size, torch.SymInt)
-    }
+    sizes = list(_named_sizes(program, infos))
     names: dict[str, str] = {}
     guards: dict[str, str] = {}
-    for name, size in sizes.items():
-        symbol = print_python(size.expr)
+    for name, size in sizes:
+        symbol = print_python(size.node.expr)
         if symbol.isidentifier() and symbol not in names:
             names[symbol] = name
         else:  # torch.export concluded that one size depends on another.
             guards[f"{name} == {symbol}"] = ""
-    for size in list(sizes.values())[:1]:  # All sizes share one list of guards.
-        for guard in size.shape_env.guards:
-            guards[print_python(guard.expr)] = str(guard.sloc).strip("()")
+    for _, size in sizes[:1]:  # All sizes share one list of guards.
+        environment = size.node.shape_env
+        for guard in environment.guards:
+            # Sizes found to be equal are one symbol in the shapes of the inputs.
+            expression = print_python(environment.replace(guard.expr))
+            guards[expression] = str(guard.sloc).strip("()")
 
-    def renamed(guard: str) -> str:
-        return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), guard)
+    def renamed(text: str) -> str:
+        return re.sub(r"\w+", lambda found: names.get(found[0], found[0]), text)
 
-    return {renamed(guard): source for guard, source in guards.items()}
-
-
-def _always_holds(guard: str, shape: tuple[int, ...], dynamic_axes: set[int]) -> bool:
-    tree = ast.parse(guard, mode="eval")
-    code = compile(tree, guard, "eval")
-    try:
-        return all(
-            _evaluate(code, sizes) or _has_size_of_one(tree, sizes)
-            for sizes in _tested_sizes(shape, dynamic_axes)
-        )
-    except (NameError, AttributeError, TypeError, ArithmeticError):
-        return False  # The guard depends on more than sizes.
+    bounds = {
+        renamed(print_python(symbol)): int(values.upper)
+        for symbol, values in program.range_constraints.items()
+        if not math.isinf(float(values.upper))
+    }
+    return {renamed(guard): source for guard, source in guards.items()}, bounds
 
 
-def _tested_sizes(shape: tuple[int, ...], dynamic_axes: set[int]) -> Iterator[dict[str, int]]:
-    """Yield the example's sizes with one dynamic size changed at a time."""
-    example = dict(zip(_SIZE_NAMES, shape, strict=True))
-    for axis in sorted(dynamic_axes):
-        for size in _TESTED_SIZES:
-            yield example | {_SIZE_NAMES[axis]: size}
+def _named_sizes(
+    program: ExportedProgram, infos: Sequence[TensorInfo]
+) -> Iterator[tuple[str, torch.SymInt]]:
+    """Yield the dynamic sizes of the inputs, with an expression of the sizes in the signature."""
+    inputs = set(program.graph_signature.user_inputs)
+    tensors = [node.meta["val"] for node in program.graph.nodes if node.name in inputs]
+    for tensor, info in zip(tensors, infos, strict=True):
+        named = (size for size in info.shape if isinstance(size, str))
+        for size in tensor.shape:
+            if isinstance(size, torch.SymInt):
+                multiple, name = parse_size(next(named))
+                yield (name if multiple == 1 else f"({name} // {multiple})"), size
 
 
 def _evaluate(code: Any, sizes: Mapping[str, int]) -> Any:

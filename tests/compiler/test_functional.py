@@ -1,5 +1,6 @@
 """`dcnv3` and `compile_op` with valid and invalid tensors of every kind."""
 
+import functools
 import gc
 import weakref
 
@@ -131,13 +132,36 @@ def test_inputs_are_not_kept_alive():
     assert alive() is None
 
 
+def test_empty_batch():
+    _, arrays = problem()
+    empty = [array[:0] for array in arrays]
+    for operator in (
+        functools.partial(dcnv3, group=GROUP),
+        compile_op(DCNv3Spec.of((None, *SHAPE[1:]), group=GROUP)),
+        compile_op(DCNv3Spec.of((0, *SHAPE[1:]), group=GROUP)),
+    ):
+        result = operator(*map(torch.from_numpy, empty))
+        assert (result.shape, result.dtype) == ((0, *SHAPE[1:]), torch.float32)
+    with pytest.raises(InvalidArgumentError, match="offset has the wrong shape"):
+        dcnv3(empty[0], *arrays[1:], group=GROUP)
+
+
+def test_parameters_as_arrays_and_numpy_numbers():
+    _, arrays = problem()
+    expected = dcnv3(*arrays, group=GROUP)
+    given = {name: np.array([each] * 2) for name, each in {"kernel_size": 3, "pad": 1}.items()}
+    given |= {"stride": [np.int64(1), np.uint8(1)], "group": np.int16(GROUP)}
+    given |= {"offset_scale": np.float32(1), "softmax": np.bool_(False), "dilation": np.array(1)}
+    np.testing.assert_array_equal(dcnv3(*arrays, **given), expected)
+
+
 NHWC = r"NHWC is expected: an NCHW tensor needs {}\.permute\(0, 2, 3, 1\)"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, o, m: (x[:0], o[:0], m[:0]), r"x is empty; got shape \(0, 7, 5, 6\)"),
+        (lambda x, o, m: (x[:, :0], o, m), r"x is empty; got shape \(2, 0, 5, 6\)"),
         (lambda x, o, m: (x[0], o, m), r"x does not have four dimensions; got shape \(7, 5, 6\)"),
         (lambda x, o, m: (x, o[0], m), r"offset does not have four .* \(7, 5, 36\)"),
         (
@@ -173,6 +197,12 @@ def test_nchw_with_divisible_channels_gets_a_hint():
 def test_missing_gpu_error_suggests_an_architecture():
     with pytest.raises(TargetError, match=r"has no NVIDIA GPU.*cuda-sm90"):
         compile_op(problem()[0], "cuda")
+
+
+def test_compile_op_needs_a_specification():
+    for wrong in ("a", None, (1, 8, 8, 4)):
+        with pytest.raises(InvalidArgumentError, match="not a DCNv3Spec"):
+            compile_op(wrong)
 
 
 def test_compile_op_is_cached():

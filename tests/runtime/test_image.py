@@ -144,12 +144,15 @@ def test_exif_orientation(tmp_path):
         b"",
         None,
         7,
-        [],
     ],
 )
 def test_not_an_image(bad):
     with pytest.raises(ImageError):
         runtime.preprocess(bad, SETTINGS)
+
+
+def test_no_images_make_an_empty_batch():
+    assert runtime.preprocess([], SETTINGS).shape == (0, 3, *SETTINGS["crop"])
 
 
 def test_not_an_image_file(tmp_path, photo):
@@ -184,7 +187,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
         ({"crop": [8, 8, 8]}, "crop is not"),
         ({"crop": [10**9, 8]}, "crop is out of range"),
         ({"mean": [0.5]}, "mean is invalid"),
-        ({"std": [1, 0, 1]}, "std is invalid.*not zero"),
+        ({"std": [1, 0, 1]}, "std is invalid.*above 0"),
         ({"std": [1, 10**400, 1]}, "std is not a finite number"),
         ({"interpolation": "magic"}, "interpolation is unknown; got 'magic'; allowed: bicubic"),
         ({"layout": ["NCHW"]}, "layout is unknown"),
@@ -193,7 +196,7 @@ def test_decompression_bomb(tmp_path, monkeypatch):
 def test_invalid_settings(photo, change, message):
     with pytest.raises(InvalidArgumentError, match=message):
         runtime.preprocess(photo, SETTINGS | change)
-    with pytest.raises(InvalidArgumentError, match="incomplete; got no crop, mean"):
+    with pytest.raises(InvalidArgumentError, match="incomplete or unknown; got no crop, no mean"):
         runtime.preprocess(photo, {"resize": 8, "std": [1, 1, 1]})
 
 
@@ -212,8 +215,29 @@ def test_top_k():
 
     from_torch, _ = runtime.top_k(torch.from_numpy(logits), k=3)
     np.testing.assert_array_equal(from_torch, classes)
-    for bad in (0, 5):
-        with pytest.raises(InvalidArgumentError, match="1 to 4"):
-            runtime.top_k(logits, k=bad)
-    with pytest.raises(InvalidArgumentError, match="shape"):
-        runtime.top_k(logits[0])
+    from_bfloat16, _ = runtime.top_k(torch.from_numpy(logits).bfloat16().requires_grad_(), k=3)
+    np.testing.assert_array_equal(from_bfloat16, classes)
+    names, _ = runtime.top_k(logits.astype(">f4"), np.int64(2), labels=("a", "b", "c", "d"))
+    assert names.tolist() == [["b", "c"], ["a", "d"]]
+    for result in runtime.top_k(logits[:0], k=3):
+        assert result.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("logits", "options", "message"),
+    [
+        (np.zeros((1, 4)), {"k": 0}, "at least 1 and at most 4"),
+        (np.zeros((1, 4)), {"k": 5}, "at least 1 and at most 4"),
+        (np.zeros((1, 4)), {"k": 2.0}, "at least 1 and at most 4"),
+        (np.zeros(4), {}, "not a matrix"),
+        (np.zeros((1, 8), complex), {}, "not a matrix of real numbers; got complex128"),
+        (np.array([[0, np.nan] * 3]), {}, "NaN"),
+        (np.array([[0, np.inf] * 3]), {}, "a maximum of inf"),
+        (np.full((1, 8), -np.inf), {}, "a maximum of -inf"),
+        ({"logits": np.zeros((1, 8))}, {}, "not a tensor; got builtins.dict.*outputs"),
+        (np.zeros((1, 8)), {"labels": ["cat"]}, "got 1 labels; allowed: 8"),
+    ],
+)
+def test_invalid_logits_are_rejected(logits, options, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        runtime.top_k(logits, **options)

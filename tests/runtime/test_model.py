@@ -191,10 +191,22 @@ def test_dynamic_batch(make_toy, tmp_path):
     for batch in (1, 3, 17):
         x = np.random.default_rng(batch).standard_normal((batch, 3, 8, 8)).astype(np.float32)
         np.testing.assert_array_equal(model(x), toy.main(x))
-    with pytest.raises(InvalidArgumentError, match="empty"):
-        model(np.zeros((0, 3, 8, 8), np.float32))
     with pytest.raises(InvalidArgumentError, match=r"allowed: NCHW \(n, 3, 8, 8\)"):
         model(np.zeros((2, 3, 8, 9), np.float32))
+
+
+def test_empty_batch(make_toy, tmp_path):
+    import tvm_ffi
+
+    model = runtime.load(make_toy("n").write(tmp_path / "dynamic"))
+    none = np.zeros((0, 3, 8, 8), np.float32)
+    for empty in (none, torch.from_numpy(none), tvm_ffi.from_dlpack(none)):
+        result, maps = model(empty), model.features(image=empty)
+        assert isinstance(result, type(empty))
+        assert (tuple(result.shape), str(result.dtype)[-7:]) == ((0, 192), "float32")
+        assert [tuple(feature.shape) for feature in maps] == [(0, 3, 8, 8)] * 2
+    with pytest.raises(InvalidArgumentError, match="image is empty"):
+        model(np.zeros((2, 3, 0, 8), np.float32))
 
 
 @pytest.mark.parametrize(

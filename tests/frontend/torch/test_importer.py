@@ -191,14 +191,21 @@ def test_features_always_needs_a_pyramid_method():
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ((3, 224, 224), r"not an image batch; got shape \(3, 224, 224\)"),
-        ((1, 3, 0, 8), "not an image batch"),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "another dtype than the model"),
+        ((1, 3, 0, 8), "empty; got shape"),
+        ((), "not take the inputs"),
+        ("photo.jpg", "example of x is not a tensor; got str.*Wrap a model"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.float64), "another dtype than the model"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.complex64), "another dtype than the model"),
+        (torch.zeros(1, 3, 8, 8, device="meta"), "no values in memory"),
+        (torch.zeros(1, 3, 8, 8).to_sparse(), "no values in memory"),
+        (torch.quantize_per_tensor(torch.zeros(8), 0.1, 0, torch.quint8), "another dtype"),
+        ({"image": SHAPE}, "missing a required argument: 'x'"),
+        ((SHAPE, SHAPE), "forward.*too many positional arguments"),
     ],
+    ids=lambda value: None if isinstance(value, str) else "example",
 )
 def test_invalid_examples(example, message):
-    with pytest.raises(InvalidArgumentError, match=message):
+    with pytest.raises((InvalidArgumentError, ModelImportError), match=message):
         import_model(published.Detector(), example=example)
 
 

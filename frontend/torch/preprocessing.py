@@ -1,0 +1,67 @@
+"""Preprocessing and labels that are given with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.preprocessing import check_settings
+from dcnv3_tvm.signature import TensorInfo
+
+
+def complete_settings(given: Mapping[str, Any], image: TensorInfo) -> dict[str, Any]:
+    """Check settings of `CompiledModel.preprocess`, and complete them for an input.
+
+    Parameters
+    ----------
+    given : mapping
+        ``mean`` and ``std``, and others of `dcnv3_tvm.preprocessing.SETTINGS`.
+    image : TensorInfo
+        The input at the size of the example, which is the default of ``crop``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a setting is missing, unknown or invalid, or the input is not an RGB image.
+    """
+    layout = image.layout
+    if not layout or image.shape[layout.index("C")] != 3:
+        raise InvalidArgumentError(
+            "preprocessing makes RGB images, which the first input does not take",
+            got=f"{image.name}: {image.describe()}",
+            allowed="(N, 3, H, W) or (N, H, W, 3)",
+        )
+    size = [image.shape[layout.index(axis)] for axis in "HW"]
+    settings = check_settings({"crop": size, "resize": max(size), "layout": layout} | dict(given))
+    if settings["layout"] != layout:
+        raise InvalidArgumentError(
+            "the layout of the preprocessing is not that of the input",
+            got=settings["layout"],
+            allowed=image.describe(),
+        )
+    return settings
+
+
+def check_labels(labels: Sequence[str], outputs: Sequence[TensorInfo]) -> tuple[str, ...]:
+    """Return labels, one for each class of an output.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If they are not strings, or no output has as many classes (axis 1).
+    """
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise InvalidArgumentError(
+            "the labels are not a sequence of strings",
+            got=type(labels).__name__,
+            allowed="a name for each class, in order",
+        )
+    classes = [output.shape[1] for output in outputs if len(output.shape) >= 2]
+    if len(labels) not in classes:
+        raise InvalidArgumentError(
+            "the number of labels is not that of the classes",
+            got=f"{len(labels)} labels",
+            allowed=", ".join(map(str, classes)) or "no output has classes",
+        )
+    return tuple(labels)
