@@ -5,7 +5,8 @@ A message says, in this order: what is wrong, what was given, what is allowed, w
 
 from __future__ import annotations
 
-from typing import Final
+import functools
+from typing import Any, Final
 
 INSTALL_FFI: Final = "Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
 """Hint where the runtime library of compiled models is missing."""
@@ -51,6 +52,14 @@ class DCNv3Error(Exception):
         if hint is not None:
             message += f" {hint}"
         super().__init__(message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as text, which a process pool sends from its workers."""
+        details: dict[str, Any] = {
+            name: None if value is None else str(value)
+            for name, value in (("got", self.got), ("allowed", self.allowed), ("hint", self.hint))
+        }
+        return functools.partial(type(self), **details), (self.problem,)
 
 
 class InvalidArgumentError(DCNv3Error, ValueError):

@@ -53,6 +53,8 @@ class CompiledOperator:
         was rejected; empty where no records were used.
     executable : tvm.runtime.Executable or DeviceLibrary
         The compiled module, with one function, ``dcnv3(x, offset, mask, out)``.
+    database : str
+        As passed to `compile_op`, which compiles again what was pickled or copied.
     """
 
     spec: DCNv3Spec
@@ -60,6 +62,10 @@ class CompiledOperator:
     rule: str
     record: str
     executable: Any
+    database: str = "none"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _compile, (self.spec, str(self.target), self.database)
 
     def __call__(self, x: TensorT, offset: TensorT, mask: TensorT) -> TensorT:
         """Run the operator.
@@ -290,7 +296,7 @@ def _compile(spec: DCNv3Spec, target_text: str, database: str) -> CompiledOperat
                 got=f"{spec.slug} for {targets.target_slug(target)}",
             ) from error
         found = taken[_NAME]
-        return CompiledOperator(spec, target, found.rule, found.record, executable)
+        return CompiledOperator(spec, target, found.rule, found.record, executable, database)
 
 
 def _compile_for_gpu(function: Any, target: Target) -> DeviceLibrary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import stat
@@ -119,6 +120,9 @@ def load(
         metadata,
         folder=folder.absolute(),
         threads=max(1, library.default_threads() // workers) if threads is None else threads,
+        reload=functools.partial(
+            load, verify_digests=verify_digests, device=device, threads=threads, workers=workers
+        ),
         gpu=device_gpu,
         owner=owner,
     )

@@ -30,7 +30,8 @@ class CompiledModel:
     """A compiled model in memory; made by `dcnv3_tvm.load` and `dcnv3_tvm.compile_model`.
 
     It may be called from several threads: `workers` calls run side by side, others wait. On the CPU
-    it may also be called in a forked child. Results stay valid after the model is closed.
+    it may also be called in a forked child. Pickling and copying it loads its saved artifact again.
+    Results stay valid after the model is closed.
 
     Examples
     --------
@@ -47,6 +48,7 @@ class CompiledModel:
         *,
         folder: Path,
         threads: int,
+        reload: Callable[[Path], CompiledModel],
         gpu: cuda.Gpu | None = None,
         owner: object | None = None,
     ) -> None:
@@ -62,6 +64,8 @@ class CompiledModel:
         self._weight_bytes = tensors.total_bytes(weights.values())
         self._folder = folder
         self._owner = owner
+        self._reload = reload
+        self._saved = None if owner is not None else folder
         workers = [_functions(machine, weights, metadata) for machine in machines]
         self._execution: Execution = (
             CpuExecution(workers, threads) if gpu is None else GpuExecution(workers[0], gpu)
@@ -178,6 +182,7 @@ class CompiledModel:
                 got=f"{error.strerror or error} ({error.filename or destination})",
                 hint=f"{destination} is unchanged.",
             ) from error
+        self._saved = destination.absolute()
 
     def close(self) -> None:
         """Release code, weights and temporary files; later calls raise an error.
@@ -192,6 +197,15 @@ class CompiledModel:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._saved is None:
+            raise ArtifactError(
+                "the model was not saved, so it cannot be pickled or copied",
+                got=repr(self),
+                hint="Call model.save(path) first: it is loaded from that folder again.",
+            )
+        return _load_again, (self._reload, self._saved, self.metadata.digests)
 
     def __repr__(self) -> str:
         signature = ", ".join(info.describe() for info in self._entry("main").inputs)
@@ -237,6 +251,20 @@ class CompiledModel:
             if gpu_error is not None:
                 return gpu_error
         return InvalidArgumentError("the compiled model rejects the input", got=first_line(error))
+
+
+def _load_again(
+    reload: Callable[[Path], CompiledModel], folder: Path, digests: dict[str, str]
+) -> CompiledModel:
+    """Load what was pickled."""
+    model = reload(folder)
+    if model.metadata.digests != digests:
+        raise ArtifactError(
+            "the artifact was replaced after the model was pickled",
+            got=folder,
+            hint="Load it with dcnv3_tvm.load, and pickle it again.",
+        )
+    return model
 
 
 def _functions(machine: Any, weights: dict[str, Any], metadata: ArtifactMetadata) -> Functions:

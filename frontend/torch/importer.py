@@ -15,6 +15,7 @@ from tvm import relax
 
 from dcnv3_tvm.checks import boolean, integer
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
+from dcnv3_tvm.forks import one_at_a_time
 from dcnv3_tvm.frontend.models.config import IMAGENET_MEAN, IMAGENET_STD, InternImageConfig
 from dcnv3_tvm.frontend.models.imagenet import IMAGENET_CLASSES, imagenet_labels
 from dcnv3_tvm.frontend.torch.entry_points import (
@@ -39,6 +40,7 @@ from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.signature import Entry
 
 
+@one_at_a_time  # torch.export keeps its state in global variables.
 def import_model(
     module: nn.Module,
     *,

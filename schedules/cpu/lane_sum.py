@@ -81,5 +81,5 @@ def _intrinsic(width: int, dtype: str) -> str:
             T.writes(B[0:1])
             B[0] = B[0] + T.call_pure_extern(dtype, name, A.vload([0], f"{dtype}x{width}"))
 
-    TensorIntrin.register(name, description, implementation)
+    TensorIntrin.register(name, description, implementation, override=True)
     return name

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import pickle
 import weakref
 
 import ml_dtypes
@@ -212,6 +213,8 @@ def test_compile_op_is_cached():
     assert operator.rule == "dcnv3"
     assert compile_op(spec, "cpu-x86-64") is compile_op(spec, "llvm -mcpu=x86-64")
     assert_matches_reference(operator(*arrays), spec, arrays)
+    copied = pickle.loads(pickle.dumps(operator))
+    assert_matches_reference(copied(*arrays), spec, arrays)
 
 
 def test_compile_op_with_dynamic_sizes():

@@ -1,16 +1,21 @@
 """Calls of a loaded model: inputs, outputs and errors."""
 
 import concurrent.futures
+import copy
+import dataclasses
 import gc
 import os
+import pickle
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dcnv3_tvm import runtime
-from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.runtime.tensors import ALIGNMENT, aligned_bytes, aligned_copy
 
@@ -251,3 +256,39 @@ def test_threads_are_not_pinned(artifact_path, image):
     affinities = {int(task): os.sched_getaffinity(int(task)) for task in os.listdir(TASKS)}
     assert len(affinities) > 1
     assert all(cores == os.sched_getaffinity(0) for cores in affinities.values())
+
+
+def through_pickle(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, through_pickle])
+def test_pickle_and_copy(artifact_path, toy, image, duplicate):
+    model = runtime.load(artifact_path, threads=1, workers=2, verify_digests=False)
+    other = duplicate(model)
+    assert other is not model
+    assert (other.threads, other.workers, other.device) == (1, 2, "cpu")
+    model.close()
+    np.testing.assert_array_equal(other(image), toy.main(image))
+
+
+def test_pickle_of_a_model_that_is_not_saved(toy, tmp_path, image):
+    owner = tempfile.TemporaryDirectory(dir=tmp_path)
+    model = runtime.load(toy.write(Path(owner.name) / "x"), owner=owner)
+    with pytest.raises(ArtifactError, match=r"not saved.*model\.save"):
+        pickle.dumps(model)
+    model.save(tmp_path / "saved")
+    pickled = pickle.dumps(model)
+    model.close()
+    np.testing.assert_array_equal(pickle.loads(pickled)(image), toy.main(image))
+    dataclasses.replace(toy, weights={"bias": image[0]}).write(tmp_path / "saved")
+    with pytest.raises(ArtifactError, match="replaced after the model was pickled"):
+        pickle.loads(pickled)
+
+
+def test_pickle_of_an_error():
+    error = InvalidArgumentError("wrong", got=np.float32, allowed=3, hint="Fix it.")
+    copied = through_pickle(error)
+    assert type(copied) is InvalidArgumentError
+    assert str(copied) == str(error)
+    assert (copied.problem, copied.hint) == (error.problem, error.hint)

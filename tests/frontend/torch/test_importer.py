@@ -1,6 +1,7 @@
 """Importing models: entries, names, weights, dynamic sizes, and errors for invalid arguments."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -181,6 +182,12 @@ def test_module_that_calls_the_operator():
     assert set(imported.weights) == set(model.state_dict())
     (outputs,) = run_imported(imported, IMAGE)
     assert_close(outputs, [run_pytorch(model, IMAGE)])
+
+
+def test_imports_in_several_threads():
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda _: import_model(CallsOperator(), example=SHAPE), range(4))
+        assert [count_dcnv3(imported) for imported in found] == [1] * 4
 
 
 def test_features_always_needs_a_pyramid_method():
