@@ -25,6 +25,7 @@ from typing import Any, Final, TypeVar
 import numpy.typing as npt
 
 from dcnv3_tvm.environment import CUDA_HOME
+from emulated_gpu import nvcc
 
 Array = npt.NDArray[Any]
 Output = tuple[tuple[int, ...], str]
@@ -54,7 +55,7 @@ def install(folder: Path) -> dict[str, str]:
     Raises
     ------
     RuntimeError
-        If the C compiler, ``gcc`` or ``$CC``, is missing or fails.
+        If a compiler, ``gcc`` or ``$CC`` and ``g++`` or ``$CXX``, is missing or fails.
     """
     versions, empty = folder / "versions", folder / "empty.c"
     versions.write_text(f"{_RUNTIME} {{ local: *; }};")
@@ -69,12 +70,13 @@ def install(folder: Path) -> dict[str, str]:
     try:
         for command in commands:
             subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+        nvcc.prepare(folder)
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(f"cannot build the emulated GPU: {error}") from error
-    nvcc = folder / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{_HERE / "nvcc.py"}" "$@"\n')
-    nvcc.chmod(0o755)
+    command = folder / "bin" / "nvcc"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{nvcc.__file__}" "{folder}" "$@"\n')
+    command.chmod(0o755)
     return {CUDA_HOME.name: str(folder), "LD_LIBRARY_PATH": str(folder)}
 
 
@@ -89,7 +91,7 @@ class EmulatedGpu:
     Raises
     ------
     RuntimeError
-        If the C compiler is missing or fails.
+        If a compiler is missing or fails.
     """
 
     def __init__(self, arch: str = "sm_90") -> None:

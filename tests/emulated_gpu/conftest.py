@@ -19,14 +19,14 @@ SHARED_BYTES = 16384
 class CompiledBody:
     """The body of a kernel with float arguments, compiled for the emulated GPU."""
 
-    def __init__(self, folder, body, threads):
+    def __init__(self, prepared, folder, body, threads):
         begin = (
             f'extern "C" __global__ void __launch_bounds__({threads}) '
             "k(float* __restrict__ out, float* __restrict__ x) {"
         )
         code, path = folder / "k.cu", folder / "k.so"
         code.write_text(f"{HEADER}{begin}\n{body}\n}}\n")
-        assert nvcc.main(["--cubin", str(code), "-o", str(path)]) == 0
+        assert nvcc.main(prepared, ["--cubin", str(code), "-o", str(path)]) == 0
         self.threads = threads
         self.library = ctypes.CDLL(str(path))
         self.library.emulated_k.restype = ctypes.c_char_p
@@ -40,12 +40,19 @@ class CompiledBody:
         return None if wrong is None else wrong.decode()
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    nvcc.prepare(folder)
+    return folder
+
+
 @pytest.fixture
-def kernel(tmp_path):
+def kernel(prepared, tmp_path):
     """Compile the body of a kernel with float arguments ``x`` and ``out``."""
 
     def compiled(body, threads):
-        return CompiledBody(Path(tempfile.mkdtemp(dir=tmp_path)), body, threads)
+        return CompiledBody(prepared, Path(tempfile.mkdtemp(dir=tmp_path)), body, threads)
 
     return compiled
 

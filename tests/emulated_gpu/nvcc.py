@@ -1,7 +1,8 @@
 """Compiler of the emulated GPU: translates generated CUDA source to a library for the processor.
 
-It takes the command line that `compiler.cuda` passes to nvcc, and writes the library that
-`driver.c` runs. Only the PTX instructions in `_INSTRUCTIONS` are supported.
+It takes a folder that `prepare` filled and the command line that `compiler.cuda` passes to nvcc,
+and writes the library that `driver.c` runs. Only the PTX instructions in `_INSTRUCTIONS` are
+supported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Final
 
 _OPTIONS: Final = (
     "-std=c++17",
-    "-O0",
     "-w",
     "-fPIC",
     "-fno-strict-aliasing",
@@ -56,15 +56,33 @@ _KERNEL: Final = re.compile(
     r'^extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\((.*)\) \{$', re.MULTILINE
 )
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{},:]')
-_KERNELS_A_PIECE: Final = 4
+_KERNELS_A_PIECE: Final = 16
+
+_HERE: Final = Path(__file__).parent
+_HEADER, _HEADER_COMPILED, _DEVICE = "device.h", "device.h.gch", "device.o"
 
 
-def main(arguments: Sequence[str]) -> int:
+def prepare(folder: Path) -> None:
+    """Compile what all kernels share.
+
+    Raises
+    ------
+    OSError, subprocess.CalledProcessError
+        If the C++ compiler, ``g++`` or ``$CXX``, is missing or fails.
+    """
+    header = [*_compiler("-O0"), "-x", "c++-header", str(_HERE / _HEADER)]
+    device = [*_compiler("-O2"), "-c", str(_HERE / "device.cpp")]
+    for command, name in ((header, _HEADER_COMPILED), (device, _DEVICE)):
+        command += ["-o", str(folder / name)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def main(prepared: Path, arguments: Sequence[str]) -> int:
     """Compile one file; return a non-zero exit code if a compiler fails."""
     source = next(Path(word) for word in arguments if word.endswith(".cu"))
     output = Path(arguments[arguments.index("-o") + 1])
     pieces = translate(source.read_text(encoding="utf-8"))
-    compiler = [os.environ.get("CXX", "g++"), *_OPTIONS, f"-I{Path(__file__).parent}"]
+    compiler = [*_compiler("-O0"), f"-I{prepared}", f"-I{_HERE}", "-include", _HEADER]
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-emulated-") as folder:
         files = [Path(folder) / f"piece{i}.cpp" for i in range(len(pieces))]
         for file, text in zip(files, pieces, strict=True):
@@ -79,8 +97,13 @@ def main(arguments: Sequence[str]) -> int:
             if any(pool.map(compile_piece, files)):
                 return 1
         # Functions that every piece defines are identical.
+        objects.append(str(prepared / _DEVICE))
         command = [compiler[0], "-shared", "-Wl,-z,muldefs", "-o", str(output), *objects]
         return subprocess.run(command, check=False).returncode
+
+
+def _compiler(level: str) -> list[str]:
+    return [os.environ.get("CXX", "g++"), level, *_OPTIONS]
 
 
 def translate(source: str) -> list[str]:
@@ -123,9 +146,7 @@ def _kernel(head: re.Match[str], source: str) -> str:
 
 
 def _language(source: str) -> str:
-    source = re.sub(
-        r"^\s*#include <(?:cuda|mma|math_constants).*$", '#include "device.h"', source, flags=re.M
-    )
+    source = re.sub(r"^\s*#include <(?:cuda|mma|math_constants).*$", "", source, flags=re.M)
     source = re.sub(
         r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];",
         r"\1 *\2 = (\1 *)emulated::shared;",
@@ -203,6 +224,6 @@ def _code(text: str, start: int) -> Iterator[tuple[int, str]]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
     except ValueError as error:
         sys.exit(f"error: {error}")
