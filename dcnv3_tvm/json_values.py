@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -15,7 +16,8 @@ def decode(kind: Any, value: Any, name: str) -> Any:
     ----------
     kind : type
         str, int, float, bool, None or `Any`; a union, ``list[T]``, ``tuple[T, ...]`` or
-        ``dict[str, T]`` of these; a dataclass or `typing.TypedDict` with such fields.
+        ``dict[str, T]`` or ``Mapping[str, T]`` of these; a dataclass or `typing.TypedDict` with
+        such fields.
     value : object
         From `json.loads`.
     name : str
@@ -47,7 +49,7 @@ def decode(kind: Any, value: Any, name: str) -> Any:
     if origin in (list, tuple):
         items = _checked(list, value, name)
         return origin(decode(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(items))
-    if origin is dict:
+    if origin in (dict, Mapping):
         items = _checked(dict, value, name).items()
         return {key: decode(arguments[1], item, f"{name}.{key}") for key, item in items}
     if kind is float and type(value) is int:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from tvm.target import Target, codegen
 
 from dcnv3_tvm import files
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.rule import kernel_name
 from dcnv3_tvm.schedules.space import Decision
@@ -145,7 +147,7 @@ class Records:
         about = _read_about(folder)
         try:
             lines = (folder / _RECORDS).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise _unreadable(folder, error) from error
         return cls.of(about, map(_record, lines))
 
@@ -180,8 +182,11 @@ class Records:
 
 def _record(line: str) -> Record:
     try:
-        return Record(**json.loads(line))
-    except (ValueError, TypeError) as error:
+        record: Record = decode(Record, json.loads(line), "record")
+        if not (0 < record.seconds < math.inf and 0 < record.default_seconds < math.inf):
+            raise ValueError("a time is not a positive number")
+        return record
+    except (ValueError, RecursionError) as error:
         raise RecordsError(
             "a tuning record is damaged",
             got=f"{line[:100]!r} ({error})",
@@ -191,10 +196,11 @@ def _record(line: str) -> Record:
 
 def _read_about(folder: Path) -> About:
     try:
-        data: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = (folder / _ABOUT).read_text(encoding="utf-8")
+        data: dict[str, Any] = decode(dict[str, Any], json.loads(text), "about")
+    except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(folder, error) from error
-    schema = data.pop("schema", None)
+    schema = data.get("schema")
     if schema != SCHEMA:
         raise RecordsError(
             "tuning records have another format",
@@ -203,8 +209,8 @@ def _read_about(folder: Path) -> About:
             hint="Tune again with the installed dcnv3_tvm.",
         )
     try:
-        about = About(**data)
-    except TypeError as error:
+        about: About = decode(About, data, "about")
+    except (ValueError, RecursionError) as error:
         raise _unreadable(folder, error) from error
     installed = tvm_version()
     if about.tvm != installed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm.cli.arguments import (
@@ -111,12 +112,16 @@ def execute(arguments: argparse.Namespace) -> Result:
         )
     from dcnv3_tvm import targets
     from dcnv3_tvm.compiler.compile import check_dtype
+    from dcnv3_tvm.tuning.device_pool import check_measurable
     from dcnv3_tvm.tuning.display import Display
     from dcnv3_tvm.tuning.tune import estimate, tune
 
     config = _config(arguments)
     # Before models are imported, which takes a while.
-    check_dtype(config.dtype, targets.resolve_target(config.target))
+    target = targets.resolve_target(config.target)
+    check_dtype(config.dtype, target)
+    if config.rpc is None:
+        check_measurable(target)
     models = _models(arguments)
     if arguments.dry_run:
         plan = estimate(models, config)
@@ -237,10 +242,18 @@ def _summary_text(summary: dict[str, Any], arguments: argparse.Namespace) -> str
     ]
     if summary["without_schedule"]:
         lines.append(f"every schedule failed: {', '.join(summary['without_schedule'])}")
-    models = [name for name in arguments.models if not name.startswith(_OPERATOR_PREFIX)]
-    if models:
-        lines.append(
-            f"next: dcnv3-tvm compile {models[0]} --target {summary['target']} "
-            f"--database {arguments.work_dir} --checkpoint FILE -o {models[0]}"
-        )
+    lines += [
+        f"next: {_next_command(name, summary['target'], arguments)}"
+        for name in arguments.models
+        if not name.startswith(_OPERATOR_PREFIX)
+    ]
     return "\n".join(lines)
+
+
+def _next_command(name: str, target: str, arguments: argparse.Namespace) -> str:
+    """Return the command that compiles a model with the kernels that were tuned."""
+    words = ["dcnv3-tvm", "compile", name, "--checkpoint", "FILE", "--target", target]
+    words += ["--dtype", arguments.dtype, "--batch", str(arguments.batch)]
+    if arguments.size is not None:
+        words += ["--size", "x".join(map(str, arguments.size))]
+    return shlex.join([*words, "--database", str(arguments.work_dir), "-o", name])

@@ -10,7 +10,8 @@ from typing import Final
 from tvm.target import Target
 
 from dcnv3_tvm import files
-from dcnv3_tvm.errors import TuningError
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.schedules.records import tvm_version
 from dcnv3_tvm.targets import target_slug
 
@@ -48,20 +49,30 @@ class MeasurementContext:
 
         Raises
         ------
-        TuningError
-            If the directory belongs to another context, or cannot be read or written.
+        InvalidArgumentError
+            If the directory belongs to another context, holds something else, or cannot be read or
+            written.
         """
         path = directory / _FILE
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if not path.exists():
+                if any(not entry.name.startswith(f".{_FILE}.") for entry in directory.iterdir()):
+                    raise InvalidArgumentError(
+                        "the work directory holds something other than a tuning session",
+                        got=directory,
+                        hint="Choose a new or an empty folder.",
+                    )
                 with files.atomic_file(path) as temporary:
                     temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2))
-            existing = MeasurementContext(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise TuningError("the work directory cannot be used", got=error) from error
+            text = path.read_text(encoding="utf-8")
+            existing = decode(MeasurementContext, json.loads(text), _FILE)
+        except InvalidArgumentError:
+            raise
+        except (OSError, ValueError, RecursionError) as error:
+            raise InvalidArgumentError("the work directory cannot be used", got=error) from error
         if existing != self:
-            raise TuningError(
+            raise InvalidArgumentError(
                 "the times in the work directory are not comparable with those of this session",
                 got=existing,
                 allowed=self,

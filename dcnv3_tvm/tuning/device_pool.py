@@ -43,6 +43,25 @@ class DevicePool:
     retries: int = 0
 
 
+def check_measurable(target: Target) -> None:
+    """Check that this machine can measure schedules for a target.
+
+    Raises
+    ------
+    TargetError
+        If it cannot run code for the target.
+    """
+    try:
+        check_target(target_info(target))
+    except TargetError as error:
+        raise TargetError(
+            "this machine cannot run code for the target, so it cannot measure schedules",
+            got=targets.target_slug(target),
+            hint="Measure on a machine that can: --rpc HOST:PORT --rpc-key KEY. "
+            f"Reason: {error.problem}",
+        ) from error
+
+
 def local_device(target: Target, *, threads: int, index: int = 0) -> DevicePool:
     """Return this machine's CPU or GPU.
 
@@ -60,15 +79,7 @@ def local_device(target: Target, *, threads: int, index: int = 0) -> DevicePool:
     TargetError
         If this machine cannot run code for `target`.
     """
-    try:
-        check_target(target_info(target))
-    except TargetError as error:
-        raise TargetError(
-            "this machine cannot run code for the target, so it cannot measure schedules",
-            got=targets.target_slug(target),
-            hint="Measure on a machine that can: --rpc HOST:PORT --rpc-key KEY. "
-            f"Reason: {error.problem}",
-        ) from error
+    check_measurable(target)
     if targets.is_gpu(target):
         # A process for each measurement would spend more time on starting CUDA than on measuring.
         return DevicePool(

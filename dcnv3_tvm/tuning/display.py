@@ -92,8 +92,8 @@ def screen(session: TuningSession, columns: int, lines: int) -> list[str]:
         "",
         " share    default       best speedup    trials failed  kernel",
     ]
-    states = sorted(session.states, key=lambda state: -state.best_total)
-    total = sum(state.best_total for state in states) or 1.0
+    states = sorted(session.states, key=lambda state: -state.default_total)
+    total = sum(state.default_total for state in states) or 1.0
     rows_left = max(0, lines - len(head) - 1)
     rows = [_row(state, total) for state in states[:rows_left]]
     hidden = len(states) - len(rows)
@@ -105,7 +105,7 @@ def _row(state: TaskState, total: float) -> str:
     default, best = state.default_seconds, state.best_seconds
     times = [f"{1e6 * seconds:8.1f}us" if seconds else "-" for seconds in (default, best)]
     return (
-        f"{100 * state.best_total / total:5.1f}% {times[0]:>10} {times[1]:>10} "
+        f"{100 * state.default_total / total:5.1f}% {times[0]:>10} {times[1]:>10} "
         f"{state.speedup:6.2f}x {state.trials:>4}/{min(state.task.size, 9999):<4} "
         f"{state.failed:>6}  {state.task.calls} x {state.task.kernel}"
     )

@@ -9,7 +9,7 @@ from typing import Final
 from dcnv3_tvm.schedules.records import Record
 from dcnv3_tvm.schedules.space import Decision
 from dcnv3_tvm.tuning.measurer import Measurer
-from dcnv3_tvm.tuning.task_state import TaskState
+from dcnv3_tvm.tuning.task_state import MAX_RATIO, TaskState
 from dcnv3_tvm.tuning.tasks import Candidate
 from dcnv3_tvm.tuning.trial_log import TrialLog
 
@@ -18,15 +18,10 @@ _FINALISTS: Final = 3
 
 _ROUNDS: Final = 3
 
-_MAX_RATIO: Final = 0.97
-"""A schedule replaces the default only if it takes at most this part of the default's time.
-
-Smaller gains of a kernel measured alone may vanish in a model, where caches hold other data."""
-
 
 def expected_measurements(states: Iterable[TaskState]) -> int:
     """Estimate the number of measurements that the selection takes."""
-    improved = sum(state.speedup > 1 / _MAX_RATIO for state in states)
+    improved = sum(state.speedup > 1 for state in states)
     return improved * (_FINALISTS + 1) * _ROUNDS
 
 
@@ -39,7 +34,7 @@ def select_schedule(state: TaskState, measurer: Measurer, log: TrialLog) -> Reco
     candidates = [Candidate(state.task, state.task.default)]
     times = [default_seconds]
     for decisions, seconds in state.search.best[:_FINALISTS]:
-        if seconds < _MAX_RATIO * default_seconds:
+        if seconds < MAX_RATIO * default_seconds:
             candidates.append(Candidate(state.task, decisions))
             times.append(seconds)
     if len(candidates) == 1:
@@ -48,7 +43,7 @@ def select_schedule(state: TaskState, measurer: Measurer, log: TrialLog) -> Reco
     # Disturbances only make a measurement longer.
     times = [min(pair) for pair in zip(times, remeasured, strict=True)]
     for number in sorted(range(1, len(candidates)), key=times.__getitem__):
-        if times[number] >= _MAX_RATIO * times[0]:
+        if times[number] >= MAX_RATIO * times[0]:
             break
         error = measurer.check(number, candidates[number])
         if not error:

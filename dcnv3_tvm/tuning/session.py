@@ -131,8 +131,10 @@ class TuningSession:
         Raises
         ------
         TuningError
-            If another session is using the directory, the directory belongs to another context,
-            every default schedule fails, or a file cannot be written.
+            If another session is using the directory, every default schedule fails, or a file
+            cannot be written.
+        InvalidArgumentError
+            If the directory belongs to another context, or holds something else.
         """
         self._started = self._clock()
         self.context.bind(self.directory)
@@ -160,12 +162,12 @@ class TuningSession:
     def _resume(self, log: TrialLog) -> None:
         """Load the trials of earlier sessions."""
         for entry in log.entries:
-            state = self._by_workload.get(entry.get("workload", ""))
-            decisions = entry.get("decisions", {})
+            state = self._by_workload.get(entry["workload"])
+            decisions = entry["decisions"]
             if state is None or not state.task.allows(decisions):
                 self.ignored += 1
             else:
-                state.add_trial(decisions, entry.get("seconds"))
+                state.add_trial(decisions, entry["seconds"])
         self._resumed = self.trials
 
     def _measure_defaults(self, measurer: Measurer, log: TrialLog) -> None:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Final
 
 from dcnv3_tvm.schedules.records import Record
 from dcnv3_tvm.tuning.search import Decisions, Search
 from dcnv3_tvm.tuning.tasks import TuningTask
+
+MAX_RATIO: Final = 0.97
+"""A schedule replaces the default only if it takes less than this part of the default's time.
+
+Smaller gains of a kernel measured alone may vanish in a model, where caches hold other data."""
 
 
 @dataclasses.dataclass
@@ -41,10 +47,13 @@ class TaskState:
 
     @property
     def best_seconds(self) -> float | None:
-        """Best time of a call; None before the first successful trial."""
+        """Time of a call with the schedule to choose; None before the first successful trial."""
         if self.record is not None:
             return self.record.seconds
-        return self.curve[-1] if self.curve else None
+        best, default = self.curve[-1] if self.curve else None, self.default_seconds
+        if best is None or default is None:
+            return best
+        return best if best < MAX_RATIO * default else default
 
     @property
     def default_total(self) -> float:

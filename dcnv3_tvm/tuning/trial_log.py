@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from dcnv3_tvm.errors import TuningError
+from dcnv3_tvm.errors import InvalidArgumentError, TuningError
+from dcnv3_tvm.json_values import decode
+from dcnv3_tvm.schedules.space import Decision
 from dcnv3_tvm.tuning.tasks import Candidate
 
 
@@ -29,7 +32,9 @@ class TrialLog:
     Raises
     ------
     TuningError
-        If another process has the file open, it cannot be read or written, or a line is invalid.
+        If another process has the file open.
+    InvalidArgumentError
+        If it cannot be read or written, or a line is invalid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +42,7 @@ class TrialLog:
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            raise TuningError(
+            raise InvalidArgumentError(
                 "the work directory is not writable", got=f"{error.strerror} ({path})"
             ) from error
         try:
@@ -115,10 +120,26 @@ class TrialLog:
         if complete < len(content):
             os.ftruncate(self._file, complete)
         try:
-            return [json.loads(line) for line in content[:complete].splitlines()]
-        except ValueError as error:
-            raise TuningError(
+            return [_trial(line) for line in content[:complete].splitlines()]
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgumentError(
                 "the trial log has an invalid line",
                 got=f"{self._path}: {error}",
                 hint="Remove that line, or choose another --work-dir.",
             ) from error
+
+
+class _Trial(TypedDict):
+    """A line of the file."""
+
+    workload: str
+    decisions: dict[str, Decision]
+    seconds: float | None
+    error: str
+
+
+def _trial(line: bytes) -> dict[str, Any]:
+    trial: dict[str, Any] = decode(_Trial, json.loads(line), "trial")
+    if trial["seconds"] is not None and not 0 < trial["seconds"] < math.inf:
+        raise ValueError("seconds is not a positive number")
+    return trial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -75,7 +76,7 @@ class TuneConfig:
     def __post_init__(self) -> None:
         for name in ("trials", "minutes", "timeout", "threads"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < math.inf:
                 raise InvalidArgumentError(f"{name} is out of range", got=value, allowed="above 0")
 
 
@@ -111,7 +112,8 @@ def tune(
     Raises
     ------
     InvalidArgumentError
-        If there is nothing to tune, or a shape is dynamic.
+        If there is nothing to tune, a shape is dynamic, or the work directory belongs to a session
+        on another device or holds something else.
     TargetError
         If this machine cannot run code for the target, or the target does not support `dtype`.
     TuningError

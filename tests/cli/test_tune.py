@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import time
 
 import pytest
 
-from dcnv3_tvm.cli import main
+from dcnv3_tvm.cli import compile as compile_verb
+from dcnv3_tvm.cli import main, parser, tune
 from dcnv3_tvm.cli.info import tuning_summary
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
 
@@ -36,13 +38,24 @@ def test_summary_agrees_with_last_headline(tuned):
     (summary_line,) = (line for line in out.splitlines() if line.startswith("done: "))
     assert summary_line.startswith("done: 40 of 40 trials, ")
     assert err.splitlines()[-1].endswith(f"] {summary_line}")
-    assert f"--database {folder}" in out
+    assert f"next: dcnv3-tvm compile {MODEL} --checkpoint FILE --target cpu-" in out
+    assert f" --dtype float32 --batch 1 --database {folder} -o {MODEL}" in out
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["trials"] == 40
     assert summary["after"] <= summary["before"]
     assert sum(kernel["share_before"] for kernel in summary["kernels"]) == pytest.approx(1)
     for name in ("progress.png", "progress.svg", "shares.png", "shares.svg"):
         assert (folder / name).stat().st_size > 1000
+
+
+def test_next_command_repeats_the_options():
+    options = ["--batch", "2", "--size", "32x48", "--dtype", "bfloat16"]
+    whole = parser({"tune": tune, "compile": compile_verb})
+    arguments = whole.parse_args(["tune", MODEL, *options, "--work-dir", "my runs"])
+    command = shlex.split(tune._next_command(MODEL, "cpu-znver4", arguments))
+    found = whole.parse_args(command[1:])
+    assert (found.model, found.batch, found.size) == (MODEL, 2, (32, 48))
+    assert (found.dtype, found.target, found.database) == ("bfloat16", "cpu-znver4", "my runs")
 
 
 def test_compile_uses_records(tuned, cli, tmp_path):

@@ -69,7 +69,8 @@ def test_describe_kernel():
     [
         ({"tvm": "0.0.1"}, "another version of TVM; got apache-tvm 0.0.1"),
         ({"schema": 0}, "another format; got schema 0"),
-        ({"tries": 3}, "no tuning records can be read"),
+        ({"trials": "many"}, "no tuning records can be read"),
+        ({"schema": []}, "another format"),
     ],
 )
 def test_rejects_other_format_or_tvm_version(tmp_path, change, message):
@@ -87,6 +88,21 @@ def test_error_shows_damaged_record(tmp_path):
     with pytest.raises(
         RecordsError, match=r"a tuning record is damaged; got '\{\"workload\": \"12'"
     ):
+        Records.read(tmp_path / "r")
+    valid = dataclasses.asdict(record(MATMUL, {}))
+    lines = [
+        json.dumps(valid | change)
+        for change in ({"seconds": "1"}, {"seconds": 0.0}, {"workload": []}, {"decisions": [1]})
+    ]
+    for line in ("[]", "1", "[" * 200_000, *lines):
+        (tmp_path / "r" / "records.jsonl").write_text(line)
+        with pytest.raises(RecordsError, match="a tuning record is damaged"):
+            Records.read(tmp_path / "r")
+    (tmp_path / "r" / "records.jsonl").write_bytes(b"\xff")
+    with pytest.raises(RecordsError, match="no tuning records can be read"):
+        Records.read(tmp_path / "r")
+    (tmp_path / "r" / "about.json").write_text("[]")
+    with pytest.raises(RecordsError, match="no tuning records can be read"):
         Records.read(tmp_path / "r")
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dcnv3_tvm.errors import TuningError
+from dcnv3_tvm.errors import InvalidArgumentError, TuningError
 from dcnv3_tvm.schedules.records import Records, RecordsError
 from dcnv3_tvm.tuning.display import headline
 from dcnv3_tvm.tuning.summary import summarize, totals_text, write_summary
@@ -129,13 +129,27 @@ def test_session_fails_if_all_defaults_fail(session, simulated):
 def test_work_directory_of_other_hardware_is_rejected(session, simulated):
     with simulated() as measurer:
         session(2).run(measurer)
-        with pytest.raises(TuningError, match=r"not comparable .*hardware='simulated'"):
+        with pytest.raises(InvalidArgumentError, match=r"not comparable .*hardware='simulated'"):
             session(2, hardware="something else").run(measurer)
+
+
+def test_work_directory_with_something_else_is_rejected(session, simulated):
+    run = session(2)
+    run.directory.mkdir()
+    for content in ("[]", '{"target": 3}', "[" * 200_000):
+        (run.directory / "session.json").write_text(content)
+        with simulated() as measurer, pytest.raises(InvalidArgumentError, match="cannot be used"):
+            run.run(measurer)
+    thesis = run.directory / "thesis.tex"
+    (run.directory / "session.json").rename(thesis)
+    with simulated() as measurer, pytest.raises(InvalidArgumentError, match="something other"):
+        run.run(measurer)
+    assert list(run.directory.iterdir()) == [thesis]
 
 
 def test_concurrent_session_in_work_directory_is_rejected(session, simulated):
     run = session(3)
-    run.directory.mkdir()
+    run.context.bind(run.directory)
     with (
         TrialLog(run.directory / "trials.jsonl"),
         simulated() as measurer,
@@ -190,11 +204,11 @@ def test_unknown_trials_are_ignored(session, simulated, logged_trials):
         session(3).run(measurer)
         last = logged_trials()[-1]
         with (session(3).directory / "trials.jsonl").open("a") as stream:
-            for entry in ({**last, "workload": "gone"}, {}, {**last, "decisions": {"hue": 1}}):
+            for entry in ({**last, "workload": "gone"}, {**last, "decisions": {"hue": 1}}):
                 stream.write(json.dumps(entry) + "\n")
         continued = session(4)
         continued.run(measurer)
-    assert continued.ignored == 3
+    assert continued.ignored == 2
     assert continued.trials == 4
 
 
