@@ -1,4 +1,4 @@
-"""Write files and folders atomically, and compute their digests."""
+"""Write files and folders atomically."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import secrets
@@ -106,15 +105,6 @@ def atomic_file(destination: Path) -> Iterator[Path]:
             os.replace(temporary, destination)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class _TemporaryFolder(tempfile.TemporaryDirectory[str]):

@@ -13,6 +13,7 @@ from typing import Any
 
 from dcnv3_tvm import files
 from dcnv3_tvm.compiler import artifact_readme
+from dcnv3_tvm.digests import digest_of_file
 from dcnv3_tvm.errors import INSTALL_TVM, ArtifactError, MissingDependencyError
 from dcnv3_tvm.runtime import weights as weights_file
 from dcnv3_tvm.runtime.library import installed_runtime
@@ -74,7 +75,7 @@ def write(
             complete = dataclasses.replace(
                 metadata,
                 digests={
-                    name: files.sha256(folder / name)
+                    name: digest_of_file(folder / name)
                     for name in (LIBRARY, WEIGHTS, *metadata.libraries)
                 },
                 versions=metadata.versions or installed_versions(),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
-from dcnv3_tvm import checks, files, gpu
+from dcnv3_tvm import checks, gpu
+from dcnv3_tvm.digests import digest_of, digest_of_file
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
 from dcnv3_tvm.machine import architecture, missing_features
 from dcnv3_tvm.runtime import cuda, library, weights
@@ -44,8 +44,8 @@ def load(
     path : str or path
         The artifact's folder.
     verify_digests : bool
-        Check the SHA-256 of every file, which reads all of them. Otherwise weights are read from
-        disk on first use.
+        Check the digest of every file, which reads all of them: on two cores 0.8 s per GB of
+        weights. Otherwise nothing is read but the code; weights are read from disk on first use.
     device : str, optional
         ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:1"``; by default the device the artifact
         was compiled for. Weights are copied to a GPU on loading.
@@ -94,9 +94,9 @@ def load(
             )
         code = (folder / LIBRARY).read_bytes()
         if verify_digests:
-            _check_digest(LIBRARY, hashlib.sha256(code).hexdigest(), metadata)
+            _check_digest(LIBRARY, digest_of(memoryview(code)), metadata)
             for name in metadata.libraries:
-                _check_digest(name, files.sha256(folder / name), metadata)
+                _check_digest(name, digest_of_file(folder / name), metadata)
         bundled = folder.resolve()
         tvm = metadata.versions.get("tvm", "")
         library.load_runtime(version=tvm, bundled=bundled / RUNTIME_LIBRARY)
@@ -264,7 +264,7 @@ def _check_digest(name: str, digest: str, metadata: ArtifactMetadata) -> None:
     if digest != metadata.digests.get(name):
         raise ArtifactError(
             f"{name} was modified after it was written",
-            got=f"SHA-256 {digest[:12]}…",
+            got=f"digest {digest[:12]}…",
             allowed=f"{str(metadata.digests.get(name))[:12]}…",
             hint="Copy the artifact again, or compile the model again.",
         )

@@ -11,7 +11,7 @@ from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.signature import Entry, TensorInfo, is_input_size
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Incremented when older readers can no longer load the folder."""
 
 LIBRARY: Final = "model.so"
@@ -96,7 +96,7 @@ class ArtifactMetadata:
     created : str
         Date and time of compilation, ISO 8601.
     digests : dict of str to str
-        SHA-256 of the libraries and the weights, filled in when it is written.
+        Digests of the libraries and the weights, filled in when it is written.
     """
 
     name: str
@@ -219,7 +219,9 @@ class ArtifactMetadata:
             target = target | {"text": target["str"]}
         metadata: ArtifactMetadata = decode(cls, data | {"target": target}, "metadata")
         if metadata.verification is not None:
-            decode(_Verification, metadata.verification, "verification")
+            verification = decode(_Verification, metadata.verification, "verification")
+            if not verification["outputs"]:
+                raise ValueError("verification has no outputs")
         if metadata.records or metadata.records_from:
             decode(_RecordsOrigin, metadata.records_from, "records_from")
         if "main" not in metadata.entries:

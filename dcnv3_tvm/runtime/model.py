@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dcnv3_tvm import checks, files
+from dcnv3_tvm.digests import digest_of_file
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
 from dcnv3_tvm.runtime import cuda, image, tensors
 from dcnv3_tvm.runtime.arguments import Arguments, in_order
@@ -172,7 +173,7 @@ class CompiledModel:
                 for name in (LIBRARY, WEIGHTS, *self.metadata.libraries, CARD, METADATA):
                     shutil.copyfile(self._folder / name, temporary / name)
                     expected = self.metadata.digests.get(name)
-                    if expected is not None and files.sha256(temporary / name) != expected:
+                    if expected is not None and digest_of_file(temporary / name) != expected:
                         raise ArtifactError(
                             f"{name} was changed after the model was loaded", got=self._folder
                         )

@@ -6,7 +6,6 @@ are ordered so that most start at aligned offsets, and only the others are copie
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
@@ -17,6 +16,7 @@ from typing import Any, Final, Protocol
 
 import numpy as np
 
+from dcnv3_tvm.digests import digest_of
 from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.runtime.tensors import ALIGNMENT, aligned_bytes, aligned_copy, view
 
@@ -120,7 +120,7 @@ def read(path: Path, *, digest: bool = True) -> tuple[dict[str, Any], str]:
     tensors : dict of str to tvm_ffi.Tensor
         Each keeps the mapping alive.
     digest : str
-        SHA-256 of the whole file; empty if not requested.
+        Digest of the whole file as of `digests`; empty if not requested.
 
     Raises
     ------
@@ -146,7 +146,7 @@ def read(path: Path, *, digest: bool = True) -> tuple[dict[str, Any], str]:
         position = end
     if position != data.size:
         raise _format_error(path, f"{data.size - position} bytes after the last tensor")
-    return tensors, hashlib.sha256(content.data).hexdigest() if digest else ""
+    return tensors, digest_of(content.data) if digest else ""
 
 
 def _content(path: Path) -> np.ndarray:

@@ -335,14 +335,14 @@ def edit(artifact_path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("version", [0, 1, None, "2"])
+@pytest.mark.parametrize("version", [0, 2, None, "3"])
 def test_unsupported_schema_version(artifact_path, version):
     edit(artifact_path, schema_version=version)
     with pytest.raises(ArtifactError, match="another schema version"):
         runtime.load(artifact_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', '{"schema_version": 2}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', '{"schema_version": 3}'])
 def test_invalid_metadata(artifact_path, text):
     (artifact_path / "metadata.json").write_text(text)
     for verify in (True, False):
