@@ -116,7 +116,7 @@ class CompiledOperator:
         if device == tensors.CPU:
             function = self._function
             arguments = [tensors.to_kernel(each) for each in (x, offset, mask, out)]
-            _cpu_calls().run(lambda _: function(*arguments))
+            _cpu_calls().run(lambda _: function(*arguments), _threads())
         else:
             self._run_on_gpu(device, (x, offset, mask, out))
         return out
@@ -194,10 +194,14 @@ def _gpu_index(device: str, arch: str) -> int:
 
 
 @functools.cache
+def _threads() -> int:
+    return library.default_threads()
+
+
+@functools.cache
 def _cpu_calls() -> Contexts[None]:
     """As many calls side by side as there are cores for their threads."""
-    threads = library.default_threads()
-    return Contexts([None] * max(1, len(machine.usable_cores()) // threads), threads)
+    return Contexts([None] * max(1, len(machine.usable_cores()) // _threads()))
 
 
 def compile_op(

@@ -31,22 +31,26 @@ class Contexts(Generic[ContextT]):
     ----------
     contexts : sequence
         Passed to the called functions.
-    threads : int
-        CPU threads of a call.
     """
 
-    def __init__(self, contexts: Sequence[ContextT], threads: int) -> None:
-        self.threads = threads
+    def __init__(self, contexts: Sequence[ContextT]) -> None:
         # Only `_Calls` uses these, with its lock held.
         self.free = list(contexts)
         self.waiting: collections.deque[_Call] = collections.deque()
         self.closed = False
         _calls.register(self)
 
-    def run(self, function: Callable[[ContextT], ResultT]) -> ResultT:
+    def run(self, function: Callable[[ContextT], ResultT], threads: int) -> ResultT:
         """Call a function with a context, in a thread of this module.
 
         Ctrl-C interrupts the wait for the result; the function still runs to its end.
+
+        Parameters
+        ----------
+        function : callable
+            Runs compiled code.
+        threads : int
+            CPU threads of the call.
 
         Raises
         ------
@@ -55,7 +59,7 @@ class Contexts(Generic[ContextT]):
         DeviceError
             If the system starts no more threads.
         """
-        call = _Call(function)
+        call = _Call(function, threads)
         _calls.submit(self, call)
         value, error = call.reply.get()
         if error is None:
@@ -72,15 +76,16 @@ class Contexts(Generic[ContextT]):
 
 
 class _Call:
-    def __init__(self, function: Callable[[Any], Any]) -> None:
+    def __init__(self, function: Callable[[Any], Any], threads: int) -> None:
         self.function = function
+        self.threads = threads
         self.caller = threading.get_ident()
         # An attribute of the module, because gevent replaces it together with Thread.
         self.reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
-    def run(self, context: Any, threads: int) -> tuple[Any, BaseException | None]:
+    def run(self, context: Any) -> tuple[Any, BaseException | None]:
         try:
-            library.use_threads(threads)
+            library.use_threads(self.threads)
             return self.function(context), None
         except BaseException as error:  # Whatever it is, it belongs to the caller.
             return None, error
@@ -106,7 +111,7 @@ class _CallThread:
     def _loop(self) -> None:
         while True:
             contexts, context, call = self._work.get()
-            outcome = call.run(context, contexts.threads)
+            outcome = call.run(context)
             _calls.finish(self, contexts, context, call, outcome)
             del contexts, context, call, outcome  # Else they would live until the next call.
 
@@ -168,7 +173,7 @@ class _Calls:
         while contexts.waiting and contexts.free and not self._forks:
             call = contexts.waiting.popleft()
             try:
-                thread = self._take_thread(contexts.threads)
+                thread = self._take_thread(call.threads)
             except RuntimeError as error:
                 call.reply.put((None, _thread_error(error)))
                 continue

@@ -17,7 +17,7 @@ Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 class Execution(Protocol):
     """Calls functions of a model, and releases them."""
 
-    def run(self, entry: str, arguments: Arguments) -> Any:
+    def run(self, entry: str, arguments: Arguments, threads: int) -> Any:
         """Return what the function of an entry returns: TVM tensors."""
 
     def close(self) -> None:
@@ -31,16 +31,14 @@ class CpuExecution:
     ----------
     workers : sequence of Functions
         As many calls run at the same time.
-    threads : int
-        CPU threads of a call.
     """
 
-    def __init__(self, workers: Sequence[Functions], threads: int) -> None:
-        self._workers = Contexts(workers, threads)
+    def __init__(self, workers: Sequence[Functions]) -> None:
+        self._workers = Contexts(workers)
 
-    def run(self, entry: str, arguments: Arguments) -> Any:  # noqa: D102
+    def run(self, entry: str, arguments: Arguments, threads: int) -> Any:  # noqa: D102
         inputs = arguments.to_kernel([])
-        return self._workers.run(lambda functions: functions[entry](*inputs))
+        return self._workers.run(lambda functions: functions[entry](*inputs), threads)
 
     def close(self) -> None:  # noqa: D102
         self._workers.close()
@@ -63,7 +61,7 @@ class GpuExecution:
         self._buffers: list[Any] = []
         self._lock = threading.Lock()
 
-    def run(self, entry: str, arguments: Arguments) -> Any:  # noqa: D102
+    def run(self, entry: str, arguments: Arguments, threads: int) -> Any:  # noqa: ARG002, D102
         self._gpu.check_process()  # Before the lock, which a thread of the parent may have held.
         with self._lock, self._gpu.model_call(arguments.stream):
             if self._functions is None:

@@ -13,7 +13,7 @@ import numpy as np
 from dcnv3_tvm import checks, files
 from dcnv3_tvm.digests import digest_of_file
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
-from dcnv3_tvm.runtime import cuda, image, tensors
+from dcnv3_tvm.runtime import cuda, image, library, tensors
 from dcnv3_tvm.runtime.arguments import Arguments, in_order
 from dcnv3_tvm.runtime.execution import CpuExecution, Execution, Functions, GpuExecution
 from dcnv3_tvm.runtime.metadata import (
@@ -56,7 +56,6 @@ class CompiledModel:
         self.metadata = metadata
         """Description of the artifact."""
         self.threads = threads
-        """Number of CPU threads of a call."""
         self.workers = len(machines)
         """Number of calls that run side by side."""
         self.device = "cpu" if gpu is None else gpu.name
@@ -69,8 +68,17 @@ class CompiledModel:
         self._saved = None if owner is not None else folder
         workers = [_functions(machine, weights, metadata) for machine in machines]
         self._execution: Execution = (
-            CpuExecution(workers, threads) if gpu is None else GpuExecution(workers[0], gpu)
+            CpuExecution(workers) if gpu is None else GpuExecution(workers[0], gpu)
         )
+
+    @property
+    def threads(self) -> int:
+        """Number of CPU threads of a call; it may be changed."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self._threads = checks.integer("threads", count, low=1, high=library.MAX_THREADS)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Run the model.
@@ -227,7 +235,7 @@ class CompiledModel:
         ordered = in_order(inputs, named, entry.inputs)
         arguments = Arguments(ordered, entry.inputs, self._gpu)
         try:
-            result = self._execution.run(name, arguments)
+            result = self._execution.run(name, arguments, self.threads)
         except DCNv3Error:
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:

@@ -248,6 +248,10 @@ def test_thread_count(artifact_path, toy, image):
         model = runtime.load(artifact_path, threads=threads)
         assert model.threads == threads
         np.testing.assert_array_equal(model(image), toy.main(image))
+    model.threads = 3
+    np.testing.assert_array_equal(model(image), toy.main(image))
+    with pytest.raises(InvalidArgumentError, match=r"threads is out of range; got 2\.5"):
+        model.threads = 2.5
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinities are Linux's")
