@@ -239,7 +239,7 @@ class DCNv3Spec(DCNv3Params):
         **params: Unpack[DCNv3Keywords],
     ) -> None:
         super().__init__(**params)
-        if dtype not in DTYPE_BYTES:
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
             raise InvalidArgumentError(
                 "dtype is not supported", got=repr(dtype), allowed=", ".join(DTYPE_BYTES)
             )
@@ -286,10 +286,10 @@ class DCNv3Spec(DCNv3Params):
         >>> spec.offset_shape
         (1, 56, 56, 72)
         """
-        dims = tuple(shape)
+        dims = tuple(shape) if hasattr(shape, "__iter__") else ()
         if len(dims) != 4:
             raise InvalidArgumentError(
-                "x does not have four dimensions", got=f"shape {dims}", allowed="(N, H, W, C)"
+                "x does not have four dimensions", got=f"shape {shape}", allowed="(N, H, W, C)"
             )
         batch, height, width, channels = dims
         group = DCNv3Params(**params).group
@@ -401,7 +401,7 @@ class DCNv3Spec(DCNv3Params):
         >>> DCNv3Spec.from_slug("dcnv3-n1-h56-w56-c64-g4-k3-s1-p1-d1-f16").group_channels
         16
         """
-        match = _SLUG.fullmatch(slug)
+        match = _SLUG.fullmatch(slug) if isinstance(slug, str) else None
         if match is None:
             raise InvalidArgumentError(
                 "the name of the operator is not a slug",

@@ -16,7 +16,7 @@ import tvm_ffi
 from tvm import tirx
 from tvm.target import Target, codegen
 
-from dcnv3_tvm import files
+from dcnv3_tvm import checks, files
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.op.expr import static
@@ -267,7 +267,7 @@ def find_records(target: Target, database: str | os.PathLike[str]) -> Records | 
         return None
     if database == "default":
         return shipped_records(target)
-    records = Records.read(records_folder(Path(database)))
+    records = Records.read(records_folder(checks.path("database", database)))
     slug = target_slug(target)
     if records.about.target != slug:
         raise RecordsError(

@@ -53,6 +53,8 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("tuning records", tuning_summary(metadata)),
         ("verified", _verification(metadata.verification)),
     ]
+    if metadata.labels:
+        facts.append(("labels", f"{len(metadata.labels)}: {', '.join(metadata.labels[:3])}, ..."))
     for name, entry in metadata.entries.items():
         facts += [
             (f"{role} of {name}", f"{tensor.name}: {tensor.describe()} {tensor.dtype}")

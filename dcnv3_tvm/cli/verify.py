@@ -115,7 +115,7 @@ def _inputs(compiled: CompiledModel, arguments: argparse.Namespace) -> dict[str,
     else:
         shape = (batch, *info.shape[1:])
     random = np.random.default_rng(arguments.seed).standard_normal(shape).astype(info.dtype)
-    inputs = {f"random {'x'.join(map(str, shape))}": random}
+    inputs = {f"random {info.name} {'x'.join(map(str, shape))} {info.dtype}": random}
     for path in arguments.image:
         inputs[path.name] = compiled.preprocess([path] * batch, value_range=arguments.value_range)
     return inputs

@@ -34,6 +34,12 @@ def render(metadata: ArtifactMetadata) -> str:
     if metadata.preprocessing:
         settings = [f"- `{name}`: {value}" for name, value in metadata.preprocessing.items()]
         sections += ["## Preprocessing", "\n".join(settings)]
+    if metadata.labels:
+        sections += [
+            "## Labels",
+            f"`model.metadata.labels` names the {len(metadata.labels)} classes: "
+            f"`top_k(result, labels=model.metadata.labels)` of `dcnv3_tvm.runtime`.",
+        ]
     return "\n\n".join(sections) + "\n"
 
 

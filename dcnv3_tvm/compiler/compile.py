@@ -128,6 +128,12 @@ def compile_artifact(
     ArtifactError
         If the folder cannot be written.
     """
+    if not isinstance(imported, ImportedModel):
+        raise InvalidArgumentError(
+            "the model is not imported",
+            got=type(imported).__name__,
+            hint="Import it first: dcnv3_tvm.frontend.import_model(model, example=...).",
+        )
     resolved = targets.resolve_target(target)
     check_buildable(resolved)
     check_dtype(dtype, resolved)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from dcnv3_tvm import files, gpu, machine, targets
+from dcnv3_tvm import checks, files, gpu, machine, targets
 from dcnv3_tvm.compiler.argument_checks import check_shapes, check_tensors
 from dcnv3_tvm.errors import (
     CompileError,
@@ -261,7 +261,7 @@ def compile_op(
     try:
         # Targets compare by identity, so the cache is keyed by their text.
         text = _text_of(target) if isinstance(target, str) else str(targets.resolve_target(target))
-        return _compile(spec, text, os.fspath(database))
+        return _compile(spec, text, str(checks.path("database", database)))
     except ModuleNotFoundError as error:
         raise_if_tvm_is_missing(error, "the operator")
         raise

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dcnv3_tvm.frontend.models.internimage import InternImage
+from dcnv3_tvm.frontend.torch.entry_points import flatten_result
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime import CompiledModel
 from dcnv3_tvm.spec import DCNv3Spec
@@ -66,57 +67,64 @@ class ReferenceOperator(TorchFunctionMode):
         return torch.from_numpy(result).to(x.dtype)
 
 
-def reference_outputs(model: InternImage, image: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """Run an InternImage in float64 with the NumPy reference operator.
+def reference_outputs(
+    model: nn.Module, inputs: np.ndarray | tuple[np.ndarray, ...]
+) -> dict[str, list[np.ndarray]]:
+    """Run a model in float64; this library's operator is the NumPy reference.
 
     Parameters
     ----------
-    model : InternImage
+    model : nn.Module
         Unchanged.
-    image : numpy.ndarray
-        NCHW batch.
+    inputs : numpy.ndarray or tuple of numpy.ndarray
+        An NCHW batch, or all inputs of the model.
 
     Returns
     -------
     dict of str to list of numpy.ndarray
-        Outputs of the entries ``"main"`` and ``"features"``.
+        Outputs of the entry ``"main"``, and of ``"features"`` for an InternImage.
     """
     with ReferenceOperator():
-        return pytorch_outputs(model, image, torch.float64)
+        return pytorch_outputs(model, inputs, torch.float64)
 
 
 def pytorch_outputs(
-    model: InternImage, image: np.ndarray, dtype: torch.dtype
+    model: nn.Module, inputs: np.ndarray | tuple[np.ndarray, ...], dtype: torch.dtype
 ) -> dict[str, list[np.ndarray]]:
-    """Run an InternImage eagerly with all weights and tensors in one type.
+    """Run a model eagerly with all weights and floating-point tensors in one type.
 
     Parameters
     ----------
-    model : InternImage
+    model : nn.Module
         Unchanged.
-    image : numpy.ndarray
-        NCHW batch.
+    inputs : numpy.ndarray or tuple of numpy.ndarray
+        As for `reference_outputs`.
     dtype : torch.dtype
         Type of weights and activations.
 
     Returns
     -------
     dict of str to list of numpy.ndarray
-        Outputs of the entries ``"main"`` and ``"features"``, in float64.
+        Outputs of the entry ``"main"``, and of ``"features"`` for an InternImage, in float64.
     """
     model = copy.deepcopy(model).to(dtype)
-    batch = torch.from_numpy(image).to(dtype)
+    arrays = inputs if isinstance(inputs, tuple) else (inputs,)
+    given = map(torch.from_numpy, arrays)
+    tensors = [each.to(dtype) if each.is_floating_point() else each for each in given]
     with torch.no_grad():
-        main: Tensor | list[Tensor] = model(batch)
-        pyramid = model.forward_pyramid(batch)
-    outputs = [main] if isinstance(main, Tensor) else main
-    return {"main": [_array(t) for t in outputs], "features": [_array(t) for t in pyramid]}
+        outputs = {"main": model(*tensors)}
+        if isinstance(model, InternImage):
+            outputs["features"] = model.forward_pyramid(*tensors)
+    return {
+        entry: [_array(tensor) for _, tensor in flatten_result("", result)]
+        for entry, result in outputs.items()
+    }
 
 
 def compare(
     compiled: CompiledModel,
-    model: InternImage,
-    image: np.ndarray,
+    model: nn.Module,
+    inputs: np.ndarray | tuple[np.ndarray, ...],
     reference: dict[str, list[np.ndarray]] | None = None,
 ) -> list[Difference]:
     """Compare all outputs of all entries for one batch.
@@ -125,18 +133,19 @@ def compare(
     ----------
     compiled : CompiledModel
         The model under test.
-    model : InternImage
-        The PyTorch model with the same weights.
-    image : numpy.ndarray
-        NCHW batch in the input dtype of the compiled model.
+    model : nn.Module
+        The PyTorch model with the same weights, in inference mode.
+    inputs : numpy.ndarray or tuple of numpy.ndarray
+        An NCHW batch in the input dtype of the compiled model, or all inputs by position.
     reference : dict of str to list of numpy.ndarray, optional
         Result of `reference_outputs` for the same model and batch, if already computed.
     """
-    expected = reference or reference_outputs(model, image)
-    found = entry_outputs(compiled, image)
+    expected = reference or reference_outputs(model, inputs)
+    found = entry_outputs(compiled, *(inputs if isinstance(inputs, tuple) else (inputs,)))
     return [
         difference(f"{entry}/{tensor.name}", ours, theirs)
         for entry, info in compiled.metadata.entries.items()
+        if entry in expected
         for tensor, ours, theirs in zip(info.outputs, found[entry], expected[entry], strict=True)
     ]
 

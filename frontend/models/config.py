@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
+from dcnv3_tvm.checks import integer
 from dcnv3_tvm.errors import InvalidArgumentError
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
@@ -95,6 +96,9 @@ class InternImageConfig:
     resolution: int = 224
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "num_classes", integer("num_classes", self.num_classes, low=0))
+        indices = tuple(integer("out_indices", index, low=0, high=3) for index in self.out_indices)
+        object.__setattr__(self, "out_indices", indices)
         if len(self.depths) != 4 or len(self.groups) != 4 or min(*self.depths, *self.groups) < 1:
             raise InvalidArgumentError(
                 "depths and groups need one positive number for each of the four stages",
@@ -126,18 +130,7 @@ class InternImageConfig:
                 got=self.level2_post_norm_block_ids,
                 allowed=f"0 to {self.depths[2] - 1}",
             )
-        if self.num_classes < 0:
-            raise InvalidArgumentError(
-                "num_classes is negative",
-                got=self.num_classes,
-                allowed="0 (pooled features instead of logits) or more",
-            )
-        allowed_indices = all(index in range(4) for index in self.out_indices)
-        if (
-            not self.out_indices
-            or not allowed_indices
-            or list(self.out_indices) != sorted(set(self.out_indices))
-        ):
+        if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)):
             raise InvalidArgumentError(
                 "out_indices is invalid",
                 got=self.out_indices,

@@ -67,7 +67,7 @@ class EntryPoint(nn.Module):
             outputs = self.inputs.call(method, tensors)
             if PYRAMID_METHODS[self.method] == "NHWC":
                 outputs = [feature.permute(0, 3, 1, 2) for feature in outputs]
-        flat = _flatten("", outputs)
+        flat = flatten_result("", outputs)
         self._output_names.value = [name for name, _ in flat]
         return tuple(tensor for _, tensor in flat)
 
@@ -84,7 +84,7 @@ def find_pyramid(model: nn.Module, inputs: ModelInputs) -> EntryPoint | None:
     return None
 
 
-def _flatten(path: str, value: Any) -> list[tuple[str, Tensor]]:
+def flatten_result(path: str, value: Any) -> list[tuple[str, Tensor]]:
     """Return each tensor of a nested result with its path, without None."""
     if value is None:
         return []
@@ -105,5 +105,5 @@ def _flatten(path: str, value: Any) -> list[tuple[str, Tensor]]:
         )
     flat = []
     for key, item in items:
-        flat += _flatten(f"{path}.{key}" if path else str(key), item)
+        flat += flatten_result(f"{path}.{key}" if path else str(key), item)
     return flat

@@ -116,6 +116,8 @@ def import_model(
         raise InvalidArgumentError(
             "features is invalid", got=repr(features), allowed="'auto', 'always', 'never'"
         )
+    if not isinstance(name, str | None):
+        raise InvalidArgumentError("name is not a string", got=repr(name))
     dynamic_batch = boolean("dynamic_batch", dynamic_batch)
     multiple = _size_multiple(dynamic_size)
     module = unwrap(module)

@@ -35,6 +35,8 @@ _WRAP: Final = (
 )
 
 
+_NOT_SIZES: Final = (bool, np.bool_, np.ndarray, Tensor)
+
 _IMAGE_RANK: Final = 4
 """Inputs with as many axes or more have a height and a width."""
 
@@ -174,7 +176,7 @@ def _is_shape(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)
         and bool(value)
-        and all(hasattr(size, "__index__") and not isinstance(size, Tensor) for size in value)
+        and all(hasattr(size, "__index__") and not isinstance(size, _NOT_SIZES) for size in value)
     )
 
 
@@ -183,7 +185,12 @@ def _tensor(name: str, value: Any) -> Tensor:
     if _is_shape(value):
         shape = tuple(int(size) for size in value)
         _check_sizes(name, shape)
-        return torch.zeros(shape, dtype=torch.float32)
+        try:
+            return torch.zeros(shape, dtype=torch.float32)
+        except RuntimeError as error:
+            raise InvalidArgumentError(
+                f"the example of {name} does not fit into memory", got=f"shape {shape}"
+            ) from error
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         value = torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
     if not isinstance(value, Tensor):

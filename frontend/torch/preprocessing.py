@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.preprocessing import check_settings
+from dcnv3_tvm.preprocessing import SETTINGS, check_settings
 from dcnv3_tvm.signature import TensorInfo
 
 
@@ -25,6 +25,12 @@ def complete_settings(given: Mapping[str, Any], image: TensorInfo) -> dict[str, 
     InvalidArgumentError
         If a setting is missing, unknown or invalid, or the input is not an RGB image.
     """
+    if not isinstance(given, Mapping):
+        raise InvalidArgumentError(
+            "the preprocessing is not a mapping",
+            got=repr(given),
+            allowed=f"a dict with {', '.join(SETTINGS)}; all but mean and std have defaults",
+        )
     layout = image.layout
     if not layout or image.shape[layout.index("C")] != 3:
         raise InvalidArgumentError(
@@ -51,7 +57,8 @@ def check_labels(labels: Sequence[str], outputs: Sequence[TensorInfo]) -> tuple[
     InvalidArgumentError
         If they are not strings, or no output has as many classes (axis 1).
     """
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+    is_sequence = hasattr(labels, "__iter__") and not isinstance(labels, str | Mapping)
+    if not is_sequence or not all(isinstance(label, str) for label in labels):
         raise InvalidArgumentError(
             "the labels are not a sequence of strings",
             got=type(labels).__name__,
@@ -64,4 +71,4 @@ def check_labels(labels: Sequence[str], outputs: Sequence[TensorInfo]) -> tuple[
             got=f"{len(labels)} labels",
             allowed=", ".join(map(str, classes)) or "no output has classes",
         )
-    return tuple(labels)
+    return tuple(map(str, labels))

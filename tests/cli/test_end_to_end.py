@@ -13,9 +13,11 @@ import pytest
 
 from dcnv3_tvm import runtime
 from dcnv3_tvm.cli import main
+from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.verify import compare
 
 MODEL = "test_internimage_pre_norm"
+LABELS = [f"{number}. Größe" for number in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,9 @@ def compilation(tmp_path_factory):
     """The folder with artifact and dump, stdout, and stderr."""
     folder = tmp_path_factory.mktemp("classifier")
     out, err = io.StringIO(), io.StringIO()
+    (folder / "labels.txt").write_text("\n".join(LABELS), encoding="utf-8")
     options = ["--random-weights", "3", "--json", "--debug-dump", str(folder / "dump")]
+    options += ["--labels", str(folder / "labels.txt")]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert main(["compile", MODEL, *options, "-o", str(folder / "artifact")]) == 0
     return folder, out.getvalue(), err.getvalue()
@@ -38,6 +42,7 @@ def classifier(compilation):
 def encoder(tmp_path_factory):
     path = tmp_path_factory.mktemp("encoder") / "artifact"
     options = ["--features-only", "--dynamic-batch", "--size", "64x96", "--random-weights", "4"]
+    options += ["--dynamic-size", "32"]
     assert main(["compile", "test_internimage_post_norm_scale", *options, "-o", str(path)]) == 0
     return path
 
@@ -51,14 +56,19 @@ def test_compile_output(compilation):
     assert "schedule" in err
     assert f"compile {MODEL}: done" in err
     assert len(list((folder / "dump").iterdir())) > 3
-    assert {path.name for path in folder.iterdir()} == {"artifact", "dump"}
+    assert {path.name for path in folder.iterdir()} == {
+        "artifact",
+        "dump",
+        "labels.txt",
+    }
 
 
 def test_verify(cli, classifier, photo):
     found = cli("verify", classifier, "--random-weights", 3, photo, "--json")
     assert found.code == 0
     assert found.data["ok"]
-    assert {row["input"] for row in found.data["outputs"]} == {"random 1x3x32x32", "china.jpg"}
+    inputs = {row["input"] for row in found.data["outputs"]}
+    assert inputs == {"random image 1x3x32x32 float32", "china.jpg"}
     assert len(found.data["outputs"]) == 2 * 5
     assert all(0 < row["mean_error"] <= row["max_error"] < 1e-4 for row in found.data["outputs"])
 
@@ -100,7 +110,12 @@ def test_verify_uses_the_reference_operator(monkeypatch):
 def test_run(cli, classifier, photo, tmp_path):
     found = cli("run", classifier, photo, "--top", 3, "--json")
     assert found.code == 0
+    assert [row["label"] for row in found.data["top"]] == [
+        LABELS[row["class"]] for row in found.data["top"]
+    ]
     assert len(found.data["top"]) == 3
+    assert found.data["top"][0]["label"] in cli("run", classifier, photo).out
+    assert "10: 0. Größe, 1. Größe" in cli("info", classifier).out
     assert cli("run", classifier, photo, "--features", tmp_path / "maps.npz").code == 0
     with np.load(tmp_path / "maps.npz") as maps:
         assert [maps[name].shape for name in sorted(maps)] == [
@@ -127,6 +142,9 @@ def test_encoder(cli, encoder, photo):
         (3, 32, 4, 6),
         (3, 64, 2, 3),
     ]
+    with pytest.raises(InvalidArgumentError, match="not a multiple of 32"):
+        model.features(batch[:, :, :40])
+    assert "image: NCHW (n, 3, 32*h, 32*w) float32" in cli("info", encoder).out
     np.testing.assert_array_equal(maps[3][0], maps[3][2])
     np.testing.assert_array_equal(maps[1][0], model.features(batch[:1])[1][0])
 

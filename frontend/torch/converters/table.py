@@ -11,6 +11,7 @@ from tvm import relax
 from dcnv3_tvm.frontend.torch.converters.attention import ATTENTION
 from dcnv3_tvm.frontend.torch.converters.data_movement import DATA_MOVEMENT
 from dcnv3_tvm.frontend.torch.converters.elementwise import ELEMENTWISE
+from dcnv3_tvm.frontend.torch.converters.indexing import INDEXING
 from dcnv3_tvm.frontend.torch.converters.normalization import NORMALIZATION
 from dcnv3_tvm.frontend.torch.converters.reductions import REDUCTIONS
 from dcnv3_tvm.frontend.torch.converters.resize import RESIZE
@@ -21,6 +22,7 @@ CONVERTERS: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     **ATTENTION,
     **DATA_MOVEMENT,
     **ELEMENTWISE,
+    **INDEXING,
     **NORMALIZATION,
     **REDUCTIONS,
     **RESIZE,

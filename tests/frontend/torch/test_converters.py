@@ -66,6 +66,22 @@ def attention(**options):
     return function
 
 
+def indexed(x):
+    first, second, column = torch.tensor([0, -1]), torch.tensor([-3, 2]), torch.tensor([[1], [0]])
+    chosen = (x > 0).long()
+    return (
+        x[:, :, second],
+        x[:, first, second],
+        x[first, :, second],
+        x[column, :, first],
+        x[..., column, second],
+        x[first, second, first, second],
+        x.index_select(3, chosen[0, 0, :, 0]),
+        x.gather(1, chosen),
+        F.embedding(chosen[:, 0], torch.arange(6.0).reshape(2, 3)),
+    )
+
+
 DYNAMIC_SIZE = {
     "count_nonzero": lambda x: torch.count_nonzero(x > 0),
     "count_nonzero over axes": lambda x: torch.count_nonzero(F.relu(x), (1, 3)),
@@ -99,6 +115,7 @@ DYNAMIC_SIZE = {
     "attention": attention(),
     "attention, causal": attention(is_causal=True),
     "negative index": lambda x: x[:, -1, -2],
+    "index tensors": indexed,
     "grid_sample": lambda x: F.grid_sample(
         x, torch.tanh(x[:, :2].permute(0, 2, 3, 1)) * 1.3, align_corners=False
     ),
@@ -157,6 +174,28 @@ def test_fixed_size(name):
     check(FIXED_SIZE[name], SHAPE)
 
 
+def test_index_outside_gives_nan():
+    """PyTorch raises an error."""
+
+    def select(x):
+        index, table = x[0, 0, 0].long(), torch.arange(9.0).reshape(3, 3)
+        together = table[torch.zeros_like(index), index]
+        return F.embedding(index, table), table[index], together, table.gather(0, index[:, None])
+
+    _, converted = convert_function(select)
+    main = compile_relax(tvm.IRModule({"main": converted.with_attr("global_symbol", "main")}))
+    x = np.zeros(SHAPE, np.float32)
+    x[0, 0, 0, :5] = [-4, -1, 2, 3, 1e9]
+    embedded, indexed, together, gathered = (
+        np.isnan(result.numpy()) for result in main["main"](tvm.runtime.tensor(x))
+    )
+    outside = [True, False, False, True, True, False, False, False, False]
+    assert together.tolist() == outside
+    assert indexed.all(1).tolist() == indexed.any(1).tolist() == outside
+    outside[1] = True  # Negative.
+    assert embedded.all(1).tolist() == gathered[:, 0].tolist() == outside
+
+
 UNSUPPORTED = {
     "windows of different sizes": (nn.AdaptiveMaxPool2d(5), False),
     "return_indices=True": (nn.AdaptiveMaxPool2d(1, return_indices=True), False),
@@ -172,6 +211,7 @@ UNSUPPORTED = {
     "grouped-query attention": (attention(enable_gqa=True), False),
     "running statistics": (nn.InstanceNorm2d(4, track_running_stats=True), False),
     "depends on a dynamic size": (lambda x: F.pad(x, (0, -x.shape[3] % 32)), True),
+    "selection by a mask": (lambda x: x[torch.tensor([True, False])], False),
     "aten.topk": (lambda x: x.topk(2), False),
     "aten.sort": (lambda x: x.sort(), False),
     "aten.cumsum": (lambda x: x.cumsum(1), False),

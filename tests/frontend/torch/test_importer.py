@@ -1,6 +1,7 @@
 """Importing models: entries, names, weights, dynamic sizes, and errors for invalid arguments."""
 
 import copy
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -140,11 +141,14 @@ def test_dynamic_batch_from_an_example_of_one():
 
 
 def test_internimage_keeps_its_configuration():
-    model = create_model("test_internimage_res_post_norm")
+    model = create_model("test_internimage_res_post_norm", num_classes=np.int64(1000))
     imported = import_model(model, example=(1, 3, 64, 64))
     assert imported.name == "test_internimage_res_post_norm"
     assert imported.config["variant"] == "test_internimage_res_post_norm"
-    assert imported.preprocessing["layout"] == "NCHW"
+    assert json.dumps(imported.config["num_classes"]) == "1000"
+    assert (imported.preprocessing["layout"], imported.preprocessing["crop"]) == ("NCHW", [64, 64])
+    assert len(set(imported.labels)) == 1000
+    assert (imported.labels[0], imported.labels[-1]) == ("tench", "toilet tissue")
     blocks = sum(model.config.depths)
     assert (count_dcnv3(imported), count_dcnv3(imported, "features")) == (blocks, blocks)
     assert [o.stride for o in imported.entries["features"].outputs] == [4, 8, 16, 32]
@@ -240,6 +244,40 @@ def test_weights_must_be_float32_and_allocated():
         import_model(published.Detector().half(), example=SHAPE)
     with pytest.raises(ModelImportError, match="meta device"):
         import_model(published.Detector().to("meta"), example=SHAPE)
+
+
+def test_labels_and_preprocessing_of_a_users_model():
+    given = {"mean": (0.5, 0.5, 0.5), "std": np.full(3, 0.25), "interpolation": "bilinear"}
+    labels = [f"class {number}" for number in range(10)]
+    model = published.Classifier()
+    imported = import_model(model, example=SHAPE, preprocessing=given, labels=labels)
+    assert imported.labels == tuple(labels)
+    assert json.loads(json.dumps(imported.preprocessing)) == {
+        "resize": 26,
+        "crop": [18, 26],
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "interpolation": "bilinear",
+        "layout": "NCHW",
+    }
+    with pytest.raises(InvalidArgumentError, match=r"number of labels.*got 9 labels; allowed: 10"):
+        import_model(model, example=SHAPE, labels=labels[1:], features="never")
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "message"),
+    [
+        ({"mean": (0.5, 0.5, 0.5)}, "got no std"),
+        ({"mean": (0, 0, 0), "std": (1, 1, 0)}, "std is invalid"),
+        ({"mean": "000", "std": (1, 1, 1)}, "mean is invalid"),
+        ({"mean": (0, 0, 0), "std": (1, 1, 1), "size": 8}, "got size"),
+        ({"mean": (0, 0, 0), "std": (1, 1, 1), "layout": "NHWC"}, "layout .* not that of the in"),
+        (0.5, "not a mapping"),
+    ],
+)
+def test_invalid_preprocessing(preprocessing, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        import_model(published.Detector(), example=SHAPE, preprocessing=preprocessing)
 
 
 def test_invalid_module_and_features():
