@@ -59,9 +59,12 @@ class Parser(argparse.ArgumentParser):
         parsed, rest = super().parse_known_args(args, namespace)
         if self._list is None or any(text.startswith("-") for text in rest):
             return parsed, rest
-        convert = self._list.type or str
-        values = getattr(parsed, self._list.dest)
-        setattr(parsed, self._list.dest, [*values, *map(convert, rest)])  # type: ignore[arg-type]
+        convert: Any = self._list.type or str
+        try:
+            values = [*getattr(parsed, self._list.dest), *map(convert, rest)]
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            self.error(f"argument {self._list.dest}: {error}")
+        setattr(parsed, self._list.dest, values)
         return parsed, []
 
 

@@ -60,9 +60,7 @@ def write(text: str) -> None:
     DCNv3Error
         If it cannot be written, for example because a disk is full.
     """
-    # File names may hold bytes that are no text.
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    _write(sys.stdout, text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    _write(sys.stdout, text + "\n")
 
 
 def report(text: str) -> None:
@@ -72,8 +70,10 @@ def report(text: str) -> None:
 
 
 def _write(stream: TextIO, text: str) -> None:
+    # File names may hold bytes that are no text.
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        stream.write(text)
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
     except OSError as error:
         # What is left in the buffer would raise again at exit.

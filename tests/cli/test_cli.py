@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -21,6 +22,10 @@ from dcnv3_tvm.cli.arguments import in_options
 from dcnv3_tvm.cli.result import table
 from dcnv3_tvm.progress import Progress
 from helpers.toy import Toy
+
+ALL_VERBS = {name: importlib.import_module(f"dcnv3_tvm.cli.{name}") for name in VERBS}
+
+SUBPARSERS = next(a for a in parser(ALL_VERBS)._actions if a.dest == "verb").choices
 
 
 def test_models(cli):
@@ -382,7 +387,7 @@ def parsers(parser):
 
 
 def test_every_help_ends_with_an_example():
-    whole = parser({name: importlib.import_module(f"dcnv3_tvm.cli.{name}") for name in VERBS})
+    whole = parser(ALL_VERBS)
     found = list(parsers(whole))
     assert len(found) == 1 + len(VERBS) + 5 + 6  # With the actions of records and of bench.
     for each in found:
@@ -400,8 +405,37 @@ def test_lists_may_be_interrupted_by_options():
     for order in (["a", "b", "--seed", "1", "c"], ["--seed", "1", "a", "b", "c"]):
         found = whole.parse_args(["verify", *order])
         assert (str(found.artifact), [str(path) for path in found.image]) == ("a", ["b", "c"])
-    with pytest.raises(SystemExit):
-        whole.parse_args(["verify", "a", "--speed", "1", "b"])
+    for wrong in (["a", "--speed", "1", "b"], ["a", "--seed", "1", ""]):
+        with pytest.raises(SystemExit):
+            whole.parse_args(["verify", *wrong])
+
+
+def random_command_line(generator, words):
+    """Return a subcommand with words and options in any order, most of them invalid."""
+    verb = generator.choice(["info", "models", "records", "run", "verify", "worker"])
+    options = [a for a in SUBPARSERS[verb]._actions if a.option_strings]
+    line = [[generator.choice(words)] for _ in range(generator.randint(0, 4))]
+    for option in generator.sample(options, min(len(options), generator.randint(0, 3))):
+        values = [] if option.nargs == 0 else [generator.choice(words)]
+        line.append([generator.choice(option.option_strings), *values])
+    generator.shuffle(line)
+    return [verb, *(word for part in line for word in part)]
+
+
+def test_random_command_lines(cli, artifact_path, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name in ("about.json", "records.jsonl", "metadata.json", "weights.pth"):
+        (tmp_path / "folder" / name).write_text("[]")
+    words = ["", "-1", "0", "2", "x", "1e9", "nan", "9" * 30, "é", "-", "--", "0,1", "%s"]
+    words += ["nowhere", "folder", "folder/weights.pth", "loop", "pipe.jpg", "/dev/zero", "show"]
+    words += ["check", "internimage_t", "cpu-znver4", str(photo), *3 * [str(artifact_path)]]
+    generator = random.Random(15)
+    codes = {cli(*random_command_line(generator, words)).code for _ in range(60)}
+    assert codes <= {0, 1, 2}
+    assert {0, 2} <= codes
 
 
 def test_errors_name_the_options_of_the_command():

@@ -1,7 +1,10 @@
 """Preprocessing of images, and classes from logits."""
 
+import contextlib
 import io
+import itertools
 import os
+import random
 
 import numpy as np
 import pytest
@@ -170,6 +173,35 @@ def test_not_an_image_file(tmp_path, photo):
     for path in (text, cut, empty):
         with pytest.raises(ImageError, match=path.name):
             runtime.preprocess(path, SETTINGS)
+
+
+ODD_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "LAB", "I;16", "F")
+ODD_FORMATS = ("AVIF", "BMP", "DDS", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TIFF", "WEBP")
+
+
+def odd_files():
+    """Yield the content of files of many formats and modes, some of them damaged."""
+    generator = random.Random(15)
+    for name, mode in itertools.product(ODD_FORMATS, ODD_MODES):
+        stream = io.BytesIO()
+        with contextlib.suppress(OSError, ValueError, KeyError):  # If the format lacks the mode.
+            Image.new(mode, (generator.randint(1, 9), generator.randint(1, 9))).save(stream, name)
+        content = bytearray(stream.getvalue())
+        yield bytes(content)
+        yield bytes(content[: generator.randrange(len(content) + 1)])
+        for position in generator.sample(range(len(content)), min(5, len(content))):
+            content[position] = generator.randrange(256)
+        yield bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_odd_files_give_a_result_or_an_image_error():
+    results = []
+    for content in odd_files():
+        with contextlib.suppress(ImageError):
+            results.append(runtime.preprocess(content, SETTINGS, value_range=(0, 1)))
+    assert len(results) > 80
+    assert all(np.isfinite(batch).all() for batch in results)
 
 
 def test_decompression_bomb(tmp_path, monkeypatch):
