@@ -11,12 +11,13 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import signal
 from collections.abc import Sequence
 from typing import Final, Protocol, cast
 
 from dcnv3_tvm import errors
 from dcnv3_tvm.cli.arguments import Parser, in_options
-from dcnv3_tvm.cli.process import StdoutClosedError, prepared_process, report, write
+from dcnv3_tvm.cli.process import StdoutClosedError, exit_code, prepared_process, report, write
 from dcnv3_tvm.cli.result import Result
 
 VERBS: Final = (
@@ -63,17 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv : sequence of str, optional
         Arguments without the program's name; by default those of the process.
     """
-    with prepared_process():
+    with prepared_process() as received:
         try:
-            return _run(argv)
+            return _run(argv, received)
         except KeyboardInterrupt:
             report("dcnv3-tvm: interrupted")
-            return 130
+            return exit_code(signal.SIGINT)
         except StdoutClosedError:
             return 0
+        except Exception as error:  # What PyTorch and TVM make of a signal.
+            if not received:
+                raise
+            report(f"dcnv3-tvm: interrupted ({errors.first_line(error)})")
+            return exit_code(received[-1])
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, received: Sequence[int]) -> int:
     verbs = {name: _load(name) for name in VERBS}
     arguments = parser(verbs).parse_args(argv)
     program = f"dcnv3-tvm {arguments.verb}"
@@ -86,6 +92,8 @@ def _run(argv: Sequence[str] | None) -> int:
         else:
             write(result.text)
     except errors.DCNv3Error as error:
+        if received:
+            raise
         report(f"{program}: error: {in_options(str(error), arguments)}")
         return 2 if isinstance(error, _INPUT_ERRORS) else 1
     except MemoryError:

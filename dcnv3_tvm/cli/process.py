@@ -9,12 +9,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, Final, TextIO
+from typing import TextIO
 
 from dcnv3_tvm.errors import DCNv3Error
-
-_SIGNAL_BASE: Final = 128
-"""A shell's exit code of a process that a signal ended is this plus the signal's number."""
 
 
 class StdoutClosedError(Exception):
@@ -22,27 +19,32 @@ class StdoutClosedError(Exception):
 
 
 @contextlib.contextmanager
-def prepared_process() -> Iterator[None]:
+def prepared_process() -> Iterator[list[int]]:
     """Handle signals so that commands clean up, and streams that are closed or full.
 
-    Ctrl-C raises KeyboardInterrupt, and SIGTERM and SIGHUP raise SystemExit.
+    Ctrl-C raises KeyboardInterrupt, and SIGTERM and SIGHUP raise SystemExit. Libraries may replace
+    these by errors of their own, so the signals received are listed in what is yielded.
     """
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(exit_code(number))
+
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # Closed by the caller: `dcnv3-tvm models >&-`.
                 setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
                 stack.callback(setattr, sys, name, None)
         if threading.current_thread() is threading.main_thread():
-            for number, handler in (
-                (signal.SIGINT, signal.default_int_handler),
-                (signal.SIGTERM, _exit),
-                (signal.SIGHUP, _exit),
-            ):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 # A caller's own handler stays, and `nohup` keeps ignoring SIGHUP.
-                if signal.getsignal(number) is signal.SIG_DFL:
-                    stack.callback(signal.signal, number, signal.signal(number, handler))
+                if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    stack.callback(signal.signal, number, signal.signal(number, handle))
         try:
-            yield
+            yield received
         finally:
             # Python's own flush at exit would print a traceback.
             for stream in (sys.stdout, sys.stderr):
@@ -83,5 +85,6 @@ def _write(stream: TextIO, text: str) -> None:
         raise DCNv3Error("the result cannot be written to stdout", got=error.strerror) from error
 
 
-def _exit(number: int, _: FrameType | None) -> Any:
-    raise SystemExit(_SIGNAL_BASE + number)
+def exit_code(number: int) -> int:
+    """Return the exit code of a process that a signal has ended, as shells do."""
+    return 128 + number
