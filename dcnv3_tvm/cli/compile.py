@@ -138,8 +138,6 @@ def _check_compilation(name: str, arguments: argparse.Namespace) -> None:
     from dcnv3_tvm.schedules.records import find_records
     from dcnv3_tvm.targets import resolve_target
 
-    if arguments.dynamic_size and not arguments.features_only:
-        model_config(name).check_dynamic_size()
     image_shape(arguments, model_config(name).resolution)
     target = resolve_target(arguments.target)
     check_buildable(target)

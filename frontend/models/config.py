@@ -178,23 +178,6 @@ class InternImageConfig:
             "layout": "NCHW",
         }
 
-    def check_dynamic_size(self) -> None:
-        """Raise an error if the model cannot be compiled for a dynamic image size.
-
-        Raises
-        ------
-        InvalidArgumentError
-            If the model has the clip-projector head, which adds feature maps whose sizes are
-            equal only for some image sizes.
-        """
-        if self.clip_projector and not self.features_only:
-            raise InvalidArgumentError(
-                "the clip-projector head needs a fixed image size",
-                got=f"{self.variant} with dynamic_size",
-                hint="Import the model with a fixed image size, or build it with "
-                "features_only=True.",
-            )
-
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``json.dumps``."""
         return {

@@ -98,8 +98,7 @@ def import_model(
     Raises
     ------
     InvalidArgumentError
-        If the example, preprocessing or labels are invalid, or the head does not support dynamic
-        sizes.
+        If the example, preprocessing or labels are invalid.
     ModelImportError
         If the model contains no DCNv3, takes inputs that the example lacks, or has an operator that
         cannot be converted to Relax; the message lists each with its source line.
@@ -124,8 +123,6 @@ def import_model(
     config = getattr(module, "config", None)
     if not isinstance(config, InternImageConfig):
         config = None
-    if config is not None and multiple:
-        config.check_dynamic_size()
     check_weights(module)
     inputs = ModelInputs.of(module, example, dynamic_batch=dynamic_batch, multiple=multiple)
     if preprocessing is None and config is not None:
@@ -166,7 +163,7 @@ def import_model(
         },
         config=config.to_json() if config else {},
         preprocessing=settings,
-        labels=check_labels(labels, imported["main"].entry.outputs) if labels else (),
+        labels=check_labels(() if labels is None else labels, imported["main"].entry.outputs),
     )
 
 

@@ -50,7 +50,7 @@ def complete_settings(given: Mapping[str, Any], image: TensorInfo) -> dict[str, 
 
 
 def check_labels(labels: Sequence[str], outputs: Sequence[TensorInfo]) -> tuple[str, ...]:
-    """Return labels, one for each class of an output.
+    """Return labels, one for each class of an output, or none.
 
     Raises
     ------
@@ -64,11 +64,12 @@ def check_labels(labels: Sequence[str], outputs: Sequence[TensorInfo]) -> tuple[
             got=type(labels).__name__,
             allowed="a name for each class, in order",
         )
+    names = tuple(map(str, labels))
     classes = [output.shape[1] for output in outputs if len(output.shape) >= 2]
-    if len(labels) not in classes:
+    if names and len(names) not in classes:
         raise InvalidArgumentError(
             "the number of labels is not that of the classes",
-            got=f"{len(labels)} labels",
+            got=f"{len(names)} labels",
             allowed=", ".join(map(str, classes)) or "no output has classes",
         )
-    return tuple(map(str, labels))
+    return names

@@ -277,9 +277,8 @@ def test_invalid_usage(cli, arguments, message, tmp_path, monkeypatch):
         ),
         (("--target", "cpu", "--dtype", "float16"), "float16 is not supported on CPUs"),
         (("--database", "nowhere"), "nowhere"),
-        (("--dynamic-size",), "needs a fixed image size"),
         (("--dynamic-size", "0"), "'0' is not an integer of 1 or more"),
-        (("--dynamic-size", "--features-only", "--database", "nowhere"), "nowhere"),
+        (("--dynamic-size", "--database", "nowhere"), "nowhere"),
     ],
 )
 def test_compile_checks_arguments_before_it_builds_the_model(cli, arguments, message, tmp_path):

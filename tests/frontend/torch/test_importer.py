@@ -225,18 +225,12 @@ def test_channels_last_example_gets_a_hint():
         import_model(published.Detector(), example=(1, 18, 26, 3))
 
 
-def test_clip_projector_head_needs_a_fixed_size():
-    whole = create_model("internimage_h", device="meta")
-    with pytest.raises(InvalidArgumentError, match="needs a fixed image size"):
-        import_model(whole, dynamic_size=True)
-    # Models that support the size fail at the next check instead, that of the weights.
-    for model, dynamic_size in (
-        (whole, False),
-        (create_model("internimage_h", features_only=True, device="meta"), True),
-        (create_model("internimage_t", device="meta"), True),
-    ):
-        with pytest.raises(ModelImportError, match="meta device"):
-            import_model(model, dynamic_size=dynamic_size)
+def test_clip_projector_head_takes_multiples_of_32():
+    # It adds maps of strides 16 and 32.
+    model = create_model("test_internimage_post_norm")
+    imported = import_model(model, example=(1, 3, 64, 32), dynamic_size=True)
+    for entry in imported.entries.values():
+        assert entry.inputs[0].shape == (1, 3, "32*h", "32*w")
 
 
 def test_weights_must_be_float32_and_allocated():
