@@ -35,6 +35,7 @@ class Contexts(Generic[ContextT]):
 
     def __init__(self, contexts: Sequence[ContextT]) -> None:
         # Only `_Calls` uses these, with its lock held.
+        self.all = list(contexts)
         self.free = list(contexts)
         self.waiting: collections.deque[_Call] = collections.deque()
         self.closed = False
@@ -130,12 +131,15 @@ class _Calls:
         self._running: set[_Call] = set()
         self._forks = 0
         self._exiting = False
+        self._process = os.getpid()
 
     def register(self, contexts: Contexts[Any]) -> None:
         with self._state:
             self._all.add(contexts)
 
     def submit(self, contexts: Contexts[Any], call: _Call) -> None:
+        if self._process != os.getpid():  # A server in C, such as uWSGI, forks without Python.
+            self.after_fork_in_child()
         with self._state:
             if contexts.closed:
                 raise closed_error()
@@ -164,6 +168,7 @@ class _Calls:
     def close(self, contexts: Contexts[Any]) -> None:
         with self._state:
             contexts.closed = True
+            contexts.all.clear()
             contexts.free.clear()
             while contexts.waiting:
                 contexts.waiting.popleft().reply.put((None, closed_error()))
@@ -210,6 +215,7 @@ class _Calls:
             # The other callers do not exist in the child.
             own = [call for call in contexts.waiting if call.caller == threading.get_ident()]
             contexts.waiting = collections.deque(own)
+            contexts.free = list(contexts.all)
             self._start(contexts)
 
 

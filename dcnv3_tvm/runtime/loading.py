@@ -44,7 +44,7 @@ def load(
     path : str or path
         The artifact's folder.
     verify_digests : bool
-        Check the digest of every file, which reads all of them: on two cores 0.8 s per GB of
+        Check the digest of every file, which reads all of them: on two cores 0.5 s per GB of
         weights. Otherwise nothing is read but the code; weights are read from disk on first use.
     device : str, optional
         ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:1"``; by default the device the artifact

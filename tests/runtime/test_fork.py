@@ -1,6 +1,7 @@
 """Forked children call models and operators of their parent."""
 
 import concurrent.futures
+import ctypes
 import os
 import signal
 import threading
@@ -72,7 +73,7 @@ def test_fork_while_other_threads_call(calls):
     for thread in threads:
         thread.start()
     try:
-        for _ in range(5):
+        for _ in range(3):
             assert all(in_child(call) for call in calls.values())
     finally:
         stop.set()
@@ -134,6 +135,13 @@ def test_lock_is_free_in_the_child():
     holder.join()
     with lock:  # The parent's is free, too.
         pass
+
+
+def test_fork_by_a_server_in_c(model, image, toy, monkeypatch):
+    """Python's hooks do not run: only the process differs."""
+    assert np.array_equal(model(image), toy.main(image))
+    monkeypatch.setattr(os, "fork", ctypes.CDLL(None).fork)
+    assert in_child(lambda: np.array_equal(model(image), toy.main(image)))
 
 
 def test_error_in_the_child_is_raised_there(model, image):
