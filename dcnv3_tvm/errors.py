@@ -6,7 +6,10 @@ A message says, in this order: what is wrong, what was given, what is allowed, w
 from __future__ import annotations
 
 import functools
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from typing import Any
 
 INSTALL_FFI: Final = "Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
 """Hint where the runtime library of compiled models is missing."""
