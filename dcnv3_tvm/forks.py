@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -27,23 +27,34 @@ def fork_safe_lock() -> contextlib.AbstractContextManager[bool]:
     return lock
 
 
-def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that other threads wait while a thread runs it.
+class RenewedLock:
+    """A reentrant lock that a fork does not wait for; the child has a new one.
 
-    A fork does not wait: in the child no thread runs it, unless it is the one that forked.
+    For what takes long, and leaves nothing behind that a child needs.
     """
-    lock = threading.RLock()
 
-    def renew() -> None:
-        nonlocal lock
-        lock = threading.RLock()
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
 
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=renew)
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the lock."""
+        with self._lock:
+            yield
+
+
+def one_at_a_time(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function so that other threads wait while a thread runs it."""
+    lock = RenewedLock()
 
     @functools.wraps(function)
     def wrapper(*arguments: P.args, **keywords: P.kwargs) -> R:
-        with lock:
+        with lock.hold():
             return function(*arguments, **keywords)
 
     return wrapper

@@ -84,9 +84,9 @@ class _Call:
         # An attribute of the module, because gevent replaces it together with Thread.
         self.reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
-    def run(self, context: Any) -> tuple[Any, BaseException | None]:
+    def run(self, context: Any, pool_size: int) -> tuple[Any, BaseException | None]:
         try:
-            library.use_threads(self.threads)
+            library.use_threads(self.threads, pool_size=pool_size)
             return self.function(context), None
         except BaseException as error:  # Whatever it is, it belongs to the caller.
             return None, error
@@ -97,12 +97,12 @@ class _CallThread:
 
     Parameters
     ----------
-    threads : int
-        Largest number of threads of a call, unless the default is larger.
+    pool_size : int
+        Largest number of threads of a call.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.capacity = max(threads, library.default_threads())
+    def __init__(self, pool_size: int) -> None:
+        self.pool_size = pool_size
         self._work: queue.SimpleQueue[tuple[Contexts[Any], Any, _Call]] = queue.SimpleQueue()
         threading.Thread(target=self._loop, name="dcnv3-tvm", daemon=True).start()
 
@@ -112,7 +112,7 @@ class _CallThread:
     def _loop(self) -> None:
         while True:
             contexts, context, call = self._work.get()
-            outcome = call.run(context)
+            outcome = call.run(context, self.pool_size)
             _calls.finish(self, contexts, context, call, outcome)
             del contexts, context, call, outcome  # Else they would live until the next call.
 
@@ -188,7 +188,7 @@ class _Calls:
     def _take_thread(self, threads: int) -> _CallThread:
         """Return the last used thread that suffices: fewer threads of TVM spin on the cores."""
         for index in reversed(range(len(self._idle))):
-            if self._idle[index].capacity >= threads:
+            if self._idle[index].pool_size >= threads:
                 return self._idle.pop(index)
         return _CallThread(threads)
 

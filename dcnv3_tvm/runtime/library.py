@@ -246,11 +246,18 @@ def default_threads() -> int:
     return physical_cores()
 
 
-def use_threads(count: int) -> None:
+def use_threads(count: int, *, pool_size: int | None = None) -> None:
     """Run TVM's parallel loops, when called from this thread, on `count` threads.
 
     TVM has one thread pool per calling thread, and fixes its maximum size on first use. If TVM was
     used from this thread before, fewer threads may be available.
+
+    Parameters
+    ----------
+    count : int
+        Number of threads.
+    pool_size : int, optional
+        Size of the thread pool if it is created; by default at least `default_threads`.
 
     Raises
     ------
@@ -261,7 +268,7 @@ def use_threads(count: int) -> None:
         return
     integer("threads", count, low=1)
     ffi = tvm_ffi()
-    set_max_concurrency(max(count, default_threads()))
+    set_max_concurrency(pool_size or max(count, default_threads()))
     # No thread is pinned. See tvm_workarounds: thread-pool-affinity.
     cores = [str(core) for core in sorted(usable_cores())]
     ffi.get_global_func("runtime.config_threadpool")(_SHARE_ALL_CORES, count, cores)

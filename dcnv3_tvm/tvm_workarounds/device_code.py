@@ -8,23 +8,23 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import tvm_ffi
 
 from dcnv3_tvm.errors import CompileError
+from dcnv3_tvm.forks import RenewedLock
 
 _FORCE_SOURCE: Final = "TVM_COMPILE_FORCE_FALLBACK"
 
-_environment = threading.Lock()
+_environment = RenewedLock()
 
 
 @contextlib.contextmanager
 def keep_cuda_source() -> Iterator[None]:
     """While entered, TVM leaves CUDA source uncompiled, also on a machine with a GPU."""
-    with _environment:
+    with _environment.hold():
         before = os.environ.get(_FORCE_SOURCE)
         os.environ[_FORCE_SOURCE] = "1"
         try:

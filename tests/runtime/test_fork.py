@@ -11,7 +11,7 @@ import pytest
 
 from dcnv3_tvm import compile_op, runtime
 from dcnv3_tvm.errors import DCNv3Error
-from dcnv3_tvm.forks import fork_safe_lock
+from dcnv3_tvm.forks import RenewedLock, fork_safe_lock
 from dcnv3_tvm.spec import DCNv3Spec
 from helpers.forks import in_child
 
@@ -108,7 +108,7 @@ def test_fork_in_a_signal_handler_during_a_call(model, image, toy, monkeypatch):
     forked = []
     monkeypatch.setattr(
         "dcnv3_tvm.runtime.library.use_threads",
-        lambda _: os.kill(os.getpid(), signal.SIGUSR1) if not forked else None,
+        lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1) if not forked else None,
     )
     before = signal.signal(signal.SIGUSR1, lambda *_: forked.append(in_child(lambda: True)))
     try:
@@ -135,6 +135,30 @@ def test_lock_is_free_in_the_child():
     holder.join()
     with lock:  # The parent's is free, too.
         pass
+
+
+def test_renewed_lock_is_free_in_the_child_while_held():
+    lock = RenewedLock()
+
+    def hold_in_a_thread():
+        with lock.hold():
+            held.append(True)
+
+    held = []
+    with lock.hold():
+        holder = threading.Thread(target=hold_in_a_thread)
+        holder.start()
+
+        def held_by_another_thread():
+            other = threading.Thread(target=hold_in_a_thread)
+            other.start()
+            other.join(timeout=30)
+            return len(held) == 1
+
+        assert in_child(held_by_another_thread)
+        assert not held
+    holder.join()
+    assert held
 
 
 def test_fork_by_a_server_in_c(model, image, toy, monkeypatch):

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import os
 import pickle
+import signal
 import tempfile
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from dcnv3_tvm import runtime
-from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError
+from dcnv3_tvm.errors import ArtifactError, DeviceError, InvalidArgumentError
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.runtime.tensors import ALIGNMENT, aligned_bytes, aligned_copy
 
@@ -152,7 +153,7 @@ def test_concurrent_calls(artifact_path, toy, workers):
 
 def test_workers_run_side_by_side(artifact_path, image, monkeypatch):
     together = threading.Barrier(2)
-    monkeypatch.setattr(library, "use_threads", lambda _: together.wait(timeout=60))
+    monkeypatch.setattr(library, "use_threads", lambda *_, **__: together.wait(timeout=60))
     model = runtime.load(artifact_path, workers=2)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         assert len(list(pool.map(model, [image] * 4))) == 4  # Each passes the barrier with another.
@@ -160,7 +161,7 @@ def test_workers_run_side_by_side(artifact_path, image, monkeypatch):
 
 def test_one_worker_serves_in_order_of_arrival(artifact_path, image, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(library, "use_threads", lambda _: started.set() or go_on.wait())
+    monkeypatch.setattr(library, "use_threads", lambda *_, **__: started.set() or go_on.wait())
     model = runtime.load(artifact_path)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         calls = [pool.submit(model, image)]
@@ -172,7 +173,7 @@ def test_one_worker_serves_in_order_of_arrival(artifact_path, image, monkeypatch
 
 def test_close_during_a_call(artifact_path, image, toy, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(library, "use_threads", lambda _: started.set() or go_on.wait())
+    monkeypatch.setattr(library, "use_threads", lambda *_, **__: started.set() or go_on.wait())
     model = runtime.load(artifact_path)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         running = pool.submit(model, image)
@@ -183,6 +184,34 @@ def test_close_during_a_call(artifact_path, image, toy, monkeypatch):
         np.testing.assert_array_equal(running.result(), toy.main(image))
         with pytest.raises(InvalidArgumentError, match="closed"):
             waiting.result()
+
+
+def test_interrupted_call(model, image, toy, monkeypatch):
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "use_threads", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(image)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    np.testing.assert_array_equal(model(image), toy.main(image))
+
+
+def test_system_that_starts_no_more_threads(model, image, toy, monkeypatch):
+    def fail(_):
+        raise RuntimeError("can't start new thread")
+
+    model.threads = library.MAX_THREADS  # More than any idle thread can use.
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(DeviceError, match="ulimit -u"):
+            model(image)
+    model.threads = 1
+    np.testing.assert_array_equal(model(image), toy.main(image))
 
 
 def test_default_threads_are_divided_among_workers(artifact_path, monkeypatch):
