@@ -192,9 +192,8 @@ def _line(data: dict[str, Any]) -> str:
 def _batch(model: CompiledModel, image: Path, arguments: argparse.Namespace) -> np.ndarray:
     """Preprocess the image, repeated to the batch size of a model with static batch."""
     batch = model.metadata.entries["main"].inputs[0].shape[0]
-    return model.preprocess(
-        [image] * (batch if isinstance(batch, int) else 1), value_range=arguments.value_range
-    )
+    pixels = model.preprocess(image, value_range=arguments.value_range)
+    return pixels.repeat(batch, axis=0) if isinstance(batch, int) and batch > 1 else pixels
 
 
 def _save(path: Path, maps: dict[str, np.ndarray]) -> Path:

@@ -112,6 +112,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         )
     from dcnv3_tvm import targets
     from dcnv3_tvm.compiler.compile import check_dtype
+    from dcnv3_tvm.tuning.context import check_work_directory
     from dcnv3_tvm.tuning.device_pool import check_measurable
     from dcnv3_tvm.tuning.display import Display
     from dcnv3_tvm.tuning.tune import estimate, tune
@@ -122,6 +123,8 @@ def execute(arguments: argparse.Namespace) -> Result:
     check_dtype(config.dtype, target)
     if config.rpc is None:
         check_measurable(target)
+    if not arguments.dry_run:
+        check_work_directory(arguments.work_dir)
     models = _models(arguments)
     if arguments.dry_run:
         plan = estimate(models, config)

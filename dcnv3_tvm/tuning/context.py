@@ -53,22 +53,15 @@ class MeasurementContext:
             If the directory belongs to another context, holds something else, or cannot be read or
             written.
         """
+        check_work_directory(directory)
         path = directory / _FILE
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                if any(not entry.name.startswith(f".{_FILE}.") for entry in directory.iterdir()):
-                    raise InvalidArgumentError(
-                        "the work directory holds something other than a tuning session",
-                        got=directory,
-                        hint="Choose a new or an empty folder.",
-                    )
                 with files.atomic_file(path) as temporary:
                     temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2))
             text = path.read_text(encoding="utf-8")
             existing = decode(MeasurementContext, json.loads(text), _FILE)
-        except InvalidArgumentError:
-            raise
         except (OSError, ValueError, RecursionError) as error:
             raise InvalidArgumentError("the work directory cannot be used", got=error) from error
         if existing != self:
@@ -78,3 +71,25 @@ class MeasurementContext:
                 allowed=self,
                 hint="Choose another --work-dir.",
             )
+
+
+def check_work_directory(directory: Path) -> None:
+    """Check that a directory is new, empty, or that of a session.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it holds something else, or cannot be read.
+    """
+    try:
+        names = [entry.name for entry in directory.iterdir()]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InvalidArgumentError("the work directory cannot be used", got=error) from error
+    if _FILE not in names and any(not name.startswith(f".{_FILE}.") for name in names):
+        raise InvalidArgumentError(
+            "the work directory holds something other than a tuning session",
+            got=directory,
+            hint="Choose a new or an empty folder.",
+        )

@@ -146,6 +146,8 @@ def test_dry_run_writes_nothing(cli, tmp_path, monkeypatch):
         ([OPERATOR, "--work-dir", "w", "--trials", "0"], "1 or more"),
         ([OPERATOR, "--work-dir", "w", "--timeout", "0"], "not a number above 0"),
         ([OPERATOR, "--work-dir", "w", "--batch", "0"], "1 or more"),
+        ([OPERATOR, "--work-dir", "/dev"], "holds something other than a tuning session"),
+        ([OPERATOR, "--work-dir", "/dev/null"], "work directory cannot be used"),
         ([OPERATOR, "--work-dir", "w", "--dtype", "float16"], "float16"),
         ([OPERATOR, "--work-dir", "w", "--target", "cuda-sm90"], "cannot measure schedules"),
         ([OPERATOR, "--work-dir", "w", "--rpc", "here"], "--rpc needs --rpc-key"),
