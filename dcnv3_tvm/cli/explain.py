@@ -62,6 +62,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         features="never",
     )
     rows: list[dict[str, Any]] = []
+    scheduled = []
     for kernel in model_kernels(imported, target, dtype=arguments.dtype, scheduled=False):
         found = schedules.apply_rules(kernel.function, target)
         row: dict[str, Any] = {
@@ -71,11 +72,12 @@ def execute(arguments: argparse.Namespace) -> Result:
         }
         if on_gpu:
             row["launch"] = launch(found.function)
-            if arguments.report:
-                row["report"] = [
-                    dataclasses.asdict(part) for part in report(tensorize(found.function), target)
-                ]
         rows.append(row)
+        scheduled.append(found.function)
+    if arguments.report:
+        reports = report([tensorize(function) for function in scheduled], target)
+        for row, parts in zip(rows, reports, strict=True):
+            row["report"] = [dataclasses.asdict(part) for part in parts]
     return Result(rows, _text(rows))
 
 

@@ -12,6 +12,7 @@ from tvm import relax
 from dcnv3_tvm.signature import Entry, TensorInfo
 from dcnv3_tvm.transform.ir import Program
 from dcnv3_tvm.transform.lazy_array import LazyArray
+from helpers.relax_vm import compile_relax
 
 Array = npt.NDArray[np.float32]
 
@@ -66,7 +67,7 @@ def make_program(
 def run_program(program: Program, *inputs: Array) -> Array:
     """Run ``main`` of a program with TVM's default pipeline and return its only output."""
     module = relax.transform.LegalizeOps()(program.module)
-    machine = relax.VirtualMachine(tvm.compile(module, target="llvm"), tvm.cpu())
+    machine = compile_relax(module)
     weights = [np.asarray(program.weights[name]) for name in program.entries["main"].weights]
     arguments = [*inputs, *weights]
     result = machine["main"](*(tvm.runtime.tensor(array) for array in arguments))

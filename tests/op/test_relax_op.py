@@ -9,6 +9,7 @@ from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.tolerances import operator_bound
+from helpers.relax_vm import compile_relax
 from helpers.specs import random_inputs
 from helpers.structure import block_names
 
@@ -294,7 +295,7 @@ def test_legalizes_and_runs(softmax):
     spec = DCNv3Spec.of((2, 5, 7, 8), group=2, stride=(1, 2), softmax=softmax)
     module = relax.transform.LegalizeOps()(build_spec(spec))
     assert call_of(module).op == tvm.ir.Op.get("relax.call_tir")
-    machine = relax.VirtualMachine(tvm.compile(module, "llvm"), tvm.cpu())
+    machine = compile_relax(module)
     check_run(machine, spec)
 
 
@@ -306,7 +307,7 @@ def test_legalizes_to_the_variant_for_the_current_target():
 
 
 def test_legalizes_symbolic_shapes_and_runs():
-    machine = relax.VirtualMachine(tvm.compile(symbolic_module(), "llvm"), tvm.cpu())
+    machine = compile_relax(symbolic_module())
     for shape in ((1, 1, 1, 8), (3, 4, 9, 8)):
         spec = DCNv3Spec.of(shape, group=2)
         check_run(machine, spec)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +32,6 @@ _INSTRUCTION_BYTES: Final = 16
 
 _OPCODE_MASK: Final = 0xFFF
 _NOP, _BRANCH_TO_ITSELF = 0x918, 0x947
-_NAME: Final = "main"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +73,14 @@ class KernelReport:
     occupancy: float
 
 
-def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
-    """Compile a scheduled function for a GPU and report each of its kernels.
+def report(functions: Sequence[tirx.PrimFunc], target: Target) -> list[tuple[KernelReport, ...]]:
+    """Compile scheduled functions for a GPU and report the kernels of each.
+
+    They are compiled together, because most of nvcc's time does not depend on their number.
 
     Parameters
     ----------
-    func : tvm.tirx.PrimFunc
+    functions : sequence of tvm.tirx.PrimFunc
         Scheduled and tensorized.
     target : tvm.target.Target
         A GPU.
@@ -95,7 +97,13 @@ def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
             hint="Install the CUDA 13 toolkit: its bin/nvcc on the PATH, or CUDA_HOME set.",
         )
     arch = str(target.attrs["arch"])
-    module = tvm.IRModule({_NAME: func.with_attr("global_symbol", _NAME)})
+    names = [f"f{index}" for index in range(len(functions))]
+    module = tvm.IRModule(
+        {
+            name: func.with_attr("global_symbol", name)
+            for name, func in zip(names, functions, strict=True)
+        }
+    )
     shared = _SharedMemory()
     with device_pipeline.lowering(instruments=[shared]):
         executable = tvm.compile(module, target=target, tir_pipeline=device_pipeline.PIPELINE)
@@ -103,9 +111,13 @@ def report(func: tirx.PrimFunc, target: Target) -> list[KernelReport]:
     with files.temporary_folder("report-") as folder:
         ptx, logs, cubin = _assemble(nvcc, source, arch, Path(folder))
     sizes = _count_instructions(cubin)
-    return [
-        _report(text, logs[name], sizes[name], shared.dynamic_bytes.get(name, 0), target)
+    kernels = {
+        name: _report(text, logs[name], sizes[name], shared.dynamic_bytes.get(name, 0), target)
         for name, text in _split_kernels(ptx).items()
+    }
+    return [
+        tuple(found for kernel, found in kernels.items() if kernel.startswith(f"{name}_kernel"))
+        for name in names
     ]
 
 

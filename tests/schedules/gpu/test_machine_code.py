@@ -20,26 +20,36 @@ from helpers.variant_kernels import variant_kernels
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 
 
-def compiled(func, target):
-    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+def compiled(functions, target):
+    """Schedule and compile kernels together; return the report of each."""
+    module = tvm.IRModule(
+        {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
+    )
     scheduled, _ = schedule_module(module, target)
-    (kernel,) = report(scheduled["main"], target)
-    assert kernel.spill_bytes == kernel.stack_bytes == 0
-    assert kernel.shared_bytes <= gpu_architecture(target).block_shared_bytes
-    return kernel
+    reports = report([scheduled[name] for name in functions], target)
+    found = {}
+    for name, (kernel,) in zip(functions, reports, strict=True):
+        assert kernel.spill_bytes == kernel.stack_bytes == 0, name
+        assert kernel.shared_bytes <= gpu_architecture(target).block_shared_bytes, name
+        found[name] = kernel
+    return found
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float16", 120), ("float32", 95), ("bfloat16", 140)])
-@pytest.mark.parametrize("shape", [(64, 56, 56, 128), (64, 7, 7, 1024)], ids=str)
-def test_instructions_per_channel(shape, dtype, most):
+def test_instructions_per_channel():
     """Instructions bound the kernel; counted for a thread and a channel, including softmax."""
-    spec = DCNv3Spec.of(shape, group=shape[-1] // 16, dtype=dtype)
-    spec = dataclasses.replace(spec, softmax=True)
-    kernel = compiled(tensorir.dcnv3_packed(spec, vector_loads=True), resolve_target("cuda-sm90"))
-    channels = 16  # of a thread
-    assert kernel.instructions / channels <= most
-    assert kernel.load_bytes[-1] == 16
-    assert kernel.occupancy >= 0.4
+    most = {"float16": 120, "float32": 95, "bfloat16": 140}
+    functions = {}
+    for dtype in most:
+        for shape in ((64, 56, 56, 128), (64, 7, 7, 1024)):
+            spec = DCNv3Spec.of(shape, group=shape[-1] // 16, dtype=dtype)
+            spec = dataclasses.replace(spec, softmax=True)
+            function = tensorir.dcnv3_packed(spec, vector_loads=True)
+            functions[f"{dtype}_{shape[-1]}"] = function
+    for name, kernel in compiled(functions, resolve_target("cuda-sm90")).items():
+        channels = 16  # of a thread
+        assert kernel.instructions / channels <= most[name.partition("_")[0]], name
+        assert kernel.load_bytes[-1] == 16, name
+        assert kernel.occupancy >= 0.4, name
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm89", "sm120"])
@@ -49,19 +59,16 @@ def test_every_architecture(arch):
         kernel.name: kernel.function
         for kernel in variant_kernels("internimage_t", target, "float16", batch=64, scheduled=False)
     }
-    for name in ("matmul_256_1024_gelu", "convolution_64_128"):
-        kernel = compiled(kernels[name], target)
-        assert kernel.tensor_cores
-        assert kernel.asynchronous
-        assert kernel.load_bytes == (16,)
-    for name in ("mlp_64_256_64_residual", "mlp_128_512_128_residual"):
-        kernel = compiled(kernels[name], target)
-        assert kernel.tensor_cores
-        assert kernel.asynchronous
+    gemms = ("matmul_256_1024_gelu", "convolution_64_128")
+    mlps = ("mlp_64_256_64_residual", "mlp_128_512_128_residual")
+    sampling = next(name for name in kernels if name.startswith("dcnv3"))
+    found = compiled({name: kernels[name] for name in (*gemms, *mlps, sampling)}, target)
+    for name in gemms + mlps:
+        assert found[name].tensor_cores
+        assert found[name].asynchronous
         # 4 bytes: bias of the hidden features, in pairs. 8 bytes: the residual.
-        assert kernel.load_bytes == (4, 8, 16)
-    sampling = next(function for name, function in kernels.items() if name.startswith("dcnv3"))
-    assert compiled(sampling, target).load_bytes[-1] == 16
+        assert found[name].load_bytes == ((16,) if name in gemms else (4, 8, 16))
+    assert found[sampling].load_bytes[-1] == 16
 
 
 def test_depthwise_of_2560_channels_does_not_spill():
@@ -76,7 +83,7 @@ def test_depthwise_of_2560_channels_does_not_spill():
         x_dtype="float16",
         out_dtype="float16",
     )
-    compiled(kernel, resolve_target("cuda-sm90"))
+    compiled({"depthwise": kernel}, resolve_target("cuda-sm90"))
 
 
 @pytest.mark.parametrize(
@@ -88,12 +95,12 @@ def test_depthwise_of_2560_channels_does_not_spill():
 )
 @pytest.mark.slow
 def test_kernels_of_a_variant(variant, dtype, batch, size):
-    """One kernel of each width and kind: nvcc takes a second for each."""
+    """One kernel of each width and kind."""
     target = resolve_target("cuda-sm90")
     kernels = variant_kernels(variant, target, dtype, batch=batch, size=size, scheduled=False)
     ours = [kernel for kernel in kernels if kernel.kind]
     chosen = {(kernel.kind, kernel.inputs[0].shape[-1]): kernel for kernel in ours}
-    for (kind, _), kernel in chosen.items():
-        result = compiled(kernel.function, target)
-        matmul = kind in ("gemm", "mlp") and dtype != "float32"
-        assert result.tensor_cores == matmul, kernel.name
+    results = compiled({kernel.name: kernel.function for kernel in chosen.values()}, target)
+    for kernel in chosen.values():
+        matmul = kernel.kind in ("gemm", "mlp") and dtype != "float32"
+        assert results[kernel.name].tensor_cores == matmul, kernel.name
