@@ -117,9 +117,8 @@ def _inputs(compiled: CompiledModel, arguments: argparse.Namespace) -> dict[str,
     random = np.random.default_rng(arguments.seed).standard_normal(shape).astype(info.dtype)
     inputs = {f"random {info.name} {'x'.join(map(str, shape))} {info.dtype}": random}
     for path in arguments.image:
-        inputs[path.name] = compiled.preprocess(path, value_range=arguments.value_range).repeat(
-            batch, axis=0
-        )
+        pixels = compiled.preprocess(path, value_range=arguments.value_range)
+        inputs[str(path) if path.name in inputs else path.name] = pixels.repeat(batch, axis=0)
     return inputs
 
 

@@ -114,6 +114,8 @@ def top_k(logits: Any, k: int = 5, *, labels: Sequence[str] = ()) -> tuple[np.nd
     ([[1, 2]], [[0.665, 0.245]])
     """
     tensors.kind_of("logits", logits, hint="Of several outputs, pass one: outputs['logits'].")
+    if str(logits.dtype) == "torch.bfloat16":
+        logits = logits.detach().float()  # Without a loaded model, only PyTorch can convert it.
     if tensors.device_of(logits) != tensors.CPU:
         raise InvalidArgumentError(
             "logits are on a GPU", got=tensors.device_of(logits), hint="Use logits.cpu()."
