@@ -132,14 +132,14 @@ def import_model(
     prepared = prepare_model(module)
     _buffers_to_parameters(prepared.model)
     main = EntryPoint(prepared.model, inputs)
-    program = export_entry_point(main)
+    program, guards = _export(main)
     if multiple == 1:
-        multiple = _needed_multiple(main, program)
+        multiple = _needed_multiple(main, guards)
         if multiple > 1:
             inputs = ModelInputs.of(module, example, dynamic_batch=dynamic_batch, multiple=multiple)
             main = EntryPoint(prepared.model, inputs)
-            program = export_entry_point(main)
-    imported = {"main": _import_entry(main, program, prepared)}
+            program, guards = _export(main)
+    imported = {"main": _import_entry(main, program, guards, prepared)}
     if features != "never":
         pyramid = _import_pyramid(imported["main"], prepared, inputs, features)
         if pyramid is not None:
@@ -188,13 +188,17 @@ def _size_multiple(dynamic_size: bool | int) -> int:
     return integer("dynamic_size", dynamic_size, low=1)
 
 
-def _needed_multiple(main: EntryPoint, program: ExportedProgram) -> int:
+def _export(entry_point: EntryPoint) -> tuple[ExportedProgram, ShapeGuards]:
+    program = export_entry_point(entry_point)
+    return program, ShapeGuards(program, entry_point.inputs.infos, entry_point.inputs.sizes)
+
+
+def _needed_multiple(main: EntryPoint, guards: ShapeGuards) -> int:
     """Return what sizes must be multiples of where PyTorch runs the model for no others, else 1."""
-    guards = ShapeGuards(program, main.inputs.infos, main.inputs.sizes)
-    multiple, failing = guards.size_multiple(), guards.failing_sizes()
-    if multiple is None or failing is None or runs_with_sizes(main, failing):
+    failing = guards.failing_sizes()
+    if failing is None or runs_with_sizes(main, failing):
         return 1
-    return multiple
+    return guards.size_multiple() or 1
 
 
 def _import_pyramid(
@@ -211,7 +215,7 @@ def _import_pyramid(
             hint="Import it with features='auto'.",
         )
     try:
-        return _import_entry(pyramid, export_entry_point(pyramid), prepared)
+        return _import_entry(pyramid, *_export(pyramid), prepared)
     except ModelImportError as error:
         raise ModelImportError(
             "the model's feature pyramid cannot be imported",
@@ -221,11 +225,11 @@ def _import_pyramid(
 
 
 def _import_entry(
-    entry_point: EntryPoint, program: ExportedProgram, prepared: PreparedModel
+    entry_point: EntryPoint, program: ExportedProgram, guards: ShapeGuards, prepared: PreparedModel
 ) -> _ImportedEntry:
     inputs = entry_point.inputs
     check_dcnv3_calls(program, prepared.dcnv3_modules)
-    ShapeGuards(program, inputs.infos, inputs.sizes).check()
+    guards.check()
     function = name_dynamic_sizes(to_relax(program), inputs.infos)
     names = _parameter_names(program)
     used = set(relax.analysis.free_vars(function.body))

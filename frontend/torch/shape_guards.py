@@ -7,6 +7,7 @@ of the example and records the condition as a guard; the graph itself does not c
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +20,8 @@ from torch.utils._sympy.printers import PythonPrinter
 from dcnv3_tvm.errors import ModelImportError
 from dcnv3_tvm.signature import BATCH, TensorInfo, parse_size
 
-_MULTIPLES: Final = range(1, 257)
-"""What sizes of images may have to be a multiple of."""
+_FACTORS: Final = range(1, 257)
+"""What sizes of images may have to be multiples of."""
 
 _TESTED_SIZES: Final = (*range(2, 132), 256, 257, 384, 510, 513, 800, 1023, 1333, 4096, 5001)
 """Sizes for which guards are evaluated: all remainders of common strides, small and large."""
@@ -70,12 +71,12 @@ class ShapeGuards:
                 hint="Use an example whose smallest feature map has more than one pixel. If the "
                 "model computes something else for larger images, import it with fixed sizes.",
             )
-        failing = [
-            f"{guard} ({source})" if source else guard
-            for guard, source in self._guards.items()
-            if self._failing_sizes(guard) is not None
-        ]
-        if failing:
+        if self._failing:
+            failing = [
+                f"{guard} ({source})" if source else guard
+                for guard, source in self._guards.items()
+                if guard in self._failing
+            ]
             multiple = self.size_multiple()
             raise ModelImportError(
                 "the model computes something else for images of another size",
@@ -91,32 +92,37 @@ class ShapeGuards:
         """Return the least m so that all guards hold for heights and widths that are multiples."""
         if self._bounds:
             return None
-        return next(
-            (m for m in _MULTIPLES if all(self._failing_sizes(g, m) is None for g in self._guards)),
-            None,
-        )
+        for factor in _FACTORS:
+            if all(self._failing_sizes(guard, factor) is None for guard in self._failing):
+                return factor * max(self._multiples.values(), default=1)
+        return None
 
     def failing_sizes(self) -> dict[str, int] | None:
         """Return dynamic sizes for which a guard does not hold, if there are any."""
-        failing = map(self._failing_sizes, self._guards)
-        return next((sizes for sizes in failing if sizes is not None), None)
+        return next(iter(self._failing.values()), None)
 
-    def _failing_sizes(self, guard: str, multiple: int = 1) -> dict[str, int] | None:
+    @functools.cached_property
+    def _failing(self) -> dict[str, dict[str, int]]:
+        """Guards that do not hold for some sizes, and such sizes."""
+        sizes = {guard: self._failing_sizes(guard) for guard in self._guards}
+        return {guard: failing for guard, failing in sizes.items() if failing is not None}
+
+    def _failing_sizes(self, guard: str, factor: int = 1) -> dict[str, int] | None:
         tree = ast.parse(guard, mode="eval")
         code = compile(tree, guard, "eval")
         sizes: dict[str, int] = {}
         try:
-            for sizes in self._tested_sizes(multiple):
+            for sizes in self._tested_sizes(factor):
                 if not (_evaluate(code, sizes) or _has_size_of_one(tree, sizes)):
                     return sizes
         except (NameError, AttributeError, TypeError, ArithmeticError):
             return sizes  # The guard depends on more than sizes.
         return None
 
-    def _tested_sizes(self, multiple: int) -> Iterator[dict[str, int]]:
+    def _tested_sizes(self, factor: int) -> Iterator[dict[str, int]]:
         """Yield the example's sizes with one dynamic size changed at a time."""
         steps = {
-            name: known * (1 if name == BATCH else multiple)
+            name: known * (1 if name == BATCH else factor)
             for name, known in self._multiples.items()
         }
         example = {

@@ -59,13 +59,18 @@ def test_every_block_path_and_head(name, dtype):
     assert_agrees(compiled, model, image, reference)
 
 
-def test_dynamic_batch(rng):
+def test_dynamic_batch_and_multiples_of_32(rng):
+    """This head adds maps of strides 16 and 32."""
     model = randomize_(frontend.create_model(CLIP_HEAD[0]), seed=2)
-    imported = frontend.import_model(model, example=(1, 3, 64, 32), dynamic_batch=True)
+    imported = frontend.import_model(
+        model, example=(1, 3, 64, 32), dynamic_batch=True, dynamic_size=32, features="never"
+    )
     compiled = dt.compile_model(imported)
     assert compiled.metadata.activation_bytes == {}
-    for shape in ((1, 3, 64, 32), (5, 3, 64, 32)):
-        assert_agrees(compiled, model, rng.standard_normal(shape).astype("float32"))
+    for shape in ((1, 3, 64, 32), (3, 3, 32, 96)):
+        (logits,) = compare(compiled, model, rng.standard_normal(shape).astype("float32"))
+        assert logits.within("float32")
+        assert logits.scale > 1e-2
 
 
 def test_dynamic_batch_and_size(rng):
