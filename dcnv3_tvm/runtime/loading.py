@@ -128,13 +128,13 @@ def load(
     )
 
 
-def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetadata:
+def read_metadata(path: str | os.PathLike[str], *, verify_digest: bool = True) -> ArtifactMetadata:
     """Read an artifact's metadata without loading its code.
 
     Parameters
     ----------
-    folder : Path
-        The artifact.
+    path : str or path
+        The artifact's folder.
     verify_digest : bool
         Check that the metadata was not modified.
 
@@ -145,8 +145,11 @@ def read_metadata(folder: Path, *, verify_digest: bool = True) -> ArtifactMetada
     Raises
     ------
     ArtifactError
-        If `folder` is not an artifact, or its metadata is invalid or modified.
+        If `path` is not an artifact, or its metadata is invalid or modified.
+    InvalidArgumentError
+        If `path` is not a path.
     """
+    folder = checks.path("path", path)
     try:
         is_folder = stat.S_ISDIR(folder.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -223,7 +223,7 @@ class CompiledModel:
     def _entry(self, name: str) -> Entry:
         try:
             return self.metadata.entries[name]
-        except KeyError:
+        except (KeyError, TypeError):
             raise InvalidArgumentError(
                 "the model has no such entry",
                 got=repr(name),

@@ -38,13 +38,20 @@ def kind_of(name: str, tensor: Any, *, hint: str | None = None) -> str:
     Raises
     ------
     InvalidArgumentError
-        If it is not a tensor, is not dense, or is neither in CPU memory nor on an NVIDIA GPU.
+        If it is not a tensor, is not dense, has no data, or is neither in CPU memory nor on an
+        NVIDIA GPU.
     """
     if isinstance(tensor, np.ndarray):
+        if isinstance(tensor, np.ma.MaskedArray):
+            raise InvalidArgumentError(
+                f"{name} is a masked array",
+                hint="Use x.filled(value): the mask has no effect here.",
+            )
         return "numpy"
     if _is_torch(tensor):
-        dense = tensor.layout == sys.modules["torch"].strided
-        kind, where = "torch", f"device {tensor.device}, layout {tensor.layout}"
+        dense = tensor.layout == sys.modules["torch"].strided and _has_data(tensor)
+        kind = "torch"
+        where = f"{type(tensor).__name__}, device {tensor.device}, layout {tensor.layout}"
     elif isinstance(tensor, tvm_ffi().Tensor):
         kind, dense, where = "tvm", True, f"device {tensor.device}"
     else:
@@ -106,7 +113,7 @@ def to_kernel(tensor: Any, alignment: int = 1) -> Any:
     if isinstance(tensor, np.ndarray):
         return _from_numpy(tensor, alignment)
     if _is_torch(tensor):
-        tensor = tensor.detach().contiguous()
+        tensor = tensor.detach().resolve_neg().contiguous()
         if tensor.data_ptr() % alignment:
             tensor = tensor.clone()  # PyTorch allocates at multiples of 64 bytes or more.
         return tvm_ffi().from_dlpack(tensor)
@@ -201,6 +208,16 @@ def total_bytes(tensors: Iterable[Any]) -> int:
 def _is_torch(value: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _has_data(tensor: Any) -> bool:
+    """Return whether a PyTorch tensor has memory of its own, as fake and nested ones do not."""
+    if tensor.is_nested:
+        return False
+    try:
+        return bool(tensor.data_ptr()) or tensor.numel() == 0
+    except RuntimeError:  # A tensor of torch.func.
+        return False
 
 
 def _from_numpy(array: np.ndarray, alignment: int) -> Any:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES, numpy_dtype
 from dcnv3_tvm.errors import InvalidArgumentError
@@ -58,6 +59,13 @@ def test_strided_tensors_are_copied(make):
     np.testing.assert_array_equal(np.from_dlpack(tensors.to_kernel(strided)), numbers()[:, ::2])
 
 
+def test_negated_view_is_resolved():
+    values = torch.complex(torch.zeros(4), torch.arange(4.0)).conj().imag.expand(2, 4)
+    for view in (values, torch._neg_view(to_torch(numbers()))):
+        assert view.is_neg()
+        np.testing.assert_array_equal(np.from_dlpack(tensors.to_kernel(view)), view.clone().numpy())
+
+
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
 @kinds
 def test_empty_like(kind, dtype):
@@ -70,11 +78,19 @@ def test_empty_like(kind, dtype):
     ("value", "message"),
     [
         ([1.0], "x is not a tensor; got builtins.list; .* Pass an array"),
-        (torch.empty(2, device="meta"), "x is not a dense tensor in CPU memory.*got device meta"),
-        (torch.eye(2).to_sparse(), "got device cpu, layout torch.sparse_coo"),
+        (torch.empty(2, device="meta"), "x is not a dense tensor in CPU memory.*device meta"),
+        (torch.eye(2).to_sparse(), "got Tensor, device cpu, layout torch.sparse_coo"),
+        (FakeTensorMode().from_tensor(torch.ones(2)), "x is not a dense tensor.*got FakeTensor"),
+        (np.ma.zeros(2), r"x is a masked array.*Use x\.filled"),
     ],
-    ids=["list", "meta", "sparse"],
+    ids=["list", "meta", "sparse", "fake", "masked"],
 )
 def test_other_values_are_rejected(value, message):
     with pytest.raises(InvalidArgumentError, match=message):
         tensors.kind_of("x", value, hint="Pass an array.")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensor_is_rejected():
+    with pytest.raises(InvalidArgumentError, match="x is not a dense tensor"):
+        tensors.kind_of("x", torch.nested.nested_tensor([torch.ones(2)]))
