@@ -74,6 +74,7 @@ def test_empty_like(kind, dtype):
     assert (tensors.shape_of(result), tensors.dtype_of(result)) == ((5, 1), dtype)
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize(
     ("value", "message"),
     [
