@@ -13,6 +13,35 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplingCheck:
+    """What an importer found out about code of a model that samples as DCNv3 does.
+
+    Parameters
+    ----------
+    source : str
+        A function, or the path and class of a module.
+    replaced : bool
+        Whether the operator replaces it; otherwise it is imported as it is.
+    error : float or None
+        Max abs error relative to max|reference| on random inputs; None if it was not compared.
+    reason : str
+        Why it was not compared.
+    """
+
+    source: str
+    replaced: bool
+    error: float | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        outcome = "replaced by the operator" if self.replaced else "imported as it is"
+        if self.error is None:
+            return f"{self.source}: {outcome}, not verified: {self.reason}"
+        found = "computes DCNv3" if self.replaced else "does not compute DCNv3"
+        return f"{self.source}: {outcome}, {found} (relative error {self.error:.1e})"
+
+
+@dataclasses.dataclass(frozen=True)
 class ImportedModel:
     """A Relax module with its weights and the signatures of its functions.
 
@@ -34,6 +63,8 @@ class ImportedModel:
         How an image becomes the first input, as plain values; empty if unknown.
     labels : tuple of str
         Names of the classes; empty if unknown.
+    report : tuple of SamplingCheck
+        What was found about each function and module of the original model that samples.
     """
 
     name: str
@@ -43,3 +74,4 @@ class ImportedModel:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()
+    report: tuple[SamplingCheck, ...] = ()

@@ -91,7 +91,7 @@ def create_model(
     )
     # With a checkpoint, the model takes over the loaded tensors and allocates none itself.
     with torch.device("meta" if content is not None else device):
-        model = InternImage(config)
+        model = InternImage(config).float()  # torch.set_default_dtype may say float64
     if content is not None and checkpoint is not None:
         load_tensors(model, content, checkpoint)
         model.to(device)

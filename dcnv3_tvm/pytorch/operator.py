@@ -4,6 +4,9 @@ Importing the module registers the operator once. It runs this library's kernel 
 tensors (through DLPack, without copying contiguous tensors), on the CPU or GPU that holds them. Its
 fake implementation makes it work in ``torch.compile(fullgraph=True)`` and ``torch.export``.
 
+The element types of the arguments may differ, as autocast makes them: the operator is computed in
+the wider type of x and offset, and the result has the type of x. Autocast does not cast its inputs.
+
 The operator is for inference and has no gradient. It accepts tensors that require one; the backward
 pass raises `InvalidArgumentError`. ``torch.compile`` traces the backward pass ahead of time and
 raises at once, so compile under ``torch.no_grad()``.
@@ -38,7 +41,8 @@ def dcnv3(
     Parameters
     ----------
     x, offset, mask : torch.Tensor
-        Shapes (N, H, W, C), (N, Ho, Wo, group*P*2) and (N, Ho, Wo, group*P), of one dtype.
+        Shapes (N, H, W, C), (N, Ho, Wo, group*P*2) and (N, Ho, Wo, group*P), of floating-point
+        dtypes.
     **params
         As for `dcnv3_tvm.spec.DCNv3Params`.
 
@@ -64,16 +68,35 @@ def dcnv3(
     return result
 
 
+def computed_dtype(
+    x: torch.dtype, offset: torch.dtype, mask: torch.dtype, *, softmax: bool = False
+) -> torch.dtype:
+    """Return the type in which the operator is computed.
+
+    Offsets are not rounded to that of x; weights in the mask may be, but not logits.
+    """
+    dtype = torch.promote_types(x, offset)
+    return torch.promote_types(dtype, mask) if softmax else dtype
+
+
+def _compute(
+    x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, **params: Unpack[DCNv3Keywords]
+) -> torch.Tensor:
+    dtype = computed_dtype(x.dtype, offset.dtype, mask.dtype, softmax=params.get("softmax", False))
+    result = functional.dcnv3(x.to(dtype), offset.to(dtype), mask.to(dtype), **params)
+    return result.to(x.dtype)
+
+
 def _fake(
     x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, **params: Unpack[DCNv3Keywords]
 ) -> torch.Tensor:
     """Check the call and allocate its result, for tensors without data."""
     dtypes = {"x": x.dtype, "offset": offset.dtype, "mask": mask.dtype}
-    if len(set(dtypes.values())) > 1 or str(x.dtype).removeprefix("torch.") not in DTYPE_BYTES:
+    if not all(str(dtype).removeprefix("torch.") in DTYPE_BYTES for dtype in dtypes.values()):
         raise InvalidArgumentError(
-            "x, offset and mask are not of one floating-point dtype",
+            "x, offset and mask are not of floating-point dtypes",
             got=", ".join(f"{name}: {dtype}" for name, dtype in dtypes.items()),
-            allowed=f"one of {', '.join(DTYPE_BYTES)} for all three",
+            allowed=", ".join(DTYPE_BYTES),
         )
     sizes = [size if type(size) is int else None for size in x.shape[:-1]]
     spec = DCNv3Spec.of((*sizes, int(x.shape[-1])), **params)
@@ -122,7 +145,7 @@ def _register() -> None:
     if hasattr(torch.ops.dcnv3_tvm, "dcnv3"):
         return
     torch.library.define(OP_NAME, schema(), tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(OP_NAME, ("CPU", "CUDA"))(functional.dcnv3)
+    torch.library.impl(OP_NAME, ("CPU", "CUDA"))(_compute)
     torch.library.register_fake(OP_NAME)(_fake)
     torch.library.register_autograd(OP_NAME, _raise_in_backward)
 

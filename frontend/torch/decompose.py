@@ -76,7 +76,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
             for node in missing
             if node.target in table and node.target not in selected
         }
-        # The first call also functionalises the graph and inlines blocks such as torch.no_grad.
+        # The first call also functionalises the graph.
         if decomposed and not new:
             raise ModelImportError(
                 f"the model contains {len(missing)} operators that cannot be converted to Relax",

@@ -1,18 +1,27 @@
-"""Trace an entry point with ``torch.export``, and check that the operator is in the graph."""
+"""Trace an entry point with ``torch.export``."""
 
 from __future__ import annotations
 
 import logging
-import re
+import os
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
-from dcnv3_tvm.frontend.torch.entry_points import MODEL_PREFIX, EntryPoint
+from dcnv3_tvm.frontend.torch.call_state import export_stateless
+from dcnv3_tvm.frontend.torch.entry_points import EntryPoint
+from dcnv3_tvm.frontend.torch.fx_nodes import source_line
+from dcnv3_tvm.frontend.torch.model_state import ModelState
+from dcnv3_tvm.frontend.torch.regions import inline_regions
 from dcnv3_tvm.signature import parse_size
 
 
@@ -22,8 +31,15 @@ def export_entry_point(entry_point: EntryPoint) -> ExportedProgram:
     Raises
     ------
     ModelImportError
-        If ``torch.export`` fails.
+        If ``torch.export`` fails, or the result depends on earlier calls or random numbers.
     """
+    program = export_stateless(entry_point, entry_point.model, lambda: _export(entry_point))
+    _check_random(program)
+    _buffers_to_parameters(program)
+    return program
+
+
+def _export(entry_point: EntryPoint) -> ExportedProgram:
     inputs = entry_point.inputs
     dynamic = tuple(
         {
@@ -36,7 +52,8 @@ def export_entry_point(entry_point: EntryPoint) -> ExportedProgram:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # raised inside PyTorch
-            return torch.export.export(
+            warnings.filterwarnings("ignore", ".* assigned during export")  # checked by ourselves
+            program = torch.export.export(
                 entry_point,
                 inputs.examples,
                 dynamic_shapes={"tensors": dynamic} if any(dynamic) else None,
@@ -45,6 +62,12 @@ def export_entry_point(entry_point: EntryPoint) -> ExportedProgram:
     except (ModelImportError, InvalidArgumentError):
         raise
     except Exception as error:  # raised by the model's own code, or by PyTorch tracing it
+        if isinstance(error, GuardOnDataDependentSymNode):
+            raise ModelImportError(
+                "the model takes a decision by the values of a tensor",
+                got=_user_line(error),
+                hint="Express it with torch.where, or store the value as a Python number.",
+            ) from error
         if any(dynamic):
             hint = (
                 "Try fixed sizes (dynamic_batch=False, dynamic_size=False), or sizes that are "
@@ -62,6 +85,8 @@ def export_entry_point(entry_point: EntryPoint) -> ExportedProgram:
             got=f"{shapes}; {type(error).__name__}: {error}",
             hint=hint,
         ) from error
+    inline_regions(program)
+    return program
 
 
 def runs_with_sizes(entry_point: EntryPoint, sizes: Mapping[str, int]) -> bool:
@@ -73,6 +98,7 @@ def runs_with_sizes(entry_point: EntryPoint, sizes: Mapping[str, int]) -> bool:
 
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True  # It prints the error of such a size.
+    state = ModelState(entry_point.model)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             entry_point(
@@ -89,39 +115,57 @@ def runs_with_sizes(entry_point: EntryPoint, sizes: Mapping[str, int]) -> bool:
         return False
     finally:
         logger.disabled = disabled
+        state.restore()
     return True
 
 
-def check_dcnv3_calls(program: ExportedProgram, dcnv3_modules: Sequence[str]) -> None:
-    """Check that each DCNv3 module that ran called the operator.
+def _user_line(error: BaseException) -> str:
+    """Return the innermost line of the model's source that an error has passed."""
+    libraries = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(libraries)
+    ]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}"
 
-    Parameters
-    ----------
-    program : ExportedProgram
-        An exported entry point.
-    dcnv3_modules : sequence of str
-        Paths of the model's DCNv3 modules.
 
-    Raises
-    ------
-    ModelImportError
-        If one of them ran without calling the operator, or there is no call at all.
-    """
-    ran: set[str] = set()
-    with_operator: set[str] = set()
-    for node in program.graph.nodes:
-        stack = node.meta.get("nn_module_stack", {}).values()
-        paths = {re.sub(r"^L\['self'\]\.", "", str(path)) for path, _ in stack}
-        ran |= paths
-        if node.target is torch.ops.dcnv3_tvm.dcnv3.default:
-            with_operator |= paths
-    modules = {f"{MODEL_PREFIX}{path}".rstrip("."): path for path in dcnv3_modules}
-    without = sorted(path for key, path in modules.items() if key in ran - with_operator)
-    if not with_operator or without:
+def _check_random(program: ExportedProgram) -> None:
+    """Check that the program draws no random numbers."""
+    drawing = [source_line(node) for node in program.graph.nodes if _draws_random_numbers(node)]
+    if drawing:
         raise ModelImportError(
-            "the model does not call the DCNv3 operator where it should",
-            got=f"DCNv3 modules without a call: {', '.join(without)}" if without else "no call",
-            hint="A forward that imports or selects its sampling function while it runs is not "
-            "supported: let it call a global dcnv3_core_pytorch, or "
-            "dcnv3_tvm.pytorch.operator.dcnv3.",
+            "the model draws random numbers",
+            got="".join(f"\n  {line}" for line in drawing),
+            hint="Leave this out in inference (self.training), or make the numbers an input.",
         )
+
+
+def _draws_random_numbers(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema.arguments
+    values = {each.name: each.default_value for each in schema}
+    values |= zip((each.name for each in schema), node.args, strict=False)
+    values |= node.kwargs
+    if not (torch.Tag.nondeterministic_seeded in node.target.tags or "dropout_p" in values):
+        return False
+    return not (
+        values.get("train") is False
+        or values.get("training") is False
+        or values.get("dropout_p", values.get("p")) == 0
+    )
+
+
+def _buffers_to_parameters(program: ExportedProgram) -> None:
+    """Make persistent buffers (the statistics of BatchNorm) weights like any other."""
+    placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.BUFFER and spec.persistent:
+            spec.kind, spec.persistent = InputKind.PARAMETER, None
+            buffer = program.state_dict[spec.target]
+            program.state_dict[spec.target] = nn.Parameter(buffer, requires_grad=False)
+            # Decompositions give this name to parameters.
+            placeholder = placeholders[spec.arg.name]
+            placeholder._rename(f"p_{spec.arg.name.removeprefix('b_')}")
+            spec.arg = TensorArgument(placeholder.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -25,18 +26,18 @@ from dcnv3_tvm.frontend.torch.entry_points import (
     find_pyramid,
 )
 from dcnv3_tvm.frontend.torch.entry_signature import describe_outputs, is_pyramid
-from dcnv3_tvm.frontend.torch.export import (
-    check_dcnv3_calls,
-    export_entry_point,
-    runs_with_sizes,
-)
+from dcnv3_tvm.frontend.torch.export import export_entry_point, runs_with_sizes
 from dcnv3_tvm.frontend.torch.import_arguments import check_weights, unwrap
 from dcnv3_tvm.frontend.torch.model_inputs import Example, ModelInputs
 from dcnv3_tvm.frontend.torch.prepare_model import PreparedModel, prepare_model
 from dcnv3_tvm.frontend.torch.preprocessing import check_labels, complete_settings
+from dcnv3_tvm.frontend.torch.published_call import CORE_SIGNATURE
+from dcnv3_tvm.frontend.torch.regions import without_autocast
+from dcnv3_tvm.frontend.torch.replace_sampling import SamplingReplacement
+from dcnv3_tvm.frontend.torch.sampling_report import sampling_report
 from dcnv3_tvm.frontend.torch.shape_guards import ShapeGuards
 from dcnv3_tvm.frontend.torch.to_relax import name_dynamic_sizes, to_relax
-from dcnv3_tvm.imported_model import ImportedModel
+from dcnv3_tvm.imported_model import ImportedModel, SamplingCheck
 from dcnv3_tvm.signature import Entry
 
 
@@ -129,21 +130,31 @@ def import_model(
         preprocessing = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     settings = complete_settings(preprocessing, inputs.given[0]) if preprocessing else {}
 
-    prepared = prepare_model(module)
-    _buffers_to_parameters(prepared.model)
-    main = EntryPoint(prepared.model, inputs)
-    program, guards = _export(main)
-    if multiple == 1:
-        multiple = _needed_multiple(main, guards)
-        if multiple > 1:
-            inputs = ModelInputs.of(module, example, dynamic_batch=dynamic_batch, multiple=multiple)
-            main = EntryPoint(prepared.model, inputs)
-            program, guards = _export(main)
-    imported = {"main": _import_entry(main, program, guards, prepared)}
-    if features != "never":
-        pyramid = _import_pyramid(imported["main"], prepared, inputs, features)
-        if pyramid is not None:
-            imported["features"] = pyramid
+    with without_autocast(), SamplingReplacement() as sampling:
+        prepared = prepare_model(module, sampling)
+        main = EntryPoint(prepared.model, inputs)
+        program, guards = _export(main)
+        if multiple == 1:
+            multiple = _needed_multiple(main, guards)
+            if multiple > 1:
+                inputs = ModelInputs.of(
+                    module, example, dynamic_batch=dynamic_batch, multiple=multiple
+                )
+                main = EntryPoint(prepared.model, inputs)
+                program, guards = _export(main)
+        imported = {"main": _import_entry(main, program, guards, prepared, sampling)}
+        if features != "never":
+            pyramid = _import_pyramid(imported["main"], prepared, sampling, inputs, features)
+            if pyramid is not None:
+                imported["features"] = pyramid
+    report = tuple(dict.fromkeys(check for each in imported.values() for check in each.report))
+    for check in report:
+        if not check.replaced:
+            warnings.warn(
+                f"{check}. To have it computed by the operator, let it call a function "
+                f"{CORE_SIGNATURE} that computes DCNv3, or torch.ops.dcnv3_tvm.dcnv3.",
+                stacklevel=3,
+            )
     if labels is None and config is not None and not config.features_only:
         labels = imagenet_labels() if config.num_classes == IMAGENET_CLASSES else ()
     used = {weight for each in imported.values() for weight in each.entry.weights}
@@ -158,27 +169,23 @@ def import_model(
         entries={entry: each.entry for entry, each in imported.items()},
         weights={
             weight: _to_numpy(tensor)
-            for weight, tensor in prepared.model.named_parameters(remove_duplicate=False)
+            for weight, tensor in (
+                *prepared.model.named_parameters(remove_duplicate=False),
+                *prepared.model.named_buffers(remove_duplicate=False),
+            )
             if weight in used
         },
         config=config.to_json() if config else {},
         preprocessing=settings,
         labels=check_labels(() if labels is None else labels, imported["main"].entry.outputs),
+        report=report,
     )
 
 
 class _ImportedEntry(NamedTuple):
     function: relax.Function
     entry: Entry
-
-
-def _buffers_to_parameters(model: nn.Module) -> None:
-    """Turn persistent buffers (BatchNorm's statistics) into parameters: weights like any other."""
-    for part in model.modules():
-        for name, buffer in list(part._buffers.items()):
-            if buffer is not None and name not in part._non_persistent_buffers_set:
-                del part._buffers[name]
-                part.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+    report: tuple[SamplingCheck, ...]
 
 
 def _size_multiple(dynamic_size: bool | int) -> int:
@@ -202,7 +209,11 @@ def _needed_multiple(main: EntryPoint, guards: ShapeGuards) -> int:
 
 
 def _import_pyramid(
-    main: _ImportedEntry, prepared: PreparedModel, inputs: ModelInputs, features: str
+    main: _ImportedEntry,
+    prepared: PreparedModel,
+    sampling: SamplingReplacement,
+    inputs: ModelInputs,
+    features: str,
 ) -> _ImportedEntry | None:
     pyramid = find_pyramid(prepared.model, inputs)
     if features == "auto" and (pyramid is None or is_pyramid(main.entry.outputs)):
@@ -215,7 +226,7 @@ def _import_pyramid(
             hint="Import it with features='auto'.",
         )
     try:
-        return _import_entry(pyramid, *_export(pyramid), prepared)
+        return _import_entry(pyramid, *_export(pyramid), prepared, sampling)
     except ModelImportError as error:
         raise ModelImportError(
             "the model's feature pyramid cannot be imported",
@@ -225,10 +236,14 @@ def _import_pyramid(
 
 
 def _import_entry(
-    entry_point: EntryPoint, program: ExportedProgram, guards: ShapeGuards, prepared: PreparedModel
+    entry_point: EntryPoint,
+    program: ExportedProgram,
+    guards: ShapeGuards,
+    prepared: PreparedModel,
+    sampling: SamplingReplacement,
 ) -> _ImportedEntry:
     inputs = entry_point.inputs
-    check_dcnv3_calls(program, prepared.dcnv3_modules)
+    report = sampling_report(program, sampling.checks, prepared.dcnv3_modules)
     guards.check()
     function = name_dynamic_sizes(to_relax(program), inputs.infos)
     names = _parameter_names(program)
@@ -247,7 +262,7 @@ def _import_entry(
         outputs=describe_outputs(entry_point.output_names, function, inputs),
         weights=tuple(names[var.name] for var in weights),
     )
-    return _ImportedEntry(function, entry)
+    return _ImportedEntry(function, entry, report)
 
 
 def _parameter_names(program: ExportedProgram) -> dict[str, str]:

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import copy
 import types
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
+from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
-from dcnv3_tvm.frontend.torch.published_functions import CORE_NAME
+from dcnv3_tvm.frontend.torch.model_state import ModelState
+from dcnv3_tvm.frontend.torch.replace_sampling import SamplingReached, SamplingReplacement
+from dcnv3_tvm.frontend.torch.verify_sampling import TOLERANCE, relative_error
+from dcnv3_tvm.imported_model import SamplingCheck
 from dcnv3_tvm.spec import PARAMETERS, DCNv3Params
 
-_TOLERANCE: Final = 1e-4
-"""Largest accepted max abs error relative to max|published result|."""
+_SIZES: Final = ((128, 5), (5, 128))
+"""Heights and widths of the compared images."""
 
 
 def has_dcnv3_layers(part: nn.Module) -> bool:
@@ -39,53 +45,95 @@ def has_dcnv3_layers(part: nn.Module) -> bool:
     )
 
 
-def replace_forward(part: nn.Module, path: str) -> None:
+def replace_forward(
+    part: nn.Module, path: str, sampling: SamplingReplacement
+) -> SamplingCheck | None:
     """Replace the forward of a module by that of `DCNv3`, if both compute the same.
 
-    Raises
-    ------
-    ModelImportError
-        If the results differ, or the module cannot run on the CPU.
+    Parameters
+    ----------
+    part : nn.Module
+        A module with the layers of DCNv3, at `path` of the model.
+    sampling : SamplingReplacement
+        The active replacement of sampling functions.
+
+    Returns
+    -------
+    SamplingCheck or None
+        None if the module calls the operator or a published sampling function itself.
     """
-    where = f"{path} ({type(part).__module__}.{type(part).__name__})"
-    hint = (
-        f"Let its forward call a global function {CORE_NAME}(x, offset, mask, kernel_h, kernel_w, "
-        "stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group, group_channels, "
-        "offset_scale, remove_center), or dcnv3_tvm.pytorch.operator.dcnv3."
-    )
+    source = f"{path} ({type(part).__module__}.{type(part).__name__})".lstrip()
+    if isinstance(part, DCNv3):
+        return None
+    state = ModelState(part)
+    sampling.stop_at_sampling = True
     try:
-        error = _relative_error(part)
-    except Exception as failure:  # raised by the user's forward
-        raise ModelImportError(
-            "a DCNv3 module samples with its own code, and running it on the CPU to compare it "
-            "with the published operator failed",
-            got=f"{where}: {type(failure).__name__}: {failure}",
-            hint=hint,
-        ) from failure
-    if not error <= _TOLERANCE:
-        raise ModelImportError(
-            "a DCNv3 module does not compute the published operator",
-            got=f"{where}, relative error {error:.1e}",
-            allowed=f"at most {_TOLERANCE:.0e}",
-            hint=hint,
-        )
-    _use_published_forward(part)
+        with torch.no_grad(), _StopAtOperator():  # type: ignore[no-untyped-call]
+            runs = [_run_twice(part, size) for size in _SIZES]
+        sampling.stop_at_sampling = False
+        error = 0.0
+        for own, x, results in runs:
+            _use_published_forward(own)
+            with torch.no_grad():
+                expected = own(x).double().numpy()
+            error = max(error, *(relative_error(got, expected) for got in results))
+    except SamplingReached:
+        return None
+    except Exception as failure:  # raised by the user's forward, which may take another layout
+        reason = f"it cannot be compared: {type(failure).__name__}: {failure}"
+        return SamplingCheck(source, replaced=False, reason=reason)
+    finally:
+        sampling.stop_at_sampling = False
+        state.restore()
+    if error <= TOLERANCE:
+        _use_published_forward(part)
+    return SamplingCheck(source, replaced=error <= TOLERANCE, error=error)
 
 
-def _relative_error(part: nn.Module) -> float:
-    """Compare on a small random input, with random offset and mask weights."""
+def _run_twice(part: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor, list[Any]]:
+    """Call a copy of a module twice; return it with its input and both results."""
+    own, x = _random_case(part, size)
+    results = [own(x)]
+    state = ModelState(own)
+    before = state.read()
+    results.append(own(x))
+    if state.read() != before:
+        raise RuntimeError("it keeps state between calls")
+    return own, x, results
+
+
+class _StopAtOperator(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises `SamplingReached` where the operator is called."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.ops.dcnv3_tvm.dcnv3.default:
+            raise SamplingReached
+        return func(*args, **(kwargs or {}))
+
+
+def _random_case(part: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor]:
+    """Copy a module, with random offsets as large as an image and a random mask; make an image."""
     own = copy.deepcopy(part).to(device="cpu", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
+    random = partial(torch.randn, generator=generator, dtype=torch.float32)
+    height, width = size
+    # Offsets are pairs of x and y.
+    for name, scales in (("offset", (width / 4, height / 4)), ("mask", (1.0,))):
+        layer: Any = own.get_submodule(name)
+        scale = torch.tensor(scales, dtype=torch.float32).repeat(layer.out_features // len(scales))
+        weight = random(layer.out_features, layer.in_features) * layer.in_features**-0.5
+        with torch.no_grad():
+            layer.weight.copy_(weight * scale[:, None])
+            if layer.bias is not None:
+                layer.bias.copy_(random(layer.out_features) * scale)
     channels = own.get_parameter("input_proj.weight").shape[1]
-    with torch.no_grad():
-        for name in ("offset", "mask"):
-            weight = own.get_parameter(f"{name}.weight")
-            weight.copy_(torch.randn(weight.shape, generator=generator) / channels**0.5)
-        published = copy.deepcopy(own)
-        _use_published_forward(published)
-        x = torch.randn((2, 7, 9, channels), generator=generator)
-        got, expected = own(x), published(x)
-    return float((got - expected).abs().max() / expected.abs().max())
+    return own, random((1, height, width, channels))
 
 
 def _use_published_forward(part: Any) -> None:

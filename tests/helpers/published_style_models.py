@@ -6,6 +6,7 @@ in published code; the code and the networks are this project's own.
 
 import dataclasses
 import sys
+import types
 from typing import Any
 
 import torch
@@ -176,8 +177,12 @@ class DCNv3Attribute(DCNv3Base):
         return self.project_output(y, projected, local)
 
 
-def sample_under_another_name(*arguments):
-    return getattr(this_module, "dcnv3_core_" + "pytorch")(*arguments)
+sample_under_another_name = types.FunctionType(
+    dcnv3_core_pytorch.__code__,
+    dcnv3_core_pytorch.__globals__,
+    "sample_under_another_name",
+    dcnv3_core_pytorch.__defaults__,
+)
 
 
 class DCNv3OtherName(DCNv3Base):

@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -142,8 +144,30 @@ def test_is_registered_for_device(key):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("dcnv3_tvm::dcnv3", key)
 
 
-def test_mixed_dtypes_are_rejected():
+@pytest.mark.parametrize(
+    ("dtypes", "tolerance"),
+    [
+        (("bfloat16", "bfloat16", "float32"), 2e-2),
+        (("float32", "bfloat16", "bfloat16"), 1e-6),
+        (("float16", "float32", "float32"), 1e-3),
+    ],
+)
+def test_mixed_dtypes(dtypes, tolerance):
+    tensors = [
+        tensor.to(getattr(torch, dtype)) for tensor, dtype in zip(inputs(SPEC), dtypes, strict=True)
+    ]
+    expected = dcnv3(*(tensor.double() for tensor in tensors), **SPEC.params.keywords())
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with context:
+            output = dcnv3(*tensors, **SPEC.params.keywords())
+        assert output.dtype == tensors[0].dtype
+        assert (output.double() - expected).abs().max() <= tolerance * expected.abs().max()
+    fake = dcnv3(*(tensor.to("meta") for tensor in tensors), **SPEC.params.keywords())
+    assert fake.dtype == tensors[0].dtype
+
+
+def test_integers_are_rejected():
     x, offset, mask = inputs(SPEC)
     for device in ("cpu", "meta"):
         with pytest.raises(InvalidArgumentError, match="dtype"):
-            dcnv3(x.to(device), offset.half().to(device), mask.to(device), group=2)
+            dcnv3(x.int().to(device), offset.int().to(device), mask.int().to(device), group=2)

@@ -32,6 +32,22 @@ def _pixel_shuffle(node: Node, importer: Any) -> relax.Var:
     return importer.block_builder.emit(result)
 
 
+def _meshgrid(node: Node, importer: Any) -> relax.Var:
+    # TVM infers the shapes of indexing="ij" for "xy".
+    args = node_arguments(node, importer)
+    emit = importer.block_builder.emit
+    tensors = [emit(relax.op.reshape(x, (-1,))) if x.ty.ndim == 0 else x for x in args["tensors"]]
+    axes = list(range(len(tensors)))
+    if args.get("indexing") == "xy":
+        axes[:2] = axes[1::-1]
+    shape = [dimensions(tensors[axis])[0] for axis in axes]
+    grids = []
+    for axis, x in zip(axes, tensors, strict=True):
+        others = [each for each in range(len(tensors)) if each != axis]
+        grids.append(emit(relax.op.broadcast_to(relax.op.expand_dims(x, others), shape)))
+    return emit(relax.Tuple(grids))
+
+
 def _repeat_interleave(node: Node, importer: Any) -> relax.Var:
     # TVM has no converter, and without one the whole program would have to be decomposed.
     args = node_arguments(node, importer)
@@ -94,6 +110,8 @@ def _roll(node: Node, importer: Any) -> relax.Var:
 
 DATA_MOVEMENT: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "constant_pad_nd.default": _pad,
+    "meshgrid.default": _meshgrid,
+    "meshgrid.indexing": _meshgrid,
     "pad.default": _pad,
     "pixel_shuffle.default": _pixel_shuffle,
     "repeat_interleave.self_int": _repeat_interleave,

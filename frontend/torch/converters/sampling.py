@@ -5,17 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 from torch.fx import Node
 from tvm import relax
 
 from dcnv3_tvm.frontend.torch.fx_nodes import node_arguments
 from dcnv3_tvm.op import relax_op
+from dcnv3_tvm.pytorch.operator import computed_dtype
 
 
 def _dcnv3(node: Node, importer: Any) -> relax.Var:
     parameters = node_arguments(node, importer)
-    x, offset, mask = (parameters.pop(name) for name in ("x", "offset", "mask"))
-    return importer.block_builder.emit(relax_op.dcnv3(x, offset, mask, **parameters))
+    tensors = [parameters.pop(name) for name in ("x", "offset", "mask")]
+    types = [str(tensor.ty.dtype.dtype) for tensor in tensors]
+    softmax = parameters["softmax"]
+    dtype = computed_dtype(*(getattr(torch, name) for name in types), softmax=softmax)
+    name = str(dtype).removeprefix("torch.")
+    emit = importer.block_builder.emit
+    x, offset, mask = (
+        tensor if own == name else emit(relax.op.astype(tensor, name))
+        for tensor, own in zip(tensors, types, strict=True)
+    )
+    result = emit(relax_op.dcnv3(x, offset, mask, **parameters))
+    return result if types[0] == name else emit(relax.op.astype(result, types[0]))
 
 
 def _grid_sample(node: Node, importer: Any) -> relax.Var:

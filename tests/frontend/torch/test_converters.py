@@ -108,6 +108,10 @@ DYNAMIC_SIZE = {
     "bilinear by 2": resize(scale_factor=2, mode="bilinear"),
     "bilinear to 13": resize(size=(13, 17), mode="bilinear"),
     "bicubic by 2": resize(scale_factor=2, mode="bicubic"),
+    "meshgrid": lambda x: torch.meshgrid(x[0, 0, :, 0], x[0, 0, 0], indexing="ij"),
+    "meshgrid, xy": lambda x: torch.meshgrid(
+        x[0, 0, :, 0], x[0, 0, 0], x[0, :, 0, 0], indexing="xy"
+    ),
     "roll": lambda x: torch.roll(x, (1, -2), (2, 3)),
     "roll, flattened": lambda x: torch.roll(x, 5),
     "roll, more than the size": lambda x: torch.roll(x, -20, 2),
