@@ -135,11 +135,11 @@ def _called_twice(entry_point: nn.Module) -> Iterator[_Counts]:
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     missing = object()
-    return [
-        name
+    pairs = {
+        name: (before.get(name, missing), after.get(name, missing))
         for name in dict.fromkeys((*before, *after))
-        if before.get(name, missing) != after.get(name, missing)
-    ]
+    }
+    return [name for name, (a, b) in pairs.items() if a is not b and a != b]  # NaN is unequal
 
 
 def _mutated(program: ExportedProgram) -> list[str]:

@@ -7,7 +7,7 @@ import functools
 import random
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Final
 
 import numpy as np
@@ -36,6 +36,9 @@ _STANDARD: Final = frozenset(vars(nn.Module()))
 
 _MOST_ITEMS: Final = 10_000
 """Longer containers are data."""
+
+_MOST_LEVELS: Final = 20
+"""Objects in deeper containers are not searched."""
 
 _MOST_BYTES: Final = 2**20
 """Larger arrays are data."""
@@ -115,7 +118,7 @@ class _Reader:
         self._containers = containers
         self._seen: set[int] = set()
 
-    def add(self, name: str, value: Any, packages: set[str] | None) -> None:
+    def add(self, name: str, value: Any, packages: set[str] | None, depth: int = 0) -> None:
         """Add a value, or the values in a container, a function or an object.
 
         Only objects of `packages` are searched; None stands for all but `_LIBRARIES`.
@@ -130,13 +133,15 @@ class _Reader:
             self.values[name] = (value.shape, value.tobytes())
         elif id(value) not in self._seen and not isinstance(value, _NOT_STATE):
             self._seen.add(id(value))
-            items = self._items(name, value, packages)
+            items = self._items(name, value, packages) if depth < _MOST_LEVELS else None
             if items is None:
-                self.values[name] = id(value)
+                # Those that can be hashed are compared by value: torch.device, numpy.int64.
+                self.values[name] = value if isinstance(value, Hashable) else id(value)
                 return
             is_object = hasattr(value, "__dict__")
             for key, item in items:
-                self.add(f"{name}.{key}" if is_object else f"{name}[{key!r}]", item, packages)
+                path = f"{name}.{key}" if is_object else f"{name}[{key!r}]"
+                self.add(path, item, packages, depth + 1)
 
     def _items(
         self, name: str, value: Any, packages: set[str] | None
@@ -145,10 +150,11 @@ class _Reader:
         if isinstance(value, (dict, list, tuple, set, frozenset, collections.deque)):
             if len(value) > _MOST_ITEMS:
                 return None
-            if not isinstance(value, (tuple, frozenset)):
-                self._containers.append((value, value.copy()))
             if isinstance(value, dict):
+                self._containers.append((value, dict(value)))
                 return list(value.items())
+            if not isinstance(value, (tuple, frozenset)):
+                self._containers.append((value, list(value)))
             self.values[f"len({name})"] = len(value)
             return list(enumerate(value))
         if isinstance(value, types.MethodType):

@@ -148,8 +148,9 @@ def test_state_is_rejected_by_name_and_restored(name):
 
 def cache_grid(self, y):
     if self.size != y.shape[2:]:
-        self.size = y.shape[2:]
+        self.size, self.device = y.shape[2:], torch.device(y.device.type)
         self.grid = torch.arange(y.shape[3], dtype=y.dtype) + y.new_zeros(y.shape[2:])
+    self.kind = np.int64(len(y.shape))
     return y + self.grid
 
 
@@ -166,7 +167,7 @@ def write_to_result(_self, y):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     ("step", "attributes"),
-    [(cache_grid, {"size": None}), (store, {}), (write_to_result, {})],
+    [(cache_grid, {"size": None, "scale": float("nan")}), (store, {}), (write_to_result, {})],
     ids=["cache", "not read", "in place"],
 )
 def test_state_that_does_not_matter(step, attributes, dynamic):
