@@ -32,11 +32,11 @@ def complete_settings(given: Mapping[str, Any], image: TensorInfo) -> dict[str, 
             allowed=f"a dict with {', '.join(SETTINGS)}; all but mean and std have defaults",
         )
     layout = image.layout
-    if not layout or image.shape[layout.index("C")] != 3:
+    if not layout or image.shape[layout.index("C")] != 3 or image.dtype != "float32":
         raise InvalidArgumentError(
-            "preprocessing makes RGB images, which the first input does not take",
-            got=f"{image.name}: {image.describe()}",
-            allowed="(N, 3, H, W) or (N, H, W, 3)",
+            "preprocessing makes RGB images of float32, which the first input does not take",
+            got=f"{image.name}: {image.describe()} {image.dtype}",
+            allowed="(N, 3, H, W) or (N, H, W, 3), float32",
         )
     size = [image.shape[layout.index(axis)] for axis in "HW"]
     settings = check_settings({"crop": size, "resize": max(size), "layout": layout} | dict(given))

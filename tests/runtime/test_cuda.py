@@ -1,6 +1,7 @@
 """GPU support that needs neither a GPU nor its emulation: compatibility, errors, PyTorch."""
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -199,6 +200,14 @@ def test_strided_torch_tensors_are_copied(fake_gpu):
     image = torch.arange(192.0).view(1, 8, 8, 3).permute(0, 3, 1, 2).requires_grad_()
     (taken,) = Arguments([image], [IMAGE], fake_gpu).to_kernel([])
     np.testing.assert_array_equal(np.from_dlpack(taken), image.detach().numpy())
+
+
+def test_sizes_in_multiples_are_two_axes(fake_gpu):
+    image = torch.arange(192.0).view(1, 3, 8, 8)
+    info = dataclasses.replace(IMAGE, shape=("n", 3, "4*h", "8*w"))
+    (taken,) = Arguments([image], [info], fake_gpu).to_kernel([])
+    np.testing.assert_array_equal(np.from_dlpack(taken), image.view(1, 3, 2, 4, 1, 8))
+    assert taken.data_ptr() == image.data_ptr()
 
 
 def test_inputs_of_different_kinds(fake_gpu):

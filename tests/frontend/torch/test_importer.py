@@ -266,6 +266,13 @@ def test_invalid_preprocessing(preprocessing, message):
         import_model(published.Detector(), example=SHAPE, preprocessing=preprocessing)
 
 
+def test_preprocessing_needs_an_rgb_input():
+    settings = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    for image in (torch.zeros(SHAPE).byte(), torch.zeros(1, 4, 18, 26), torch.zeros(1, 2, *SHAPE)):
+        with pytest.raises(InvalidArgumentError, match="RGB images of float32"):
+            import_model(published.Detector(), example=image, preprocessing=settings)
+
+
 def test_invalid_module_and_features():
     with pytest.raises(InvalidArgumentError, match="not a PyTorch model; got function"):
         import_model(random_image, example=SHAPE)
