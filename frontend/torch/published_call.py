@@ -104,6 +104,11 @@ class PublishedCall(NamedTuple):
         return height, width
 
     @property
+    def is_dynamic(self) -> bool:
+        """Whether a size of x is dynamic."""
+        return not all(type(size) is int for size in self.x.shape)
+
+    @property
     def output_size(self) -> tuple[Any, Any]:
         """Height and width of the result; may be symbolic."""
         height, width = (self.params.output_extent(self.x.shape[1 + axis], axis) for axis in (0, 1))

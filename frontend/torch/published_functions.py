@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dcnv3_tvm.frontend.torch.published_call import CORE_NAME, FUNCTION_NAME, PublishedCall
-from dcnv3_tvm.frontend.torch.verify_sampling import TOLERANCE
 from dcnv3_tvm.imported_model import SamplingCheck
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.pytorch import operator as torch_op
@@ -70,7 +69,7 @@ class PublishedFunction:
             **{name: new.get(id(each), each) for name, each in keywords.items()},
         )
 
-    def judge(self, measure: Callable[[], float]) -> SamplingCheck:
+    def judge(self, measure: Callable[[], float], tolerance: float) -> SamplingCheck:
         """Decide from its error on random inputs whether the function may be replaced."""
         try:
             error = measure()
@@ -78,7 +77,7 @@ class PublishedFunction:
             reason = f"running it on the CPU failed: {type(failure).__name__}: {failure}"
             # Only the CUDA function is expected to fail.
             return SamplingCheck(self.name, replaced=self.has_context, reason=reason)
-        return SamplingCheck(self.name, replaced=error <= TOLERANCE, error=error)
+        return SamplingCheck(self.name, replaced=error <= tolerance, error=error)
 
 
 class _Context:

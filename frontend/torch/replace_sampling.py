@@ -25,6 +25,7 @@ from dcnv3_tvm.frontend.torch.published_functions import (
 from dcnv3_tvm.frontend.torch.verify_sampling import (
     outside_of_tracing,
     sampling_error,
+    tolerance,
 )
 from dcnv3_tvm.imported_model import SamplingCheck
 
@@ -120,8 +121,9 @@ class SamplingReplacement:
         key = (published, owner, call.params, call.size, int(call.x.shape[-1]))
         if key not in self._checks:
             sample = functools.partial(published.sample, call, arguments, keywords)
+            measure = functools.partial(sampling_error, sample, call)
             self._checks[key] = published.judge(
-                functools.partial(outside_of_tracing, lambda: sampling_error(sample, call))
+                functools.partial(outside_of_tracing, measure), tolerance(call)
             )
         return self._checks[key]
 

@@ -60,6 +60,7 @@ CHANGED = {
     "mask weight": other(lambda x, offset, mask: (x, offset, mask * 0.99)),
     "normalised mask": other(lambda x, o, mask: (x, o, mask / mask.sum(-1, keepdim=True))),
     "one size": other(lambda x, o, mask: (x, o * (2 if x.shape[1:3] == (5, 6) else 1), mask)),
+    "NaN": other(lambda x, offset, mask: (x * float("nan"), offset, mask)),
     "random": other(lambda x, offset, mask: (x, offset + torch.rand_like(offset), mask)),
     "writes": other(write_to_offset),
     "state": other(add_earlier),
