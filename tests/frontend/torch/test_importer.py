@@ -12,6 +12,7 @@ from torch import nn
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
 from dcnv3_tvm.frontend.factory import create_model
 from dcnv3_tvm.frontend.torch.importer import import_model
+from dcnv3_tvm.frontend.torch.preprocessing import check_labels
 from dcnv3_tvm.pytorch import operator
 from helpers import published_style_models as published
 from helpers.imported_models import (
@@ -247,7 +248,7 @@ def test_labels_and_preprocessing_of_a_users_model():
         "layout": "NCHW",
     }
     with pytest.raises(InvalidArgumentError, match=r"number of labels.*got 9 labels; allowed: 10"):
-        import_model(model, example=SHAPE, labels=labels[1:], features="never")
+        check_labels(labels[1:], imported.entries["main"].outputs)
 
 
 @pytest.mark.parametrize(
