@@ -8,7 +8,13 @@ from typing import Any, Final, NamedTuple
 from torch import Tensor, nn
 
 from dcnv3_tvm.errors import ModelImportError
-from dcnv3_tvm.frontend.torch.replace_forward import has_dcnv3_layers, replace_forward
+from dcnv3_tvm.frontend.torch.model_state import ModelState
+from dcnv3_tvm.frontend.torch.replace_forward import (
+    compare_forward,
+    has_dcnv3_layers,
+    module_source,
+    use_published_forward,
+)
 from dcnv3_tvm.frontend.torch.replace_sampling import SamplingReplacement
 from dcnv3_tvm.imported_model import SamplingCheck
 
@@ -50,7 +56,8 @@ def prepare_model(module: nn.Module, sampling: SamplingReplacement) -> PreparedM
         If the module cannot be copied.
     """
     model = _copy_sharing_tensors(module)
-    found = {}
+    parts = {}
+    through_dcnv4 = []
     for path, part in model.named_modules():
         # Not model.eval(): train() of the published detection class does not return the module.
         part.training = False
@@ -58,16 +65,24 @@ def prepare_model(module: nn.Module, sampling: SamplingReplacement) -> PreparedM
             if isinstance(getattr(part, flag, None), bool):
                 setattr(part, flag, False)
         if has_dcnv3_layers(part):
-            through_dcnv4 = bool(getattr(part, _DCNV4_FLAG, False))
-            if through_dcnv4:
+            parts[path] = part
+            if getattr(part, _DCNV4_FLAG, False):
                 setattr(part, _DCNV4_FLAG, False)
-            found[path] = replace_forward(part, path, sampling)
-            if through_dcnv4 and found[path] is None:
-                found[path] = SamplingCheck(
-                    f"{path} ({type(part).__module__}.{type(part).__name__})".lstrip(),
-                    replaced=True,
-                    reason=f"{_DCNV4_FLAG}=True lets the CUDA code of DCNv4 compute DCNv3",
-                )
+                through_dcnv4.append(path)
+    state = ModelState(model)
+    try:
+        found = {path: compare_forward(part, path, sampling) for path, part in parts.items()}
+    finally:
+        state.restore()
+    for path, check in found.items():
+        if check and check.replaced:
+            use_published_forward(parts[path])
+        elif check is None and path in through_dcnv4:
+            found[path] = SamplingCheck(
+                module_source(parts[path], path),
+                replaced=True,
+                reason=f"{_DCNV4_FLAG}=True lets the CUDA code of DCNv4 compute DCNv3",
+            )
     return PreparedModel(model, found)
 
 

@@ -27,6 +27,8 @@ from dcnv3_tvm.spec import PARAMETERS, DCNv3Params
 _SIZES: Final = ((128, 5), (5, 128))
 """Heights and widths of the compared images."""
 
+_PROBED_SIZE: Final = (9, 9)
+
 
 def has_dcnv3_layers(part: nn.Module) -> bool:
     """Whether a module has the layers of DCNv3, with the sizes that its group and kernel imply."""
@@ -45,10 +47,10 @@ def has_dcnv3_layers(part: nn.Module) -> bool:
     )
 
 
-def replace_forward(
+def compare_forward(
     part: nn.Module, path: str, sampling: SamplingReplacement
 ) -> SamplingCheck | None:
-    """Replace the forward of a module by that of `DCNv3`, if both compute the same.
+    """Compare the forward of a module with that of `DCNv3`, which may replace it.
 
     Parameters
     ----------
@@ -62,41 +64,61 @@ def replace_forward(
     SamplingCheck or None
         None if the module calls the operator or a published sampling function itself.
     """
-    source = f"{path} ({type(part).__module__}.{type(part).__name__})".lstrip()
+    source = module_source(part, path)
     if isinstance(part, DCNv3):
         return None
-    state = ModelState(part)
-    sampling.stop_at_sampling = True
     try:
-        with torch.no_grad(), _StopAtOperator():  # type: ignore[no-untyped-call]
-            runs = [_run_twice(part, size) for size in _SIZES]
-        sampling.stop_at_sampling = False
+        if _reaches_sampling(part, sampling):
+            return None
         error = 0.0
-        for own, x, results in runs:
-            _use_published_forward(own)
+        for own, x, results in [_run_twice(part, size) for size in _SIZES]:
+            use_published_forward(own)
             with torch.no_grad():
                 expected = own(x).double().numpy()
             error = max(error, *(relative_error(got, expected) for got in results))
-    except SamplingReached:
-        return None
     except Exception as failure:  # raised by the user's forward, which may take another layout
         reason = f"it cannot be compared: {type(failure).__name__}: {failure}"
         return SamplingCheck(source, replaced=False, reason=reason)
+    return SamplingCheck(source, replaced=error <= TOLERANCE, error=error)
+
+
+def module_source(part: nn.Module, path: str) -> str:
+    """Return the path and the class of a module, for a `SamplingCheck`."""
+    return f"{path} ({type(part).__module__}.{type(part).__name__})".lstrip()
+
+
+def use_published_forward(part: Any) -> None:
+    """Replace the forward of a module with the layers of DCNv3."""
+    part.params = _params_of(part)
+    part.group_channels = part.input_proj.out_features // part.params.group
+    part.center_feature_scale = bool(getattr(part, "center_feature_scale", False))
+    part.sample = types.MethodType(DCNv3.sample, part)
+    part.forward = types.MethodType(DCNv3.forward, part)
+
+
+def _reaches_sampling(part: nn.Module, sampling: SamplingReplacement) -> bool:
+    """Whether a module calls the operator or a published sampling function."""
+    own = _on_cpu(part)
+    x = torch.ones((1, *_PROBED_SIZE, _channels(own)), dtype=torch.float32)
+    sampling.stop_at_sampling = True
+    try:
+        with torch.no_grad(), _StopAtOperator():  # type: ignore[no-untyped-call]
+            own(x)
+    except SamplingReached:
+        return True
     finally:
         sampling.stop_at_sampling = False
-        state.restore()
-    if error <= TOLERANCE:
-        _use_published_forward(part)
-    return SamplingCheck(source, replaced=error <= TOLERANCE, error=error)
+    return False
 
 
 def _run_twice(part: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor, list[Any]]:
     """Call a copy of a module twice; return it with its input and both results."""
     own, x = _random_case(part, size)
-    results = [own(x)]
-    state = ModelState(own)
-    before = state.read()
-    results.append(own(x))
+    with torch.no_grad():
+        results = [own(x)]
+        state = ModelState(own)
+        before = state.read()
+        results.append(own(x))
     if state.read() != before:
         raise RuntimeError("it keeps state between calls")
     return own, x, results
@@ -119,7 +141,7 @@ class _StopAtOperator(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _random_case(part: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor]:
     """Copy a module, with random offsets as large as an image and a random mask; make an image."""
-    own = copy.deepcopy(part).to(device="cpu", dtype=torch.float32)
+    own = _on_cpu(part)
     generator = torch.Generator().manual_seed(0)
     random = partial(torch.randn, generator=generator, dtype=torch.float32)
     height, width = size
@@ -132,16 +154,15 @@ def _random_case(part: nn.Module, size: tuple[int, int]) -> tuple[Any, Tensor]:
             layer.weight.copy_(weight * scale[:, None])
             if layer.bias is not None:
                 layer.bias.copy_(random(layer.out_features) * scale)
-    channels = own.get_parameter("input_proj.weight").shape[1]
-    return own, random((1, height, width, channels))
+    return own, random((1, height, width, _channels(own)))
 
 
-def _use_published_forward(part: Any) -> None:
-    part.params = _params_of(part)
-    part.group_channels = part.input_proj.out_features // part.params.group
-    part.center_feature_scale = bool(getattr(part, "center_feature_scale", False))
-    part.sample = types.MethodType(DCNv3.sample, part)
-    part.forward = types.MethodType(DCNv3.forward, part)
+def _on_cpu(part: nn.Module) -> Any:
+    return copy.deepcopy(part).to(device="cpu", dtype=torch.float32)
+
+
+def _channels(part: nn.Module) -> int:
+    return part.get_parameter("input_proj.weight").shape[1]
 
 
 def _params_of(part: Any) -> DCNv3Params:

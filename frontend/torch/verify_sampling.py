@@ -25,7 +25,7 @@ The published function computes its grid in float32 for all types, relative to t
 image: its error is 1.2e-5 for 334 pixels and 7.3e-5 for 1333.
 """
 
-_MOST_ELEMENTS: Final = 2**17
+_MOST_ELEMENTS: Final = 2**16
 """Most values of an image that is compared as a whole."""
 
 _DYNAMIC_FACTOR: Final = 4
