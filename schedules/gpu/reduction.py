@@ -64,11 +64,13 @@ def reduction(sch: s_tir.Schedule, blocks: list[SBlockRV], result: SBlockRV) -> 
     # Step 2. Choose the threads of a position: one, some of a block, a warp, or a block.
     outputs = _extent(sch, places, 1)
     steps = max(_extent(sch, _reduction_loops(sch, block), _LONG) for block in blocks)
+    # TVM cannot bound the results of a block in a dynamic number of rows shorter than a warp.
+    bounded = _extent(sch, places, 0) > 0 or _extent(sch, places[-1:], WARP_SIZE) >= WARP_SIZE
     sch.reorder(*places, *row)
     place = sch.fuse(*places) if places else sch.add_unit_loop(row[0])
     if not row and (outputs >= BANDWIDTH_THREADS or steps <= _SHORT):
         threads = _Threads(bind_elements(sch, place))
-    elif not row and len(blocks) == 1 and _reads_contiguously(sch, blocks[0]):
+    elif bounded and not row and len(blocks) == 1 and _reads_contiguously(sch, blocks[0]):
         threads = _Threads(_bind(sch, place, WARP_SIZE, "threadIdx.x"), "threadIdx.y", _SHARES)
     elif max(steps, _extent(sch, row, _LONG)) <= _LONG:
         threads = _Threads(_bind(sch, place, _ROWS, "threadIdx.y"), "threadIdx.x", WARP_SIZE)

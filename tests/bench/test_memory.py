@@ -55,7 +55,7 @@ def test_wrong_outputs_are_marked():
 
 @pytest.mark.slow
 def test_memory_of_an_encoder(capsys):
-    names = ["torch", "onnxruntime", "onnxruntime-deform", "openvino"]
+    names = ["torch", "onnxruntime", "openvino"]
     assert main(["bench", "memory", *TINY, "--against", ",".join(names), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["kind"] == "memory"

@@ -16,6 +16,8 @@ from dcnv3_tvm.cli import main
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.verify import compare
 
+pytestmark = pytest.mark.slow
+
 MODEL = "test_internimage_pre_norm"
 LABELS = [f"{number}. Größe" for number in range(10)]
 

@@ -33,6 +33,7 @@ def tuned(tmp_path_factory):
     return folder, out.getvalue(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_summary_agrees_with_last_headline(tuned):
     folder, out, err = tuned
     (summary_line,) = (line for line in out.splitlines() if line.startswith("done: "))
@@ -58,6 +59,7 @@ def test_next_command_repeats_the_options():
     assert (found.dtype, found.target, found.database) == ("bfloat16", "cpu-znver4", "my runs")
 
 
+@pytest.mark.slow
 def test_compile_uses_records(tuned, cli, tmp_path):
     artifact = tmp_path / "artifact"
     options = ["--random-weights", "1", "--database", tuned[0], "-o", artifact, "--json"]
@@ -85,6 +87,7 @@ def test_info_counts_records():
     assert tuning_summary(plain) == "not used"
 
 
+@pytest.mark.slow
 def test_records_check_lists_hits_and_misses(tuned, cli):
     outcome = cli("records", "check", tuned[0], MODEL, "--json")
     assert outcome.code == 0
@@ -93,6 +96,7 @@ def test_records_check_lists_hits_and_misses(tuned, cli):
     assert "miss" in {row["record"] for row in other.data}
 
 
+@pytest.mark.slow
 def test_records_check_fails_for_invalid_record(tuned, cli, tmp_path):
     folder = tuned[0] / "records"
     records = [json.loads(line) for line in (folder / "records.jsonl").open()]
@@ -104,6 +108,7 @@ def test_records_check_fails_for_invalid_record(tuned, cli, tmp_path):
     assert "got hue" in outcome.out
 
 
+@pytest.mark.slow
 def test_records_are_shown_merged_exported_and_pruned(tuned, cli, tmp_path):
     folder = tuned[0]
     assert "records for cpu-" in cli("records", "show", folder).out
@@ -192,6 +197,7 @@ def wait_for_trials(process, path, count):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_session_is_continued(cli, tmp_path):
     folder = tmp_path / "work"
     process = start_tuning(folder, OPERATOR)
@@ -208,6 +214,7 @@ def test_killed_session_is_continued(cli, tmp_path):
     assert len(after) == 12
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_records(tmp_path):
     folder = tmp_path / "work"
     process = start_tuning(folder, OPERATOR, OPERATOR.replace("h9", "h8"))

@@ -142,9 +142,8 @@ def test_dynamic_shape(model, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_gpu(model, imported, dtype, gpu, tmp_path, rng):
+def test_gpu(model, imported, gpu, tmp_path, rng):
     image = rng.standard_normal(SHAPE).astype("float32")
     with gpu.compiling():
-        compile_artifact(imported, tmp_path / "model", target="cuda-sm90", dtype=dtype)
-    assert_agrees(gpu.run_model(tmp_path / "model", [image]), model, image, dtype)
+        compile_artifact(imported, tmp_path / "model", target="cuda-sm90", dtype="float16")
+    assert_agrees(gpu.run_model(tmp_path / "model", [image]), model, image, "float16")

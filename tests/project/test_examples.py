@@ -36,6 +36,7 @@ def test_every_example_is_listed():
     assert sorted(path.name for path in EXAMPLES.glob("*.py")) == sorted(ARGUMENTS)
 
 
+@pytest.mark.slow
 def test_tuning_example(tmp_path: Path):
     done = run("tune_operator.py", str(tmp_path / "work"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -43,6 +44,7 @@ def test_tuning_example(tmp_path: Path):
     assert (tmp_path / "work" / "records" / "records.jsonl").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["graph_operator.py", "run_operator.py"])
 def test_operator_examples(name: str, tmp_path: Path):
     done = run(name, *ARGUMENTS[name], cwd=tmp_path)

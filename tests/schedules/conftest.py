@@ -64,3 +64,14 @@ def run_together(gpu):
             yield name, result, problems[name][-1]
 
     return run
+
+
+@pytest.fixture
+def check_together(run_together, assert_close):
+    """Run problems of `run_together` and compare their results with the expected values."""
+
+    def check(target: Target, problems):
+        for name, result, expected in run_together(target, problems):
+            assert_close(result, expected, str(result.dtype), name)
+
+    return check

@@ -31,11 +31,18 @@ def build_kernel(spec, packed=False, center_feature=False):
     return tensorir.dcnv3(spec, vector_loads=True)
 
 
-def run(gpu, kernel, spec, inputs, packed=False, gate=None, space=None):
+def problem(spec, inputs, packed=False, gate=None, kernel=None):
+    """Return the scheduled kernel, its inputs and output, and what `check` compares with."""
+    if kernel is None:
+        kernel = dcnv3(build_kernel(spec, packed, gate is not None), TARGET, SearchSpace())
     arrays = operator.arguments(spec, inputs, packed, gate)
-    outputs = [(operator.output_shape(spec, inputs), spec.dtype)]
-    (result,) = gpu.run(dcnv3(kernel, TARGET, space or SearchSpace()), TARGET, arrays, outputs)
-    return result
+    output = (operator.output_shape(spec, inputs), spec.dtype)
+    return kernel, arrays, output, (spec, inputs, gate)
+
+
+def check_all(results):
+    for _, result, (spec, inputs, gate) in results:
+        check(result, spec, inputs, gate)
 
 
 def vector_widths(func):
@@ -67,78 +74,72 @@ def test_random_problems(run_together, dtype, data):
     problems = {}
     for seed, spec in enumerate(drawn):
         packed = spec.softmax and seed % 2 == 0
-        kernel = build_kernel(spec, packed)
-        inputs = random_inputs(spec, seed=seed)
-        problems[f"problem{seed}"] = (
-            dcnv3(kernel, TARGET, SearchSpace()),
-            operator.arguments(spec, inputs, packed),
-            (operator.output_shape(spec, inputs), dtype),
-            (spec, inputs),
-        )
-    for _, result, (spec, inputs) in run_together(TARGET, problems):
-        check(result, spec, inputs)
+        problems[f"problem{seed}"] = problem(spec, random_inputs(spec, seed=seed), packed)
+    check_all(run_together(TARGET, problems))
+
+
+MODEL_SHAPES = [
+    ((2, 9, 11, 64), 4),
+    ((1, 14, 14, 256), 16),
+    ((1, 7, 7, 512), 32),
+    ((1, 10, 6, 320), 10),
+    ((3, 1, 1, 64), 4),
+    ((1, 5, 3, 4), 1),
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(
-    ("shape", "group"),
-    [
-        ((2, 9, 11, 64), 4),
-        ((1, 14, 14, 256), 16),
-        ((1, 7, 7, 512), 32),
-        ((1, 10, 6, 320), 10),
-        ((3, 1, 1, 64), 4),
-        ((1, 5, 3, 4), 1),
-    ],
-    ids=str,
-)
-def test_shapes_of_released_models(gpu, shape, group, dtype):
+def test_shapes_of_released_models(run_together, dtype):
     """Partial blocks, 16 and 32 channels per group, more groups than a block has, one pixel.
 
     A small image is reduced to one pixel in the last stage.
     """
-    spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
-    inputs = random_inputs(spec, seed=5)
-    check(run(gpu, build_kernel(spec, packed=True), spec, inputs, packed=True), spec, inputs)
+    problems = {}
+    for shape, group in MODEL_SHAPES:
+        spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
+        name = "_".join(map(str, ("of", *shape)))
+        problems[name] = problem(spec, random_inputs(spec, seed=5), packed=True)
+    check_all(run_together(TARGET, problems))
+
+
+def test_center_feature(run_together):
+    problems = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        for shape, group in (((1, 9, 5, 96), 3), ((2, 5, 7, 24), 6)):
+            spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
+            inputs = random_inputs(spec, seed=6)
+            name = f"{dtype}_{group}"
+            problems[name] = problem(spec, inputs, packed=True, gate=gate_for(spec, inputs))
+    check_all(run_together(TARGET, problems))
+
+
+SHARED_POINTS = [
+    ((2, 5, 7, 64), 4, (4, 5), {}),
+    ((1, 6, 8, 48), 3, (1, 8), {}),
+    ((1, 3, 4, 256), 8, (8, 4), {"kernel_size": (5, 5), "pad": 2}),
+    ((3, 8, 4, 80), 5, (5, 4), {"stride": (2, 1), "softmax": False}),
+    ((None, 3, 5, 64), 4, (4, 1), {"remove_center": True}),
+]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("shape", "group"), [((1, 9, 5, 96), 3), ((2, 5, 7, 24), 6)], ids=str)
-def test_center_feature(gpu, shape, group, dtype):
-    spec = dataclasses.replace(DCNv3Spec.of(shape, group=group, dtype=dtype), softmax=True)
-    kernel = build_kernel(spec, packed=True, center_feature=True)
-    inputs = random_inputs(spec, seed=6)
-    gate = gate_for(spec, inputs)
-    check(run(gpu, kernel, spec, inputs, packed=True, gate=gate), spec, inputs, gate)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(
-    ("shape", "group", "block", "options"),
-    [
-        ((2, 5, 7, 64), 4, (4, 5), {}),
-        ((1, 6, 8, 48), 3, (1, 8), {}),
-        ((1, 3, 4, 256), 8, (8, 4), {"kernel_size": (5, 5), "pad": 2}),
-        ((3, 8, 4, 80), 5, (5, 4), {"stride": (2, 1), "softmax": False}),
-        ((None, 3, 5, 64), 4, (4, 1), {"remove_center": True}),
-    ],
-    ids=str,
-)
-def test_threads_share_points(gpu, shape, group, block, options, dtype):
+def test_threads_share_points(run_together, dtype):
     """Sharing along groups, or columns if groups are odd; a loop over points; a partial warp."""
-    spec = DCNv3Spec.of(shape, group=group, dtype=dtype, **options)
-    packed = "softmax" not in options
-    spec = dataclasses.replace(spec, softmax=packed)
-    groups, pixels = block
-    space = SearchSpace({"thread": "share_points", "groups": groups, "pixels": pixels})
-    known = dataclasses.replace(spec, batch=spec.batch or 2)
-    inputs = random_inputs(known, seed=8)
-    blended = known.output_size == (known.height, known.width) and packed
-    gate = gate_for(known, inputs) if blended else None
-    kernel = build_kernel(spec, packed, center_feature=blended)
-    check(run(gpu, kernel, known, inputs, packed, gate, space), known, inputs, gate)
-    scheduled = dcnv3(kernel, TARGET, SearchSpace(space.given))
-    assert "warp" in buffer_scopes(scheduled)
+    problems = {}
+    for shape, group, (groups, pixels), options in SHARED_POINTS:
+        spec = DCNv3Spec.of(shape, group=group, dtype=dtype, **options)
+        packed = "softmax" not in options
+        spec = dataclasses.replace(spec, softmax=packed)
+        space = SearchSpace({"thread": "share_points", "groups": groups, "pixels": pixels})
+        known = dataclasses.replace(spec, batch=spec.batch or 2)
+        inputs = random_inputs(known, seed=8)
+        blended = known.output_size == (known.height, known.width) and packed
+        gate = gate_for(known, inputs) if blended else None
+        kernel = build_kernel(spec, packed, center_feature=blended)
+        made = problem(known, inputs, packed, gate, kernel=dcnv3(kernel, TARGET, space))
+        assert "warp" in buffer_scopes(made[0])
+        problems[f"of_{shape[-1]}_{group}"] = made
+    check_all(run_together(TARGET, problems))
 
 
 def test_sharing_points_with_absent_pixels_raises():
@@ -156,12 +157,15 @@ def test_threads_share_points_of_large_problems_by_default():
         assert space.candidates["thread"][0] == thread
 
 
-def test_dynamic_batch(gpu):
+def test_dynamic_batch(run_together):
     spec = DCNv3Spec.of((None, 7, 9, 32), group=2)
+    scheduled = dcnv3(build_kernel(spec), TARGET, SearchSpace())
+    problems = {}
     for batch in (1, 3):
         static = dataclasses.replace(spec, batch=batch)
         inputs = random_inputs(static, seed=batch)
-        check(run(gpu, build_kernel(spec), static, inputs), static, inputs)
+        problems[f"of_{batch}"] = problem(static, inputs, kernel=scheduled)
+    check_all(run_together(TARGET, problems))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -175,24 +179,20 @@ def test_dynamic_batch(gpu):
     ],
     ids=str,
 )
-def test_dynamic_sizes(gpu, given, options, dtype):
+def test_dynamic_sizes(run_together, given, options, dtype):
     """Rows longer and shorter than those of a block; images of one row, column and pixel."""
     spec = dataclasses.replace(
         DCNv3Spec.of((*given, 64), group=4, dtype=dtype, **options), softmax=True
     )
     scheduled = dcnv3(build_kernel(spec, packed=True), TARGET, SearchSpace())
-    functions, cases, problems = {}, {}, {}
+    problems = {}
     for number, sizes in enumerate([(3, 5, 37), (1, 1, 9), (2, 4, 1), (1, 1, 1)]):
         known = (size or other for size, other in zip(given, sizes, strict=True))
         fields = dict(zip(("batch", "height", "width"), known, strict=True))
         static = dataclasses.replace(spec, **fields)
         inputs = random_inputs(static, seed=number)
-        name = f"size{number}"
-        functions[name], problems[name] = scheduled, (static, inputs)
-        shape = operator.output_shape(static, inputs)
-        cases[name] = (operator.arguments(static, inputs, packed=True), [(shape, dtype)])
-    for name, (result,) in gpu.run_all(functions, TARGET, cases).items():
-        check(result, *problems[name])
+        problems[f"size{number}"] = problem(static, inputs, packed=True, kernel=scheduled)
+    check_all(run_together(TARGET, problems))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_refuses_the_variant_for_cpus():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_reads_stay_inside_the_image(gpu, dtype):
+def test_reads_stay_inside_the_image(run_together, dtype):
     """NaN and infinite offsets contribute nothing; their reads are inside the image."""
     spec = DCNv3Spec.of((2, 5, 6, 32), group=2, pad=2, dtype=dtype)
     plain = random_inputs(spec, seed=3)
@@ -231,7 +231,7 @@ def test_reads_stay_inside_the_image(gpu, dtype):
     drawn = special[rng.integers(0, len(special), plain.offset.shape)]
     offset = np.where(rng.random(plain.offset.shape) < 0.3, drawn, plain.offset)
     inputs = Inputs(plain.x, offset, plain.mask)
-    check(run(gpu, build_kernel(spec), spec, inputs), spec, inputs)
+    check_all(run_together(TARGET, {"special": problem(spec, inputs)}))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

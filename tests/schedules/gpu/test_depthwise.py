@@ -22,10 +22,8 @@ TYPES = [
 ]
 
 
-def check(
-    gpu,
+def problem(
     rng,
-    assert_close,
     shape,
     given=None,
     kernel=(3, 3),
@@ -35,7 +33,7 @@ def check(
     activation="gelu",
     **types,
 ):
-    """Compare the scheduled kernel with float64."""
+    """Return the scheduled kernel, its inputs and output, and the result in float64."""
     *sizes, channels = shape
     x = random_array(rng, *shape, dtype=types.get("x_dtype", "float32"))
     weight = random_array(rng, *kernel, channels)
@@ -56,82 +54,71 @@ def check(
     arrays = [x, weight, bias, *([gamma, beta] if normalized else [])]
     dtype = types.get("out_dtype", "float32")
     scheduled = depthwise(func, TARGET, SearchSpace())
-    (result,) = gpu.run(scheduled, TARGET, arrays, [(sums.shape, dtype)])
-    assert_close(result.astype("float64"), layers.activation(activation, normal), dtype)
+    expected = layers.activation(activation, normal)
+    return scheduled, arrays, (sums.shape, dtype), expected
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 14, 28, 64),
-        (2, 7, 7, 80),
-        (64, 14, 9, 16),
-        (1, 3, 1, 13),
-        (1, 1, 6, 24),
-        (3, 9, 11, 112),
-        (2, 3, 5, 1536),
-        (1, 2, 3, 2560),
-    ],
-)
-def test_sizes(gpu, rng, assert_close, shape):
-    check(gpu, rng, assert_close, shape)
+SHAPES = [
+    (1, 14, 28, 64),
+    (2, 7, 7, 80),
+    (64, 14, 9, 16),
+    (1, 3, 1, 13),
+    (1, 1, 6, 24),
+    (3, 9, 11, 112),
+    (2, 3, 5, 1536),
+    (1, 2, 3, 2560),
+]
 
 
-@pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()))
+def test_sizes(rng, check_together):
+    problems = {"_".join(map(str, ("of", *shape))): problem(rng, shape) for shape in SHAPES}
+    check_together(TARGET, problems)
+
+
 @pytest.mark.parametrize("shape", [(2, 7, 5, 80), (128, 14, 13, 16), (1, 5, 6, 13)])
-def test_types(gpu, rng, assert_close, types, shape):
-    check(gpu, rng, assert_close, shape, **types)
+def test_types(rng, check_together, shape):
+    problems = {"_".join(types.values()): problem(rng, shape, **types) for types in TYPES}
+    check_together(TARGET, problems)
 
 
-def test_without_normalization(gpu, rng, assert_close):
-    check(gpu, rng, assert_close, (1, 7, 9, 32), normalized=False, activation=None)
-    check(gpu, rng, assert_close, (64, 13, 9, 96), normalized=False, **TYPES[0])
+def test_without_normalization(rng, check_together):
+    plain = problem(rng, (1, 7, 9, 32), normalized=False, activation=None)
+    gelu = problem(rng, (64, 13, 9, 96), normalized=False, **TYPES[0])
+    check_together(TARGET, {"plain": plain, "gelu": gelu})
 
 
-def test_large_windows_and_strides(gpu, rng, assert_close):
-    check(gpu, rng, assert_close, (1, 11, 12, 16), kernel=(5, 5), pad=(2, 2), **TYPES[0])
-    check(gpu, rng, assert_close, (1, 9, 10, 16), kernel=(9, 9), pad=(4, 4))
-    check(
-        gpu,
-        rng,
-        assert_close,
-        (1, 11, 12, 16),
-        kernel=(2, 5),
-        stride=(2, 3),
-        pad=(0, 1),
-        **TYPES[1],
-    )
+def test_large_windows_and_strides(rng, check_together):
+    shape, uneven = (1, 11, 12, 16), {"kernel": (2, 5), "stride": (2, 3), "pad": (0, 1)}
+    problems = {
+        "of_5": problem(rng, shape, kernel=(5, 5), pad=(2, 2), **TYPES[0]),
+        "of_9": problem(rng, (1, 9, 10, 16), kernel=(9, 9), pad=(4, 4)),
+        "uneven": problem(rng, shape, **uneven, **TYPES[1]),
+    }
+    shape, given = (2, 11, 13, 16), [tirx.Var(name, "int64") for name in "nhw"]
+    problems["dynamic_9"] = problem(rng, shape, given, kernel=(9, 9), pad=(4, 4))
+    problems["dynamic_uneven"] = problem(rng, shape, given, **uneven, **TYPES[1])
+    check_together(TARGET, problems)
 
 
-@pytest.mark.parametrize("shape", [(1, 14, 14, 32), (3, 9, 5, 32)])
-def test_dynamic_sizes(gpu, rng, assert_close, shape):
+def test_dynamic_sizes(rng, check_together):
     n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
-    check(gpu, rng, assert_close, shape, given=(n, *shape[1:3]), **TYPES[0])
-    check(gpu, rng, assert_close, shape, given=(n, h, shape[2]), **TYPES[0])
+    problems = {}
+    for shape in ((1, 14, 14, 32), (3, 9, 5, 32)):
+        batch, height = (n, *shape[1:3]), (n, h, shape[2])
+        problems[f"batch{shape[0]}"] = problem(rng, shape, given=batch, **TYPES[0])
+        problems[f"height{shape[0]}"] = problem(rng, shape, given=height, **TYPES[0])
+    check_together(TARGET, problems)
 
 
-@pytest.mark.parametrize("shape", [(2, 9, 70, 24), (1, 1, 1, 2560), (3, 5, 1, 80)])
-def test_dynamic_width(gpu, rng, assert_close, shape):
+def test_dynamic_width(rng, check_together):
     """Rows longer than a tile, rows shorter than a run, and one row by all warps."""
     n, h, w = (tirx.Var(name, "int64") for name in "nhw")
-    check(gpu, rng, assert_close, shape, given=(n, h, w), **TYPES[0])
-    check(gpu, rng, assert_close, shape, given=(*shape[:2], w), normalized=False)
-
-
-def test_large_windows_and_strides_with_dynamic_sizes(gpu, rng, assert_close):
-    shape, given = (2, 11, 13, 16), [tirx.Var(name, "int64") for name in "nhw"]
-    check(gpu, rng, assert_close, shape, given, kernel=(9, 9), pad=(4, 4))
-    check(
-        gpu,
-        rng,
-        assert_close,
-        shape,
-        given,
-        kernel=(2, 5),
-        stride=(2, 3),
-        pad=(0, 1),
-        **TYPES[1],
-    )
+    problems = {}
+    for shape in ((2, 9, 70, 24), (1, 1, 1, 2560), (3, 5, 1, 80)):
+        width = (*shape[:2], w)
+        problems[f"all{shape[-1]}"] = problem(rng, shape, given=(n, h, w), **TYPES[0])
+        problems[f"width{shape[-1]}"] = problem(rng, shape, given=width, normalized=False)
+    check_together(TARGET, problems)
 
 
 def test_loads_and_stores_vectors_and_keeps_sums_in_registers(cuda_code):

@@ -39,7 +39,7 @@ MATMUL = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_matmul(run_together, assert_close, dtype, rng):
+def test_matmul(check_together, dtype, rng):
     problems = {}
     for lead, inputs, outputs, epilogue in MATMUL:
         x = random_array(rng, *lead, inputs, dtype=dtype)
@@ -55,8 +55,7 @@ def test_matmul(run_together, assert_close, dtype, rng):
         expected = layers.finish(epilogue, matmul, bias, residual)
         scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
         problems[name] = (scheduled, arrays, (expected.shape, dtype), expected)
-    for name, result, expected in run_together(TARGET, problems):
-        assert_close(result, expected, dtype, name)
+    check_together(TARGET, problems)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -79,45 +78,51 @@ def test_float32_input_residual_and_output(gpu, assert_close, dtype, rng):
     assert_close(result, matmul + bias + residual, "float32")
 
 
+CONVOLUTION = [
+    ((2, 9, 11, 40), 80, (3, 3), (2, 2), (1, 1)),
+    ((1, 12, 7, 3), 32, (3, 3), (2, 2), (1, 1)),
+    ((1, 8, 6, 16), 24, (5, 3), (1, 2), (0, 1)),
+    ((2, 6, 5, 64), 128, (3, 3), (1, 1), (1, 1)),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("image", "outputs", "kernel_size", "stride", "pad"),
-    [
-        ((2, 9, 11, 40), 80, (3, 3), (2, 2), (1, 1)),
-        ((1, 12, 7, 3), 32, (3, 3), (2, 2), (1, 1)),
-        ((1, 8, 6, 16), 24, (5, 3), (1, 2), (0, 1)),
-        ((2, 6, 5, 64), 128, (3, 3), (1, 1), (1, 1)),
-    ],
-    ids=str,
-)
-def test_convolution(gpu, assert_close, image, outputs, kernel_size, stride, pad, dtype, rng):
-    x = random_array(rng, *image, dtype=dtype)
-    weight = random_array(rng, outputs, image[-1], *kernel_size, dtype=dtype)
-    bias = random_array(rng, outputs)
-    expected = layers.convolution(x, weight, stride=stride, pad=pad) + bias
-    kernel = implicit_gemm(
-        *image,
-        outputs,
-        kernel_size=kernel_size,
-        stride=stride,
-        pad=pad,
-        epilogue=Epilogue(bias=True),
-        dtype=dtype,
-    )
-    packed = pack_gemm_weight(weight.transpose(0, 2, 3, 1))
-    assert_close(run(gpu, kernel, [x, packed, bias], expected.shape, dtype), expected, dtype)
+def test_convolution(check_together, dtype, rng):
+    problems = {}
+    for image, outputs, kernel_size, stride, pad in CONVOLUTION:
+        x = random_array(rng, *image, dtype=dtype)
+        weight = random_array(rng, outputs, image[-1], *kernel_size, dtype=dtype)
+        bias = random_array(rng, outputs)
+        expected = layers.convolution(x, weight, stride=stride, pad=pad) + bias
+        kernel = implicit_gemm(
+            *image,
+            outputs,
+            kernel_size=kernel_size,
+            stride=stride,
+            pad=pad,
+            epilogue=Epilogue(bias=True),
+            dtype=dtype,
+        )
+        packed = pack_gemm_weight(weight.transpose(0, 2, 3, 1))
+        scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
+        name = f"convolution_{image[-1]}_{outputs}"
+        problems[name] = (scheduled, [x, packed, bias], (expected.shape, dtype), expected)
+    check_together(TARGET, problems)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_dynamic_rows(gpu, assert_close, dtype, rng):
+def test_dynamic_rows(check_together, dtype, rng):
     n = tvm.tirx.Var("n", "int64")
     kernel = gemm_kernel((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
+    scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
     weight, bias = random_array(rng, 48, 64, dtype=dtype), random_array(rng, 48)
+    problems = {}
     for rows in (1, 26, 77):
         x = random_array(rng, rows, 5, 64, dtype=dtype)
-        result = run(gpu, kernel, [x, pack_gemm_weight(weight), bias], (rows, 5, 48), dtype)
-        matmul = x.astype(np.float64) @ weight.astype(np.float64).T
-        assert_close(result, layers.finish(GELU, matmul, bias), dtype)
+        expected = layers.finish(GELU, x.astype(np.float64) @ weight.astype(np.float64).T, bias)
+        inputs = [x, pack_gemm_weight(weight), bias]
+        problems[f"of_{rows}"] = (scheduled, inputs, (expected.shape, dtype), expected)
+    check_together(TARGET, problems)
 
 
 def test_tiles_divide_output_and_fit_shared_memory():

@@ -26,55 +26,61 @@ def run(gpu, func, inputs, shape, dtype):
     return result
 
 
-def check(gpu, rng, assert_close, shape, lead=None, **options):
-    """Compare the scheduled kernel with float64."""
+def problem(rng, shape, lead=None, **options):
+    """Return the scheduled kernel, its inputs and output, and the result in float64."""
     dtypes = [options.get(f"{name}_dtype", "float32") for name in ("x", "residual", "out")]
     x, residual = (random_array(rng, *shape, dtype=dtype) for dtype in dtypes[:2])
     gamma, beta = (random_array(rng, shape[-1]) for _ in range(2))
     func = layer_norm_kernel(lead or shape[:-1], shape[-1], eps=1e-6, **options)
     given = [x, gamma, beta, *([residual] if options.get("residual") else [])]
-    result = run(gpu, func, given, shape, dtypes[2])
     reference = layers.activation(
         options.get("activation"), layers.layer_norm(x, gamma, beta, 1e-6)
     )
     if options.get("residual"):
         reference = reference + residual.astype("float64")
-    assert_close(result.astype("float64"), reference, dtypes[2])
+    return layer_norm(func, TARGET, SearchSpace()), given, (shape, dtypes[2]), reference
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (2, 3, 5, 64),
-        (49, 80),
-        (13, 17),
-        (1, 1),
-        (1, 768),
-        (3, 112),
-        (2, 2560),
-        (3, 6144),
-        # Not a full block.
-        (1, 4, 4, 16),
-        (3, 1, 2, 64),
-        (1, 1, 1, 64),
-    ],
-)
-def test_sizes(gpu, rng, assert_close, shape):
-    check(gpu, rng, assert_close, shape)
+SHAPES = [
+    (2, 3, 5, 64),
+    (49, 80),
+    (13, 17),
+    (1, 1),
+    (1, 768),
+    (3, 112),
+    (2, 2560),
+    (3, 6144),
+    # Not a full block.
+    (1, 4, 4, 16),
+    (3, 1, 2, 64),
+    (1, 1, 1, 64),
+]
 
 
-@pytest.mark.parametrize("types", TYPES, ids=lambda types: "-".join(types.values()) or "float32")
+def test_sizes(rng, check_together):
+    problems = {"_".join(map(str, ("of", *shape))): problem(rng, shape) for shape in SHAPES}
+    check_together(TARGET, problems)
+
+
 @pytest.mark.parametrize("channels", [80, 13, 512])
-def test_types(gpu, rng, assert_close, types, channels):
-    check(gpu, rng, assert_close, (37, channels), activation="gelu", residual=True, **types)
-    check(gpu, rng, assert_close, (37, channels), **types)
+def test_types(rng, check_together, channels):
+    problems = {}
+    for types in TYPES:
+        name, shape = "_".join(("of", *types.values())), (37, channels)
+        problems[name] = problem(rng, shape, **types)
+        problems[f"{name}_residual"] = problem(
+            rng, shape, activation="gelu", residual=True, **types
+        )
+    check_together(TARGET, problems)
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 32), (1, 5, 32)])
-def test_dynamic_sizes(gpu, rng, assert_close, shape):
+def test_dynamic_sizes(rng, check_together):
     n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
-    check(gpu, rng, assert_close, shape, lead=(n, shape[1]))
-    check(gpu, rng, assert_close, shape, lead=(n, h), x_dtype="float16")
+    problems = {}
+    for shape in ((2, 7, 32), (1, 5, 32)):
+        problems[f"batch{shape[0]}"] = problem(rng, shape, lead=(n, shape[1]))
+        problems[f"size{shape[0]}"] = problem(rng, shape, lead=(n, h), x_dtype="float16")
+    check_together(TARGET, problems)
 
 
 def test_large_mean_costs_no_accuracy(gpu, rng):

@@ -53,7 +53,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_results(run_together, assert_close, dtype, rng):
+def test_results(check_together, dtype, rng):
     problems = {}
     for number, (lead, sizes) in enumerate(SIZES):
         residual = number % 2 == 1
@@ -62,8 +62,7 @@ def test_results(run_together, assert_close, dtype, rng):
         name = "_".join(map(str, ("mlp", *lead, *sizes)))
         scheduled = tensorize(mlp(kernel, TARGET, SearchSpace()))
         problems[name] = (scheduled, inputs, (expected.shape, dtype), expected)
-    for name, result, expected in run_together(TARGET, problems):
-        assert_close(result, expected, dtype, name)
+    check_together(TARGET, problems)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -86,14 +85,16 @@ def test_float32_input_residual_and_output(gpu, assert_close, dtype, decisions, 
     assert_close(result, expected, dtype)
 
 
-def test_dynamic_rows(gpu, assert_close, rng):
+def test_dynamic_rows(check_together, rng):
     n = tvm.tirx.Var("n", "int64")
     sizes = (64, 96, 64)
     kernel = mlp_kernel((n, 5), *sizes, activation="gelu", residual=True, dtype="float16")
+    scheduled = tensorize(mlp(kernel, TARGET, SearchSpace()))
+    problems = {}
     for count in (1, 26, 77):
         inputs, expected = arguments(rng, (count, 5), sizes, True, ("float16",) * 3)
-        result = run(gpu, kernel, inputs, expected.shape, "float16")
-        assert_close(result, expected, "float16")
+        problems[f"of_{count}"] = (scheduled, inputs, (expected.shape, "float16"), expected)
+    check_together(TARGET, problems)
 
 
 def test_refuses_other_kernels():

@@ -26,6 +26,12 @@ SIZE_OF_H = (32, 64)
 MOST_WEIGHTS = 2**23
 """Larger matmuls of H repeat those of an earlier stage, with more steps of the same tiles."""
 
+BFLOAT16 = ("internimage_h", "internimage_g")
+FLOAT16 = [name for name in frontend.list_models("internimage_*") if name not in BFLOAT16]
+
+FLOAT32 = ("internimage_s", "internimage_b", "internimage_g")
+"""The widths of the others are multiples of theirs."""
+
 RULES = {"dcnv3_packed": "dcnv3"}
 """Rules by kind of kernel, where the names differ."""
 
@@ -76,9 +82,9 @@ def test_scheduled_kernels_compute_the_same(variant, dtype, run_together, rng):
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [
-        (name, dtype)
-        for name in frontend.list_models("internimage_*")
-        for dtype in (("float32", "bfloat16") if name[-1] in "hg" else ("float32", "float16"))
+        *((name, "float16") for name in FLOAT16),
+        *((name, "bfloat16") for name in BFLOAT16),
+        *((name, "float32") for name in FLOAT32),
     ],
 )
 def test_kernels_are_scheduled_by_their_own_rule(variant, dtype):
