@@ -77,6 +77,10 @@ class ModelImportError(DCNv3Error):
     """A model cannot be converted to Relax."""
 
 
+class ModelExportError(DCNv3Error):
+    """A model cannot be exported."""
+
+
 class CompileError(DCNv3Error):
     """A model or an operator cannot be compiled for the target."""
 

@@ -1,4 +1,4 @@
-"""Build InternImage in PyTorch, load its weights, and import PyTorch models into Relax.
+"""Build InternImage in PyTorch, load its weights, and import PyTorch and ONNX models into Relax.
 
 Names are loaded on first use, so that importing this package imports neither torch nor tvm.
 """
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
     from dcnv3_tvm.frontend.models.internimage import InternImage
     from dcnv3_tvm.frontend.models.variants import list_models
+    from dcnv3_tvm.frontend.onnx.export import export_onnx
+    from dcnv3_tvm.frontend.onnx.importer import import_onnx
     from dcnv3_tvm.frontend.torch.importer import import_model
 
 _MODULES = {
@@ -26,10 +28,21 @@ _MODULES = {
     "InternImageConfig": "models.config",
     "LoadReport": "checkpoints.report",
     "create_model": "factory",
+    "export_onnx": "onnx.export",
     "import_model": "torch.importer",
+    "import_onnx": "onnx.importer",
     "list_models": "models.variants",
     "load_checkpoint": "checkpoints.load",
 }
+
+_EXTRAS = {
+    "torch": "torch",
+    "tvm": "torch",
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+}
+"""Packages that a name may need, and what they are installed with."""
 
 __all__ = [
     "DCNv3",
@@ -37,7 +50,9 @@ __all__ = [
     "InternImageConfig",
     "LoadReport",
     "create_model",
+    "export_onnx",
     "import_model",
+    "import_onnx",
     "list_models",
     "load_checkpoint",
 ]
@@ -49,11 +64,12 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"dcnv3_tvm.frontend.{_MODULES[name]}")
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "tvm"):
+        extra = _EXTRAS.get(str(error.name))
+        if extra is None:
             raise
         raise MissingDependencyError(
             f"dcnv3_tvm.frontend.{name} needs {error.name}, which is not installed",
-            hint="Run: pip install 'dcnv3-tvm[torch]'",
+            hint=f"Run: pip install 'dcnv3-tvm[{extra}]'",
         ) from error
     return getattr(module, name)
 

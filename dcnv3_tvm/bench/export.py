@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
 
 from dcnv3_tvm import files
-
-OPSET: Final = 20
-"""ONNX operator set of the export."""
+from dcnv3_tvm.frontend.onnx.export import FormName, export_onnx
 
 
 class OnnxFile:
@@ -28,43 +22,12 @@ class OnnxFile:
         Module to export, for the shapes of `inputs`.
     inputs : mapping of str to numpy.ndarray
         Arguments by name, in order.
-    translations : mapping, optional
-        ``custom_translation_table`` of the exporter.
+    form : str
+        How DCNv3 is expressed, see `dcnv3_tvm.frontend.export_onnx`.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        inputs: Mapping[str, Any],
-        translations: Mapping[Any, Any] | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, inputs: Mapping[str, Any], form: FormName) -> None:
         self._folder = files.temporary_folder("bench-")
         self.path = Path(self._folder.name) / "model.onnx"
-        with _quiet():
-            program = torch.onnx.export(
-                module,
-                tuple(torch.from_numpy(array) for array in inputs.values()),
-                input_names=list(inputs),
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-                custom_translation_table=dict(translations or {}),
-            )
-            if program is None:
-                raise RuntimeError("torch.onnx.export returned no program")
-            # An ONNX file holds at most 2 GB, so the weights go to a separate file.
-            program.save(self.path, external_data=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the exporter's messages about optional packages."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+        arguments = tuple(torch.from_numpy(array) for array in inputs.values())
+        export_onnx(module, self.path, example=arguments, form=form)

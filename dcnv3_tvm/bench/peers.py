@@ -25,12 +25,12 @@ def compiled(problem: Problem, threads: int) -> BackendRunner:
 
 
 def onnxruntime(problem: Problem, threads: int) -> BackendRunner:
-    """Build ONNX Runtime on the exported module."""
+    """Build ONNX Runtime on the module exported with GridSample."""
     return onnxruntime_runner(problem.onnx.path, problem.inputs, threads)
 
 
 def onnxruntime_deform(problem: Problem, threads: int) -> BackendRunner:
-    """Build ONNX Runtime on the module rewritten to DeformConv."""
+    """Build ONNX Runtime on the module exported with DeformConv."""
     return onnxruntime_runner(problem.onnx_deform.path, problem.inputs, threads)
 
 

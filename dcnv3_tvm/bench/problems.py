@@ -69,15 +69,13 @@ class Problem:
 
     @functools.cached_property
     def onnx(self) -> OnnxFile:
-        """The exported module."""
-        return OnnxFile(self.module, self.inputs)
+        """The module, exported with GridSample."""
+        return OnnxFile(self.module, self.inputs, "grid-sample")
 
     @functools.cached_property
     def onnx_deform(self) -> OnnxFile:
-        """The exported module, rewritten to use DeformConv."""
-        from dcnv3_tvm.bench.deform_conv import translations, with_deform_conv
-
-        return OnnxFile(with_deform_conv(self.module), self.inputs, translations())
+        """The module, exported with DeformConv."""
+        return OnnxFile(self.module, self.inputs, "deform-conv")
 
 
 def operator_problem(spec: DCNv3Spec, seed: int = 0) -> Problem:

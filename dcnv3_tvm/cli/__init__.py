@@ -23,6 +23,7 @@ from dcnv3_tvm.cli.result import Result
 VERBS: Final = (
     "models",
     "compile",
+    "export",
     "run",
     "verify",
     "explain",

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dcnv3_tvm.cli.arguments import add_shape, image_shape, parse_count, parse_path
+from dcnv3_tvm.cli.import_onnx import import_onnx_file, read_labels
 from dcnv3_tvm.cli.info import tuning_summary
 from dcnv3_tvm.cli.model_arguments import add_model, create, describe_weights, find_model
 from dcnv3_tvm.cli.result import Result
-from dcnv3_tvm.errors import InvalidArgumentError, first_line
+from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Compile the model and write the artifact."""
+    from dcnv3_tvm.frontend.models.variants import model_config
     from dcnv3_tvm.runtime.model import check_replaceable
 
     if arguments.checkpoint is not None and not arguments.checkpoint.exists():
@@ -95,11 +97,18 @@ def execute(arguments: argparse.Namespace) -> Result:
             got=arguments.output,
             hint="Use --force to replace it.",
         )
-    name, checkpoint = find_model(arguments)
-    _check_compilation(name, arguments)
+    is_onnx = arguments.model.lower().endswith(".onnx")
+    name, checkpoint = (arguments.model, None) if is_onnx else find_model(arguments)
+    if not is_onnx:
+        image_shape(arguments, model_config(name).resolution)
+    _check_target(arguments)
     with Progress(f"compile {name}") as progress:
-        progress.step("build PyTorch model")
-        imported = _import(name, checkpoint, arguments, progress)
+        if is_onnx:
+            progress.step("import into Relax")
+            imported = import_onnx_file(arguments)
+        else:
+            progress.step("build PyTorch model")
+            imported = _import(name, checkpoint, arguments, progress)
         from dcnv3_tvm.compiler.compile import compile_artifact
 
         metadata = compile_artifact(
@@ -131,14 +140,12 @@ def execute(arguments: argparse.Namespace) -> Result:
     return Result(data, text)
 
 
-def _check_compilation(name: str, arguments: argparse.Namespace) -> None:
+def _check_target(arguments: argparse.Namespace) -> None:
     """Raise the compiler's errors early, before the model is built and imported."""
     from dcnv3_tvm.compiler.compile import check_buildable, check_dtype
-    from dcnv3_tvm.frontend.models.variants import model_config
     from dcnv3_tvm.schedules.records import find_records
     from dcnv3_tvm.targets import resolve_target
 
-    image_shape(arguments, model_config(name).resolution)
     target = resolve_target(arguments.target)
     check_buildable(target)
     check_dtype(arguments.dtype, target)
@@ -151,7 +158,7 @@ def _import(
     from dcnv3_tvm import frontend
     from dcnv3_tvm.frontend.models.variants import model_config
 
-    labels = None if arguments.labels is None else _read_labels(arguments.labels)
+    labels = read_labels(arguments.labels)
     model = create(
         name,
         checkpoint,
@@ -173,12 +180,3 @@ def _import(
     return dataclasses.replace(
         imported, config=imported.config | {"weights": describe_weights(checkpoint, arguments)}
     )
-
-
-def _read_labels(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(
-            "the labels cannot be read", got=f"{path}: {first_line(error)}"
-        ) from error

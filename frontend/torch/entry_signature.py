@@ -9,23 +9,27 @@ import tvm
 from tvm import relax, tirx
 
 from dcnv3_tvm.errors import ModelImportError
-from dcnv3_tvm.frontend.torch.model_inputs import ModelInputs
 from dcnv3_tvm.signature import TensorInfo
 
 
 def describe_outputs(
-    names: Sequence[str], function: relax.Function, inputs: ModelInputs
+    names: Sequence[str],
+    function: relax.Function,
+    examples: Sequence[Sequence[int]],
+    image: tuple[int, int] | None,
 ) -> tuple[TensorInfo, ...]:
     """Describe the outputs.
 
     Parameters
     ----------
     names : sequence of str
-        Paths of the tensors in the PyTorch result.
+        Paths of the tensors in the result.
     function : relax.Function
         Its first parameters are the inputs.
-    inputs : ModelInputs
-        The examples tell feature maps from other tensors by their size.
+    examples : sequence of shapes
+        Possible shapes of the first parameters.
+    image : (int, int) or None
+        Height and width of the image for these, which tell feature maps from other tensors.
 
     Raises
     ------
@@ -33,16 +37,17 @@ def describe_outputs(
         If the shape of an output is unknown.
     """
     outputs = function.ret_ty.fields
+    shapes = []
     for name, output in zip(names, outputs, strict=True):
-        if output.shape is None:
+        shape = _example_shape(output, function, examples)
+        if shape is None:
             raise ModelImportError(
                 "the shape of an output is unknown",
                 got=f"output {name or 0!r}",
                 hint="The model combines a tensor of a fixed size (linspace, a slice up to a "
                 "constant) with one of a dynamic size: import it with fixed sizes.",
             )
-    shapes = [_example_shape(output, function, inputs) for output in outputs]
-    image = inputs.spatial_size
+        shapes.append(shape)
     all_maps = all(len(shape) == 4 and _stride(shape[2:], image) for shape in shapes)
     return tuple(
         TensorInfo(
@@ -70,15 +75,19 @@ def _symbolic_shape(tensor: relax.TensorType) -> tuple[int | str, ...]:
 
 
 def _example_shape(
-    output: relax.TensorType, function: relax.Function, inputs: ModelInputs
-) -> list[int]:
-    """Return the shape of an output for the examples."""
+    output: relax.TensorType, function: relax.Function, examples: Sequence[Sequence[int]]
+) -> list[int] | None:
+    """Return the shape of an output for shapes of the inputs; None if it is not known from them."""
+    if output.shape is None:
+        return None
     analyzer = tvm.sym.Analyzer()
-    for parameter, example in zip(function.params, inputs.examples, strict=False):
-        for size, value in zip(parameter.ty.shape.values, example.shape, strict=True):
+    for parameter, example in zip(function.params, examples, strict=False):
+        for size, value in zip(parameter.ty.shape.values, example, strict=True):
             if isinstance(size, tirx.Var):
                 analyzer.bind(size, tirx.IntImm("int64", value))
-    return [int(analyzer.simplify(size).value) for size in output.shape.values]
+    sizes = [analyzer.simplify(size) for size in output.shape.values]
+    known = all(isinstance(size, tirx.IntImm) for size in sizes)
+    return [int(size.value) for size in sizes] if known else None
 
 
 def _output_name(path: str, rank: int, all_maps: bool) -> str:

@@ -259,7 +259,12 @@ def _import_entry(
     )
     entry = Entry(
         inputs=inputs.infos,
-        outputs=describe_outputs(entry_point.output_names, function, inputs),
+        outputs=describe_outputs(
+            entry_point.output_names,
+            function,
+            [tuple(example.shape) for example in inputs.examples],
+            inputs.spatial_size,
+        ),
         weights=tuple(names[var.name] for var in weights),
     )
     return _ImportedEntry(function, entry, report)

@@ -12,13 +12,18 @@ from dcnv3_tvm.verify.tolerances import MODEL
 from helpers.relax_vm import compile_relax
 
 
-def count_dcnv3(imported, entry="main"):
-    """Count the calls of the operator in an entry."""
+def dcnv3_calls(imported, entry="main"):
+    """List the calls of the operator in an entry."""
     found = []
     relax.analysis.post_order_visit(
         imported.module[entry], lambda e: found.append(e) if relax_op.is_dcnv3(e) else None
     )
-    return len(found)
+    return found
+
+
+def count_dcnv3(imported, entry="main"):
+    """Count the calls of the operator in an entry."""
+    return len(dcnv3_calls(imported, entry))
 
 
 def random_image(shape, seed=1):

@@ -1,0 +1,291 @@
+"""Import ONNX files into Relax."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+import tvm
+from onnxscript import version_converter
+from tvm import relax
+
+from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
+from dcnv3_tvm.frontend.onnx import dcnv3_node
+from dcnv3_tvm.frontend.onnx.fuse import fuse
+from dcnv3_tvm.frontend.onnx.recognize import recognize
+from dcnv3_tvm.frontend.onnx.to_relax import to_relax
+from dcnv3_tvm.frontend.torch.entry_signature import describe_outputs
+from dcnv3_tvm.frontend.torch.preprocessing import check_labels, complete_settings
+from dcnv3_tvm.imported_model import ImportedModel
+from dcnv3_tvm.signature import Entry, TensorInfo
+from dcnv3_tvm.transform.ir import dimensions, element_type
+
+_HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def import_onnx(
+    model: str | os.PathLike[str] | ir.Model,
+    *,
+    shapes: Mapping[str, Sequence[int | str]] | None = None,
+    name: str | None = None,
+    preprocessing: dict[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+) -> ImportedModel:
+    """Import an ONNX file into Relax, with each DCNv3 as one operator ``dcnv3_tvm.dcnv3``.
+
+    DCNv3 is taken as ``mmdeploy::TRTDCNv3``, as this library's ``dcnv3_tvm::DCNv3``, as
+    ``DeformConv``, and as the nodes that exporting ``dcnv3_core_pytorch`` gives. The last two are
+    compared with the operator on random inputs. A ``GridSample`` that is no DCNv3 stays one.
+
+    Parameters
+    ----------
+    model : path or onnx_ir.Model
+        The file, with its external data beside it. Float16 and bfloat16 become float32: the type
+        to compute in is chosen when compiling.
+    shapes : mapping of str to sequence, optional
+        Shapes of inputs; a string names a dynamic size. By default those of the file.
+    name : str, optional
+        Name of the imported model; by default that of the file.
+    preprocessing : dict, optional
+        How an image becomes the input; by default what `export_onnx` wrote to the file.
+    labels : sequence of str, optional
+        Names of the classes; by default what `export_onnx` wrote to the file.
+
+    Returns
+    -------
+    ImportedModel
+        With the entry ``"main"``.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If `shapes` names an unknown input or has another rank.
+    ModelImportError
+        If the file cannot be read, or has nodes that cannot be converted.
+    """
+    path = None if isinstance(model, ir.Model) else Path(model)
+    loaded = model.clone() if isinstance(model, ir.Model) else _load(Path(model))
+    _set_shapes(loaded.graph, shapes or {})
+    _simplify(loaded)
+    graph = loaded.graph
+    report = recognize(graph)
+    for check in report:
+        if not check.replaced:
+            warnings.warn(str(check), stacklevel=2)
+    fuse(graph)
+    if not report:
+        raise ModelImportError(
+            "the ONNX graph contains no DCNv3",
+            allowed="a graph with mmdeploy::TRTDCNv3, dcnv3_tvm::DCNv3, DeformConv or GridSample",
+        )
+    input_names = [str(value.name) for value in graph.inputs]
+    output_names = [str(value.name) for value in graph.outputs]
+    function, weights = to_relax(loaded)
+    entry, function = _entry(function, input_names, output_names, weights)
+    if preprocessing is None:
+        preprocessing = _from_metadata(loaded, "preprocessing", {})
+    if labels is None:
+        labels = _from_metadata(loaded, "labels", [])
+    image = dataclasses.replace(entry.inputs[0], shape=tuple(_example(entry.inputs[0].shape)))
+    return ImportedModel(
+        name=name or _identifier(path.stem if path is not None else graph.name or "model"),
+        module=tvm.IRModule({"main": function.with_attr("global_symbol", "main")}),
+        entries={"main": entry},
+        weights={weight: weights[weight] for weight in entry.weights},
+        preprocessing=complete_settings(preprocessing, image) if preprocessing else {},
+        labels=check_labels(labels, entry.outputs),
+        report=report,
+    )
+
+
+def input_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int | str, ...]]:
+    """Read the shapes of a file's inputs; a string names a dynamic size.
+
+    Raises
+    ------
+    ModelImportError
+        If the file cannot be read.
+    """
+    graph = _load(Path(path)).graph
+    return {
+        str(value.name): tuple(
+            size if isinstance(size, int) else str(size) for size in value.shape or ()
+        )
+        for value in graph.inputs
+        if value.name not in graph.initializers
+    }
+
+
+def _load(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf and onnx_ir raise a dozen types for damaged files
+        raise ModelImportError(
+            f"{path} cannot be read as an ONNX file", got=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _set_shapes(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str]]) -> None:
+    inputs = {str(value.name): value for value in graph.inputs if not value.is_initializer()}
+    unknown = sorted(shapes.keys() - inputs.keys())
+    if unknown:
+        raise InvalidArgumentError(
+            "shapes names inputs that the model does not have",
+            got=", ".join(unknown),
+            allowed=", ".join(inputs),
+        )
+    if shapes:
+        for node in graph:
+            for output in node.outputs:
+                output.shape = None
+    for name, shape in shapes.items():
+        old = inputs[name].shape
+        if old is not None and len(old) != len(shape):
+            raise InvalidArgumentError(
+                f"the shape of input {name!r} has another number of axes",
+                got=tuple(shape),
+                allowed=f"{len(old)} axes, as in {old}",
+            )
+        inputs[name].shape = ir.Shape(shape)
+    for name, value in inputs.items():
+        if value.shape is None:
+            raise ModelImportError(
+                f"the shape of input {name!r} is unknown",
+                hint=f"Give it: shapes={{{name!r}: (1, 3, 224, 224)}}.",
+            )
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants and infer shapes, in float32 and without functions."""
+    for key in [key for key in model.functions if key[:2] == _NODE]:
+        del model.functions[key]
+    for node in model.graph:
+        if (node.domain, node.op_type) == _NODE:
+            node.overload = ""
+    _to_float32(model.graph)
+    try:
+        onnxscript.optimizer.inline(model)
+        if model.opset_imports[""] < _OPSET:
+            version_converter.convert_version(model, _OPSET, fallback=True)
+        # Shapes are computed by constants of a given shape.
+        onnxscript.optimizer.fold_constants(
+            model,
+            onnx_shape_inference=True,
+            should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,
+        )
+        onnxscript.optimizer.optimize(model)
+    except Exception as error:  # raised for graphs that are not valid, by whatever they break
+        raise ModelImportError(
+            "the ONNX graph is not valid", got=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+_OPSET: Final = 20
+"""Older graphs are converted to this operator set, which has Gelu."""
+
+_NODE = (dcnv3_node.DOMAIN, dcnv3_node.OP_TYPE)
+
+
+def _to_float32(graph: ir.Graph) -> None:
+    for value in (*graph.inputs, *graph.initializers.values(), *_results(graph)):
+        if value.dtype not in _HALF_TYPES:
+            continue
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        if value.const_value is not None:
+            array = value.const_value.numpy().astype("float32")
+            value.const_value = ir.tensor(array, name=value.name)
+    for node in graph:
+        for name, attribute in list(node.attributes.items()):
+            if node.op_type == "Cast" and name == "to" and attribute.value in _HALF_TYPES:
+                node.attributes[name] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+            elif attribute.type is ir.AttributeType.TENSOR and attribute.value.dtype in _HALF_TYPES:
+                tensor = ir.tensor(attribute.value.numpy().astype("float32"))
+                node.attributes[name] = ir.AttrTensor(name, tensor)
+
+
+def _results(graph: ir.Graph) -> list[ir.Value]:
+    return [output for node in graph for output in node.outputs]
+
+
+def _entry(
+    function: relax.Function,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    weights: Mapping[str, np.ndarray],
+) -> tuple[Entry, relax.Function]:
+    """Describe the function, without the weights that it does not use."""
+    count = len(input_names)
+    used = set(relax.analysis.free_vars(function.body))
+    kept = [
+        (name, var)
+        for name, var in zip(weights, function.params[count:], strict=True)
+        if var in used
+    ]
+    function = relax.Function(
+        [*function.params[:count], *(var for _, var in kept)],
+        function.body,
+        function.ret_ty,
+        function.is_pure,
+    )
+    function = _returning_tuple(function)
+    inputs = tuple(
+        _describe_input(name, var)
+        for name, var in zip(input_names, function.params[:count], strict=True)
+    )
+    examples = [_example(info.shape) for info in inputs]
+    image = next((example[2:] for example in examples if len(example) == 4), None)
+    outputs = describe_outputs(
+        output_names, function, examples, None if image is None else (image[0], image[1])
+    )
+    return Entry(inputs, outputs, tuple(name for name, _ in kept)), function
+
+
+def _describe_input(name: str, var: relax.Var) -> TensorInfo:
+    shape = tuple(size if isinstance(size, int) else str(size) for size in dimensions(var))
+    layout = ""
+    if len(shape) == 4:
+        layout = "NHWC" if shape[-1] == 3 != shape[1] else "NCHW"
+    return TensorInfo(name, shape, element_type(var), layout)
+
+
+def _returning_tuple(function: relax.Function) -> relax.Function:
+    """Let a function with one output return a tuple, as the compiler expects."""
+    if isinstance(function.ret_ty, relax.TupleType):
+        return function
+    body = function.body
+    blocks = list(body.blocks)
+    output = relax.Var("outputs", relax.TupleType([body.body.ty]))
+    blocks.append(relax.BindingBlock([relax.VarBinding(output, relax.Tuple([body.body]))]))
+    return relax.Function(
+        function.params, relax.SeqExpr(blocks, output), output.ty, function.is_pure
+    )
+
+
+def _example(shape: Sequence[int | str]) -> list[int]:
+    """Return a shape with numbers for dynamic sizes."""
+    return [
+        size if isinstance(size, int) else 2 if axis == 0 else 224
+        for axis, size in enumerate(shape)
+    ]
+
+
+def _from_metadata(model: ir.Model, key: str, default: Any) -> Any:
+    """Return what `export_onnx` wrote; other tools may use the same key for something else."""
+    try:
+        value = json.loads(model.metadata_props.get(key, "null"))
+    except ValueError:
+        return default
+    return value if isinstance(value, type(default)) else default
+
+
+def _identifier(text: str) -> str:
+    return re.sub(r"\W+", "_", text)

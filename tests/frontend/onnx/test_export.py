@@ -1,0 +1,88 @@
+import json
+
+import onnx
+import onnx_ir as ir
+import pytest
+from tvm.target import Target
+
+from dcnv3_tvm import frontend
+from dcnv3_tvm.cli import main
+from dcnv3_tvm.compiler import pipeline
+from dcnv3_tvm.errors import InvalidArgumentError, ModelExportError
+from dcnv3_tvm.frontend.onnx.compare import error_in_onnxruntime
+from dcnv3_tvm.verify.random_weights import randomize_
+
+SHAPE = (1, 3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomize_(frontend.create_model("test_internimage_pre_norm"))
+
+
+@pytest.fixture(scope="module")
+def path(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    labels = [f"class {number}" for number in range(10)]
+    frontend.export_onnx(model, path, example=SHAPE, dynamic_batch=True, labels=labels)
+    return path
+
+
+def test_the_file_is_valid_and_computes_the_model(model, path):
+    onnx.checker.check_model(path, full_check=True)
+    assert error_in_onnxruntime(path, model, (3, *SHAPE[1:])) < 1e-5
+
+
+def test_names_shapes_and_metadata(model, path):
+    exported = ir.load(path)
+    graph = exported.graph
+    assert [value.name for value in (*graph.inputs, *graph.outputs)] == ["image", "logits"]
+    assert list(graph.inputs[0].shape)[1:] == list(SHAPE[1:])
+    assert graph.inputs[0].shape[0] == ir.SymbolicDim("n")
+    known = set(graph.initializers)
+    assert {"patch_embed.conv1.weight", "levels.0.blocks.0.dcn.offset.weight"} <= known
+    assert json.loads(exported.metadata_props["labels"])[3] == "class 3"
+    assert json.loads(exported.metadata_props["preprocessing"]) == model.config.preprocessing
+
+
+def test_the_import_has_the_kernels_of_the_direct_one(model, path):
+    direct = frontend.import_model(model, example=SHAPE, dynamic_batch=True, features="never")
+    imported = frontend.import_onnx(path)
+    assert imported.labels[9] == "class 9"
+    assert imported.preprocessing["mean"] == direct.preprocessing["mean"]
+    target = Target({"kind": "llvm", "mcpu": "x86-64-v3"})
+    _, expected = pipeline.run_pipeline(direct, target)
+    _, kernels = pipeline.run_pipeline(imported, target)
+    assert {name: kernel.rule for name, kernel in kernels.items()} == {
+        name: kernel.rule for name, kernel in expected.items()
+    }
+
+
+def test_another_model_is_told_apart(path):
+    other = randomize_(frontend.create_model("test_internimage_pre_norm"), seed=1)
+    with pytest.raises(ModelExportError, match="something else than the model"):
+        error_in_onnxruntime(path, other, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"form": "tflite"}, "unknown form"), ({"opset": 11}, "unsupported operator set")],
+)
+def test_invalid_arguments(model, options, message, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=message):
+        frontend.export_onnx(model, tmp_path / "model.onnx", example=SHAPE, **options)
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / "model.onnx"
+    options = ["--random-weights", "0", "--size", "32", "--form", "plugin", "-o", str(out)]
+    assert main(["export", "test_internimage_pre_norm", *options]) == 0
+    assert "the plugin runs in TensorRT" in capsys.readouterr().out
+    assert {node.op_type for node in ir.load(out).graph} >= {"TRTDCNv3"}
+    assert main(["export", "test_internimage_pre_norm", *options]) == 2
+    assert "the file exists" in capsys.readouterr().err
+    compiled = ["compile", str(out), "-o", str(tmp_path / "artifact"), "--features-only"]
+    assert main(compiled) == 2
+    assert "an ONNX file has its weights" in capsys.readouterr().err
+    assert main(compiled[:-1]) == 0
+    assert "model for" in capsys.readouterr().out
