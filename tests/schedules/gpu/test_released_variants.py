@@ -23,7 +23,7 @@ SIZE = (36, 52)
 SIZE_OF_H = (32, 64)
 """Its head needs even sizes in its third stage."""
 
-MOST_WEIGHTS = 2**23
+MOST_WEIGHTS = 2**22
 """Larger matmuls of H repeat those of an earlier stage, with more steps of the same tiles."""
 
 BFLOAT16 = ("internimage_h", "internimage_g")
