@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from torch.fx import Graph, Node
 from dcnv3_tvm.errors import ModelImportError
 from dcnv3_tvm.frontend.torch.entry_points import MODEL_PREFIX
 from dcnv3_tvm.frontend.torch.model_state import ModelState, TensorValue
+
+_MOST_NAMES: Final = 8
+"""Most names of state in an error."""
 
 Export = Callable[[], ExportedProgram]
 
@@ -60,9 +63,11 @@ def _check_second_call(
     entry_point: nn.Module, state: ModelState, export: Export, changed: Sequence[str]
 ) -> None:
     def fail(names: Sequence[str], cause: Exception | None = None) -> None:
+        different = list(dict.fromkeys(names))
+        more = [f"and {len(different) - _MOST_NAMES} more"] * (len(different) > _MOST_NAMES)
         raise ModelImportError(
             "the result of the model depends on earlier calls",
-            got=f"state that a call changes: {', '.join(dict.fromkeys(names))}",
+            got=f"state that a call changes: {', '.join(different[:_MOST_NAMES] + more)}",
             allowed="a model whose result depends on its inputs alone",
             hint="Make such a value an input and an output of forward, or do not keep it.",
         ) from cause

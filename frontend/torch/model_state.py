@@ -6,8 +6,9 @@ import collections
 import functools
 import random
 import sys
+import sysconfig
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -55,11 +56,13 @@ class ModelState:
     Parameters
     ----------
     model : nn.Module
-        Its modules, their classes and the global variables of the packages that define these are
-        searched.
+        Its modules, their classes, the global variables of the packages that define these, and
+        those of all packages that are not installed are searched.
+    functions : sequence of function
+        Searched in the same way.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, functions: Sequence[types.FunctionType] = ()) -> None:
         self._owners: dict[str, Any] = {}
         self._packages: set[str] = set()
         classes: dict[type, None] = {}
@@ -69,9 +72,11 @@ class ModelState:
         for cls in classes:
             if _package(cls) not in _LIBRARIES:
                 self._owners[f"{cls.__qualname__}."] = cls
-        self._packages = {_package(cls) for cls in classes} - _LIBRARIES
+        self._functions = {f"{each.__qualname__}.": each for each in functions}
+        self._packages = {_package(each) for each in (*classes, *functions)} | _own_packages()
+        self._packages -= _LIBRARIES
         for name, module in list(sys.modules.items()):
-            if name.split(".")[0] in self._packages:
+            if name.split(".")[0] in self._packages and isinstance(module, types.ModuleType):
                 self._owners[f"{name}."] = module
         self._saved: list[tuple[Any, Any]] = []
         self._read(self._saved)
@@ -89,6 +94,8 @@ class ModelState:
 
     def _read(self, containers: list[tuple[Any, Any]]) -> dict[str, Any]:
         reader = _Reader(containers)
+        for name, function in self._functions.items():
+            reader.add(name, function, None)
         for prefix, owner in self._owners.items():
             namespace = dict(vars(owner))
             containers.append((owner, {**namespace}))
@@ -124,7 +131,8 @@ class _Reader:
         Only objects of `packages` are searched; None stands for all but `_LIBRARIES`.
         """
         if isinstance(value, Tensor):
-            self.values[name] = TensorValue((id(value), value._version))
+            version = 0 if value.is_inference() else value._version
+            self.values[name] = TensorValue((id(value), version))
         elif isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
             self.values[name] = value
         elif isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -210,6 +218,18 @@ def _restore(container: Any, saved: Any) -> None:
                 container[name] = value
             else:
                 setattr(container, name, value)
+
+
+def _own_packages() -> set[str]:
+    """Return the packages that are loaded and not installed, among them ``__main__``."""
+    installed = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
+    files = {
+        name: str(getattr(module, "__file__", None) or "")
+        for name, module in list(sys.modules.items())
+        if "." not in name
+    }
+    own = {name for name, file in files.items() if file and not any(p in file for p in installed)}
+    return own | {"__main__"}
 
 
 def _package(value: Any) -> str:

@@ -13,8 +13,10 @@ import types
 from typing import Any
 
 import torch
+from torch import nn
 
 from dcnv3_tvm.errors import ModelImportError
+from dcnv3_tvm.frontend.torch.model_state import ModelState
 from dcnv3_tvm.frontend.torch.published_call import PublishedCall
 from dcnv3_tvm.frontend.torch.published_functions import (
     PublishedFunction,
@@ -122,9 +124,11 @@ class SamplingReplacement:
         if key not in self._checks:
             sample = functools.partial(published.sample, call, arguments, keywords)
             measure = functools.partial(sampling_error, sample, call)
+            state = ModelState(nn.Module(), [published.original])
             self._checks[key] = published.judge(
                 functools.partial(outside_of_tracing, measure), tolerance(call)
             )
+            state.restore()
         return self._checks[key]
 
 

@@ -22,8 +22,8 @@ def to_relax(program: ExportedProgram) -> relax.Function:
     ModelImportError
         If an operator cannot be converted.
     """
-    program = decompose(program)
     try:
+        program = decompose(program)
         module = translator.from_exported_program(
             program,
             keep_params_as_input=True,
@@ -32,7 +32,7 @@ def to_relax(program: ExportedProgram) -> relax.Function:
         )
     except ModelImportError:
         raise
-    except Exception as error:  # TVM's converters raise assertions, KeyError, ValueError, ...
+    except Exception as error:  # PyTorch and TVM's converters raise RuntimeError, KeyError, ...
         raise ModelImportError(
             "TVM cannot convert the exported model", got=f"{type(error).__name__}: {error}"
         ) from error
