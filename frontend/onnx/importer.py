@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,12 +17,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import tvm
+from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
 from onnxscript import version_converter
 from tvm import relax
 
-from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
+from dcnv3_tvm.errors import DCNv3Error, InvalidArgumentError, ModelImportError, first_line
 from dcnv3_tvm.frontend.onnx import dcnv3_node
 from dcnv3_tvm.frontend.onnx.fuse import fuse
+from dcnv3_tvm.frontend.onnx.graph import constant_of, remove_unused
 from dcnv3_tvm.frontend.onnx.recognize import recognize
 from dcnv3_tvm.frontend.onnx.to_relax import to_relax
 from dcnv3_tvm.frontend.torch.entry_signature import describe_outputs
@@ -74,23 +78,25 @@ def import_onnx(
     """
     path = None if isinstance(model, ir.Model) else Path(model)
     loaded = model.clone() if isinstance(model, ir.Model) else _load(Path(model))
-    _set_shapes(loaded.graph, shapes or {})
-    _simplify(loaded)
-    graph = loaded.graph
-    report = recognize(graph)
+    with _one_error():
+        _set_shapes(loaded.graph, shapes or {})
+        _simplify(loaded)
+        graph = loaded.graph
+        report = recognize(graph)
+        fuse(graph)
+        if not report:
+            raise ModelImportError(
+                "the ONNX graph contains no DCNv3",
+                allowed="a graph with mmdeploy::TRTDCNv3, dcnv3_tvm::DCNv3, DeformConv or "
+                "GridSample",
+            )
+        input_names = [str(value.name) for value in graph.inputs]
+        output_names = [str(value.name) for value in graph.outputs]
+        function, weights = to_relax(loaded)
+        entry, function = _entry(function, input_names, output_names, weights)
     for check in report:
         if not check.replaced:
             warnings.warn(str(check), stacklevel=2)
-    fuse(graph)
-    if not report:
-        raise ModelImportError(
-            "the ONNX graph contains no DCNv3",
-            allowed="a graph with mmdeploy::TRTDCNv3, dcnv3_tvm::DCNv3, DeformConv or GridSample",
-        )
-    input_names = [str(value.name) for value in graph.inputs]
-    output_names = [str(value.name) for value in graph.outputs]
-    function, weights = to_relax(loaded)
-    entry, function = _entry(function, input_names, output_names, weights)
     if preprocessing is None:
         preprocessing = _from_metadata(loaded, "preprocessing", {})
     if labels is None:
@@ -123,6 +129,20 @@ def input_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int | str, ...
         for value in graph.inputs
         if value.name not in graph.initializers
     }
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Turn what an invalid graph raises into an error of this library."""
+    try:
+        yield
+    except (DCNv3Error, MemoryError):
+        raise
+    except Exception as error:  # raised by whatever part of ONNX's tools or TVM a graph breaks
+        raise ModelImportError(
+            "the ONNX graph is not valid, or not supported",
+            got=f"{type(error).__name__}: {first_line(error)}",
+        ) from error
 
 
 def _load(path: Path) -> ir.Model:
@@ -172,22 +192,28 @@ def _simplify(model: ir.Model) -> None:
         if (node.domain, node.op_type) == _NODE:
             node.overload = ""
     _to_float32(model.graph)
-    try:
-        onnxscript.optimizer.inline(model)
-        if model.opset_imports[""] < _OPSET:
-            version_converter.convert_version(model, _OPSET, fallback=True)
-        # Shapes are computed by constants of a given shape.
-        onnxscript.optimizer.fold_constants(
-            model,
-            onnx_shape_inference=True,
-            should_fold=lambda node: True if node.op_type == "ConstantOfShape" else None,
-        )
-        onnxscript.optimizer.optimize(model)
-    except Exception as error:  # raised for graphs that are not valid, by whatever they break
-        raise ModelImportError(
-            "the ONNX graph is not valid", got=f"{type(error).__name__}: {error}"
-        ) from error
+    onnxscript.optimizer.inline(model)
+    if model.opset_imports[""] < _OPSET:
+        version_converter.convert_version(model, _OPSET, fallback=True)
+    # Shapes are computed by constants of a given shape.
+    onnxscript.optimizer.fold_constants(
+        model, onnx_shape_inference=True, should_fold=lambda node: _is_small_fill(node) or None
+    )
+    # Not onnxscript.optimizer.optimize: its rewrite rules take minutes for large graphs.
+    for simplify in (IdentityEliminationPass(), LiftConstantsToInitializersPass()):
+        simplify(model)
+    remove_unused(model.graph)
 
+
+def _is_small_fill(node: ir.Node) -> bool:
+    if node.op_type != "ConstantOfShape":
+        return False
+    shape = constant_of(node.inputs[0])
+    return shape is not None and 0 <= math.prod(shape.tolist()) <= _MAX_FILL
+
+
+_MAX_FILL: Final = 1_000_000
+"""Most elements of a constant that is folded although it is larger than its shape."""
 
 _OPSET: Final = 20
 """Older graphs are converted to this operator set, which has Gelu."""

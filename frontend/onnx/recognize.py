@@ -38,6 +38,9 @@ _ATTRIBUTES: Final = {
 }
 """Attributes of GridSample that are DCNv3's, the default first."""
 
+_MAX_COMPARED: Final = 100_000_000
+"""Most elements of a tensor that is filled with random numbers."""
+
 _TOLERANCE: Final = 1e-4
 """Of the largest value: coordinates are computed in float32, in another order than ours."""
 
@@ -155,6 +158,8 @@ def _try(
     subgraph = Subgraph.between([x, offset, mask], result)
     if subgraph is None:
         return "the nodes around it read other values than x, offset and mask"
+    if max(map(math.prod, subgraph.shapes)) > _MAX_COMPARED:
+        return "its tensors are too large to compare"
     inferred = infer_grid_sample(node, subgraph)
     if isinstance(inferred, str):
         return inferred
@@ -229,23 +234,29 @@ def _upwards(value: ir.Value | None, through: frozenset[str]) -> list[ir.Value]:
     values are views of them, with the same shape or another.
     """
     chain: list[ir.Value] = []
+    fixed: dict[ir.Value, bool] = {}
     while value is not None and len(chain) < 24:
         chain.append(value)
         node = value.producer()
         if node is None or node.op_type not in through:
             break
-        sources = [source for source in node.inputs if source is not None and not _is_fixed(source)]
+        sources = [
+            source for source in node.inputs if source is not None and not _is_fixed(source, fixed)
+        ]
         value = sources[0] if len(set(sources)) == 1 else None
     return [value for value in reversed(chain) if _rank(value) >= 4]
 
 
-def _is_fixed(value: ir.Value) -> bool:
+def _is_fixed(value: ir.Value, known: dict[ir.Value, bool]) -> bool:
     """Whether a value depends on no input, or on the shapes of inputs alone."""
-    if ir.convenience.get_const_tensor(value) is not None:
-        return True
-    node = value.producer()
-    if node is None:
-        return False
-    return node.op_type == "Shape" or all(
-        _is_fixed(source) for source in node.inputs if source is not None
-    )
+    if value not in known:
+        node = value.producer()
+        known[value] = True  # ends the recursion in a graph with a cycle
+        known[value] = ir.convenience.get_const_tensor(value) is not None or (
+            node is not None
+            and (
+                node.op_type == "Shape"
+                or all(_is_fixed(source, known) for source in node.inputs if source is not None)
+            )
+        )
+    return known[value]
