@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import onnx
 import onnx_ir as ir
 from onnx.defs import OpSchema
 from onnx_ir.tape import Tape
@@ -17,6 +18,7 @@ from dcnv3_tvm.spec import PARAMETERS, DCNv3Params
 DOMAIN: Final = "dcnv3_tvm"
 OP_TYPE: Final = "DCNv3"
 VERSION: Final = 1
+_RANK: Final = 4
 
 _ATTRIBUTE_TYPES: Final = {
     int: OpSchema.AttrType.INT,
@@ -30,7 +32,7 @@ def schema() -> OpSchema:
     """Describe the node for ONNX's tools."""
     parameter = OpSchema.FormalParameter
     defaults = dict(DCNv3Params(group=1).keywords())
-    return OpSchema(
+    described = OpSchema(
         OP_TYPE,
         DOMAIN,
         VERSION,
@@ -42,6 +44,23 @@ def schema() -> OpSchema:
             OpSchema.Attribute(name, _ATTRIBUTE_TYPES[type(defaults[name])]) for name in PARAMETERS
         ],
     )
+    described.set_type_and_shape_inference_function(_infer_shape)
+    return described
+
+
+def _infer_shape(context: Any) -> None:
+    """Infer the result's type: batch and channels of x, height and width of offset."""
+    x, offset = (context.get_input_type(index) for index in range(2))
+    result = onnx.TypeProto()
+    result.CopyFrom(x)
+    sizes = result.tensor_type.shape.dim
+    moved = offset.tensor_type.shape.dim
+    if len(sizes) == len(moved) == _RANK:
+        for axis in (1, 2):
+            sizes[axis].CopyFrom(moved[axis])
+    else:
+        result.tensor_type.ClearField("shape")
+    context.set_output_type(0, result)
 
 
 def attributes_of(params: DCNv3Params) -> dict[str, Any]:
@@ -83,3 +102,12 @@ def emit(
     inputs = [x, offset, mask]
     attributes = attributes_of(params)
     return tape.op(OP_TYPE, inputs, attributes, domain=DOMAIN, version=VERSION)
+
+
+def _register() -> None:
+    # ONNX's registry of schemas outlives a reload of this module.
+    if not onnx.defs.has(OP_TYPE, DOMAIN):
+        onnx.defs.register_schema(schema())
+
+
+_register()

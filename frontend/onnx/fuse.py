@@ -1,4 +1,7 @@
-"""Fuse what exporters decompose: GELU, LayerNorm, and a flattening written as strides."""
+"""Fuse what exporters decompose: GELU, LayerNorm, a flattening written as strides.
+
+An ``Expand`` to the shape that a tensor has is removed.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,10 @@ def fuse(graph: ir.Graph) -> None:
         _fuse_layer_norm(node)
     for node in each_node(graph, lambda node: node.op_type == "Gather"):
         _fuse_flatten(node)
+    for node in each_node(graph, lambda node: node.op_type == "Expand"):
+        source, result = node.inputs[0], node.outputs[0]
+        if source is not None and None is not source.shape == result.shape:
+            result.replace_all_uses_with(source)
     remove_unused(graph)
 
 

@@ -16,7 +16,6 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
-import tvm
 from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
 from onnxscript import version_converter
 from tvm import relax
@@ -25,7 +24,7 @@ from dcnv3_tvm.errors import DCNv3Error, InvalidArgumentError, ModelImportError,
 from dcnv3_tvm.frontend.onnx import dcnv3_node
 from dcnv3_tvm.frontend.onnx.fuse import fuse
 from dcnv3_tvm.frontend.onnx.graph import constant_of, remove_unused
-from dcnv3_tvm.frontend.onnx.recognize import recognize
+from dcnv3_tvm.frontend.onnx.recognize import recognize, replace_plugins
 from dcnv3_tvm.frontend.onnx.to_relax import to_relax
 from dcnv3_tvm.frontend.torch.entry_signature import describe_outputs
 from dcnv3_tvm.frontend.torch.preprocessing import check_labels, complete_settings
@@ -80,6 +79,7 @@ def import_onnx(
     loaded = model.clone() if isinstance(model, ir.Model) else _load(Path(model))
     with _one_error():
         _set_shapes(loaded.graph, shapes or {})
+        replace_plugins(loaded.graph)
         _simplify(loaded)
         graph = loaded.graph
         report = recognize(graph)
@@ -92,8 +92,11 @@ def import_onnx(
             )
         input_names = [str(value.name) for value in graph.inputs]
         output_names = [str(value.name) for value in graph.outputs]
-        function, weights = to_relax(loaded)
-        entry, function = _entry(function, input_names, output_names, weights)
+        module, weights = to_relax(loaded)
+        entry, function = _entry(module["main"], input_names, output_names, weights)
+        module.update_func(
+            module.get_global_var("main"), function.with_attr("global_symbol", "main")
+        )
     for check in report:
         if not check.replaced:
             warnings.warn(str(check), stacklevel=2)
@@ -104,7 +107,7 @@ def import_onnx(
     image = dataclasses.replace(entry.inputs[0], shape=tuple(_example(entry.inputs[0].shape)))
     return ImportedModel(
         name=name or _identifier(path.stem if path is not None else graph.name or "model"),
-        module=tvm.IRModule({"main": function.with_attr("global_symbol", "main")}),
+        module=module,
         entries={"main": entry},
         weights={weight: weights[weight] for weight in entry.weights},
         preprocessing=complete_settings(preprocessing, image) if preprocessing else {},

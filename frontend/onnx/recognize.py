@@ -46,15 +46,13 @@ _TOLERANCE: Final = 1e-4
 
 
 def recognize(graph: ir.Graph) -> tuple[SamplingCheck, ...]:
-    """Replace every form of DCNv3 by this library's node; report what was found.
+    """Replace the other forms of DCNv3 by this library's node; report what was found.
 
     Raises
     ------
     ModelImportError
-        If a plugin's node has invalid attributes or inputs, or a ``DeformConv`` is not a DCNv3.
+        If a ``DeformConv`` is not a DCNv3.
     """
-    for node in each_node(graph, lambda node: node.op_type == forms.PLUGIN_OP):
-        _replace_plugin(node)
     for node in each_node(graph, lambda node: node.op_type == "DeformConv"):
         problem = deform_conv.convert(node)
         if problem is not None:
@@ -76,6 +74,19 @@ def recognize(graph: ir.Graph) -> tuple[SamplingCheck, ...]:
             report.append(SamplingCheck(_name(node), replaced=False, reason=found))
     remove_unused(graph)
     return tuple(report)
+
+
+def replace_plugins(graph: ir.Graph) -> None:
+    """Replace the published plugin's nodes by this library's, whose shape ONNX's tools can infer.
+
+    Raises
+    ------
+    ModelImportError
+        If a node has invalid attributes or inputs.
+    """
+    for node in each_node(graph, lambda node: node.op_type == forms.PLUGIN_OP):
+        _replace_plugin(node)
+        graph.opset_imports[dcnv3_node.DOMAIN] = dcnv3_node.VERSION
 
 
 def _name(node: ir.Node) -> str:

@@ -9,7 +9,9 @@ from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
+import tvm
 from tvm import relax
+from tvm.ir.expr import GenericConst
 from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, _get_convert_map
 
 from dcnv3_tvm.errors import ModelImportError
@@ -23,8 +25,8 @@ _CONSTANT_OPERANDS: Final = frozenset(
 """Operators whose converters need the values of their floating-point constants."""
 
 
-def to_relax(model: ir.Model) -> tuple[relax.Function, dict[str, Array]]:
-    """Convert to a function of the graph's inputs, followed by its weights.
+def to_relax(model: ir.Model) -> tuple[tvm.IRModule, dict[str, Array]]:
+    """Convert to a function ``main`` of the graph's inputs, followed by its weights.
 
     Parameters
     ----------
@@ -33,8 +35,8 @@ def to_relax(model: ir.Model) -> tuple[relax.Function, dict[str, Array]]:
 
     Returns
     -------
-    function : relax.Function
-        Returns a tuple.
+    module : tvm.IRModule
+        Holds kernels too, which TVM's importer emits for some operators.
     weights : dict of str to ndarray
         By name, in the order of the function's parameters.
 
@@ -70,7 +72,7 @@ def to_relax(model: ir.Model) -> tuple[relax.Function, dict[str, Array]]:
             hint="Give fixed shapes (shapes={'input': (1, 3, 224, 224)}) if sizes are dynamic.",
         ) from error
     # Converters emit shapes that nothing reads.
-    return relax.transform.DeadCodeElimination()(module)["main"], weights
+    return relax.transform.DeadCodeElimination()(module), weights
 
 
 class _Importer(ONNXGraphImporter):
@@ -88,6 +90,9 @@ class _Importer(ONNXGraphImporter):
         }
 
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
+        if op_name == "Tile" and isinstance(inputs[1], GenericConst):
+            # As an operator, which `fuse_center_feature` matches, and not as a kernel.
+            return self.bb.emit(relax.op.tile(inputs[0], inputs[1].value.numpy().tolist()))
         if op_name != dcnv3_node.OP_TYPE:
             return super()._convert_operator(op_name, inputs, attrs, opset)
         del attrs["tvm_custom"]

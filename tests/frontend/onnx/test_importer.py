@@ -175,3 +175,19 @@ def test_nodes_that_are_missing_or_of_wrong_types_are_named(rng):
     node.attributes["group"] = ir.AttrString("group", "two")
     with pytest.raises(ModelImportError, match="attributes of the node"):
         import_onnx(model)
+
+
+def test_shapes_after_the_plugin_are_inferred(rng):
+    model = dcnv3_graph(DCNv3Params(group=2, stride=2), rng=rng)
+    express(model, "plugin")
+    (result,) = model.graph.outputs
+    tape = Tape()
+    doubled = tape.op("Add", [result, result])
+    doubled.type = result.type
+    model.graph.extend(tape.nodes)
+    model.graph.outputs[0] = doubled
+    result.shape = doubled.shape = None
+    doubled.name = "doubled"
+    imported = import_onnx(model)
+    (output,) = imported.entries["main"].outputs
+    assert (output.name, output.shape) == ("doubled", (2, 4, 5, 8))
