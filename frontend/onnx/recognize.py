@@ -77,7 +77,7 @@ def recognize(graph: ir.Graph) -> tuple[SamplingCheck, ...]:
 
 
 def replace_plugins(graph: ir.Graph) -> None:
-    """Replace the published plugin's nodes by this library's, whose shape ONNX's tools can infer.
+    """Replace the nodes of published plugins by nodes whose shape ONNX's tools can infer.
 
     Raises
     ------
@@ -87,6 +87,8 @@ def replace_plugins(graph: ir.Graph) -> None:
     for node in each_node(graph, lambda node: node.op_type == forms.PLUGIN_OP):
         _replace_plugin(node)
         graph.opset_imports[dcnv3_node.DOMAIN] = dcnv3_node.VERSION
+    for node in each_node(graph, lambda node: node.op_type == "grid_sampler"):
+        _replace_grid_sampler(node)
 
 
 def _name(node: ir.Node) -> str:
@@ -109,6 +111,24 @@ def _replace_plugin(node: ir.Node) -> None:
     x, offset, mask = node.inputs
     tape = Replacement(node)
     replace_node(node, dcnv3_node.emit(tape, x, offset, mask, params), tape)
+
+
+def _replace_grid_sampler(node: ir.Node) -> None:
+    """Replace ``mmdeploy::grid_sampler``, whose attributes are those of PyTorch's function."""
+    values = {name: attribute.value for name, attribute in node.attributes.items()}
+    try:
+        attributes = {
+            "mode": ("linear", "nearest", "cubic")[values["interpolation_mode"]],
+            "padding_mode": ("zeros", "border", "reflection")[values["padding_mode"]],
+            "align_corners": int(values["align_corners"]),
+        }
+    except (KeyError, IndexError, TypeError) as error:
+        raise ModelImportError(
+            f"the attributes of the node {_name(node)!r} (grid_sampler) are invalid",
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+    tape = Replacement(node)
+    replace_node(node, tape.op("GridSample", list(node.inputs), attributes, version=20), tape)
 
 
 def _plugin_params(node: ir.Node) -> DCNv3Params:

@@ -15,9 +15,16 @@ from dcnv3_tvm.frontend.onnx.export import express
 from dcnv3_tvm.frontend.onnx.fuse import fuse
 from dcnv3_tvm.frontend.onnx.importer import import_onnx
 from dcnv3_tvm.frontend.onnx.recognize import recognize
+from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.spec import DCNv3Params
 from helpers import published_style_models as published
-from helpers.imported_models import assert_close, count_dcnv3, run_imported, run_pytorch
+from helpers.imported_models import (
+    assert_close,
+    count_dcnv3,
+    dcnv3_calls,
+    run_imported,
+    run_pytorch,
+)
 from helpers.onnx_graphs import dcnv3_graph
 
 SHAPE = (2, 3, 16, 12)
@@ -191,3 +198,17 @@ def test_shapes_after_the_plugin_are_inferred(rng):
     imported = import_onnx(model)
     (output,) = imported.entries["main"].outputs
     assert (output.name, output.shape) == ("doubled", (2, 4, 5, 8))
+
+
+def test_the_plugin_for_grid_sample(rng):
+    params = DCNv3Params(group=2)
+    model = dcnv3_graph(params, rng=rng)
+    express(model, "grid-sample")
+    (node,) = [node for node in model.graph if node.op_type == "GridSample"]
+    node.domain, node.op_type = "mmdeploy", "grid_sampler"
+    node.attributes.clear()
+    for name in ("interpolation_mode", "padding_mode", "align_corners"):
+        node.attributes[name] = ir.AttrInt64(name, 0)
+    imported = import_onnx(model)
+    (call,) = dcnv3_calls(imported)
+    assert relax_op.params_of(call) == params
