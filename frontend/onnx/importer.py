@@ -55,7 +55,8 @@ def import_onnx(
         The file, with its external data beside it. Float16 and bfloat16 become float32: the type
         to compute in is chosen when compiling.
     shapes : mapping of str to sequence, optional
-        Shapes of inputs; a string names a dynamic size. By default those of the file.
+        Shapes of inputs; a string names a size that is dynamic in the file too. By default those
+        of the file.
     name : str, optional
         Name of the imported model; by default that of the file.
     preprocessing : dict, optional
@@ -71,7 +72,7 @@ def import_onnx(
     Raises
     ------
     InvalidArgumentError
-        If `shapes` names an unknown input or has another rank.
+        If `shapes` names an unknown input, has another rank, or makes a fixed size dynamic.
     ModelImportError
         If the file cannot be read, or has nodes that cannot be converted.
     """
@@ -178,6 +179,15 @@ def _set_shapes(graph: ir.Graph, shapes: Mapping[str, Sequence[int | str]]) -> N
                 got=tuple(shape),
                 allowed=f"{len(old)} axes, as in {old}",
             )
+        for before, after in zip(old or (), shape, strict=False):
+            if isinstance(before, int) and isinstance(after, str):
+                # Reshapes in the graph may hold the size, and would compute something else.
+                raise InvalidArgumentError(
+                    f"a size of input {name!r} that is fixed in the file cannot become dynamic",
+                    got=tuple(shape),
+                    allowed=f"{tuple(old or ())}, or other numbers",
+                    hint="Export the model with that axis dynamic.",
+                )
         inputs[name].shape = ir.Shape(shape)
     for name, value in inputs.items():
         if value.shape is None:

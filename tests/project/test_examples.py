@@ -27,6 +27,7 @@ def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[st
 ARGUMENTS = {
     "compile_and_run.py": ["--variant", TINY],
     "graph_operator.py": ["--size", "5"],
+    "onnx_round_trip.py": ["--variant", TINY, "--size", "32"],
     "run_operator.py": ["--size", "7"],
     "tune_operator.py": [],
 }
@@ -63,3 +64,10 @@ def test_compile_and_run(tmp_path: Path):
     assert "compile: schedule" in done.stderr, "no progress"
     metadata = json.loads((tmp_path / "build" / TINY / "metadata.json").read_text())
     assert metadata["name"] == TINY
+
+
+@pytest.mark.slow
+def test_onnx_round_trip(tmp_path: Path):
+    done = run("onnx_round_trip.py", *ARGUMENTS["onnx_round_trip.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "5 DCNv3 operators" in done.stdout

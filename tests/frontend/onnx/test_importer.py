@@ -111,7 +111,11 @@ def test_a_dynamic_batch_keeps_its_name(rng):
 
 @pytest.mark.parametrize(
     ("shapes", "message"),
-    [({"y": (1, 2)}, "does not have"), ({"x": (1, 2)}, "another number of axes")],
+    [
+        ({"y": (1, 2)}, "does not have"),
+        ({"x": (1, 2)}, "another number of axes"),
+        ({"x": ("n", 7, 9, 8)}, "cannot become dynamic"),
+    ],
 )
 def test_invalid_shapes(shapes, message, rng):
     model = dcnv3_graph(DCNv3Params(group=2), rng=rng, linear=True)
