@@ -184,7 +184,7 @@ def test_backbone_weights_hint_at_features_only(tmp_path):
 def test_weights_of_another_variant_are_recognised(tmp_path):
     with torch.device("meta"):
         state = InternImage(VARIANTS["internimage_s"]).state_dict()
-    tiny = {k: torch.empty(v.shape[:1]) for k, v in state.items()}
+    tiny = {k: torch.zeros(v.shape[:1]) for k, v in state.items()}
     path = saved(tmp_path / "s.pth", {"model": tiny})
     with pytest.raises(CheckpointError, match="look like internimage_s"):
         frontend.create_model("internimage_t", checkpoint=path, layer_scale=None)
