@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxscript
 import onnxscript.optimizer
@@ -213,16 +214,30 @@ def write(model: ir.Model, path: Path) -> None:
     size = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )
-    data = f"{path.name}.data" if size > _MAX_INLINE_BYTES else None
+    data = path.with_name(f"{path.name}.data")
     try:
-        with files.atomic_folder(path.parent / f".{path.name}.folder") as folder:
-            ir.save(model, folder / path.name, external_data=data)
-            for file in sorted(folder.iterdir(), reverse=True):
-                os.replace(file, path.parent / file.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.atomic_file(path) as file:
+            if size <= _MAX_INLINE_BYTES:
+                ir.save(model, file)
+                return
+            with files.atomic_file(data) as weights:
+                ir.save(model, file, external_data=weights.name)
+                _rename_data(file, data.name)
     except OSError as error:
         raise ModelExportError(
             "the ONNX file cannot be written", got=f"{error.strerror} ({error.filename})"
         ) from error
+
+
+def _rename_data(file: Path, name: str) -> None:
+    """Let a file refer to its weights by the name that they are going to have."""
+    proto = onnx.load(file, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    file.write_bytes(proto.SerializeToString())
 
 
 _MAX_INLINE_BYTES: Final = 1_500_000_000

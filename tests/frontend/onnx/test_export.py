@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -9,6 +10,7 @@ from dcnv3_tvm import frontend
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.errors import InvalidArgumentError, ModelExportError
+from dcnv3_tvm.frontend.onnx import export
 from dcnv3_tvm.frontend.onnx.compare import error_in_onnxruntime
 from dcnv3_tvm.verify.random_weights import randomize_
 
@@ -31,6 +33,20 @@ def path(model, tmp_path_factory):
 def test_the_file_is_valid_and_computes_the_model(model, path):
     onnx.checker.check_model(path, full_check=True)
     assert error_in_onnxruntime(path, model, (3, *SHAPE[1:])) < 1e-5
+
+
+def test_large_weights_are_written_to_their_own_file(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_MAX_INLINE_BYTES", 1000)
+    written = tmp_path / "folder" / "large.onnx"
+    export.write(ir.load(path), written)
+    assert sorted(each.name for each in written.parent.iterdir()) == [
+        "large.onnx",
+        "large.onnx.data",
+    ]
+    onnx.checker.check_model(written)
+    large, small = (ir.load(each).graph.initializers for each in (written, path))
+    for name, value in small.items():
+        np.testing.assert_array_equal(large[name].const_value, value.const_value)
 
 
 def test_names_shapes_and_metadata(model, path):
