@@ -90,6 +90,11 @@ class _Importer(ONNXGraphImporter):
         }
 
     def _convert_operator(self, op_name: str, inputs: Any, attrs: Any, opset: int) -> Any:
+        if op_name == "GlobalAveragePool" or (
+            op_name == "ReduceMean" and _is_over_pixels(inputs, attrs)
+        ):
+            # The operator that a PyTorch model has.
+            return self.bb.emit(relax.op.nn.adaptive_avg_pool2d(inputs[0], (1, 1)))
         if op_name == "Tile" and isinstance(inputs[1], GenericConst):
             # As an operator, which `fuse_center_feature` matches, and not as a kernel.
             return self.bb.emit(relax.op.tile(inputs[0], inputs[1].value.numpy().tolist()))
@@ -99,6 +104,18 @@ class _Importer(ONNXGraphImporter):
         for name in ("remove_center", "softmax"):
             attrs[name] = bool(attrs[name])
         return self.bb.emit(relax_op.dcnv3(*inputs, **attrs))
+
+
+def _is_over_pixels(inputs: Any, attrs: dict[str, Any]) -> bool:
+    """Whether a ReduceMean takes the mean of each channel of an NCHW map, and keeps the axes."""
+    axes = inputs[1] if len(inputs) > 1 else None
+    if (
+        inputs[0].ty.ndim != 4
+        or not isinstance(axes, GenericConst)
+        or attrs.get("keepdims", 1) != 1
+    ):
+        return False
+    return sorted(int(axis) % 4 for axis in axes.value.numpy()) == [2, 3]
 
 
 def _check_operators(graph: ir.Graph) -> None:
