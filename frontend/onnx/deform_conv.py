@@ -38,12 +38,12 @@ def convert(node: ir.Node) -> str | None:
     ones = np.ones(len(pairs))
     result = dcnv3_node.emit(
         tape,
-        channels_last(tape, x),
-        forms.affine(tape, channels_last(tape, offset), pairs.tolist(), ones, 0 * ones),
-        forms.permute_mask(tape, channels_last(tape, mask), points.tolist()),
+        _channels_last(tape, x),
+        forms.affine(tape, _channels_last(tape, offset), pairs.tolist(), ones, 0 * ones),
+        forms.permute_mask(tape, _channels_last(tape, mask), points.tolist()),
         params,
     )
-    replace_node(node, tape.op("Transpose", [result], {"perm": (0, 3, 1, 2)}), tape)
+    replace_node(node, tape.channels_first(result), tape)
     return None
 
 
@@ -61,11 +61,11 @@ def _params(node: ir.Node, kernel: tuple[int, ...]) -> DCNv3Params:
     )
 
 
-def channels_last(tape: Replacement, value: ir.Value) -> ir.Value:
+def _channels_last(tape: Replacement, value: ir.Value) -> ir.Value:
     """Return an NCHW value as NHWC: what it is a transpose of, or a transpose of it."""
     transpose = producer(value, "Transpose")
     if transpose is not None and list(transpose.attributes["perm"].value) == [0, 3, 1, 2]:
         source = transpose.inputs[0]
         assert source is not None
         return source
-    return tape.op("Transpose", [value], {"perm": (0, 2, 3, 1)})
+    return tape.channels_last(value)

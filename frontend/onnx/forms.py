@@ -24,7 +24,8 @@ import numpy as np
 import onnx_ir as ir
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.frontend.onnx.graph import Array, Replacement, constant_of, producer
+from dcnv3_tvm.frontend.onnx.graph import Array, Replacement, constant_of, producer, spatial_sizes
+from dcnv3_tvm.frontend.onnx.sampling_points import kernel_grid, sampling_points
 from dcnv3_tvm.spec import DCNv3Params
 
 PLUGIN_DOMAIN: Final = "mmdeploy"
@@ -42,12 +43,12 @@ def deform_conv(
 ) -> ir.Value:
     """Emit one ``DeformConv``; a removed center becomes a point of weight zero."""
     points = _row_major(params)
-    grid = (params.offset_scale - 1.0) * _grid(params, points)
+    # The removed center has weight zero, so that any offset will do.
+    grid = (params.offset_scale - 1.0) * kernel_grid(params)[np.maximum(points, 0)]
     # DeformConv has for each group and point y before x; DCNv3 has x before y.
     index, shift = [], []
     for group in range(params.group):
         for place, (dx, dy) in zip(points, grid, strict=True):
-            # The removed center has weight zero, so that any offset will do.
             base = (group * params.points + max(place, 0)) * 2
             index += [base + 1, base]
             shift += [dy, dx]
@@ -62,11 +63,11 @@ def deform_conv(
     channels = _channels(x)
     kernel_h, kernel_w = params.kernel_size
     arguments = [
-        _channels_first(tape, x),
+        tape.channels_first(x),
         tape.constant(np.ones((channels, 1, kernel_h, kernel_w)), _dtype(x)),
-        _channels_first(tape, moved),
+        tape.channels_first(moved),
         None,
-        _channels_first(tape, weights),
+        tape.channels_first(weights),
     ]
     attributes = {
         "kernel_shape": params.kernel_size,
@@ -76,14 +77,14 @@ def deform_conv(
         "group": channels,
         "offset_group": params.group,
     }
-    return tape.op("Transpose", [tape.op("DeformConv", arguments, attributes)], _CHANNELS_LAST)
+    return tape.channels_last(tape.op("DeformConv", arguments, attributes))
 
 
 def grid_sample(
     tape: Replacement, x: ir.Value, offset: ir.Value, mask: ir.Value, params: DCNv3Params
 ) -> ir.Value:
     """Emit one ``GridSample`` for all groups and points, at the fixed size of x."""
-    height, width = _spatial(x)
+    height, width = spatial_sizes(x)
     if not height or not width:
         raise InvalidArgumentError(
             "the form 'grid-sample' needs a fixed image size",
@@ -95,30 +96,25 @@ def grid_sample(
     )
     channels, group, points = _channels(x), params.group, params.points
     extent = np.array([width, height])
-    half = np.array(_half(params))[::-1]
-    rows = np.arange(out_height) * params.stride[0] - params.pad[0] + half[1]
-    columns = np.arange(out_width) * params.stride[1] - params.pad[1] + half[0]
-    centers = np.stack(np.meshgrid(columns, rows, indexing="xy"), -1)[:, :, None]
-    grid = params.offset_scale * _grid(params, list(range(points)))
-    fixed = (2 * (centers + grid) + 1) / extent - 1  # (Ho, Wo, P, 2)
+    fixed = (2 * sampling_points(params, (out_height, out_width)) + 1) / extent - 1
     scale = np.tile(2 * params.offset_scale / extent, group * points)
     moved = affine(tape, offset, range(group * points * 2), scale, np.zeros(len(scale)))
     pixels = out_height * out_width
-    moved = _reshape(tape, moved, [0, pixels, group, points * 2])
+    moved = tape.reshape(moved, [0, pixels, group, points * 2])
     base = tape.constant(fixed.reshape(1, pixels, 1, points * 2), _dtype(x))
     places = tape.op("Add", [moved, base])
     places = tape.op("Transpose", [places], {"perm": (0, 2, 1, 3)})
-    places = _reshape(tape, places, [-1, pixels, points, 2])
-    maps = _reshape(tape, _channels_first(tape, x), [-1, channels // group, height, width])
+    places = tape.reshape(places, [-1, pixels, points, 2])
+    maps = tape.reshape(tape.channels_first(x), [-1, channels // group, height, width])
     options = {"mode": "linear", "padding_mode": "zeros", "align_corners": 0}
     sampled = tape.op("GridSample", [maps, places], options)
-    weights = _reshape(tape, mask, [0, pixels, group, points])
+    weights = tape.reshape(mask, [0, pixels, group, points])
     weights = tape.op("Transpose", [weights], {"perm": (0, 2, 1, 3)})
-    weights = _reshape(tape, weights, [-1, 1, pixels, points])
+    weights = tape.reshape(weights, [-1, 1, pixels, points])
     axes = tape.constant([-1], "int64")
     total = tape.op("ReduceSum", [tape.op("Mul", [sampled, weights]), axes], {"keepdims": 0})
-    total = _reshape(tape, total, [-1, channels, out_height, out_width])
-    return tape.op("Transpose", [total], _CHANNELS_LAST)
+    total = tape.reshape(total, [-1, channels, out_height, out_width])
+    return tape.channels_last(total)
 
 
 def plugin(
@@ -156,10 +152,10 @@ def emit(
 ) -> ir.Value:
     """Emit the operator in a form, after its softmax if it has one."""
     if params.softmax:
-        extents = _spatial(mask)
-        grouped = _reshape(tape, mask, [0, *extents, params.group, params.points])
+        extents = spatial_sizes(mask)
+        grouped = tape.reshape(mask, [0, *extents, params.group, params.points])
         weights = tape.op("Softmax", [grouped], {"axis": -1})
-        mask = _reshape(tape, weights, [0, *extents, params.mask_channels])
+        mask = tape.reshape(weights, [0, *extents, params.mask_channels])
     return form(tape, x, offset, mask, dataclasses.replace(params, softmax=False))
 
 
@@ -199,9 +195,6 @@ def permute_mask(tape: Replacement, mask: ir.Value, index: list[int]) -> ir.Valu
     return tape.op("Reshape", [weights, last.inputs[1]], dict(last.attributes))
 
 
-_CHANNELS_LAST: Final = {"perm": (0, 2, 3, 1)}
-
-
 def _linear(value: ir.Value | None) -> tuple[ir.Value, ir.Value, ir.Value] | None:
     """Match ``source @ weight + bias`` with constants that are read once."""
     add = producer(value, "Add", only_use=True)
@@ -226,17 +219,11 @@ def _changed(tape: Replacement, value: ir.Value, change: Callable[[Array], Array
 
 def _with_center(tape: Replacement, mask: ir.Value, params: DCNv3Params) -> ir.Value:
     """Append a point of weight zero to each group."""
-    extents = _spatial(mask)
-    grouped = _reshape(tape, mask, [0, *extents, params.group, params.points])
+    extents = spatial_sizes(mask)
+    grouped = tape.reshape(mask, [0, *extents, params.group, params.points])
     pads = tape.constant([0] * 9 + [1], "int64")
     padded = tape.op("Pad", [grouped, pads])
-    return _reshape(tape, padded, [0, *extents, params.group * (params.points + 1)])
-
-
-def _spatial(value: ir.Value) -> list[int]:
-    """Sizes of axes 1 and 2 for a reshape: numbers, or copied if dynamic."""
-    shape = (0, 0, 0, 0) if value.shape is None else tuple(value.shape)
-    return [size if isinstance(size, int) else 0 for size in shape[1:3]]
+    return tape.reshape(padded, [0, *extents, params.group * (params.points + 1)])
 
 
 def _row_major(params: DCNv3Params) -> list[int]:
@@ -244,24 +231,6 @@ def _row_major(params: DCNv3Params) -> list[int]:
     places = {point: number for number, point in enumerate(params.kernel_points)}
     height, width = params.kernel_size
     return [places.get((i, j), -1) for j in range(height) for i in range(width)]
-
-
-def _grid(params: DCNv3Params, places: Sequence[int]) -> Array:
-    """Return (x, y) of points relative to the kernel's center; that of place -1 is zero."""
-    half_h, half_w = _half(params)
-    points = [
-        (i * params.dilation[1] - half_w, j * params.dilation[0] - half_h)
-        for i, j in params.kernel_points
-    ]
-    return np.array([points[place] if place >= 0 else (0, 0) for place in places], "float64")
-
-
-def _half(params: DCNv3Params) -> tuple[int, int]:
-    height, width = (
-        dilation * (kernel - 1) // 2
-        for dilation, kernel in zip(params.dilation, params.kernel_size, strict=True)
-    )
-    return height, width
 
 
 def _channels(value: ir.Value) -> int:
@@ -273,11 +242,3 @@ def _channels(value: ir.Value) -> int:
 
 def _dtype(value: ir.Value) -> Any:
     return (value.dtype or ir.DataType.FLOAT).numpy()
-
-
-def _channels_first(tape: Replacement, value: ir.Value) -> ir.Value:
-    return tape.op("Transpose", [value], {"perm": (0, 3, 1, 2)})
-
-
-def _reshape(tape: Replacement, value: ir.Value, shape: list[int]) -> ir.Value:
-    return tape.op("Reshape", [value, tape.constant(shape, "int64")])

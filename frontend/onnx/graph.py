@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,18 @@ class Replacement(Tape):
         name = name or f"{self._prefix}.{len(self.initializers)}"
         tensor = ir.tensor(np.ascontiguousarray(array, dtype), name=name)
         return self.initializer(tensor, name)
+
+    def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """Add a reshape; a size of zero is copied."""
+        return self.op("Reshape", [value, self.constant(shape, "int64")])
+
+    def channels_first(self, value: ir.Value) -> ir.Value:
+        """Add a transpose from NHWC to NCHW."""
+        return self.op("Transpose", [value], {"perm": (0, 3, 1, 2)})
+
+    def channels_last(self, value: ir.Value) -> ir.Value:
+        """Add a transpose from NCHW to NHWC."""
+        return self.op("Transpose", [value], {"perm": (0, 2, 3, 1)})
 
 
 def replace_node(node: ir.Node, output: ir.Value, replacement: Replacement) -> None:
@@ -72,12 +84,10 @@ def producer(value: ir.Value | None, *op_types: str, only_use: bool = False) -> 
     return node
 
 
-def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
-    """Return the shape of a value; None if a size is dynamic or unknown."""
-    if value is None or value.shape is None:
-        return None
-    sizes = tuple(value.shape)
-    return sizes if all(isinstance(size, int) for size in sizes) else None
+def spatial_sizes(value: ir.Value) -> list[int]:
+    """Return axes 1 and 2 for the shape of a reshape: numbers, or zero to copy a dynamic size."""
+    shape = (0, 0, 0, 0) if value.shape is None else tuple(value.shape)
+    return [size if isinstance(size, int) else 0 for size in shape[1:3]]
 
 
 def remove_unused(graph: ir.Graph) -> None:
@@ -90,6 +100,6 @@ def remove_unused(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def each_node(graph: ir.Graph, matches: Callable[[ir.Node], bool]) -> Iterable[ir.Node]:
+def each_node(graph: ir.Graph, matches: Callable[[ir.Node], bool]) -> list[ir.Node]:
     """List the nodes that match, so that they can be replaced in the loop."""
     return [node for node in graph if matches(node)]

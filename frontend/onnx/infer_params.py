@@ -12,6 +12,7 @@ import onnx_ir as ir
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.frontend.onnx.evaluate import Subgraph
 from dcnv3_tvm.frontend.onnx.graph import Array
+from dcnv3_tvm.frontend.onnx.sampling_points import sampling_points
 from dcnv3_tvm.spec import MAX_KERNEL, DCNv3Params
 
 _CLOSE: Final = 1e-2
@@ -68,7 +69,7 @@ def infer_grid_sample(node: ir.Node, subgraph: Subgraph) -> Inferred | str:
             params = _match(start, factor, group, (kernel_h, kernel_w), remove_center)
             if params is None or not _same_size(params, (height, width), (out_h, out_w)):
                 continue
-            rest = start - _places(params, (out_h, out_w))
+            rest = start - sampling_points(params, (out_h, out_w))
             shift = rest[0, 0] if displaced else np.zeros_like(rest[0, 0])
             if np.abs(rest - shift).max() <= _CLOSE * max(1.0, abs(factor)):
                 scales = np.tile(scale / factor, group * points)
@@ -113,22 +114,6 @@ def _match(
         )
     except InvalidArgumentError:
         return None
-
-
-def _places(params: DCNv3Params, size: tuple[int, int]) -> Array:
-    """Return where the points without offset are: (Ho, Wo, P, xy), in pixels."""
-    half = [
-        dilation * (kernel - 1) // 2
-        for dilation, kernel in zip(params.dilation, params.kernel_size, strict=True)
-    ]
-    rows, columns = (
-        np.arange(extent) * params.stride[axis] - params.pad[axis] + half[axis]
-        for axis, extent in enumerate(size)
-    )
-    centers = np.stack(np.meshgrid(columns, rows, indexing="xy"), -1)[:, :, None]
-    steps = np.array(params.kernel_points) * params.dilation[::-1] - half[::-1]
-    places: Array = centers + params.offset_scale * steps
-    return places
 
 
 def _kernels(points: int) -> list[tuple[int, int, bool]]:

@@ -18,7 +18,13 @@ import onnx_ir as ir
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
 from dcnv3_tvm.frontend.onnx import dcnv3_node, deform_conv, forms
 from dcnv3_tvm.frontend.onnx.evaluate import Subgraph
-from dcnv3_tvm.frontend.onnx.graph import Replacement, each_node, remove_unused, replace_node
+from dcnv3_tvm.frontend.onnx.graph import (
+    Replacement,
+    each_node,
+    remove_unused,
+    replace_node,
+    spatial_sizes,
+)
 from dcnv3_tvm.frontend.onnx.infer_params import infer_grid_sample
 from dcnv3_tvm.imported_model import SamplingCheck
 from dcnv3_tvm.spec import DCNv3Params
@@ -222,9 +228,7 @@ def _flattened(tape: Replacement, value: ir.Value) -> ir.Value:
     """Return a value as (N, H, W, channels)."""
     if _rank(value) == 4 or value.shape is None:
         return value
-    sizes = [size if isinstance(size, int) else 0 for size in value.shape[1:3]]
-    shape = tape.constant([0, *sizes, _channels(value)], "int64")
-    return tape.op("Reshape", [value, shape])
+    return tape.reshape(value, [0, *spatial_sizes(value), _channels(value) or 0])
 
 
 def _results(node: ir.Node) -> Iterator[ir.Value]:
