@@ -34,6 +34,13 @@ def is_input_size(size: str) -> bool:
     return re.fullmatch(r"(?:[1-9]\d{0,8}\*)?[A-Za-z_]\w*", size) is not None
 
 
+def input_layout(shape: Sequence[int | str]) -> str:
+    """Return the layout of an input: by its three channels if it has four axes, else empty."""
+    if len(shape) != 4:
+        return ""
+    return "NHWC" if shape[-1] == 3 != shape[1] else "NCHW"
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
     """One input or output.

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dcnv3_tvm import files
-from dcnv3_tvm.frontend.onnx.export import FormName, export_onnx
+from dcnv3_tvm.frontend.onnx import FormName
+from dcnv3_tvm.frontend.onnx.export import export_onnx
 
 
 class OnnxFile:

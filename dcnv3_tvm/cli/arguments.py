@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.errors import InvalidArgumentError, first_line
 
 _Number = TypeVar("_Number", int, float)
 
@@ -105,6 +105,18 @@ def image_shape(arguments: argparse.Namespace, resolution: int) -> tuple[int, in
     return shape
 
 
+def read_labels(path: Path | None) -> list[str] | None:
+    """Read names of classes, one a line; None without a file."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError(
+            "the labels cannot be read", got=f"{path}: {first_line(error)}"
+        ) from error
+
+
 def parse_path(text: str) -> Path:
     """Parse the path of a file or folder."""
     if not text:
@@ -114,34 +126,22 @@ def parse_path(text: str) -> Path:
 
 def parse_count(text: str) -> int:
     """Parse an integer of at least one."""
-    number = _number(int, text)
-    if number is None or not 1 <= number < 2**31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 1 or more")
-    return number
+    return _number(int, text, lambda number: 1 <= number < 2**31, "an integer of 1 or more")
 
 
 def parse_natural(text: str) -> int:
     """Parse an integer of at least zero, such as a seed."""
-    number = _number(int, text)
-    if number is None or not 0 <= number < 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
-    return number
+    return _number(int, text, lambda number: 0 <= number < 2**63, "an integer of 0 or more")
 
 
 def parse_port(text: str) -> int:
     """Parse the number of a TCP port."""
-    number = _number(int, text)
-    if number is None or not 1 <= number < 2**16:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
-    return number
+    return _number(int, text, lambda number: 1 <= number < 2**16, "a port from 1 to 65535")
 
 
 def parse_positive(text: str) -> float:
     """Parse a finite number above zero."""
-    number = _number(float, text)
-    if number is None or not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
+    return _number(float, text, lambda number: 0 < number < math.inf, "a number above 0")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -178,8 +178,13 @@ def in_options(message: str, arguments: argparse.Namespace) -> str:
     return _KEYWORD.sub(option, message)
 
 
-def _number(kind: Callable[[str], _Number], text: str) -> _Number | None:
+def _number(
+    kind: Callable[[str], _Number], text: str, is_allowed: Callable[[_Number], bool], allowed: str
+) -> _Number:
     try:
-        return kind(text)
+        number = kind(text)
     except ValueError:
-        return None
+        number = None
+    if number is None or not is_allowed(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+    return number

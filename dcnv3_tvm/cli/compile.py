@@ -7,10 +7,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dcnv3_tvm.cli.arguments import add_shape, image_shape, parse_count, parse_path
-from dcnv3_tvm.cli.import_onnx import import_onnx_file, read_labels
+from dcnv3_tvm.cli.arguments import add_shape, image_shape, parse_count, parse_path, read_labels
+from dcnv3_tvm.cli.import_onnx import import_onnx_file
 from dcnv3_tvm.cli.info import tuning_summary
-from dcnv3_tvm.cli.model_arguments import add_model, create, describe_weights, find_model
+from dcnv3_tvm.cli.model_arguments import (
+    add_model,
+    create_described,
+    describe_weights,
+    find_model,
+)
 from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
@@ -159,15 +164,7 @@ def _import(
     from dcnv3_tvm.frontend.models.variants import model_config
 
     labels = read_labels(arguments.labels)
-    model = create(
-        name,
-        checkpoint,
-        arguments,
-        num_classes=arguments.num_classes,
-        layer_scale=arguments.layer_scale,
-        features_only=arguments.features_only,
-        out_indices=arguments.out_indices,
-    )
+    model = create_described(name, checkpoint, arguments)
     shape = image_shape(arguments, model_config(name).resolution)
     progress.step("import into Relax")
     imported = frontend.import_model(

@@ -6,17 +6,16 @@ import argparse
 from typing import Final
 
 from dcnv3_tvm.cli.arguments import add_shape, image_shape, parse_path
-from dcnv3_tvm.cli.model_arguments import add_model, create, find_model
+from dcnv3_tvm.cli.model_arguments import add_model, create_described, find_model
 from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.frontend.onnx import FORMS
 from dcnv3_tvm.progress import Progress
 
 HELP: Final = "export a model to ONNX"
 EXAMPLE: Final = (
     "dcnv3-tvm export internimage_t_1k_224.pth -o internimage_t.onnx --form deform-conv"
 )
-
-_FORMS: Final = ("deform-conv", "grid-sample", "plugin", "custom")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument(
         "--form",
-        choices=_FORMS,
-        default=_FORMS[0],
+        choices=FORMS,
+        default=FORMS[0],
         help="how DCNv3 is written: deform-conv for ONNX Runtime and TensorRT 10.1, grid-sample "
         "for OpenVINO, plugin for the published TensorRT plugin, or custom with a function "
         "(default: %(default)s)",
@@ -55,15 +54,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     shape = image_shape(arguments, model_config(name).resolution)
     with Progress(f"export {name}") as progress:
         progress.step("build PyTorch model")
-        model = create(
-            name,
-            checkpoint,
-            arguments,
-            num_classes=arguments.num_classes,
-            layer_scale=arguments.layer_scale,
-            features_only=arguments.features_only,
-            out_indices=arguments.out_indices,
-        )
+        model = create_described(name, checkpoint, arguments)
         progress.step("export")
         export_onnx(
             model,

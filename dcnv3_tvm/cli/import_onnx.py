@@ -7,7 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dcnv3_tvm.errors import InvalidArgumentError, first_line
+from dcnv3_tvm.cli.arguments import read_labels
+from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.signature import BATCH
 
 if TYPE_CHECKING:
@@ -61,15 +62,3 @@ def import_onnx_file(arguments: argparse.Namespace) -> ImportedModel:
     imported = import_onnx(arguments.model, shapes=shapes, labels=read_labels(arguments.labels))
     weights = Path(arguments.model).name
     return dataclasses.replace(imported, config=imported.config | {"weights": weights})
-
-
-def read_labels(path: Path | None) -> list[str] | None:
-    """Read names of classes, one a line; None without a file."""
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError(
-            "the labels cannot be read", got=f"{path}: {first_line(error)}"
-        ) from error

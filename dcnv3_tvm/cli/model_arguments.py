@@ -138,6 +138,21 @@ def create(
     return model
 
 
+def create_described(
+    name: str, checkpoint: Path | None, arguments: argparse.Namespace
+) -> InternImage:
+    """Create the model that the options of `add_model` describe."""
+    return create(
+        name,
+        checkpoint,
+        arguments,
+        num_classes=arguments.num_classes,
+        layer_scale=arguments.layer_scale,
+        features_only=arguments.features_only,
+        out_indices=arguments.out_indices,
+    )
+
+
 def describe_weights(checkpoint: Path | None, arguments: argparse.Namespace) -> str:
     """Say where the weights come from, for the artifact."""
     if checkpoint is None:

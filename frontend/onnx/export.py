@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import numpy as np
 import onnx
@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from dcnv3_tvm import files
 from dcnv3_tvm.errors import InvalidArgumentError, ModelExportError
 from dcnv3_tvm.forks import one_at_a_time
-from dcnv3_tvm.frontend.onnx import dcnv3_node, forms
+from dcnv3_tvm.frontend.onnx import FORMS, FormName, dcnv3_node, forms
 from dcnv3_tvm.frontend.onnx.graph import (
     Replacement,
     constant_of,
@@ -44,11 +44,6 @@ from dcnv3_tvm.frontend.torch.replace_sampling import SamplingReplacement
 from dcnv3_tvm.frontend.torch.sampling_report import sampling_report
 from dcnv3_tvm.signature import TensorInfo
 from dcnv3_tvm.spec import DCNv3Params
-
-FormName = Literal["deform-conv", "grid-sample", "plugin", "custom"]
-
-FORMS: Final = get_args(FormName)
-"""Names of the forms, the default first."""
 
 OPSETS: Final = range(20, 24)
 """Operator sets that the export supports; DeformConv needs 19, Gelu 20."""
@@ -79,7 +74,7 @@ def export_onnx(
     model : nn.Module
         As for `import_model`. It is not changed.
     path : path
-        File to write. Models of more than 1.5 GB have their weights in ``NAME.data`` beside it.
+        File to write. Models of more than 1.5 GB have their weights in ``NAME.data``.
     example : Tensor, shape, tuple or dict
         As for `import_model`.
     form : str

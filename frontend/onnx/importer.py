@@ -9,11 +9,10 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import IdentityEliminationPass, LiftConstantsToInitializersPass
@@ -29,7 +28,7 @@ from dcnv3_tvm.frontend.onnx.to_relax import to_relax
 from dcnv3_tvm.frontend.torch.entry_signature import describe_outputs
 from dcnv3_tvm.frontend.torch.preprocessing import check_labels, complete_settings
 from dcnv3_tvm.imported_model import ImportedModel
-from dcnv3_tvm.signature import Entry, TensorInfo
+from dcnv3_tvm.signature import Entry, TensorInfo, input_layout
 from dcnv3_tvm.transform.ir import dimensions, element_type
 
 _HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -46,14 +45,14 @@ def import_onnx(
     """Import an ONNX file into Relax, with each DCNv3 as one operator ``dcnv3_tvm.dcnv3``.
 
     DCNv3 is taken as ``mmdeploy::TRTDCNv3``, as this library's ``dcnv3_tvm::DCNv3``, as
-    ``DeformConv``, and as the nodes that exporting ``dcnv3_core_pytorch`` gives. The last two are
+    ``DeformConv``, and as the nodes that exporting ``dcnv3_core_pytorch`` gives. The last are
     compared with the operator on random inputs. A ``GridSample`` that is no DCNv3 stays one.
 
     Parameters
     ----------
     model : path or onnx_ir.Model
-        The file, with its external data beside it. Float16 and bfloat16 become float32: the type
-        to compute in is chosen when compiling.
+        The file; its external data is in the same folder. Float16 and bfloat16 become float32:
+        the type to compute in is chosen when compiling.
     shapes : mapping of str to sequence, optional
         Shapes of inputs; a string names a size that is dynamic in the file too. By default those
         of the file.
@@ -94,7 +93,8 @@ def import_onnx(
         input_names = [str(value.name) for value in graph.inputs]
         output_names = [str(value.name) for value in graph.outputs]
         module, weights = to_relax(loaded)
-        entry, function = _entry(module["main"], input_names, output_names, weights)
+        function = _returning_tuple(module["main"])
+        entry = _entry(function, input_names, output_names, weights)
         module.update_func(
             module.get_global_var("main"), function.with_attr("global_symbol", "main")
         )
@@ -110,7 +110,7 @@ def import_onnx(
         name=name or _identifier(path.stem if path is not None else graph.name or "model"),
         module=module,
         entries={"main": entry},
-        weights={weight: weights[weight] for weight in entry.weights},
+        weights=weights,
         preprocessing=complete_settings(preprocessing, image) if preprocessing else {},
         labels=check_labels(labels, entry.outputs),
         report=report,
@@ -259,41 +259,23 @@ def _entry(
     function: relax.Function,
     input_names: Sequence[str],
     output_names: Sequence[str],
-    weights: Mapping[str, np.ndarray],
-) -> tuple[Entry, relax.Function]:
-    """Describe the function, without the weights that it does not use."""
-    count = len(input_names)
-    used = set(relax.analysis.free_vars(function.body))
-    kept = [
-        (name, var)
-        for name, var in zip(weights, function.params[count:], strict=True)
-        if var in used
-    ]
-    function = relax.Function(
-        [*function.params[:count], *(var for _, var in kept)],
-        function.body,
-        function.ret_ty,
-        function.is_pure,
-    )
-    function = _returning_tuple(function)
+    weights: Iterable[str],
+) -> Entry:
+    """Describe the function."""
     inputs = tuple(
-        _describe_input(name, var)
-        for name, var in zip(input_names, function.params[:count], strict=True)
+        _describe_input(name, var) for name, var in zip(input_names, function.params, strict=False)
     )
     examples = [_example(info.shape) for info in inputs]
     image = next((example[2:] for example in examples if len(example) == 4), None)
     outputs = describe_outputs(
         output_names, function, examples, None if image is None else (image[0], image[1])
     )
-    return Entry(inputs, outputs, tuple(name for name, _ in kept)), function
+    return Entry(inputs, outputs, tuple(weights))
 
 
 def _describe_input(name: str, var: relax.Var) -> TensorInfo:
     shape = tuple(size if isinstance(size, int) else str(size) for size in dimensions(var))
-    layout = ""
-    if len(shape) == 4:
-        layout = "NHWC" if shape[-1] == 3 != shape[1] else "NCHW"
-    return TensorInfo(name, shape, element_type(var), layout)
+    return TensorInfo(name, shape, element_type(var), input_layout(shape))
 
 
 def _returning_tuple(function: relax.Function) -> relax.Function:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
-from dcnv3_tvm.signature import BATCH, TensorInfo, parse_size
+from dcnv3_tvm.signature import BATCH, TensorInfo, input_layout, parse_size
 
 Example: TypeAlias = "Tensor | np.ndarray | Sequence[Any] | Mapping[str, Any]"
 """An input is a tensor, a shape, or a list, tuple or dict of these. A tuple at the top holds
@@ -226,10 +226,8 @@ def _check_sizes(name: str, shape: tuple[int, ...]) -> None:
 
 def _info(name: str, tensor: Tensor) -> TensorInfo:
     shape = tuple(tensor.shape)
-    layout = ""
-    if len(shape) == _IMAGE_RANK:
-        layout = "NHWC" if shape[-1] == 3 != shape[1] else "NCHW"
-    return TensorInfo(name, shape, str(tensor.dtype).removeprefix("torch."), layout)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorInfo(name, shape, dtype, input_layout(shape))
 
 
 def _with_dynamic_sizes(
