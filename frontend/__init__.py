@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from dcnv3_tvm.frontend.checkpoints.report import LoadReport
     from dcnv3_tvm.frontend.factory import create_model
     from dcnv3_tvm.frontend.models.config import InternImageConfig
-    from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
     from dcnv3_tvm.frontend.models.internimage import InternImage
     from dcnv3_tvm.frontend.models.variants import list_models
     from dcnv3_tvm.frontend.onnx.export import export_onnx
     from dcnv3_tvm.frontend.onnx.importer import import_onnx
     from dcnv3_tvm.frontend.torch.importer import import_model
+    from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
 
 _MODULES = {
-    "DCNv3": "models.dcnv3_module",
-    "InternImage": "models.internimage",
-    "InternImageConfig": "models.config",
-    "LoadReport": "checkpoints.report",
-    "create_model": "factory",
-    "export_onnx": "onnx.export",
-    "import_model": "torch.importer",
-    "import_onnx": "onnx.importer",
-    "list_models": "models.variants",
-    "load_checkpoint": "checkpoints.load",
+    "DCNv3": "dcnv3_tvm.pytorch.dcnv3_module",
+    "InternImage": "dcnv3_tvm.frontend.models.internimage",
+    "InternImageConfig": "dcnv3_tvm.frontend.models.config",
+    "LoadReport": "dcnv3_tvm.frontend.checkpoints.report",
+    "create_model": "dcnv3_tvm.frontend.factory",
+    "export_onnx": "dcnv3_tvm.frontend.onnx.export",
+    "import_model": "dcnv3_tvm.frontend.torch.importer",
+    "import_onnx": "dcnv3_tvm.frontend.onnx.importer",
+    "list_models": "dcnv3_tvm.frontend.models.variants",
+    "load_checkpoint": "dcnv3_tvm.frontend.checkpoints.load",
 }
 
 _EXTRAS = {
@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"dcnv3_tvm.frontend.{_MODULES[name]}")
+        module = importlib.import_module(_MODULES[name])
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(str(error.name))
         if extra is None:

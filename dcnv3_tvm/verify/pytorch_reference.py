@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
+from dcnv3_tvm.pytorch.dcnv3_module import DCNv3, softmax_over_points
 from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -135,6 +135,8 @@ class PyTorchDCNv3(DCNv3):
 
     def sample(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
         """Sample the projected map."""
+        if self.params.softmax:
+            mask = softmax_over_points(mask, self.params)
         return self.sampling(x, offset, mask, self.params)
 
 

@@ -22,14 +22,10 @@ from torch import Tensor, nn
 
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.frontend.models.config import InternImageConfig
-from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
 from dcnv3_tvm.frontend.models.heads import AttentionPooling, convolution_head
-from dcnv3_tvm.frontend.models.layers import (
-    MLP,
-    ToChannelsFirst,
-    layer_norm,
-    layer_norm_to_channels_last,
-)
+from dcnv3_tvm.frontend.models.layers import MLP, ToChannelsFirst, layer_norm
+from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
+from dcnv3_tvm.pytorch.layers import layer_norm_to_channels_last
 
 
 class Stem(nn.Module):
@@ -199,10 +195,7 @@ class InternImage(nn.Module):
                     nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, DCNv3):
-                for projection in (module.offset, module.mask):
-                    nn.init.zeros_(projection.weight)
-                for projection in (module.input_proj, module.output_proj):
-                    nn.init.xavier_uniform_(projection.weight)
+                module.reset_parameters()
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Classify an image, or compute its feature maps.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from torch import Tensor, nn
 
-NORM_EPS: Final = 1e-6
+from dcnv3_tvm.pytorch.layers import NORM_EPS
 
 
 class ToChannelsFirst(nn.Module):
@@ -15,14 +13,6 @@ class ToChannelsFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the permuted view."""
         return x.permute(0, 3, 1, 2)
-
-
-class ToChannelsLast(nn.Module):
-    """View (N, C, H, W) as (N, H, W, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the permuted view."""
-        return x.permute(0, 2, 3, 1)
 
 
 class MLP(nn.Module):
@@ -43,8 +33,3 @@ class MLP(nn.Module):
 def layer_norm(channels: int) -> nn.Sequential:
     """LayerNorm over the last axis (keys ``0.weight``, ``0.bias``)."""
     return nn.Sequential(nn.LayerNorm(channels, eps=NORM_EPS))
-
-
-def layer_norm_to_channels_last(channels: int) -> nn.Sequential:
-    """LayerNorm over the channels of (N, C, H, W), returned as (N, H, W, C) (keys ``1.*``)."""
-    return nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=NORM_EPS))

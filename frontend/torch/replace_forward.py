@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
 from dcnv3_tvm.frontend.torch.model_state import ModelState
 from dcnv3_tvm.frontend.torch.replace_sampling import SamplingReached, SamplingReplacement
 from dcnv3_tvm.frontend.torch.verify_sampling import TOLERANCE, relative_error
 from dcnv3_tvm.imported_model import SamplingCheck
+from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
 from dcnv3_tvm.spec import PARAMETERS, DCNv3Params
 
 _SIZES: Final = ((128, 5), (5, 128))

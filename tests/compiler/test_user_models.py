@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dcnv3_tvm import compile_artifact, compile_model, frontend
-from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
+from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
 from dcnv3_tvm.verify.compare import difference
 from dcnv3_tvm.verify.entries import entry_outputs
 from dcnv3_tvm.verify.random_weights import randomize_

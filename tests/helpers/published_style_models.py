@@ -60,8 +60,7 @@ class DCNv3Base(nn.Module):
         points = kernel_size * kernel_size - self.remove_center
         self.dw_conv = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
-            ToChannelsLast(),
-            nn.LayerNorm(channels, eps=1e-6),
+            nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=1e-6)),
             nn.GELU(),
         )
         self.offset = nn.Linear(channels, group * points * 2)

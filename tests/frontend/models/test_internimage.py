@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
 from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.frontend.models.variants import VARIANTS
+from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
 from dcnv3_tvm.verify.random_weights import randomize_
 
 TINY = [name for name in VARIANTS if name.startswith("test_")]
@@ -199,27 +199,3 @@ def test_random_weights_depend_only_on_the_seed():
     assert all(torch.equal(first[key], again[key]) for key in first)
     other = randomize_(InternImage(VARIANTS["test_internimage_pre_norm"]), seed=1).state_dict()
     assert not torch.equal(first["head.weight"], other["head.weight"])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kernel_size": 5},
-        {"dilation": 2},
-        {"dw_kernel_size": 7, "remove_center": True},
-        {"center_feature_scale": True, "offset_scale": 0.5},
-    ],
-)
-def test_dcnv3_module_keeps_height_and_width(options):
-    module = randomize_(DCNv3(12, group=3, **options)).requires_grad_(False)
-    y = module(torch.randn(2, 9, 7, 12))
-    assert y.shape == (2, 9, 7, 12)
-    assert torch.isfinite(y).all()
-
-
-@pytest.mark.parametrize(
-    "options", [{"group": 5}, {"group": 3, "kernel_size": 2}, {"group": 3, "dw_kernel_size": 4}]
-)
-def test_invalid_sizes_of_the_dcnv3_module(options):
-    with pytest.raises(InvalidArgumentError, match="multiple of group"):
-        DCNv3(12, **options)

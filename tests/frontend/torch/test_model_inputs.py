@@ -8,8 +8,8 @@ from torch import nn
 from dcnv3_tvm import compile_model
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
 from dcnv3_tvm.frontend import import_model
-from dcnv3_tvm.frontend.models.dcnv3_module import DCNv3
 from dcnv3_tvm.frontend.torch.model_inputs import ModelInputs
+from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
 from dcnv3_tvm.verify.compare import difference
 from dcnv3_tvm.verify.random_weights import randomize_
 
