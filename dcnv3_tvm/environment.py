@@ -66,6 +66,16 @@ CUDA_HOME: Final = Variable(
     "PyTorch and this library",
     "Folder of the CUDA toolkit, whose bin/nvcc compiles GPU kernels.",
 )
+DCNV3_TVM_CACHE: Final = Variable(
+    "DCNV3_TVM_CACHE",
+    "this library",
+    "Folder of compiled operators; default: dcnv3-tvm in XDG_CACHE_HOME or ~/.cache; off disables.",
+)
+XDG_CACHE_HOME: Final = Variable(
+    "XDG_CACHE_HOME",
+    "many programs and this library",
+    "Folder of caches, if DCNV3_TVM_CACHE is not set.",
+)
 TVM_BACKTRACE: Final = Variable(
     "TVM_BACKTRACE", "TVM", "1 shows TVM's own backtrace when TVM fails."
 )
@@ -78,6 +88,8 @@ VARIABLES: Final = (
     OMP_WAIT_POLICY,
     TVM_LIBRARY_PATH,
     CUDA_HOME,
+    DCNV3_TVM_CACHE,
+    XDG_CACHE_HOME,
     TVM_BACKTRACE,
 )
 """All variables, in the order that the command line prints."""

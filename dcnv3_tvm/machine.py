@@ -69,6 +69,13 @@ omitted, because virtual machines hide them.
 """
 
 
+_IDENTITY: Final = (
+    *("vendor_id", "cpu family", "model", "model name", "stepping", "flags"),
+    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features"),
+)
+"""Fields of /proc/cpuinfo on x86-64 and on Arm."""
+
+
 def architecture() -> str:
     """Return LLVM's name of the processor architecture, for example ``"x86_64"``."""
     name = platform.machine().lower()
@@ -89,6 +96,12 @@ def cpu_features() -> frozenset[str] | None:
         return None
     present = set(flags.split())
     return frozenset(name for name, flag in _KERNEL_FLAGS.items() if flag in present)
+
+
+def cpu_identity() -> tuple[str, ...] | None:
+    """Return everything by which LLVM detects this processor and its features; None if unknown."""
+    fields = _cpuinfo()
+    return tuple(fields.get(name, "") for name in _IDENTITY) if fields else None
 
 
 def missing_features(required: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -11,6 +12,9 @@ from dcnv3_tvm.errors import TargetError
 
 if TYPE_CHECKING:
     from tvm.target import Target
+
+AUTO: Final = "auto"
+"""The target that stands for this machine's processor."""
 
 _ALLOWED: Final = (
     '"auto", "cpu" or "llvm" (this machine), "cpu-<name>" such as "cpu-znver4", '
@@ -56,7 +60,7 @@ def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
         config = dict(target.export())
         config.pop("tag", None)
     elif isinstance(target, str):
-        config = _parse(target)
+        config = _parse(target) or _host_config()
     elif isinstance(target, Mapping):
         config = dict(target)
     else:
@@ -78,6 +82,50 @@ def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
         raise TargetError(
             f"TVM rejects the target ({error})", got=repr(target), allowed=_ALLOWED
         ) from error
+
+
+def target_text(target: str | Mapping[str, Any] | Target) -> str:
+    """Return a target as text that `target_from_text` reads; TVM is not imported for a string.
+
+    Parameters
+    ----------
+    target : str, mapping or tvm.target.Target
+        As for `resolve_target`. LLVM checks the name of a processor only in `target_from_text`.
+
+    Returns
+    -------
+    str
+        `AUTO` for this machine's processor, otherwise JSON.
+
+    Raises
+    ------
+    TargetError
+        As for `resolve_target`.
+
+    Examples
+    --------
+    >>> target_text("cpu-znver4") == target_text("llvm -mcpu=znver4")
+    True
+    """
+    if not isinstance(target, str):
+        return str(resolve_target(target))
+    config = _parse(target)
+    if config is None:
+        return AUTO
+    if config["kind"] == "cuda":
+        config["arch"] = _gpu_arch(config)
+    return json.dumps(config, sort_keys=True)
+
+
+def target_from_text(text: str) -> Target:
+    """Return the target that `target_text` wrote.
+
+    Raises
+    ------
+    TargetError
+        As for `resolve_target`.
+    """
+    return resolve_target(text if text == AUTO else json.loads(text))
 
 
 def resolve_gpu(target: str | Mapping[str, Any] | Target) -> Target:
@@ -168,7 +216,7 @@ def _cuda(config: Mapping[str, Any]) -> Target:
     """Return a GPU target whose host code runs on any processor of this architecture."""
     from tvm.target import Target
 
-    arch = str(config.get("arch") or gpu.device().arch)
+    arch = _gpu_arch(config)
     if arch not in gpu.ARCHITECTURES:
         raise TargetError(
             "the GPU architecture is not supported",
@@ -179,25 +227,28 @@ def _cuda(config: Mapping[str, Any]) -> Target:
     return Target({"kind": "cuda", "arch": arch}, host={"kind": "llvm"})
 
 
+def _gpu_arch(config: Mapping[str, Any]) -> str:
+    return str(config.get("arch") or gpu.device().arch)
+
+
 def _host_config() -> dict[str, Any]:
     return {"kind": "llvm", "mcpu": host_cpu()}
 
 
-def _parse(text: str) -> dict[str, Any]:
+def _parse(text: str) -> dict[str, Any] | None:
+    """Return TVM's form of a target; None for this machine's processor."""
     words = shlex.split(text)
     if not words:
         raise TargetError("target is empty", got=repr(text), allowed=_ALLOWED)
     kind, options = words[0], words[1:]
-    if kind in ("auto", "cpu") and not options:
-        return _host_config()
+    if kind in (AUTO, "cpu", "llvm") and not options:
+        return None
     if kind.startswith("cpu-") and not options:
         return {"kind": "llvm", "mcpu": kind.removeprefix("cpu-")}
     if kind == "cuda" or kind.startswith("cuda-"):
         return _parse_cuda(text, kind, options)
     if kind != "llvm":
         raise TargetError("target is unknown", got=repr(text), allowed=_ALLOWED)
-    if not options:
-        return _host_config()
     config: dict[str, Any] = {"kind": "llvm"}
     for option in options:
         name, _, value = option.lstrip("-").partition("=")

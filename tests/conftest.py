@@ -1,7 +1,19 @@
+import os
+import tempfile
+
 import numpy as np
 import pytest
 
+from dcnv3_tvm.environment import DCNV3_TVM_CACHE
 from emulated_gpu import EmulatedGpu
+
+
+def pytest_configure(config):
+    """Keep the user's cache of compiled operators apart; the workers of a run share one."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="dcnv3-tvm-tests-")
+        os.environ[DCNV3_TVM_CACHE.name] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def compile_job(job: CompileJob, folder: Path, target: str) -> Path:
         from dcnv3_tvm import files
         from dcnv3_tvm.compiler.operator import compile_op
 
-        code = compile_op(job, target=target).executable.code
+        code = compile_op(job, target=target).kernel.library.code
         with files.atomic_file(path) as temporary:
             temporary.write_bytes(code)
     else:

@@ -21,7 +21,10 @@ from dcnv3_tvm.bench.problems import OFFSET_SPREAD
 from dcnv3_tvm.bench.report import CaseResult
 from dcnv3_tvm.bench.roofline import Roofline
 from dcnv3_tvm.bench.torch_gpu import TorchGpu
-from dcnv3_tvm.compiler.operator import CompiledOperator, DeviceLibrary
+from dcnv3_tvm.compiler.compile_kernel import DCNV3
+from dcnv3_tvm.compiler.operator import CompiledOperator
+from dcnv3_tvm.compiler.target_info import target_info
+from dcnv3_tvm.runtime.kernel import Kernel, KernelLibrary
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator
@@ -122,9 +125,8 @@ def tolerance(spec: DCNv3Spec, inputs: OperatorInputs) -> float:
 
 def load_operator(spec: DCNv3Spec, path: Path, target: str) -> Callable[..., Tensor]:
     """Load an operator compiled by `dcnv3_tvm.bench.gpu_compilation.compile_job`."""
-    return CompiledOperator(
-        spec, resolve_target(target), "dcnv3", "", DeviceLibrary(path.read_bytes())
-    )
+    code = KernelLibrary(path.read_bytes(), on_gpu=True)
+    return CompiledOperator(spec, Kernel(DCNV3, target_info(resolve_target(target)), code))
 
 
 def measure_operator(spec: DCNv3Spec, context: GpuContext, seconds: float) -> CaseResult:

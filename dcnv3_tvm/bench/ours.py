@@ -39,7 +39,7 @@ def _operator_backends(problem: Problem, spec: DCNv3Spec, threads: int) -> list[
 
     operator = compile_op(spec)
     inputs = list(problem.inputs.values())
-    function = operator.executable["dcnv3"]
+    function = operator.kernel.library[operator.kernel.name]
     tensors = [tvm.runtime.tensor(array) for array in inputs]
     out = tvm.runtime.tensor(np.full(problem.reference[0].shape, np.nan, np.float32))
 

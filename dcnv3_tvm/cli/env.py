@@ -50,6 +50,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         "auto_target": _auto_target(),
         "gpus": [dataclasses.asdict(device) for device in gpu.devices()],
         "cuda": _cuda(),
+        "operator_cache": _operator_cache(),
         "variables": [
             {
                 "name": variable.name,
@@ -74,6 +75,15 @@ def execute(arguments: argparse.Namespace) -> Result:
         ],
         *[(name, value or "not found") for name, value in data["cuda"].items()],
     ]
+    cache = data["operator_cache"]
+    facts.append(
+        (
+            "operator cache",
+            f"{cache['folder']}, {cache['bytes'] / 1e6:.1f} of {cache['limit'] / 1e6:.0f} MB"
+            if cache["folder"]
+            else "off",
+        )
+    )
     variables = [
         (row["name"], "-" if row["value"] is None else row["value"], row["read_by"], row["meaning"])
         for row in data["variables"]
@@ -84,6 +94,18 @@ def execute(arguments: argparse.Namespace) -> Result:
         *(f"warning: {warning}" for warning in data["warnings"]),
     ]
     return Result(data, "\n\n".join(sections))
+
+
+def _operator_cache() -> dict[str, Any]:
+    """Return the folder of compiled operators, None without one, and its size and limit."""
+    from dcnv3_tvm.compiler import kernel_cache
+
+    folder = kernel_cache.cache_folder()
+    return {
+        "folder": None if folder is None else str(folder),
+        "bytes": kernel_cache.used_bytes(),
+        "limit": kernel_cache.LIMIT,
+    }
 
 
 def _cuda() -> dict[str, str | None]:

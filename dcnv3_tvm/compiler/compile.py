@@ -16,11 +16,12 @@ from dcnv3_tvm import files, machine, targets
 from dcnv3_tvm.compiler import artifact, pipeline
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
+from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.runtime import CompiledModel, load
 from dcnv3_tvm.runtime.loading import check_target
-from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
+from dcnv3_tvm.runtime.metadata import ArtifactMetadata
 from dcnv3_tvm.schedules.records import find_records
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -268,19 +269,3 @@ def build_library(
             got=str(error).strip().splitlines()[0],
             hint="TVM links with the C++ compiler g++ (or $CXX): install one.",
         ) from error
-
-
-def target_info(target: tvm.target.Target) -> TargetInfo:
-    """Describe a target for an artifact."""
-    on_gpu = targets.is_gpu(target)
-    host = target.host if on_gpu else target
-    triple = host.attrs.get("mtriple") or tvm.target.codegen.llvm_get_system_triple()
-    return TargetInfo(
-        kind=target.kind.name,
-        triple=str(triple),
-        mcpu=str(host.attrs.get("mcpu", "")),
-        features=tuple(sorted(targets.target_features(host))),
-        slug=targets.target_slug(target),
-        text=str(target),
-        arch=str(target.attrs["arch"]) if on_gpu else "",
-    )

@@ -34,8 +34,8 @@ def dcnv3(
     """Compute DCNv3, forward only.
 
     A kernel is compiled for each new combination of shape, parameters and dtype, which takes about
-    0.1 s on a CPU and 1 s for a GPU, and is cached. `dcnv3_tvm.compile_op` compiles one kernel for
-    many sizes. The result carries no gradient.
+    0.2 s on a CPU and 1 s for a GPU, and kept in memory and on disk. `dcnv3_tvm.compile_op`
+    compiles one kernel for many sizes. The result carries no gradient.
 
     Parameters
     ----------

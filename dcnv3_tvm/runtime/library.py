@@ -167,7 +167,7 @@ def _load_global(path: str) -> None:
     ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
 
 
-def open_library(code: bytes) -> Any:
+def open_library(code: bytes, *, permanent: bool = True) -> Any:
     """Open a compiled shared library.
 
     A private copy is loaded: ``dlopen`` returns the old code for a path it has loaded before, and
@@ -177,6 +177,9 @@ def open_library(code: bytes) -> Any:
     ----------
     code : bytes
         Content of a ``model.so``.
+    permanent : bool
+        Whether it stays loaded until the process ends. Otherwise no object that it makes, such as a
+        result of a Relax function, may outlive it.
 
     Raises
     ------
@@ -188,7 +191,8 @@ def open_library(code: bytes) -> Any:
     load = ffi.get_global_func("ffi.Module.load_from_file.so")
     with _load_errors():
         module = copied_library.load(code, lambda path: load(path, "so"))
-    ffi.get_global_func("ffi.ModuleGlobalsAdd")(module)  # Results may outlive the model.
+    if permanent:
+        ffi.get_global_func("ffi.ModuleGlobalsAdd")(module)
     return module
 
 

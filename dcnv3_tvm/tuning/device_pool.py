@@ -7,7 +7,7 @@ import dataclasses
 from tvm.target import Target
 
 from dcnv3_tvm import gpu, targets
-from dcnv3_tvm.compiler.compile import target_info
+from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.errors import TargetError, TuningError
 from dcnv3_tvm.provenance import cpu_description
 from dcnv3_tvm.runtime.loading import check_target

@@ -210,7 +210,7 @@ def test_compile_op_is_cached():
     spec, arrays = problem()
     operator = compile_op(spec)
     assert compile_op(DCNv3Spec.of(SHAPE, group=GROUP)) is operator
-    assert operator.rule == "dcnv3"
+    assert operator.kernel.rule == "dcnv3"
     assert compile_op(spec, "cpu-x86-64") is compile_op(spec, "llvm -mcpu=x86-64")
     assert_matches_reference(operator(*arrays), spec, arrays)
     copied = pickle.loads(pickle.dumps(operator))

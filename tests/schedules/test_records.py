@@ -190,7 +190,7 @@ def test_compile_op_uses_records(tmp_path, rng):
     Records.of(ABOUT, [record(kernel, {"task": "pixel", "stages": "group"})]).write(tmp_path / "r")
     tuned = dt.compile_op(SPEC, database=tmp_path / "r")
     plain = dt.compile_op(SPEC, database="none")
-    assert (tuned.record, plain.record) == ("hit", "")
+    assert (tuned.kernel.record, plain.kernel.record) == ("hit", "")
     x = rng.standard_normal(SPEC.input_shape, np.float32)
     offset = rng.standard_normal(SPEC.offset_shape, np.float32)
     mask = rng.standard_normal(SPEC.mask_shape, np.float32)

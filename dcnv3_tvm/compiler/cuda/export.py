@@ -6,8 +6,9 @@ compiled when it is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import tvm
 
@@ -15,8 +16,12 @@ from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.nvcc import compile_cubin
 from dcnv3_tvm.tvm_workarounds.device_code import pack_imports
 
+Linker: TypeAlias = Callable[..., None]
 
-def export_module(module: tvm.IRModule, target: tvm.target.Target, path: Path) -> None:
+
+def export_module(
+    module: tvm.IRModule, target: tvm.target.Target, path: Path, *, linker: Linker | None = None
+) -> None:
     """Compile scheduled kernels, and Relax functions that call them, to a shared library.
 
     Parameters
@@ -27,6 +32,8 @@ def export_module(module: tvm.IRModule, target: tvm.target.Target, path: Path) -
         A GPU.
     path : Path
         The library to write.
+    linker : callable, optional
+        Links object files to a library; by default TVM's, the C++ compiler.
 
     Raises
     ------
@@ -37,10 +44,10 @@ def export_module(module: tvm.IRModule, target: tvm.target.Target, path: Path) -
     """
     with device_pipeline.lowering():
         executable = tvm.compile(module, target=target, tir_pipeline=device_pipeline.PIPELINE)
-    export_executable(executable.mod, path, str(target.attrs["arch"]))
+    export_executable(executable.mod, path, str(target.attrs["arch"]), linker=linker)
 
 
-def export_executable(module: Any, path: Path, arch: str) -> None:
+def export_executable(module: Any, path: Path, arch: str, *, linker: Linker | None = None) -> None:
     """Write a module that was built under `device_pipeline.lowering` to a shared library.
 
     Parameters
@@ -51,6 +58,8 @@ def export_executable(module: Any, path: Path, arch: str) -> None:
         The library to write.
     arch : str
         GPU architecture, for example ``"sm_90"``.
+    linker : callable, optional
+        As for `export_module`.
 
     Raises
     ------
@@ -67,4 +76,4 @@ def export_executable(module: Any, path: Path, arch: str) -> None:
         generate(blob, is_system_lib, str(host), prefix).write_to_file(str(file))
         return str(file)
 
-    module.export_library(str(path), fpack_imports=pack)
+    module.export_library(str(path), fcompile=linker, fpack_imports=pack)

@@ -29,8 +29,8 @@ def test_cuda_graph_can_be_disabled():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_operator(dtype):
     operator = dt.compile_op(dt.DCNv3Spec.of((1, 8, 8, 32), group=2, dtype=dtype), "cuda-sm90")
-    assert operator.rule == "dcnv3"
-    assert b"dcnv3_kernel" in operator.executable.code
+    assert operator.kernel.rule == "dcnv3"
+    assert b"dcnv3_kernel" in operator.kernel.library.code
     x = np.zeros((1, 8, 8, 32), np.float16 if dtype == "float16" else np.float32)
     with pytest.raises(ValueError, match="not on the operator's device; got cpu"):
         operator(x, x, x)
