@@ -14,6 +14,7 @@ from tvm.target import Target
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.schedules.cpu.convolution import convolution
 from dcnv3_tvm.schedules.cpu.dcnv3 import dcnv3
+from dcnv3_tvm.schedules.cpu.dcnv3_gradient import dcnv3_grad_offset_mask, dcnv3_grad_x
 from dcnv3_tvm.schedules.cpu.depthwise import depthwise
 from dcnv3_tvm.schedules.cpu.fallback import fallback
 from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
@@ -33,6 +34,8 @@ from dcnv3_tvm.targets import is_gpu, target_slug
 
 CPU_RULES: Final[tuple[Rule, ...]] = (
     dcnv3,
+    dcnv3_grad_x,
+    dcnv3_grad_offset_mask,
     matmul,
     convolution,
     depthwise,

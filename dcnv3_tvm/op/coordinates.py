@@ -122,3 +122,21 @@ class AxisCoordinates:
             return weight
         # In an image of one pixel, corner 1 is the same pixel again: its weight is zero.
         return weight * tirx.Cast(dtype, corner * (self.step - int64(1)) + int64(1))
+
+    def slope(self, position: Any, first: Any, corner: int) -> Any:
+        """Return the derivative of `weight` by the position, to the right where it has a kink.
+
+        -1 if pixel ``first + corner`` is the one at ``floor(position)``, 1 if it is the next one,
+        and 0 otherwise, also where the sampling point is outside the image or NaN.
+        """
+        dtype = self.spec.accumulate_dtype
+        zero, one = tirx.const(0, dtype), tirx.const(1, dtype)
+        distance = position - first
+        if corner == 0:
+            # The first pixel is the next one only beyond the border, where position -1 is outside.
+            before = tirx.Select(distance > -one, one, zero)
+            return tirx.Select(distance < zero, before, tirx.Select(distance < one, -one, zero))
+        after = tirx.Select(distance < tirx.const(2, dtype), -one, zero)
+        slope = tirx.Select(distance < one, tirx.Select(distance < zero, zero, one), after)
+        # In an image of one pixel, corner 1 is the same pixel again.
+        return slope if static(self.step) == 1 else slope * tirx.Cast(dtype, self.step)

@@ -34,8 +34,10 @@ share no code, so that each tests the other.
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -118,16 +120,62 @@ def dcnv3_reference(x: Array, offset: Array, mask: Array, spec: DCNv3Spec) -> Fl
     numpy.ndarray
         float64, shape (N, Ho, Wo, G*C').
     """
-    batch, height, width, _ = x.shape
-    _, out_height, out_width, _ = offset.shape
-    group, points = spec.group, spec.points
-    per_point = (batch, out_height, out_width, group, points)
+    masks = mask_weights(mask, spec)
+    images = x.astype(np.float64).reshape(*x.shape[:3], spec.group, spec.group_channels)
+    out = np.zeros((*offset.shape[:3], spec.group, spec.group_channels))
+    for p, corner in sampling_corners(x.shape, offset, spec):
+        factor = (corner.weight_y * corner.weight_x * masks[..., p])[..., None]
+        used = corner.used[..., None]
+        out += np.where(used, factor * images[corner.pixel], 0.0)
+    return out.reshape(*offset.shape[:3], spec.channels)
 
-    masks = mask.astype(np.float64).reshape(per_point)
-    if spec.softmax:
-        masks = np.exp(masks - masks.max(axis=-1, keepdims=True))
-        masks = masks / masks.sum(axis=-1, keepdims=True)
-    learned = offset.astype(np.float64).reshape(*per_point, 2)
+
+class Corner(NamedTuple):
+    """One of the four pixels of a sampling point, at each (n, ho, wo, g).
+
+    Parameters
+    ----------
+    pixel : tuple of numpy.ndarray
+        Indices (n, row, column, g) of the pixel; of any pixel where it is not used.
+    used : numpy.ndarray
+        Whether the pixel contributes: it and the sampling point are inside the image.
+    weight_y, weight_x : numpy.ndarray
+        Bilinear weights along both axes; of any value where the pixel is not used.
+    slope_y, slope_x : int
+        Derivatives of the weights by the position: -1 for the first pixel of an axis, 1 for the
+        second.
+    """
+
+    pixel: tuple[Any, ...]
+    used: Array
+    weight_y: Float64Array
+    weight_x: Float64Array
+    slope_y: int
+    slope_x: int
+
+
+def sampling_corners(
+    shape: Sequence[int], offset: Array, spec: DCNv3Spec
+) -> Iterator[tuple[int, Corner]]:
+    """Yield the pixels that DCNv3 reads: four for each kernel point.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of x.
+    offset, spec
+        As for `dcnv3_loops`.
+
+    Yields
+    ------
+    point : int
+        Kernel point.
+    corner : Corner
+        One at a time, to bound the memory.
+    """
+    batch, height, width, _ = shape
+    _, out_height, out_width, _ = offset.shape
+    learned = offset.astype(np.float64).reshape(*offset.shape[:3], spec.group, spec.points, 2)
     columns, rows = np.array(spec.kernel_points, dtype=np.float64).T
     pos_y = _positions(spec, 0, out_height, rows)[:, None, None, :] + (
         spec.offset_scale * learned[..., 1]
@@ -139,28 +187,24 @@ def dcnv3_reference(x: Array, offset: Array, mask: Array, spec: DCNv3Spec) -> Fl
     inside = (pos_y > -1) & (pos_y < height) & (pos_x > -1) & (pos_x < width)
     pos_y, pos_x = np.where(inside, pos_y, 0.0), np.where(inside, pos_x, 0.0)
     top, left = np.floor(pos_y).astype(np.int64), np.floor(pos_x).astype(np.int64)
-
-    images = x.astype(np.float64).reshape(batch, height, width, group, spec.group_channels)
     batch_index = np.arange(batch).reshape(-1, 1, 1, 1)
-    group_index = np.arange(group).reshape(1, 1, 1, -1)
-    out = np.zeros((batch, out_height, out_width, group, spec.group_channels))
-    # One point at a time, to bound the memory.
-    for p in range(points):
-        for r in (0, 1):
-            for s in (0, 1):
-                row, col = top[..., p] + r, left[..., p] + s
-                weight_y = np.abs(1 - r - (pos_y - top)[..., p])
-                weight_x = np.abs(1 - s - (pos_x - left)[..., p])
-                used = inside[..., p] & (row >= 0) & (row < height) & (col >= 0) & (col < width)
-                pixel = images[
-                    batch_index,
-                    np.where(used, row, 0),
-                    np.where(used, col, 0),
-                    group_index,
-                ]
-                factor = np.where(used, weight_y * weight_x * masks[..., p], 0.0)[..., None]
-                out += np.where(used[..., None], factor * pixel, 0.0)
-    return out.reshape(batch, out_height, out_width, spec.channels)
+    group_index = np.arange(spec.group).reshape(1, 1, 1, -1)
+    for p, r, s in itertools.product(range(spec.points), (0, 1), (0, 1)):
+        row, col = top[..., p] + r, left[..., p] + s
+        used = inside[..., p] & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+        pixel = (batch_index, np.where(used, row, 0), np.where(used, col, 0), group_index)
+        weight_y = np.abs(1 - r - (pos_y - top)[..., p])
+        weight_x = np.abs(1 - s - (pos_x - left)[..., p])
+        yield p, Corner(pixel, used, weight_y, weight_x, 2 * r - 1, 2 * s - 1)
+
+
+def mask_weights(mask: Array, spec: DCNv3Spec) -> Float64Array:
+    """Return the weights of the points, of shape (N, Ho, Wo, G, P), after a softmax of logits."""
+    masks = mask.astype(np.float64).reshape(*mask.shape[:3], spec.group, spec.points)
+    if spec.softmax:
+        masks = np.exp(masks - masks.max(axis=-1, keepdims=True))
+        masks = masks / masks.sum(axis=-1, keepdims=True)
+    return masks
 
 
 def _positions(spec: DCNv3Spec, axis: int, size: int, grid: Float64Array) -> Float64Array:

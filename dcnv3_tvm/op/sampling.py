@@ -51,10 +51,10 @@ def emit_sampling(kernel: SamplingKernel, x: Any, offset: Any, mask: Any, out: A
     """
     buffers = Buffers.of(kernel)
     if kernel.spec.softmax:
-        _emit_softmax(kernel, buffers, mask)
-    _emit_coordinates(kernel, buffers, offset)
-    _emit_corners(kernel, buffers)
-    _emit_weights(kernel, buffers, mask)
+        emit_softmax(kernel, buffers, mask)
+    emit_coordinates(kernel, buffers, offset)
+    emit_corners(kernel, buffers)
+    emit_weights(kernel, buffers, mask)
     if kernel.vector_loads:
         vector_loads.emit_vector_index(kernel, buffers)
         vector_loads.emit_patch(kernel, buffers, x)
@@ -70,23 +70,24 @@ def emit_sampling(kernel: SamplingKernel, x: Any, offset: Any, mask: Any, out: A
     _emit_store(kernel, buffers, x, out)
 
 
-def _mask(kernel: SamplingKernel, mask: Any, at: Sequence[Any]) -> Any:
+def mask_at(kernel: SamplingKernel, mask: Any, at: Sequence[Any]) -> Any:
     """Read the mask, or its logit, of the point at (n, ho, wo, g, p)."""
     n, y, x, g, p = at
     return kernel.cast(mask[n, y, x, kernel.mask_start + g * int64(kernel.spec.points) + p])
 
 
-def _emit_softmax(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
+def emit_softmax(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
+    """Compute the largest logit, the exponentials and their sum, for each group."""
     peak, groups, points = buffers.max_logit, kernel.group_extents, kernel.point_extents[-1]
     with block("softmax_max", kernel.point_extents, "SSSSR") as (*group, p):
         with T.init():
             T.buffer_store(peak, tirx.min_value(kernel.dtype), group)
-        logit = _mask(kernel, mask, (*group, p))
+        logit = mask_at(kernel, mask, (*group, p))
         T.buffer_store(peak, tirx.max(peak[tuple(group)], logit), group)
     compute(
         "softmax_exp",
         kernel.point_extents,
-        lambda *at: kernel.exp(_mask(kernel, mask, at) - peak[at[:-1]]),
+        lambda *at: kernel.exp(mask_at(kernel, mask, at) - peak[at[:-1]]),
         dtype=kernel.dtype,
         into=buffers.exp_logit,
     )
@@ -100,7 +101,8 @@ def _emit_softmax(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
     )
 
 
-def _emit_coordinates(kernel: SamplingKernel, buffers: Buffers, offset: Any) -> None:
+def emit_coordinates(kernel: SamplingKernel, buffers: Buffers, offset: Any) -> None:
+    """Compute the sampling positions, relative to the anchors."""
     with block("coordinates", kernel.point_extents, "SSSSS") as at:
         n, y, x, g, p = at
         channel = (g * int64(kernel.spec.points) + p) * int64(2)  # x before y
@@ -110,7 +112,8 @@ def _emit_coordinates(kernel: SamplingKernel, buffers: Buffers, offset: Any) -> 
         T.buffer_store(buffers.position_y, position_y, at)
 
 
-def _emit_corners(kernel: SamplingKernel, buffers: Buffers) -> None:
+def emit_corners(kernel: SamplingKernel, buffers: Buffers) -> None:
+    """Compute the first of the four pixels of each point, relative to the anchors."""
     with block("corners", kernel.point_extents, "SSSSS") as at:
         _, y, x, *_ = place = tuple(at)
         row = kernel.rows.first_pixel(buffers.position_y[place], y)
@@ -119,10 +122,12 @@ def _emit_corners(kernel: SamplingKernel, buffers: Buffers) -> None:
         T.buffer_store(buffers.column, column, at)
 
 
-def _emit_weights(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
+def emit_weights(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
+    """Compute the bilinear weights, times the mask or the exponential of its logit."""
+
     def weight(n: Any, y: Any, x: Any, g: Any, r: Any, s: Any, p: Any) -> Any:
         at = n, y, x, g, p
-        factor = buffers.exp_logit[at] if kernel.spec.softmax else _mask(kernel, mask, at)
+        factor = buffers.exp_logit[at] if kernel.spec.softmax else mask_at(kernel, mask, at)
         weight_y = kernel.rows.weight(buffers.position_y[at], buffers.row[at], r)
         weight_x = kernel.columns.weight(buffers.position_x[at], buffers.column[at], s)
         # In this order, so that the product shared by both columns comes first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Container
 from typing import Any, Final
 
 from tvm import tirx
@@ -160,14 +161,22 @@ class Buffers:
     center: Any
 
     @classmethod
-    def of(cls, kernel: SamplingKernel) -> Buffers:
-        """Allocate the buffers that a kernel needs; the others are None."""
+    def of(cls, kernel: SamplingKernel, without: Container[str] = ()) -> Buffers:
+        """Allocate the buffers that a kernel needs; the others are None.
+
+        Parameters
+        ----------
+        kernel : SamplingKernel
+            The kernel.
+        without : container of str
+            Names of buffers that a gradient of the kernel does not use.
+        """
         spec, dtype = kernel.spec, kernel.dtype
         of_group, of_point = kernel.group_extents, kernel.point_extents
         of_channel = kernel.channel_extents
 
         def buffer(name: str, shape: tuple[Any, ...], dtype: str, needed: bool = True) -> Any:
-            return allocate(name, shape, dtype) if needed else None
+            return allocate(name, shape, dtype) if needed and name not in without else None
 
         points, channels = of_point[-1], of_channel[-1]
         return cls(

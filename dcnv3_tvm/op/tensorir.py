@@ -12,6 +12,7 @@ from tvm import tirx
 from dcnv3_tvm import gpu
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.op.gradient import emit_grad_offset_mask, emit_grad_x
 from dcnv3_tvm.op.prim_func_builder import argument, function
 from dcnv3_tvm.op.sampling import emit_sampling
 from dcnv3_tvm.op.sampling_kernel import SamplingKernel
@@ -109,6 +110,62 @@ def dcnv3_packed(
         offset_mask = declare("offset_mask", sizes.output_shape(packed), offset_dtype or dtype)
         out = declare("out", sizes.output_shape(spec.channels), out_dtype or dtype)
         emit_sampling(kernel, x, offset_mask, offset_mask, out)
+    return builder.get()
+
+
+@functools.lru_cache(maxsize=64)
+def dcnv3_grad_x(spec: DCNv3Spec) -> tirx.PrimFunc:
+    """Build the kernel that computes the gradient of x.
+
+    Parameters
+    ----------
+    spec : DCNv3Spec
+        The problem.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc
+        Function of ``(grad, offset, mask, grad_x)``, unscheduled, where ``grad`` is the gradient of
+        the result. ``grad_x`` has the accumulation type, in which the terms of a pixel are added.
+    """
+    kernel = SamplingKernel(spec, vector_loads=False)
+    sizes, dtype = kernel.sizes, spec.dtype
+    declare = functools.partial(_tensor, vector_loads=False)
+    with function("dcnv3_grad_x", _attributes(spec)) as builder:
+        grad = declare("grad", sizes.output_shape(spec.channels), dtype)
+        offset = declare("offset", sizes.output_shape(spec.offset_channels), dtype)
+        mask = declare("mask", sizes.output_shape(spec.mask_channels), dtype)
+        grad_x = declare("grad_x", sizes.input_shape(spec.channels), spec.accumulate_dtype)
+        emit_grad_x(kernel, grad, offset, mask, grad_x)
+    return builder.get()
+
+
+@functools.lru_cache(maxsize=64)
+def dcnv3_grad_offset_mask(spec: DCNv3Spec) -> tirx.PrimFunc:
+    """Build the kernel that computes the gradients of offset and mask.
+
+    Parameters
+    ----------
+    spec : DCNv3Spec
+        The problem. With ``spec.softmax``, the gradient of mask is that of the logits.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc
+        Function of ``(x, offset, mask, grad, grad_offset, grad_mask)``, where ``grad`` is the
+        gradient of the result, unscheduled.
+    """
+    kernel = SamplingKernel(spec, vector_loads=False)
+    sizes, dtype = kernel.sizes, spec.dtype
+    declare = functools.partial(_tensor, vector_loads=False)
+    with function("dcnv3_grad_offset_mask", _attributes(spec)) as builder:
+        x = declare("x", sizes.input_shape(spec.channels), dtype)
+        offset = declare("offset", sizes.output_shape(spec.offset_channels), dtype)
+        mask = declare("mask", sizes.output_shape(spec.mask_channels), dtype)
+        grad = declare("grad", sizes.output_shape(spec.channels), dtype)
+        grad_offset = declare("grad_offset", sizes.output_shape(spec.offset_channels), dtype)
+        grad_mask = declare("grad_mask", sizes.output_shape(spec.mask_channels), dtype)
+        emit_grad_offset_mask(kernel, x, offset, mask, grad, grad_offset, grad_mask)
     return builder.get()
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Final
 
 from tvm import s_tir, tirx
-from tvm.s_tir.schedule import LoopRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
 from dcnv3_tvm.op.expr import static
@@ -27,6 +28,9 @@ _STAGES: Final = (
     "softmax_max",
 )
 """Blocks before the sum, consumers before producers, the order that compute_at needs."""
+
+_POINT_SUMS: Final = ("softmax_dot", "softmax_sum", "softmax_max")
+"""Blocks that reduce over the points of a group."""
 
 _MAX_UNROLLED_POINTS: Final = 16
 """Most points over which a loop is unrolled: 64 loads and multiply-adds."""
@@ -55,14 +59,8 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
 
     # Step 1. Run rows in parallel. Pixels cost more, because each task allocates its buffers, but
     # are enough for every core.
-    batch, row, column, group, channel = sch.get_loops(store)
-    images, rows = static(sch.get(batch).extent), static(sch.get(row).extent)
-    few = images is not None and rows is not None and images * rows < 2 * num_cores(target)
-    tasks, default = (["pixel"], "pixel") if few else (["row", "pixel"], "row")
-    if space.pick("task", tasks, default) == "pixel":
-        task = pixel = sch.fuse(batch, row, column)
-    else:
-        task, pixel = sch.fuse(batch, row), column
+    *_, group, channel = sch.get_loops(store)
+    task, pixel = pick_task(sch, store, target, space)
 
     # Step 2. Accumulate a tile of channels in registers over the points, for one or several groups.
     channels = static(sch.get(channel).extent) or 1
@@ -79,25 +77,56 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
         sch.reorder(outer, point, inner_group, channel)
         sch.vectorize(channel)
         sch.vectorize(sch.split(sch.get_loops(store)[-1], [None, tile])[1])
-    _unroll_points(sch, point)
+    unroll_points(sch, point)
 
     # Step 3. Compute the stages before the sum for all groups of a pixel at once, or group by group
     # into a smaller buffer.
     stage = {"pixel": pixel, "group": group}[space.pick("stages", ["pixel", "group"], "pixel")]
     for name in _STAGES:
         if name in names:
-            _compute_stage_at(sch, name, stage)
+            compute_stage_at(sch, name, stage)
     sch.parallel(task)
 
     # Step 4. Initialize sums ahead of their loops.
     init = sch.decompose_reduction(total, point)
     if tile > 1:
         sch.vectorize(sch.get_loops(init)[-1])
-    for name in ("softmax_sum", "softmax_max"):
+    initialize_softmax(sch, names)
+    return sch.mod["main"]
+
+
+def pick_task(
+    sch: s_tir.Schedule, store: SBlockRV, target: Target, space: SearchSpace
+) -> tuple[LoopRV, LoopRV]:
+    """Decide what a task computes; returns its loop, and the loop over its pixels.
+
+    Parameters
+    ----------
+    sch : Schedule
+        Schedule to change.
+    store : SBlockRV
+        Block whose outermost loops are over image, row and column of the output.
+    target : tvm.target.Target
+        Target to schedule for.
+    space : SearchSpace
+        Decides ``task``: a row of output pixels, or a pixel.
+    """
+    batch, row, column, *_ = sch.get_loops(store)
+    images, rows = static(sch.get(batch).extent), static(sch.get(row).extent)
+    few = images is not None and rows is not None and images * rows < 2 * num_cores(target)
+    tasks, default = (["pixel"], "pixel") if few else (["row", "pixel"], "row")
+    if space.pick("task", tasks, default) == "pixel":
+        pixel = sch.fuse(batch, row, column)
+        return pixel, pixel
+    return sch.fuse(batch, row), column
+
+
+def initialize_softmax(sch: s_tir.Schedule, names: Container[str]) -> None:
+    """Initialize the sums and maxima of a softmax ahead of their loops."""
+    for name in _POINT_SUMS:
         if name in names:
             block = sch.get_sblock(name)
             sch.decompose_reduction(block, sch.get_loops(block)[-1])
-    return sch.mod["main"]
 
 
 def channel_tiles(channels: int, lanes: int) -> list[int]:
@@ -127,13 +156,13 @@ def channel_tile(channels: int, lanes: int) -> int:
     return largest if largest == channels or 2 * largest >= lanes else 1
 
 
-def _compute_stage_at(sch: s_tir.Schedule, name: str, loop: LoopRV) -> None:
+def compute_stage_at(sch: s_tir.Schedule, name: str, loop: LoopRV) -> None:
     """Compute a block at a loop, vectorized over its points or groups."""
     block = sch.get_sblock(name)
     sch.compute_at(block, loop, preserve_unit_loops=True)
     loops = sch.get_loops(block)
-    if name in ("softmax_sum", "softmax_max"):
-        _unroll_points(sch, loops[-1])
+    if name in _POINT_SUMS:
+        unroll_points(sch, loops[-1])
         return
     sch.vectorize(loops[-1])
     if name == "weights":
@@ -141,6 +170,7 @@ def _compute_stage_at(sch: s_tir.Schedule, name: str, loop: LoopRV) -> None:
         sch.unroll(loops[-3])
 
 
-def _unroll_points(sch: s_tir.Schedule, point: LoopRV) -> None:
+def unroll_points(sch: s_tir.Schedule, point: LoopRV) -> None:
+    """Unroll a loop over the points of a group, unless there are many."""
     if (static(sch.get(point).extent) or 0) <= _MAX_UNROLLED_POINTS:
         sch.unroll(point)

@@ -4,13 +4,53 @@
 import functools
 from typing import Final
 
-from tvm import s_tir
+from tvm import s_tir, tirx
 from tvm.s_tir import TensorIntrin
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.script import tirx as T
 
+from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.schedules.cpu.loops import vector_width
+
 _LLVM_TYPES: Final = {"float32": "float", "float64": "double"}
 _SUFFIXES: Final = {"float32": "f32", "float64": "f64"}
+
+
+def split_lanes(sch: s_tir.Schedule, total: SBlockRV, lanes: int) -> SBlockRV | None:
+    """Split a sum over the innermost loop into sums by lane and, in `total`, the sum of the lanes.
+
+    Parameters
+    ----------
+    sch : Schedule
+        Schedule to change.
+    total : SBlockRV
+        Block that sums over its innermost loop.
+    lanes : int
+        Elements of a vector register.
+
+    Returns
+    -------
+    SBlockRV or None
+        Block of the sums by lane, whose last axes are the lane and the step from vector to vector;
+        None if no vector divides the loop.
+    """
+    loop = sch.get_loops(total)[-1]
+    width = vector_width(static(sch.get(loop).extent), lanes)
+    if width == 1:
+        return None
+    partial = sch.rfactor(sch.split(loop, [None, width])[1], factor_axis=-1)
+    _order_axes(sch, partial, lane_first=True)
+    _order_axes(sch, total, lane_first=False)
+    return partial
+
+
+def _order_axes(sch: s_tir.Schedule, stage: SBlockRV, *, lane_first: bool) -> None:
+    """Order the block axes, which rfactor leaves in any order, as rows, lane, step."""
+    kinds = [axis.iter_type for axis in sch.get(stage).iter_vars]
+    step = kinds.index(tirx.IterVar.CommReduce)
+    lane = [0] if lane_first else []
+    rows = [axis for axis in range(len(lane), len(kinds)) if axis != step]
+    sch.reorder_block_iter_var(stage, [*rows, *lane, step])
 
 
 def sum_lanes(sch: s_tir.Schedule, total: SBlockRV, lane: LoopRV, task: LoopRV, dtype: str) -> None:

@@ -9,8 +9,8 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
 from dcnv3_tvm.op.expr import constant_factor, static
-from dcnv3_tvm.schedules.cpu.lane_sum import sum_lanes
-from dcnv3_tvm.schedules.cpu.loops import accumulate_tile, vector_width, vectorize_innermost
+from dcnv3_tvm.schedules.cpu.lane_sum import split_lanes, sum_lanes
+from dcnv3_tvm.schedules.cpu.loops import accumulate_tile, vectorize_innermost
 from dcnv3_tvm.schedules.cpu.register_tiles import (
     vector_unit,
     whole_tile,
@@ -90,31 +90,14 @@ def sum_channels(
     dtype : str
         Element type of the sums.
     """
-    extent = static(sch.get(sch.get_loops(total)[-1]).extent)
-    width = vector_width(extent, lanes)
-    stages = [total]
-    if width > 1:
-        _, lane = sch.split(sch.get_loops(total)[-1], [None, width])
-        partial = sch.rfactor(lane, factor_axis=-1)
-        _order_axes(sch, partial, lane_first=True)
-        _order_axes(sch, total, lane_first=False)
-        stages.append(partial)
-    for stage in stages:
+    partial = split_lanes(sch, total, lanes)
+    for stage in [total] if partial is None else [total, partial]:
         sch.compute_at(stage, task, preserve_unit_loops=True)
         sch.set_scope(stage, 0, "local")
-    if width > 1:
+    if partial is not None:
         *_, row, lane, step = sch.get_loops(partial)
         sch.reorder(step, row, lane)
         accumulate_tile(sch, partial, [row, lane], step)
         *_, row, lane = sch.get_loops(total)
         sch.unroll(row)
         sum_lanes(sch, total, lane, task, dtype)
-
-
-def _order_axes(sch: s_tir.Schedule, stage: SBlockRV, *, lane_first: bool) -> None:
-    """Order the block axes, which rfactor leaves in any order, as rows, lane, step."""
-    kinds = [axis.iter_type for axis in sch.get(stage).iter_vars]
-    step = kinds.index(tirx.IterVar.CommReduce)
-    lane = [0] if lane_first else []
-    rows = [axis for axis in range(len(lane), len(kinds)) if axis != step]
-    sch.reorder_block_iter_var(stage, [*rows, *lane, step])
