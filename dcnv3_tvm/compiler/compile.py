@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from dcnv3_tvm import files, machine, targets
 from dcnv3_tvm.compiler import artifact, pipeline
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
+from dcnv3_tvm.compiler.kernel_checks import UNCHECKED_KERNELS
 from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
 from dcnv3_tvm.imported_model import ImportedModel
@@ -245,7 +245,11 @@ def build_library(
     """
     on_gpu = targets.is_gpu(target)
     try:
-        with device_pipeline.lowering(graph=cuda_graph) if on_gpu else contextlib.nullcontext():
+        with (
+            device_pipeline.lowering(graph=cuda_graph)
+            if on_gpu
+            else tvm.transform.PassContext(config=UNCHECKED_KERNELS)
+        ):
             executable = relax.build(
                 module,
                 target,

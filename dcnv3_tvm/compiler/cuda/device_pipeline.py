@@ -10,6 +10,7 @@ import tvm
 from tvm import tirx
 from tvm.tirx import compilation_pipeline
 
+from dcnv3_tvm.compiler.kernel_checks import UNCHECKED_KERNELS
 from dcnv3_tvm.tvm_workarounds.device_code import keep_cuda_source
 from dcnv3_tvm.tvm_workarounds.device_passes import lower_warp_memory, merge_conditionals
 
@@ -29,6 +30,7 @@ def lowering(*, graph: bool = False, instruments: Sequence[Any] = ()) -> Iterato
         Observers of the passes.
     """
     config = {
+        **UNCHECKED_KERNELS,
         # Copy from global to shared memory with cp.async.
         "tirx.use_async_copy": True,
         # See tvm_workarounds: lower-warp-memory. nvcc eliminates common subexpressions itself.
