@@ -174,15 +174,7 @@ def sampling_corners(
         One at a time, to bound the memory.
     """
     batch, height, width, _ = shape
-    _, out_height, out_width, _ = offset.shape
-    learned = offset.astype(np.float64).reshape(*offset.shape[:3], spec.group, spec.points, 2)
-    columns, rows = np.array(spec.kernel_points, dtype=np.float64).T
-    pos_y = _positions(spec, 0, out_height, rows)[:, None, None, :] + (
-        spec.offset_scale * learned[..., 1]
-    )
-    pos_x = _positions(spec, 1, out_width, columns)[None, :, None, :] + (
-        spec.offset_scale * learned[..., 0]
-    )
+    pos_y, pos_x = sampling_positions(offset, spec)
     # A comparison with NaN is false: the point counts as outside.
     inside = (pos_y > -1) & (pos_y < height) & (pos_x > -1) & (pos_x < width)
     pos_y, pos_x = np.where(inside, pos_y, 0.0), np.where(inside, pos_x, 0.0)
@@ -196,6 +188,20 @@ def sampling_corners(
         weight_y = np.abs(1 - r - (pos_y - top)[..., p])
         weight_x = np.abs(1 - s - (pos_x - left)[..., p])
         yield p, Corner(pixel, used, weight_y, weight_x, 2 * r - 1, 2 * s - 1)
+
+
+def sampling_positions(offset: Array, spec: DCNv3Spec) -> tuple[Float64Array, Float64Array]:
+    """Return where the points sample x, along height and width; both (N, Ho, Wo, G, P)."""
+    _, out_height, out_width, _ = offset.shape
+    learned = offset.astype(np.float64).reshape(*offset.shape[:3], spec.group, spec.points, 2)
+    columns, rows = np.array(spec.kernel_points, dtype=np.float64).T
+    pos_y = _positions(spec, 0, out_height, rows)[:, None, None, :] + (
+        spec.offset_scale * learned[..., 1]
+    )
+    pos_x = _positions(spec, 1, out_width, columns)[None, :, None, :] + (
+        spec.offset_scale * learned[..., 0]
+    )
+    return pos_y, pos_x
 
 
 def mask_weights(mask: Array, spec: DCNv3Spec) -> Float64Array:

@@ -10,7 +10,14 @@ from typing import Final
 
 import numpy as np
 
-from dcnv3_tvm.op.reference import Array, Float64Array
+from dcnv3_tvm.op.reference import (
+    Array,
+    Float64Array,
+    mask_weights,
+    sampling_corners,
+    sampling_positions,
+)
+from dcnv3_tvm.op.reference_gradient import Gradients
 from dcnv3_tvm.spec import DCNv3Spec
 
 
@@ -116,11 +123,7 @@ def operator_bound(
         Shape of `reference`.
     """
     table = OPERATOR[spec.dtype]
-    # Points farther away than the size of the image lie outside and contribute exactly zero.
-    extent = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
-    learned = float(np.abs(offset.astype(np.float64)).max()) + max(extent)
-    outside = max(x.shape[1:3]) + max(extent) + max(spec.pad)
-    reach = min(abs(spec.offset_scale) * learned, outside)
+    reach = _reach(spec, x, offset)
     if spec.softmax:
         amount = np.ones((*mask.shape[:3], spec.group))
     else:
@@ -132,3 +135,71 @@ def operator_bound(
     arithmetic = table.arithmetic * (_ROUNDINGS + _COORDINATE_ROUNDINGS * reach)
     bound: Float64Array = arithmetic * amplitude + table.store * np.abs(reference) + table.smallest
     return bound
+
+
+def gradient_bounds(
+    spec: DCNv3Spec, grad: Array, x: Array, offset: Array, mask: Array, reference: Gradients
+) -> Gradients:
+    """Bound the error of the gradients of the operator at every element.
+
+    Parameters
+    ----------
+    spec : DCNv3Spec
+        The problem.
+    grad : numpy.ndarray
+        Gradient of the result.
+    x, offset, mask : numpy.ndarray
+        The inputs, finite.
+    reference : Gradients
+        The float64 gradients.
+
+    Returns
+    -------
+    Gradients
+        Bounds of the shapes of the gradients. Where a point is so near a kink of the bilinear
+        sampling that the rounding of its coordinate may move it across, the bound of the gradient
+        of its offset is infinite.
+    """
+    table, sums = OPERATOR[spec.dtype], OPERATOR[spec.accumulate_dtype]
+    coordinate = _COORDINATE_ROUNDINGS * _reach(spec, x, offset)
+    factors = np.abs(mask_weights(mask, spec))
+    grads = np.abs(grad.astype(np.float64)).reshape(*factors.shape[:4], spec.group_channels)
+
+    # The gradient of x: a rounding of each term, whatever its bilinear weight. A coordinate that is
+    # rounded across a kink adds a term to another pixel.
+    amplitude = np.zeros((*x.shape[:3], spec.group, spec.group_channels))
+    for p, corner in sampling_corners(x.shape, offset, spec):
+        term = np.where(corner.used, factors[..., p], 0.0)[..., None] * grads
+        np.add.at(amplitude, corner.pixel, term)
+    term = (_ROUNDINGS + coordinate) * amplitude + coordinate * factors.max() * grads.max()
+    bound_x = sums.arithmetic * term.reshape(x.shape) + sums.smallest
+
+    # The other gradients: products over the channels of a group, times weights of at most 1.
+    products = np.abs(x.astype(np.float64)).max() * grads.sum(axis=-1)[..., None]
+    rounding = table.arithmetic * (_ROUNDINGS + coordinate + spec.group_channels) * products
+    by_offset = abs(spec.offset_scale) * factors * rounding * (2 if spec.softmax else 1)
+    near = [
+        np.abs(position - np.round(position)) <= table.arithmetic * (1 + coordinate)
+        for position in sampling_positions(offset, spec)
+    ]
+    by_offset = np.where(near[0] | near[1], np.inf, by_offset)
+    by_mask = 4 * factors * rounding if spec.softmax else np.broadcast_to(rounding, factors.shape)
+    bounds = (np.repeat(by_offset, 2, axis=-1).reshape(offset.shape), by_mask.reshape(mask.shape))
+    return Gradients(
+        bound_x,
+        *(
+            bound + table.store * np.abs(gradient) + table.smallest
+            for bound, gradient in zip(bounds, reference[1:], strict=True)
+        ),
+    )
+
+
+def _reach(spec: DCNv3Spec, x: Array, offset: Array) -> float:
+    """Return the largest distance of a sampling point from its anchor, in pixels.
+
+    Points farther away than the size of the image lie outside and contribute exactly zero.
+    """
+    extent = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
+    learned = float(np.abs(offset.astype(np.float64)).max()) + max(extent)
+    outside = max(x.shape[1:3]) + max(extent) + max(spec.pad)
+    return min(abs(spec.offset_scale) * learned, outside)

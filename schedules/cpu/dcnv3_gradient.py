@@ -96,15 +96,16 @@ def _sum_products(
         sch.decompose_reduction(dot, channel)
         return
     *_, point, row, column, lane = sch.get_loops(dot)
-    sch.compute_at(partial, column, preserve_unit_loops=True)
-    sch.set_scope(partial, 0, "local")
-    *_, own_lane, step = sch.get_loops(partial)
-    sch.reorder(step, own_lane)
-    accumulate_tile(sch, partial, [own_lane], step)
-    unroll_points(sch, point)
+    sch.reorder(row, column, point, lane)
     sch.unroll(row)
     sch.unroll(column)
-    sum_lanes(sch, dot, lane, task, dtype)
+    sch.compute_at(partial, column, preserve_unit_loops=True)
+    sch.set_scope(partial, 0, "local")
+    *_, own_point, _, _, own_lane, step = sch.get_loops(partial)
+    unroll_points(sch, own_point)
+    sch.reorder(step, own_lane)
+    accumulate_tile(sch, partial, [own_lane], step)
+    sum_lanes(sch, dot, point, task, dtype)
 
 
 def dcnv3_grad_x(

@@ -1,7 +1,9 @@
-"""Sum the lanes of a vector register by shuffles."""
+"""Sum the lanes of vector registers by shuffles."""
 
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Final
 
 from tvm import s_tir, tirx
@@ -9,11 +11,11 @@ from tvm.s_tir import TensorIntrin
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.script import tirx as T
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.loops import vector_width
 
 _LLVM_TYPES: Final = {"float32": "float", "float64": "double"}
-_SUFFIXES: Final = {"float32": "f32", "float64": "f64"}
 
 
 def split_lanes(sch: s_tir.Schedule, total: SBlockRV, lanes: int) -> SBlockRV | None:
@@ -53,8 +55,8 @@ def _order_axes(sch: s_tir.Schedule, stage: SBlockRV, *, lane_first: bool) -> No
     sch.reorder_block_iter_var(stage, [*rows, *lane, step])
 
 
-def sum_lanes(sch: s_tir.Schedule, total: SBlockRV, lane: LoopRV, task: LoopRV, dtype: str) -> None:
-    """Replace a block that adds the elements of a vector by LLVM's vector reduction.
+def sum_lanes(sch: s_tir.Schedule, total: SBlockRV, row: LoopRV, task: LoopRV, dtype: str) -> None:
+    """Replace a block that adds the elements of each of some vectors by shuffles of their lanes.
 
     See tvm_workarounds: vector-sum.
 
@@ -63,63 +65,111 @@ def sum_lanes(sch: s_tir.Schedule, total: SBlockRV, lane: LoopRV, task: LoopRV, 
     sch : Schedule
         Schedule to change.
     total : SBlockRV
-        Reduction block over `lane` only, in local memory.
-    lane : LoopRV
-        Its innermost loop, of extent 2, 4, 8 or 16.
+        Reduction block in local memory.
+    row : LoopRV
+        Loop over the vectors; the loop over the 2, 4, 8 or 16 lanes of a vector is inside it.
     task : LoopRV
         A loop around it.
     dtype : str
         Element type, float32 or float64.
     """
-    width = int(sch.get(lane).extent)
-    sch.decompose_reduction(total, lane)
-    sch.tensorize(lane, _intrinsic(width, dtype))
-    sch.annotate(task, "pragma_import_llvm", _code(width, dtype))
+    lane = sch.get_loops(total)[-1]
+    rows, width = (int(sch.get(loop).extent) for loop in (row, lane))
+    sch.decompose_reduction(total, row)
+    # The block of a single vector has no axis for it.
+    sch.tensorize(row if rows > 1 else lane, _intrinsic(rows, width, dtype))
+    sch.annotate(task, "pragma_import_llvm", _code(rows, width, dtype))
 
 
-def _name(width: int, dtype: str) -> str:
-    return f"dcnv3_tvm_sum_{dtype}x{width}"
+def _name(rows: int, width: int, dtype: str) -> str:
+    return f"dcnv3_tvm_sum_{dtype}x{rows}x{width}"
 
 
-def _code(width: int, dtype: str) -> str:
-    """Return LLVM code of the reduction."""
+def _code(rows: int, width: int, dtype: str) -> str:
+    """Return an LLVM function that adds the sums of `rows` vectors to as many numbers.
+
+    Two vectors become one of half sums, the halves of the first before those of the second, until
+    each element is the sum of a vector: three instructions for two vectors, at every level.
+    """
     scalar = _LLVM_TYPES[dtype]
-    reduce = f"@llvm.vector.reduce.fadd.v{width}{_SUFFIXES[dtype]}"
-    return f"""
-declare {scalar} {reduce}({scalar}, <{width} x {scalar}>)
+    vector = f"<{width} x {scalar}>"
+    lines = [f"define i32 @{_name(rows, width, dtype)}(ptr %vectors, ptr %sums) alwaysinline {{"]
+    values = itertools.count()
 
-define {scalar} @{_name(width, dtype)}(<{width} x {scalar}> %vector) {{
-  %sum = call reassoc {scalar} {reduce}({scalar} -0.0, <{width} x {scalar}> %vector)
-  ret {scalar} %sum
-}}
-"""
+    def emit(instruction: str) -> str:
+        name = f"%v{next(values)}"
+        lines.append(f"  {name} = {instruction}")
+        return name
+
+    def load(pointer: str, index: int, kind: str) -> str:
+        place = emit(f"getelementptr {scalar}, ptr {pointer}, i64 {index}")
+        return emit(f"load {kind}, ptr {place}, align {DTYPE_BYTES[dtype]}")
+
+    def shuffle(first: str, second: str, lanes: Sequence[int]) -> str:
+        mask = ", ".join(f"i32 {lane}" for lane in lanes)
+        kinds = f"{vector} {first}, {vector} {second}"
+        return emit(f"shufflevector {kinds}, <{len(lanes)} x i32> <{mask}>")
+
+    def add_halves(first: str, second: str, length: int) -> str:
+        lower = [lane for lane in range(2 * width) if lane % length < length // 2]
+        upper = [lane + length // 2 for lane in lower]
+        halves = shuffle(first, second, lower), shuffle(first, second, upper)
+        return emit(f"fadd {vector} {halves[0]}, {halves[1]}")
+
+    for start in range(0, rows, width):
+        count = min(width, rows - start)
+        level = [load("%vectors", (start + row) * width, vector) for row in range(count)]
+        length = width  # elements that belong to one vector
+        while length > 1:
+            pairs = itertools.zip_longest(level[::2], level[1::2], fillvalue="poison")
+            level = [add_halves(*pair, length) for pair in pairs]
+            length //= 2
+        sums = shuffle(level[0], "poison", range(count))
+        kind = f"<{count} x {scalar}>"
+        total = emit(f"fadd {kind} {load('%sums', start, kind)}, {sums}")
+        place = emit(f"getelementptr {scalar}, ptr %sums, i64 {start}")
+        lines.append(f"  store {kind} {total}, ptr {place}, align {DTYPE_BYTES[dtype]}")
+    return "\n".join([*lines, "  ret i32 0", "}", ""])
 
 
 @functools.cache
-def _intrinsic(width: int, dtype: str) -> str:
-    """Register the sum of `width` lanes and return its name."""
-    name = _name(width, dtype)
+def _intrinsic(rows: int, width: int, dtype: str) -> str:
+    """Register the sums of `rows` vectors of `width` lanes and return its name."""
+    name = _name(rows, width, dtype)
 
     @T.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle) -> None:
-        A = T.match_buffer(a, (width,), dtype, offset_factor=1, scope="local")
+        A = T.match_buffer(a, (rows, width), dtype, offset_factor=1, scope="local")
+        B = T.match_buffer(b, (rows,), dtype, offset_factor=1, scope="local")
+        with T.sblock("root"):
+            T.reads(B[0:rows], A[0:rows, 0:width])
+            T.writes(B[0:rows])
+            for i, j in T.grid(rows, width):
+                with T.sblock("sum"):
+                    row, lane = T.axis.remap("SR", [i, j])
+                    B[row] = B[row] + A[row, lane]
+
+    @T.prim_func(s_tir=True)
+    def description_of_one(a: T.handle, b: T.handle) -> None:
+        A = T.match_buffer(a, (1, width), dtype, offset_factor=1, scope="local")
         B = T.match_buffer(b, (1,), dtype, offset_factor=1, scope="local")
         with T.sblock("root"):
-            T.reads(B[0:1], A[0:width])
+            T.reads(B[0:1], A[0:1, 0:width])
             T.writes(B[0:1])
-            for i in T.serial(0, width):
+            for j in T.serial(0, width):
                 with T.sblock("sum"):
-                    lane = T.axis.remap("R", [i])
-                    B[0] = B[0] + A[lane]
+                    lane = T.axis.remap("R", [j])
+                    B[0] = B[0] + A[0, lane]
 
     @T.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle) -> None:
-        A = T.match_buffer(a, (width,), dtype, offset_factor=1, scope="local")
-        B = T.match_buffer(b, (1,), dtype, offset_factor=1, scope="local")
+        A = T.match_buffer(a, (rows, width), dtype, offset_factor=1, scope="local")
+        B = T.match_buffer(b, (rows,), dtype, offset_factor=1, scope="local")
         with T.sblock("root"):
-            T.reads(B[0:1], A[0:width])
-            T.writes(B[0:1])
-            B[0] = B[0] + T.call_pure_extern(dtype, name, A.vload([0], f"{dtype}x{width}"))
+            T.reads(B[0:rows], A[0:rows, 0:width])
+            T.writes(B[0:rows])
+            T.evaluate(T.call_extern("int32", name, A.access_ptr("r"), B.access_ptr("rw")))
 
-    TensorIntrin.register(name, description, implementation, override=True)
+    wanted = description_of_one if rows == 1 else description
+    TensorIntrin.register(name, wanted, implementation, override=True)
     return name

@@ -98,6 +98,4 @@ def sum_channels(
         *_, row, lane, step = sch.get_loops(partial)
         sch.reorder(step, row, lane)
         accumulate_tile(sch, partial, [row, lane], step)
-        *_, row, lane = sch.get_loops(total)
-        sch.unroll(row)
-        sum_lanes(sch, total, lane, task, dtype)
+        sum_lanes(sch, total, sch.get_loops(total)[-2], task, dtype)
