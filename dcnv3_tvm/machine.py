@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -75,6 +76,13 @@ _IDENTITY: Final = (
 )
 """Fields of /proc/cpuinfo on x86-64 and on Arm."""
 
+AMX_FEATURES: Final = frozenset({"amx-bf16", "amx-tile"})
+"""LLVM's names of the features of AMX that compiled code uses."""
+
+_ARCH_PRCTL: Final = 158
+_REQ_XCOMP_PERM: Final = 0x1023
+_XTILEDATA: Final = 18
+
 
 def architecture() -> str:
     """Return LLVM's name of the processor architecture, for example ``"x86_64"``."""
@@ -118,6 +126,19 @@ def missing_features(required: Iterable[str]) -> list[str]:
         return []
     names = {name.removeprefix("+") for name in required}
     return sorted(name for name in names if name in _KERNEL_FLAGS and name not in present)
+
+
+@functools.cache
+def enable_amx() -> bool:
+    """Ask Linux for the permission to use AMX's tile registers; return whether it is granted.
+
+    It is the process's, and a forked child's. Without it, the first use ends the process.
+    """
+    try:
+        system = ctypes.CDLL(None).syscall
+    except (OSError, TypeError, AttributeError):
+        return False
+    return architecture() == "x86_64" and system(_ARCH_PRCTL, _REQ_XCOMP_PERM, _XTILEDATA) == 0
 
 
 def usable_cores() -> set[int]:

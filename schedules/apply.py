@@ -19,6 +19,7 @@ from dcnv3_tvm.schedules.cpu.depthwise import depthwise
 from dcnv3_tvm.schedules.cpu.fallback import fallback
 from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
 from dcnv3_tvm.schedules.cpu.matmul import matmul
+from dcnv3_tvm.schedules.cpu.tile_matmul import tile_matmul
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3 as gpu_dcnv3
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise as gpu_depthwise
 from dcnv3_tvm.schedules.gpu.fallback import fallback as gpu_fallback
@@ -37,6 +38,7 @@ CPU_RULES: Final[tuple[Rule, ...]] = (
     dcnv3_grad_x,
     dcnv3_grad_offset_mask,
     matmul,
+    tile_matmul,
     convolution,
     depthwise,
     layer_norm,

@@ -1,14 +1,18 @@
 import pytest
 from tvm.target import Target
 
-from dcnv3_tvm import gpu
+from dcnv3_tvm import gpu, machine
 from dcnv3_tvm.errors import TargetError
 from dcnv3_tvm.targets import (
     gpu_architecture,
+    has_amx,
+    has_bfloat16_dot,
+    has_fast_bfloat16,
     host_cpu,
     is_gpu,
     num_cores,
     resolve_target,
+    target_features,
     target_slug,
     vector_bits,
     vector_lanes,
@@ -21,6 +25,32 @@ def test_this_machine(name):
     assert target.attrs["mcpu"] == host_cpu()
     assert target_slug(target) == f"cpu-{host_cpu()}"
     assert num_cores(target) >= 1
+
+
+def test_features_that_a_virtual_machine_hides(monkeypatch):
+    present = machine.cpu_features()
+    hidden = min(present & target_features(resolve_target("auto")))
+    monkeypatch.setattr(machine, "cpu_features", lambda: present - {hidden})
+    target = resolve_target("auto")
+    assert f"-{hidden}" in target.attrs["mattr"]
+    assert machine.missing_features(target_features(target)) == []
+    assert target_slug(target) == f"cpu-{host_cpu()}"
+
+
+@pytest.mark.parametrize(
+    ("name", "amx", "dot"),
+    [
+        ("cpu-emeraldrapids", True, False),
+        ("llvm -mcpu=sapphirerapids -mattr=-amx-tile", False, False),
+        ("cpu-cooperlake", False, True),
+        ("cpu-znver5", False, True),
+        ("cpu-skylake-avx512", False, False),
+    ],
+)
+def test_bfloat16_instructions(name, amx, dot):
+    target = resolve_target(name)
+    assert (has_amx(target), has_bfloat16_dot(target)) == (amx, dot)
+    assert has_fast_bfloat16(target) == (amx or dot)
 
 
 @pytest.mark.parametrize(

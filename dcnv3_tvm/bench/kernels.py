@@ -10,7 +10,7 @@ from typing import ClassVar, Final
 import numpy as np
 import tvm
 
-from dcnv3_tvm import frontend, targets
+from dcnv3_tvm import frontend, machine, targets
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.cpu_peaks import measure_peaks
 from dcnv3_tvm.bench.gpu_models import GpuModel
@@ -271,6 +271,7 @@ def _time_each(kernels: list[Kernel], target: tvm.target.Target) -> Iterable[tup
         kernel.name: kernel.function.with_attr("global_symbol", kernel.name) for kernel in kernels
     }
     executable = tvm.compile(tvm.IRModule(module), target=target)
+    machine.enable_amx()
     rng = np.random.default_rng(0)
     for kernel in kernels:
         arrays = [_random(rng, argument) for argument in (*kernel.inputs, *kernel.outputs)]

@@ -12,11 +12,11 @@ from typing import Final
 
 from dcnv3_tvm.compiler.kernel_listing import Kernel
 from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.kernels import gemm, mlp
+from dcnv3_tvm.kernels import gemm, mlp, tile_matmul
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.transform.gpu_padding import depth_multiple
 
-MATMUL_KINDS: Final = ("matmul", "convolution", gemm.KERNEL, mlp.KERNEL)
+MATMUL_KINDS: Final = ("matmul", tile_matmul.KERNEL, "convolution", gemm.KERNEL, mlp.KERNEL)
 """Kinds of kernels whose operations run at the matmul rate of their weights' dtype."""
 
 CPU_RATES: Final = {"float32": 1.0, "bfloat16": 2.0}
@@ -101,7 +101,7 @@ def kernel_flops(kernel: Kernel) -> int:
     count zero.
     """
     elements = math.prod(kernel.outputs[0].shape)
-    if kernel.kind == "matmul":
+    if kernel.kind in ("matmul", tile_matmul.KERNEL):
         return 2 * elements * kernel.inputs[0].shape[-1]
     if kernel.kind == "convolution":
         # The weight is (tiles, kh, kw, ...).

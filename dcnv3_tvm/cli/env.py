@@ -45,6 +45,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         "platform": platform.platform(),
         "cpu": machine.cpu_name(),
         "cpu_features": None if features is None else sorted(features),
+        "amx": _amx(features),
         "physical_cores": machine.physical_cores(),
         "threads": default_threads(),
         "auto_target": _auto_target(),
@@ -67,6 +68,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("platform", data["platform"]),
         ("cpu", f"{data['cpu']}, {data['physical_cores']} cores"),
         ("cpu features", "unknown" if features is None else " ".join(sorted(features))),
+        ("AMX", data["amx"]),
         ("threads", data["threads"]),
         ("target auto", data["auto_target"] or "unknown (TVM cannot be imported)"),
         *[
@@ -106,6 +108,15 @@ def _operator_cache() -> dict[str, Any]:
         "bytes": kernel_cache.used_bytes(),
         "limit": kernel_cache.LIMIT,
     }
+
+
+def _amx(features: frozenset[str] | None) -> str:
+    """Say whether this process may use AMX."""
+    from dcnv3_tvm import machine
+
+    if features is None or not features >= machine.AMX_FEATURES:
+        return "none"
+    return "available" if machine.enable_amx() else "denied by the system"
 
 
 def _cuda() -> dict[str, str | None]:

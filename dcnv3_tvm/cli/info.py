@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(arguments: argparse.Namespace) -> Result:
     """Describe the artifact."""
     from dcnv3_tvm.errors import TargetError
-    from dcnv3_tvm.runtime.loading import check_target, read_metadata
+    from dcnv3_tvm.runtime.loading import check_runs_here, read_metadata
     from dcnv3_tvm.runtime.metadata import WEIGHTS
 
     metadata = read_metadata(arguments.artifact)
     try:
-        check_target(metadata.target)
+        check_runs_here(metadata)
         runs_here = "yes"
     except TargetError as error:
         runs_here = f"no: {error}"
@@ -43,6 +43,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("target", f"{metadata.target.slug} ({metadata.target.text})"),
         ("architecture", metadata.target.arch or metadata.target.architecture or "unknown"),
         ("runs here", runs_here),
+        ("AMX", "used, and needed" if metadata.uses_amx else "not used"),
         ("dtype", metadata.dtype),
         ("versions", ", ".join(f"{name} {value}" for name, value in metadata.versions.items())),
         ("created", metadata.created),
@@ -61,7 +62,11 @@ def execute(arguments: argparse.Namespace) -> Result:
             for role, tensors in (("input", entry.inputs), ("output", entry.outputs))
             for tensor in tensors
         ]
-    data = metadata.to_json() | {"files": sizes, "runs_here": runs_here}
+    data = metadata.to_json() | {
+        "files": sizes,
+        "runs_here": runs_here,
+        "uses_amx": metadata.uses_amx,
+    }
     return Result(data, table(["", ""], facts).strip("\n"))
 
 

@@ -20,7 +20,7 @@ from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.runtime import CompiledModel, load
-from dcnv3_tvm.runtime.loading import check_target
+from dcnv3_tvm.runtime.loading import check_amx, check_target
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata
 from dcnv3_tvm.schedules.records import find_records
 
@@ -50,8 +50,8 @@ def compile_model(
         ``"cuda-sm90"`` and ``"llvm -mcpu=..."`` name one.
     dtype : str
         Element type of the matmul operands: ``"float32"``; on GPUs also ``"float16"`` and
-        ``"bfloat16"``; on CPUs with ``avx512_bf16`` also ``"bfloat16"``. Inputs and outputs are
-        float32.
+        ``"bfloat16"``; on CPUs with AMX, or with the fast ``avx512_bf16`` of AMD's Zen 4 and
+        later, also ``"bfloat16"``. Inputs and outputs are float32.
     database : str or path
         Tuning records to schedule kernels with: ``"default"`` for those shipped with this package,
         ``"none"``, or a folder written by `dcnv3-tvm tune`.
@@ -81,7 +81,10 @@ def compile_model(
         If `database` holds no records, or records for another target or version of TVM.
     """
     # Loading checks the target as well, but after minutes of compilation.
-    check_target(target_info(targets.resolve_target(target)))
+    resolved = targets.resolve_target(target)
+    check_target(target_info(resolved))
+    if dtype == "bfloat16" and targets.has_amx(resolved):
+        check_amx()
     folder = files.temporary_folder()
     destination = Path(folder.name) / "artifact"
     compile_artifact(
@@ -213,11 +216,12 @@ def check_dtype(dtype: str, target: tvm.target.Target) -> None:
             got=targets.target_slug(target),
             allowed="float32 and bfloat16 on CPUs; float16 on GPUs, such as cuda-sm90",
         )
-    if not targets.has_bfloat16_dot(target):
+    if not targets.has_fast_bfloat16(target):
         raise TargetError(
-            "bfloat16 is not supported by the target",
+            "bfloat16 is not supported by the target, or slower than float32 there",
             got=targets.target_slug(target),
-            allowed="a GPU, or a CPU with avx512_bf16: cpu-znver4, cpu-cooperlake",
+            allowed="a GPU, a CPU with AMX (cpu-sapphirerapids and later), or one with fast dot "
+            "products of bfloat16 (cpu-znver4, cpu-znver5, cpu-cooperlake)",
             hint='Compile with dtype="float32".',
         )
 

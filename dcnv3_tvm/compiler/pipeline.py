@@ -14,7 +14,7 @@ from dcnv3_tvm.errors import CompileError, InvalidArgumentError
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.schedules import ScheduledKernel
 from dcnv3_tvm.schedules.records import Records
-from dcnv3_tvm.targets import is_gpu
+from dcnv3_tvm.targets import has_amx, is_gpu
 from dcnv3_tvm.transform.convert_layout import convert_layout
 from dcnv3_tvm.transform.fold_weights import fold_weights
 from dcnv3_tvm.transform.fuse_center_feature import fuse_center_feature
@@ -92,6 +92,7 @@ def run_pipeline(
         tiling = CpuTiling(
             weight_tile_width=lambda outputs: schedules.weight_tile_width(outputs, target),
             row_slack=schedules.row_slack,
+            matrix_tiles=has_amx(target),
         )
         return lower_cpu(program, tiling, dtype)
 

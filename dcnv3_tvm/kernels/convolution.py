@@ -84,7 +84,12 @@ def convolution(
                 reduce=[*kernel_size, in_channels],
                 dtype=dtype,
             )
-            store(part, sums, [batch, out_height, out_width], lambda *index: list(index))
+            store(
+                part.suffix,
+                sums,
+                [batch, out_height, out_width, part.width],
+                lambda b, i, j, n, part=part: [b, i, j, part.start + n],
+            )
     return builder.get()
 
 

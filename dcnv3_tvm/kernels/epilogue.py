@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dcnv3_tvm.kernels.activations import activate
-from dcnv3_tvm.kernels.packing import ColumnPart
 from dcnv3_tvm.op.expr import cast
 from dcnv3_tvm.op.prim_func_builder import argument, compute
 
@@ -33,7 +32,7 @@ class Epilogue:
 
 def declare_epilogue(
     epilogue: Epilogue, shape: Sequence[Any], dtype: str, out_dtype: str
-) -> Callable[[ColumnPart, Any, Sequence[Any], Callable[..., list[Any]]], None]:
+) -> Callable[[str, Any, Sequence[Any], Callable[..., list[Any]]], None]:
     """Declare the parameters ``[bias], [residual], out`` of a kernel with packed weights.
 
     The epilogue computes in `dtype`.
@@ -41,9 +40,8 @@ def declare_epilogue(
     Returns
     -------
     callable
-        ``store(part, sums, extents, position)`` adds the epilogue block of a column part, whose
-        loops have the extents ``(*extents, part.width)``; ``position(*index)`` is the leading
-        index in the output.
+        ``store(suffix, sums, extents, at)`` adds the block ``epilogue{suffix}`` over `extents`;
+        ``at(*index)`` is the index in the output of the sum at `index`.
     """
     bias = argument("bias", shape[-1:], dtype) if epilogue.bias else None
     residual = argument("residual", shape, dtype) if epilogue.residual else None
@@ -55,15 +53,10 @@ def declare_epilogue(
         total = activate(epilogue.activation, total)
         return total if residual is None else total + residual[tuple(index)]
 
-    def store(
-        part: ColumnPart, sums: Any, extents: Sequence[Any], position: Callable[..., list[Any]]
-    ) -> None:
-        def at(*index: Any) -> list[Any]:
-            return [*position(*index[:-1]), part.start + index[-1]]
-
+    def store(suffix: str, sums: Any, extents: Sequence[Any], at: Callable[..., list[Any]]) -> None:
         compute(
-            f"epilogue{part.suffix}",
-            [*extents, part.width],
+            f"epilogue{suffix}",
+            extents,
             lambda *index: cast(out_dtype, value(sums[index], at(*index))),
             dtype=out_dtype,
             into=out,

@@ -99,7 +99,12 @@ def matmul(
                 reduce=[in_features],
                 dtype=accumulator,
             )
-            store(part, sums, [rows], lambda m: unflatten(m, lead))
+            store(
+                part.suffix,
+                sums,
+                [rows, part.width],
+                lambda m, n, part=part: [*unflatten(m, lead), part.start + n],
+            )
     return builder.get()
 
 

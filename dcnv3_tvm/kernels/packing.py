@@ -14,6 +14,12 @@ import numpy.typing as npt
 PAIR: Final = 2
 """Input features interleaved in bfloat16 weights, for instructions that multiply and add pairs."""
 
+TILE: Final = 16
+"""Rows, columns, and pairs of a matrix tile of AMX."""
+
+BLOCK: Final = 2 * TILE
+"""Rows and columns of a block of two tiles by two, and input features of a step."""
+
 
 class ColumnPart(NamedTuple):
     """A range of output channels with blocks of its own, whose names end in `suffix`."""
@@ -61,6 +67,35 @@ def pack_matmul_weight(weight: npt.NDArray[Any], tile: int) -> npt.NDArray[Any]:
     tiles, inputs, _ = packed.shape
     pairs = packed.reshape(tiles, inputs // PAIR, PAIR, tile)
     return np.ascontiguousarray(np.moveaxis(pairs, 2, 3))
+
+
+def pack_tile_weight(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Pack a weight matrix for `dcnv3_tvm.kernels.tile_matmul.tile_matmul`.
+
+    Parameters
+    ----------
+    weight : ndarray of shape (N, K)
+        In bfloat16; N and K are at least `BLOCK`.
+
+    Returns
+    -------
+    ndarray of shape (ceil(N/32), ceil(K/32), 2, 16, 16, 2)
+        Contiguous; axes are block, step, half of the block, pair, column, element of the pair. The
+        last block and the last step end at N and K, where those before have the same columns and
+        input features; the latter are zero in the last step.
+    """
+    outputs, inputs = weight.shape
+    blocks, steps = -(-outputs // BLOCK), -(-inputs // BLOCK)
+    columns = (
+        np.minimum(np.arange(blocks) * BLOCK, outputs - BLOCK)[:, None] + np.arange(BLOCK)
+    ).ravel()
+    padded = np.zeros((blocks * BLOCK, steps * BLOCK), weight.dtype)
+    whole = inputs // BLOCK * BLOCK
+    padded[:, :whole] = weight[columns, :whole]
+    if whole < inputs:
+        padded[:, whole - inputs :] = weight[columns, whole:]
+    tiles = padded.reshape(blocks, 2, TILE, steps, TILE, PAIR)
+    return np.ascontiguousarray(tiles.transpose(0, 3, 1, 4, 2, 5))
 
 
 def pack_convolution_weight(weight: npt.NDArray[Any], tile: int) -> npt.NDArray[Any]:

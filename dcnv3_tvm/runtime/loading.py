@@ -11,7 +11,7 @@ from typing import Any
 from dcnv3_tvm import checks, gpu
 from dcnv3_tvm.digests import digest_of, digest_of_file
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
-from dcnv3_tvm.machine import architecture, missing_features
+from dcnv3_tvm.machine import architecture, enable_amx, missing_features
 from dcnv3_tvm.runtime import cuda, library, weights
 from dcnv3_tvm.runtime.metadata import (
     CUDA_LIBRARY,
@@ -87,7 +87,7 @@ def load(
     folder = checks.path("path", path)
     try:
         metadata = read_metadata(folder, verify_digest=verify_digests)
-        index = check_target(metadata.target, device)
+        index = check_runs_here(metadata, device)
         if index is not None and workers > 1:
             raise InvalidArgumentError(
                 "a model on a GPU has one worker", got=f"workers={workers}", allowed=1
@@ -181,6 +181,32 @@ def read_metadata(path: str | os.PathLike[str], *, verify_digest: bool = True) -
     return ArtifactMetadata.loads(text, verify_digest=verify_digest)
 
 
+def check_runs_here(metadata: ArtifactMetadata, device: str | None = None) -> int | None:
+    """Check that an artifact runs on a device of this machine.
+
+    Parameters
+    ----------
+    metadata : ArtifactMetadata
+        Of the artifact.
+    device : str, optional
+        As in `load`.
+
+    Returns
+    -------
+    int or None
+        Index of the GPU it will run on; None for the CPU.
+
+    Raises
+    ------
+    TargetError
+        As in `check_target`, and if it uses AMX and the system denies that.
+    """
+    index = check_target(metadata.target, device)
+    if metadata.uses_amx:
+        check_amx()
+    return index
+
+
 def check_target(target: TargetInfo, device: str | None = None) -> int | None:
     """Check that code for a target runs on a device of this machine.
 
@@ -235,6 +261,23 @@ def check_target(target: TargetInfo, device: str | None = None) -> int | None:
                 hint=f"Compile the model again with --target {gpu.target_name(present.arch)}.",
             )
     return index
+
+
+def check_amx() -> None:
+    """Ask for the permission to use AMX.
+
+    Raises
+    ------
+    TargetError
+        If the system denies it.
+    """
+    if not enable_amx():
+        raise TargetError(
+            "the system denies the use of AMX, which bfloat16 matmuls need on this processor",
+            got="no permission for the tile registers (arch_prctl ARCH_REQ_XCOMP_PERM)",
+            hint="It takes Linux 5.16, and a sandbox that permits arch_prctl. Otherwise compile "
+            'with dtype="float32".',
+        )
 
 
 def _device_index(target: TargetInfo, device: str | None) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any, Final, TypedDict
 
 from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.json_values import decode
+from dcnv3_tvm.machine import AMX_FEATURES
 from dcnv3_tvm.signature import Entry, TensorInfo, is_input_size
 
 SCHEMA_VERSION: Final = 3
@@ -120,6 +121,11 @@ class ArtifactMetadata:
         """Names of TVM's runtime libraries in the folder."""
         gpu = (CUDA_LIBRARY,) if self.target.kind == "cuda" else ()
         return RUNTIME_LIBRARY, *gpu
+
+    @property
+    def uses_amx(self) -> bool:
+        """Whether kernels use matrix tiles, which a process needs a permission for."""
+        return set(self.target.features) >= AMX_FEATURES and "tile_matmul" in self.kernels.values()
 
     @property
     def feature_entry(self) -> str | None:

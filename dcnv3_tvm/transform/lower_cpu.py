@@ -9,7 +9,12 @@ from tvm import relax
 
 from dcnv3_tvm.kernels.convolution import convolution, output_extent
 from dcnv3_tvm.kernels.matmul import matmul
-from dcnv3_tvm.kernels.packing import pack_convolution_weight, pack_matmul_weight
+from dcnv3_tvm.kernels.packing import (
+    pack_convolution_weight,
+    pack_matmul_weight,
+    pack_tile_weight,
+)
+from dcnv3_tvm.kernels.tile_matmul import tile_matmul
 from dcnv3_tvm.op.expr import int64, product
 from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer, absorbed_values, find_layers
@@ -33,10 +38,13 @@ class CpuTiling(NamedTuple):
         Width of the column tiles to pack a weight in, for a number of output features.
     row_slack : callable
         Extra rows to compute, for a number of rows.
+    matrix_tiles : bool
+        Whether bfloat16 matmuls use the processor's matrix tiles.
     """
 
     weight_tile_width: Callable[[int], int]
     row_slack: Callable[[Any], int]
+    matrix_tiles: bool = False
 
 
 def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Program:
@@ -61,7 +69,7 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
         layers |= found
         absorbed |= absorbed_values(function, found)
         if dtype == "bfloat16":
-            values = find_bfloat16(function, found)
+            values = find_bfloat16(function, found, matrix_tiles=tiling.matrix_tiles)
             bfloat16_matmuls |= values.matmuls
             bfloat16_stored |= values.stored
     converted: dict[tuple[Rebuilder, relax.Expr], relax.Var] = {}
@@ -101,8 +109,16 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
 def _lower_matmul(context: LayerContext, tiling: CpuTiling) -> relax.Var:
     layer, matrix = context.layer, context.matrix
     outputs, inputs = matrix.shape
-    tile = tiling.weight_tile_width(outputs)
     lead = context.sizes[:-1]
+    arguments = [context.source, None, layer.bias, layer.residual]
+    weight = matrix.astype(context.dtype)
+    if tiling.matrix_tiles and context.dtype == "bfloat16":
+        kernel = tile_matmul(
+            lead, inputs, outputs, epilogue=context.epilogue, out_dtype=context.out_dtype
+        )
+        arguments[1] = context.packed(pack_tile_weight, weight, kernel.params[1])
+        return context.call(kernel, f"tile_matmul_{inputs}_{outputs}", arguments)
+    tile = tiling.weight_tile_width(outputs)
     kernel = matmul(
         lead,
         inputs,
@@ -113,9 +129,7 @@ def _lower_matmul(context: LayerContext, tiling: CpuTiling) -> relax.Var:
         dtype=context.dtype,
         out_dtype=context.out_dtype,
     )
-    weight = matrix.astype(context.dtype)
-    packed = context.packed(pack_matmul_weight, weight, kernel.params[1], tile=tile)
-    arguments = [context.source, packed, layer.bias, layer.residual]
+    arguments[1] = context.packed(pack_matmul_weight, weight, kernel.params[1], tile=tile)
     return context.call(kernel, f"matmul_{inputs}_{outputs}", arguments)
 
 

@@ -18,6 +18,7 @@ from typing import Final, NamedTuple
 from tvm import relax
 
 from dcnv3_tvm.kernels.packing import PAIR
+from dcnv3_tvm.kernels.tile_matmul import supports_tiles
 from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer
@@ -42,7 +43,9 @@ class Bfloat16Values(NamedTuple):
     stored: set[relax.Var]
 
 
-def find_bfloat16(function: relax.Function, layers: Mapping[relax.Var, Layer]) -> Bfloat16Values:
+def find_bfloat16(
+    function: relax.Function, layers: Mapping[relax.Var, Layer], *, matrix_tiles: bool = False
+) -> Bfloat16Values:
     """Find what is multiplied and stored in bfloat16.
 
     Parameters
@@ -51,6 +54,8 @@ def find_bfloat16(function: relax.Function, layers: Mapping[relax.Var, Layer]) -
         Channels last, with weights folded.
     layers : mapping of relax.Var to Layer
         Result of `find_layers`.
+    matrix_tiles : bool
+        Whether matmuls use matrix tiles instead of dot products of pairs.
     """
     bindings = {
         binding.var: binding.value for block in function.body.blocks for binding in block.bindings
@@ -71,7 +76,7 @@ def find_bfloat16(function: relax.Function, layers: Mapping[relax.Var, Layer]) -
                 magnified.add(value.args[1])
             continue
         source = layer.root.args[0]
-        matmul = supports_bfloat16(layer) and var not in magnified
+        matmul = supports_bfloat16(layer, matrix_tiles=matrix_tiles) and var not in magnified
         if matmul:
             matmuls.add(var)
         if matmul or layer.kind == "depthwise":
@@ -88,13 +93,15 @@ def find_bfloat16(function: relax.Function, layers: Mapping[relax.Var, Layer]) -
     return Bfloat16Values(matmuls, stored)
 
 
-def supports_bfloat16(layer: Layer) -> bool:
-    """Whether a layer is a matmul whose sizes suit dot products of bfloat16 pairs."""
+def supports_bfloat16(layer: Layer, *, matrix_tiles: bool = False) -> bool:
+    """Whether a layer is a matmul whose sizes suit matrix tiles, or dot products of pairs."""
     if layer.kind != "matmul":
         return False
     source, weight = layer.root.args
     inputs = dimensions(source)[-1]
     outputs = dimensions(weight)[1 if weight.ty.ndim == 2 else 0]
+    if matrix_tiles:
+        return supports_tiles(inputs, outputs)
     return bool(inputs % PAIR == 0 and outputs % _OUTPUT_MULTIPLE == 0)
 
 

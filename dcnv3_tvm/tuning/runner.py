@@ -16,7 +16,7 @@ from dcnv3_tvm import files, targets
 from dcnv3_tvm.compiler.kernel_library import ENTRY, export_kernel
 from dcnv3_tvm.compiler.kernel_listing import KernelArgument
 from dcnv3_tvm.dtypes import numpy_dtype
-from dcnv3_tvm.machine import usable_cores
+from dcnv3_tvm.machine import enable_amx, usable_cores
 from dcnv3_tvm.op.reference import Float64Array
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.runtime.cuda import load_runtime
@@ -145,6 +145,7 @@ class KernelRunner:
         # As many cores as threads: threads that migrate make times noisy.
         os.sched_setaffinity(0, sorted(usable_cores())[: self.threads])
         library.use_threads(self.threads)
+        enable_amx()
         return tvm.runtime.load_module(str(path)), tvm.cpu(0)
 
     def _load_remotely(self, rpc: RpcConfig, path: Path, timeout: float) -> tuple[Any, Any]:

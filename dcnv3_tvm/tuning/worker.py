@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from dcnv3_tvm.environment import TVM_NUM_THREADS
 from dcnv3_tvm.errors import MissingDependencyError, TargetError
+from dcnv3_tvm.machine import enable_amx
 from dcnv3_tvm.runtime.cuda import load_runtime
 from dcnv3_tvm.runtime.library import default_threads
 from dcnv3_tvm.tuning.rpc import check_tracker, import_tvm_rpc
@@ -61,7 +62,7 @@ def serve(
         tracker_addr=tracker,
         custom_addr=address,
         silent=True,
-        server_init_callback=_load_cuda,
+        server_init_callback=_prepare_devices,
     )
     try:
         while server.proc.is_alive():
@@ -72,7 +73,8 @@ def serve(
         server.terminate()
 
 
-def _load_cuda() -> None:
-    """Load the CUDA runtime in a measuring process, if the machine has a GPU."""
+def _prepare_devices() -> None:
+    """Ask for AMX, and load the CUDA runtime if the machine has a GPU, in a measuring process."""
+    enable_amx()
     with contextlib.suppress(TargetError, MissingDependencyError):
         load_runtime()

@@ -9,7 +9,7 @@ import pytest
 from dcnv3_tvm.bench import comparison, measure, ours
 from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.targets import has_bfloat16_dot, resolve_target
+from dcnv3_tvm.targets import has_fast_bfloat16, resolve_target
 
 TINY = ("--variant", "test_internimage_pre_norm", "--against", "torch", "--rounds", "2")
 CASE = "dcnv3-n1-h4-w4-c16-g4-k3-s1-p1-d1-f32"
@@ -48,7 +48,7 @@ def test_encoder_prints_json(capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not has_bfloat16_dot(resolve_target("auto")), reason="needs bfloat16 dot products"
+    not has_fast_bfloat16(resolve_target("auto")), reason="needs bfloat16 dot products"
 )
 def test_encoder_in_bfloat16(capsys):
     arguments = ["--dtype", "bfloat16", "--against", "openvino,openvino-bf16", "--json"]

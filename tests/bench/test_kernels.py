@@ -12,7 +12,7 @@ from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.bench.roofline import Peaks
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument
-from dcnv3_tvm.targets import has_bfloat16_dot, resolve_target
+from dcnv3_tvm.targets import has_fast_bfloat16, resolve_target
 from dcnv3_tvm.verify.placeholder_weights import placeholder_model
 
 TINY = "test_internimage_pre_norm"
@@ -83,7 +83,7 @@ def test_command_with_a_device_model(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_times_of_an_encoder(capsys, tmp_path, monkeypatch):
-    dtype = "bfloat16" if has_bfloat16_dot(resolve_target("auto")) else "float32"
+    dtype = "bfloat16" if has_fast_bfloat16(resolve_target("auto")) else "float32"
     monkeypatch.setattr(kernels, "_BURST", 1e-4)
     monkeypatch.setattr(kernels, "_MODEL_BURST", 1e-3)
     path = tmp_path / "k.json"

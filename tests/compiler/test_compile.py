@@ -102,7 +102,8 @@ def test_unsupported_dtype(imported, dtype):
     ("target", "dtype", "message"),
     [
         ("cpu-znver4", "float16", "float32 and bfloat16 on CPUs; float16 on GPUs"),
-        ("cpu-haswell", "bfloat16", "avx512_bf16.*float32"),
+        ("cpu-haswell", "bfloat16", "AMX.*cpu-znver4.*float32"),
+        ("llvm -mcpu=sapphirerapids -mattr=-amx-bf16", "bfloat16", "slower than float32 there"),
     ],
 )
 def test_dtype_not_supported_by_the_cpu(imported, tmp_path, target, dtype, message):

@@ -3,8 +3,11 @@
 import pytest
 
 import dcnv3_tvm as dt
-from dcnv3_tvm import frontend, machine
+from dcnv3_tvm import frontend
+from dcnv3_tvm.compiler import compile as compiler
+from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.frontend.models.variants import model_config
+from dcnv3_tvm.targets import has_fast_bfloat16, resolve_target
 from dcnv3_tvm.verify.compare import compare
 from dcnv3_tvm.verify.random_weights import randomize_
 from helpers.encoders import random_encoder
@@ -17,14 +20,14 @@ POOLED_HEAD = [name for name in TINY if name not in CLIP_HEAD]
 
 CPU_BFLOAT16_ERROR = 1e-2
 
-DOT_PRODUCT = pytest.mark.skipif(
-    "avx512bf16" in machine.missing_features(["avx512bf16"]),
-    reason="the CPU has no bfloat16 dot product",
+FAST_BFLOAT16 = pytest.mark.skipif(
+    not has_fast_bfloat16(resolve_target("auto")),
+    reason="the CPU has no fast matmuls in bfloat16",
 )
 
 
 def bfloat16(*arguments):
-    return pytest.param(*arguments, "bfloat16", marks=DOT_PRODUCT)
+    return pytest.param(*arguments, "bfloat16", marks=FAST_BFLOAT16)
 
 
 def assert_agrees(compiled, model, image, reference=None):
@@ -56,6 +59,16 @@ def test_every_block_path_and_head(name, dtype):
         # One kernel a stage, which stores bfloat16.
         assert rules.count("dcnv3") == 4
         assert {tensor.dtype for tensor in compiled.metadata.entries["main"].outputs} == {"float32"}
+    assert_agrees(compiled, model, image, reference)
+
+
+def test_matrix_tiles_on_any_processor(monkeypatch):
+    """Without AMX, the kernels call the portable functions."""
+    monkeypatch.setattr(pipeline, "has_amx", lambda _target: True)
+    monkeypatch.setattr(compiler, "check_dtype", lambda *_: None)
+    model, imported, image, reference = random_encoder(POOLED_HEAD[0], (1, 3, 32, 64), (1, 1, 1, 1))
+    compiled = dt.compile_model(imported, dtype="bfloat16")
+    assert list(compiled.metadata.kernels.values()).count("tile_matmul") >= 8
     assert_agrees(compiled, model, image, reference)
 
 

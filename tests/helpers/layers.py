@@ -118,9 +118,11 @@ def run_kernel(
     """
     import tvm
 
+    from dcnv3_tvm import machine
     from dcnv3_tvm.schedules import schedule_module
     from dcnv3_tvm.targets import resolve_target
 
+    machine.enable_amx()
     target = resolve_target() if target is None else target
     module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
     if scheduled:

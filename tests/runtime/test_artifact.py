@@ -18,7 +18,7 @@ import pytest
 from dcnv3_tvm import files, machine, runtime
 from dcnv3_tvm.compiler import artifact
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
-from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo, copied_library, library
+from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo, copied_library, library, loading
 from dcnv3_tvm.runtime import weights as weights_file
 
 FILES = {"model.so", "weights.safetensors", "metadata.json", "README.md", "libtvm_runtime.so"}
@@ -368,6 +368,17 @@ def test_target_does_not_fit(toy, tmp_path, monkeypatch, target, message):
     monkeypatch.setattr(machine, "cpu_features", lambda: frozenset({"avx2", "avx512f"}))
     with pytest.raises(TargetError, match=message):
         runtime.load(toy.write(tmp_path / "x", target=target))
+
+
+def test_amx_is_permitted_by_the_system(toy, tmp_path, monkeypatch):
+    """Only artifacts whose kernels use AMX ask for the permission."""
+    monkeypatch.setattr(machine, "cpu_features", lambda: machine.AMX_FEATURES)
+    monkeypatch.setattr(loading, "enable_amx", lambda: False)
+    target = TargetInfo("llvm", machine.architecture(), features=("amx-bf16", "amx-tile"))
+    assert runtime.load(toy.write(tmp_path / "x", target=target)).metadata.uses_amx is False
+    kernels = {"matmul": "tile_matmul"}
+    with pytest.raises(TargetError, match=r'denies the use of AMX.*dtype="float32"'):
+        runtime.load(toy.write(tmp_path / "x", target=target, kernels=kernels))
 
 
 def test_features_of_this_machine_are_accepted(toy, tmp_path, image):

@@ -13,7 +13,7 @@ from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.kernels.packing import pack_matmul_weight
 from dcnv3_tvm.op.expr import int64, product
 from dcnv3_tvm.schedules import row_slack, schedule_module
-from dcnv3_tvm.targets import has_bfloat16_dot, resolve_target
+from dcnv3_tvm.targets import resolve_target
 from helpers import layers
 from helpers.layers import run_kernel
 
@@ -113,12 +113,6 @@ def test_inner_loop_has_only_dot_products():
     loop = lines[dots[0] : dots[-1] + 1]
     # The sums stay in registers: no store between the first dot product and the last.
     assert not [line for line in loop if line.split()[0].startswith("vmov") and "), %" not in line]
-
-
-def test_targets_without_the_instruction():
-    assert has_bfloat16_dot(resolve_target(TARGET))
-    assert not has_bfloat16_dot(resolve_target("cpu-skylake-avx512"))
-    assert not has_bfloat16_dot(resolve_target("cpu-haswell"))
 
 
 def test_rejects_odd_number_of_input_features():

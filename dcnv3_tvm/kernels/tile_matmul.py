@@ -1,0 +1,162 @@
+"""Matmul of bfloat16 in blocks of sums, its epilogue in the same kernel, for CPUs with AMX.
+
+Blocks are computed by functions of `dcnv3_tvm.kernels.tile_functions`.
+
+Where rows, columns or depth are no multiple of a block, the last block begins earlier and overlaps
+the one before: these sums are computed twice, with the same result, and the weights of what was
+multiplied before are zero. So all blocks are of one size, and nothing outside the operands is read
+or written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Final
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from dcnv3_tvm.dtypes import DTYPE_BYTES
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.kernels.epilogue import Epilogue, declare_epilogue
+from dcnv3_tvm.kernels.packing import BLOCK, PAIR, TILE
+from dcnv3_tvm.kernels.tile_functions import IMPORT_CODE, PORTABLE_CODE, SUM_BLOCK
+from dcnv3_tvm.op.expr import constant_factor, int64, product, static, unflatten
+from dcnv3_tvm.op.prim_func_builder import allocate, argument, function
+
+KERNEL: Final = "tile_matmul"
+"""Value of `dcnv3_tvm.op.expr.KERNEL_ATTR` of these kernels."""
+
+OPERAND: Final = "bfloat16"
+"""Element type of x and weight; sums are `ACCUMULATOR`."""
+
+ACCUMULATOR: Final = "float32"
+
+
+def supports_tiles(in_features: int, out_features: int) -> bool:
+    """Whether a matmul has at least one block of depth and of columns."""
+    return min(in_features, out_features) >= BLOCK
+
+
+@functools.lru_cache(maxsize=256)
+def tile_matmul(
+    lead: Sequence[Any],
+    in_features: int,
+    out_features: int,
+    *,
+    epilogue: Epilogue | None = None,
+    out_dtype: str = ACCUMULATOR,
+) -> tirx.PrimFunc:
+    """Build ``out = epilogue(x @ weight.T)``.
+
+    Parameters
+    ----------
+    lead : sequence of int or tirx.Var
+        Leading dimensions of x and out.
+    in_features, out_features : int
+        K and N, at least `dcnv3_tvm.kernels.packing.BLOCK`.
+    epilogue : Epilogue, optional
+        Applied before the store.
+    out_dtype : str
+        Element type of out; bias and residual are float32.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc
+        Function of x (*lead, K), weight (`packing.pack_tile_weight`), [bias (N,)],
+        [residual (*lead, N)], out (*lead, N); unscheduled blocks ``sums`` over blocks of (rows,
+        columns), and ``epilogue`` over these and (row, column) of a block.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If K or N is smaller than a block.
+    """
+    if not supports_tiles(in_features, out_features):
+        raise InvalidArgumentError(
+            "the matmul is smaller than a block",
+            got=f"{in_features} input and {out_features} output features",
+            allowed=f"at least {BLOCK}",
+        )
+    lead = [int64(size) for size in lead]
+    rows = product(lead)
+    height = block_rows(rows)
+    tile = (height + 1) // 2
+    steps = -(-in_features // BLOCK)
+    blocks = [_count(rows, height), int64(-(-out_features // BLOCK))]
+
+    def row(m: Any) -> Any:
+        return _start(m, height, rows)
+
+    def column(n: Any) -> Any:
+        return _start(n, BLOCK, out_features)
+
+    with function(KERNEL) as builder:
+        x = argument("x", [*lead, in_features], OPERAND)
+        weight = argument("weight", [blocks[1], steps, 2, TILE, TILE, PAIR], OPERAND)
+        store = declare_epilogue(
+            epilogue or Epilogue(), [*lead, out_features], ACCUMULATOR, out_dtype
+        )
+        sums = allocate("sums", [*blocks, BLOCK, BLOCK], ACCUMULATOR)
+        imported = T.serial(blocks[0], annotations={IMPORT_CODE: PORTABLE_CODE})
+        with imported as outer, T.serial(blocks[1]) as inner, T.sblock("sums"):
+            m = T.axis.spatial(blocks[0], outer, "int64")
+            n = T.axis.spatial(blocks[1], inner, "int64")
+            # Whole rows of unknown number: only the region of `sums` matters.
+            T.reads(x[tuple(slice(0, size) for size in x.shape)], weight[n, 0:steps])
+            T.writes(sums[m, n, 0:BLOCK, 0:BLOCK])
+            T.evaluate(
+                tirx.call_extern(
+                    "int32",
+                    SUM_BLOCK,
+                    tirx.address_of(sums[m, n, 0, 0]),
+                    tirx.address_of(x[(*unflatten(row(m), lead), 0)]),
+                    int64(in_features * DTYPE_BYTES[OPERAND]),
+                    tirx.address_of(weight[n, 0, 0, 0, 0, 0]),
+                    int64(steps),
+                    int64((in_features - BLOCK) * DTYPE_BYTES[OPERAND]),
+                    int64(tile),
+                    int64(height - tile),
+                )
+            )
+        store(
+            "",
+            sums,
+            [*blocks, height, BLOCK],
+            lambda m, n, i, j: [*unflatten(row(m) + i, lead), column(n) + j],
+        )
+    return builder.get()
+
+
+def block_rows(rows: Any) -> Any:
+    """Return the rows of a block, of which no more are computed than necessary.
+
+    Parameters
+    ----------
+    rows : int or expression
+        Rows of the matmul, of which a dynamic number is a multiple of its constant factor.
+    """
+    known = static(rows)
+    least = constant_factor(rows) if known is None else max(1, known)
+    if known is None and least < TILE:
+        return tirx.min(rows, int64(BLOCK))
+    return int64(-(-least // -(-least // BLOCK)))
+
+
+def _count(extent: Any, size: Any) -> Any:
+    """Return the number of blocks of a size that cover an extent."""
+    # A block of dynamic size, which is smaller than `BLOCK`, is the only one.
+    known = static(size) or BLOCK
+    rows = static(extent)
+    if rows is not None:
+        return int64(-(-rows // known))
+    return tirx.floordiv(extent + (known - 1), int64(known))
+
+
+def _start(index: Any, size: Any, extent: Any) -> Any:
+    """Return the first element of a block."""
+    known = static(size)
+    if known is not None and constant_factor(extent) % known == 0:
+        return index * size
+    return tirx.min(index * size, extent - size)

@@ -1,0 +1,85 @@
+"""LLVM code of the functions of `dcnv3_tvm.kernels.tile_functions` for processors with AMX."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from dcnv3_tvm.kernels.packing import BLOCK, TILE
+from dcnv3_tvm.kernels.tile_functions import BEGIN, END, PARAMETERS, SUM_BLOCK, TILE_BYTES
+
+# Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 columns of the weight.
+_TILE_ROWS: Final = ("%count",) * 6 + (str(TILE),) * 2
+
+# Layout of a tile configuration: palette, row bytes of each tile from byte 16, rows from byte 48.
+_CONFIGURATION: Final = "".join(
+    f"""
+  %bytes{tile} = getelementptr i8, ptr %configuration, i64 {16 + 2 * tile}
+  store i16 64, ptr %bytes{tile}
+  %rows{tile} = getelementptr i8, ptr %configuration, i64 {48 + tile}
+  store i8 {rows}, ptr %rows{tile}"""
+    for tile, rows in enumerate(_TILE_ROWS)
+)
+
+AMX_CODE: Final = f"""
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.tilezero(i8 immarg)
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
+declare i64 @llvm.smin.i64(i64, i64)
+
+define i32 @{BEGIN}(i64 %rows) {{
+  %configuration = alloca [64 x i8], align 64
+  store <64 x i8> zeroinitializer, ptr %configuration, align 64
+  store i8 1, ptr %configuration
+  %count = trunc i64 %rows to i8{_CONFIGURATION}
+  call void @llvm.x86.ldtilecfg(ptr %configuration)
+  ret i32 0
+}}
+
+define i32 @{END}() {{
+  call void @llvm.x86.tilerelease()
+  ret i32 0
+}}
+
+define i32 @{SUM_BLOCK}({PARAMETERS}) {{
+entry:
+  %skip = mul i64 %second, %row
+  call void @llvm.x86.tilezero(i8 0)
+  call void @llvm.x86.tilezero(i8 1)
+  call void @llvm.x86.tilezero(i8 2)
+  call void @llvm.x86.tilezero(i8 3)
+  br label %step
+step:
+  %number = phi i64 [0, %entry], [%next, %step]
+  %whole = mul i64 %number, {2 * BLOCK}
+  %start = call i64 @llvm.smin.i64(i64 %whole, i64 %last)
+  %upper = getelementptr i8, ptr %x, i64 %start
+  %lower = getelementptr i8, ptr %upper, i64 %skip
+  %tile = mul i64 %number, {2 * TILE_BYTES}
+  %left = getelementptr i8, ptr %weight, i64 %tile
+  %right = getelementptr i8, ptr %left, i64 {TILE_BYTES}
+  call void @llvm.x86.tileloadd64(i8 6, ptr %left, i64 64)
+  call void @llvm.x86.tileloadd64(i8 4, ptr %upper, i64 %row)
+  call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
+  call void @llvm.x86.tileloadd64(i8 7, ptr %right, i64 64)
+  call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 7)
+  call void @llvm.x86.tileloadd64(i8 5, ptr %lower, i64 %row)
+  call void @llvm.x86.tdpbf16ps(i8 2, i8 5, i8 6)
+  call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 7)
+  %next = add i64 %number, 1
+  %done = icmp eq i64 %next, %steps
+  br i1 %done, label %exit, label %step
+exit:
+  %right0 = getelementptr i8, ptr %sums, i64 64
+  %below = mul i64 %second, {4 * BLOCK}
+  %left1 = getelementptr i8, ptr %sums, i64 %below
+  %right1 = getelementptr i8, ptr %left1, i64 64
+  call void @llvm.x86.tilestored64(i8 0, ptr %sums, i64 {4 * BLOCK})
+  call void @llvm.x86.tilestored64(i8 1, ptr %right0, i64 {4 * BLOCK})
+  call void @llvm.x86.tilestored64(i8 2, ptr %left1, i64 {4 * BLOCK})
+  call void @llvm.x86.tilestored64(i8 3, ptr %right1, i64 {4 * BLOCK})
+  ret i32 0
+}}
+"""

@@ -1,0 +1,80 @@
+"""Matmuls in blocks of AMX tiles on CPUs."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from tvm import s_tir, tirx
+from tvm.s_tir.schedule import LoopRV
+from tvm.target import Target
+
+from dcnv3_tvm.kernels.tile_functions import BEGIN, END, IMPORT_CODE, PORTABLE_CODE
+from dcnv3_tvm.kernels.tile_matmul import KERNEL
+from dcnv3_tvm.op.expr import constant_factor, static
+from dcnv3_tvm.schedules.cpu.amx import AMX_CODE
+from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
+from dcnv3_tvm.schedules.space import SearchSpace
+from dcnv3_tvm.targets import has_amx
+
+_LANES: Final = 16
+
+_MAX_TOGETHER: Final = 16
+
+_TASK_STEPS: Final = 64
+"""Steps of a task, at least, so that loading the tile configuration takes a small part of it."""
+
+
+def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
+    """Schedule matmuls in blocks of sums.
+
+    A block of sums stays in tile registers over the whole of K, and in the L1 cache until its
+    epilogue is done. A task is one row or column of blocks, or several: of the direction of which
+    there are more.
+    """
+    if refusal := refuse_other_kernels(func, KERNEL):
+        return refusal
+    steps = int(func.params[1].shape[1])
+    sch = s_tir.Schedule(func)
+    sums, epilogue = sch.get_sblock("sums"), sch.get_sblock("epilogue")
+    row, column = sch.get_loops(sums)
+    sch.unannotate(row, IMPORT_CODE)
+    *_, line, _ = sch.get_loops(epilogue)
+    height = sch.get(line).extent
+
+    # Step 1. Order the blocks, and combine rows or columns of blocks to tasks.
+    counts = {name: sch.get(loop).extent for name, loop in (("rows", row), ("columns", column))}
+    rows, columns = map(static, counts.values())
+    more = "columns" if rows is not None and rows < (columns or 0) else "rows"
+    order = space.pick("order", list(counts), more)
+    loops = [row, column] if order == "rows" else [column, row]
+    sch.reorder(*loops)
+    outer, inner = (constant_factor(sch.get(loop).extent) for loop in loops)
+    sizes = [size for size in range(1, _MAX_TOGETHER + 1) if outer % size == 0]
+    wanted = [size for size in sizes if size * inner * steps >= _TASK_STEPS]
+    together = space.pick("together", sizes, min(wanted, default=sizes[-1]))
+    task, _ = sch.split(loops[0], [None, together])
+    sch.parallel(task)
+
+    # Step 2. Apply the epilogue to each block.
+    sch.reverse_compute_at(epilogue, loops[1], preserve_unit_loops=True)
+    *_, lane = sch.get_loops(epilogue)
+    _, vector = sch.split(lane, [None, _LANES])
+    sch.vectorize(vector)
+
+    # Step 3. Import the functions, and configure the tiles in each task.
+    sch.annotate(task, IMPORT_CODE, AMX_CODE if has_amx(target) else PORTABLE_CODE)
+    _surround(sch, task, (height + 1) // 2)
+    return sch.mod["main"]
+
+
+def _surround(sch: s_tir.Schedule, task: LoopRV, tile_rows: Any) -> None:
+    """Call the functions that configure the tiles and release them, around the body of a loop."""
+    reference = sch.get_sref(task)
+    loop = reference.stmt
+    begin = tirx.call_extern("int32", BEGIN, tile_rows)
+    end = tirx.call_extern("int32", END)
+    body = tirx.SeqStmt([tirx.Evaluate(begin), loop.body, tirx.Evaluate(end)])
+    surrounded = tirx.For(
+        loop.loop_var, loop.min, loop.extent, loop.kind, body, loop.thread_binding, loop.annotations
+    )
+    sch.state.replace(reference, surrounded)
