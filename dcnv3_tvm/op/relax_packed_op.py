@@ -5,20 +5,26 @@ compute offsets and logits. The lowering to kernels for CPUs or GPUs then choose
 the variant of the kernel. ``LegalizeOps`` lowers what is left, in the types of the arguments.
 
 The center feature has an operator of its own, so that both have the parameters of
-`dcnv3_tvm.op.relax_op.dcnv3` as their attributes, which `params_of` and `spec_of` of that module
-read.
+`dcnv3_tvm.op.relax_op.dcnv3` as their attributes, which `params_of` and `spec_of` of
+`dcnv3_tvm.op.relax_call` read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Final
 
-import tvm
 from tvm import relax, tirx
 
 from dcnv3_tvm.op import tensorir
-from dcnv3_tvm.op.relax_op import current_target_is_gpu, register_operator, spec_of
+from dcnv3_tvm.op.relax_call import (
+    add_kernel,
+    current_target_is_gpu,
+    is_call,
+    make_call,
+    register_operator,
+    spec_of,
+)
+from dcnv3_tvm.op.relax_packed_gradient import center_feature_gradient, packed_gradient
 from dcnv3_tvm.spec import DCNv3Params
 
 OP_NAME: Final = "dcnv3_tvm.dcnv3_packed"
@@ -34,20 +40,13 @@ def dcnv3_packed(
     x: relax.Expr, offset_mask: relax.Expr, params: DCNv3Params, *, center_feature: bool = False
 ) -> relax.Call:
     """Build a call; arguments are as for `dcnv3_tvm.op.tensorir.dcnv3_packed`."""
-    return relax.Call(
-        tvm.ir.Op.get(CENTER_FEATURE_OP_NAME if center_feature else OP_NAME),
-        [x, offset_mask],
-        attrs=tvm.ir.make_node("ir.DictAttrs", **dataclasses.asdict(params)),
-    )
+    name = CENTER_FEATURE_OP_NAME if center_feature else OP_NAME
+    return make_call(name, [x, offset_mask], params)
 
 
 def is_dcnv3_packed(expr: object) -> bool:
     """Return whether `expr` is a call of one of the operators."""
-    return (
-        isinstance(expr, relax.Call)
-        and isinstance(expr.op, tvm.ir.Op)
-        and expr.op.name in (OP_NAME, CENTER_FEATURE_OP_NAME)
-    )
+    return is_call(expr, OP_NAME, CENTER_FEATURE_OP_NAME)
 
 
 def kernel_name(call: relax.Call) -> str:
@@ -85,16 +84,22 @@ def _infer_type(call: relax.Call, _builder: relax.BlockBuilder) -> relax.TensorT
 def _legalize(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     dtype = str(call.args[0].ty.dtype.dtype)
     kernel = kernel_of(call, dtype, vector_loads=current_target_is_gpu())
-    return relax.call_tir(builder.add_func(kernel, kernel_name(call)), list(call.args), call.ty)
+    return relax.call_tir(add_kernel(builder, kernel, kernel_name(call)), list(call.args), call.ty)
 
 
 def _register() -> None:
-    for name in (OP_NAME, CENTER_FEATURE_OP_NAME):
+    gradients = {OP_NAME: packed_gradient, CENTER_FEATURE_OP_NAME: center_feature_gradient}
+    for name, gradient in gradients.items():
         register_operator(
             name,
             "Deformable convolution v3 with packed offsets and mask logits.",
             _ARGUMENTS,
-            {"FInferType": _infer_type, "FLegalize": _legalize, "FPurity": True},
+            {
+                "FInferType": _infer_type,
+                "FLegalize": _legalize,
+                "FPrimalGradient": gradient,
+                "FPurity": True,
+            },
         )
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import tvm_ffi
 from tvm import relax
 
-from dcnv3_tvm.op import relax_op, relax_packed_op, tensorir
+from dcnv3_tvm.op import relax_packed_op, tensorir
+from dcnv3_tvm.op.relax_call import params_of, spec_of
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.transform.fuse_sampling import Projection, emit_merged, projection
 from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions
@@ -82,7 +83,7 @@ def _blended(
     x, offset_mask = sampling.args
     if not x.same_as(source) or any(not _same_type(sampled, other) for other in (x, gate)):
         return None
-    spec = relax_op.spec_of(sampling)
+    spec = spec_of(sampling)
     logits, made = _logits(rebuilder, gate, spec), projection(rebuilder, offset_mask)
     if logits is None or made is None or not logits.source.same_as(made.source):
         return None
@@ -94,7 +95,7 @@ def _blended(
     channels = tensorir.packed_channels(spec, center_feature=True)
     parts = (made._replace(arrays=(weight, bias)), logits)
     packed = emit_merged(rebuilder, parts, channels)
-    params = relax_op.params_of(sampling)
+    params = params_of(sampling)
     call = relax_packed_op.dcnv3_packed(x, packed, params, center_feature=True)
     return rebuilder.emit(call, like=var)
 

@@ -14,6 +14,7 @@ import numpy as np
 from tvm import relax
 
 from dcnv3_tvm.op import relax_op, tensorir
+from dcnv3_tvm.op.relax_call import params_of
 from dcnv3_tvm.op.relax_packed_op import dcnv3_packed
 from dcnv3_tvm.transform.ir import Program, Rebuilder, dimensions, static_shape
 from dcnv3_tvm.transform.lazy_array import LazyArray
@@ -35,7 +36,7 @@ class Projection(NamedTuple):
 def _fuse(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var | None:
     if not relax_op.is_dcnv3(call):
         return None
-    params = relax_op.params_of(call)
+    params = params_of(call)
     x, offset, mask = call.args
     if not params.softmax:
         logits = _logits(rebuilder, mask, params.points)
@@ -72,7 +73,7 @@ def _packed(rebuilder: Rebuilder, var: relax.Var, call: relax.Call) -> relax.Var
     first, second = projection(rebuilder, offset), projection(rebuilder, mask)
     if first is None or second is None or not first.source.same_as(second.source):
         return None
-    params = relax_op.params_of(call)
+    params = params_of(call)
     offset_mask = emit_merged(rebuilder, (first, second), tensorir.packed_channels(params))
     return rebuilder.emit(dcnv3_packed(x, offset_mask, params), like=var)
 

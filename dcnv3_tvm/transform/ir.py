@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import tvm
@@ -14,11 +14,9 @@ from tvm.ir.expr import GenericConst
 
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.imported_model import ImportedModel
+from dcnv3_tvm.op.expr import OPAQUE
 from dcnv3_tvm.signature import Entry
 from dcnv3_tvm.transform.lazy_array import LazyArray
-
-_OPAQUE: Final = 8
-"""TVM's operator pattern for kernels that FuseOps fuses nothing into."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +179,7 @@ class Rebuilder:
         Without a global symbol it is dropped from the module once nothing calls it.
         """
         function = function.without_attr("global_symbol")
-        return self._builder.add_func(function.with_attr("op_pattern", _OPAQUE), name)
+        return self._builder.add_func(function.with_attrs(OPAQUE), name)
 
     def run(
         self, visit: Callable[[Rebuilder, relax.Var, relax.Call], relax.Var | None]

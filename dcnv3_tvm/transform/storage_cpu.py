@@ -19,7 +19,7 @@ from tvm import relax
 
 from dcnv3_tvm.kernels.packing import PAIR
 from dcnv3_tvm.kernels.tile_matmul import supports_tiles
-from dcnv3_tvm.op import relax_op
+from dcnv3_tvm.op.relax_call import params_of
 from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer
 from dcnv3_tvm.transform.ir import dimensions, variables
@@ -72,7 +72,7 @@ def find_bfloat16(
             continue
         if layer is None:
             float32.update(variables(value))
-            if is_dcnv3_packed(value) and relax_op.params_of(value).offset_scale > 1:
+            if is_dcnv3_packed(value) and params_of(value).offset_scale > 1:
                 magnified.add(value.args[1])
             continue
         source = layer.root.args[0]

@@ -6,6 +6,7 @@ from tvm import relax, tirx
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import relax_op
 from dcnv3_tvm.op.reference import dcnv3_reference
+from dcnv3_tvm.op.relax_call import params_of, spec_of
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.tolerances import operator_bound
@@ -223,15 +224,15 @@ def test_params_and_spec_of_a_call():
     )
     call = call_of(build_spec(spec))
     assert relax_op.is_dcnv3(call)
-    assert relax_op.params_of(call) == spec.params
-    assert relax_op.spec_of(call) == spec
+    assert params_of(call) == spec.params
+    assert spec_of(call) == spec
     assert not relax_op.is_dcnv3(relax.op.add(call.args[0], call.args[0]))
 
 
 def test_spec_of_needs_channels():
     arguments = [relax.Var(name, tensor(None)) for name in ("x", "offset", "mask")]
     with pytest.raises(InvalidArgumentError, match="channels or the dtype of x are unknown"):
-        relax_op.spec_of(relax_op.dcnv3(*arguments, group=2))
+        spec_of(relax_op.dcnv3(*arguments, group=2))
 
 
 def symbolic_module():
@@ -249,7 +250,7 @@ def test_round_trips_through_tvmscript(make):
     again = relax_op.from_script(module.script(show_meta=True))
     tvm.ir.assert_structural_equal(again, module)
     relax.analysis.well_formed(again)
-    assert relax_op.params_of(call_of(again)) == relax_op.params_of(call_of(module))
+    assert params_of(call_of(again)) == params_of(call_of(module))
 
 
 def test_tvm_parser_reads_static_shapes():
@@ -263,7 +264,7 @@ def test_round_trips_through_json(make):
     module = make()
     again = tvm.ir.load_json(tvm.ir.save_json(module))
     tvm.ir.assert_structural_equal(again, module)
-    assert relax_op.params_of(call_of(again)) == relax_op.params_of(call_of(module))
+    assert params_of(call_of(again)) == params_of(call_of(module))
 
 
 def test_is_pure():

@@ -3,7 +3,7 @@ import tvm
 from tvm import relax, tirx
 
 from dcnv3_tvm.op import relax_packed_op
-from dcnv3_tvm.op.relax_op import spec_of
+from dcnv3_tvm.op.relax_call import spec_of
 from dcnv3_tvm.op.tensorir import packed_channels
 from dcnv3_tvm.spec import DCNv3Params
 from dcnv3_tvm.targets import resolve_target

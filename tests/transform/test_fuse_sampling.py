@@ -5,6 +5,7 @@ import pytest
 from tvm import relax
 
 from dcnv3_tvm.op import relax_op, relax_packed_op
+from dcnv3_tvm.op.relax_call import params_of
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
 from helpers.arrays import random_array
 from helpers.programs import make_program, operators, run_program
@@ -72,7 +73,7 @@ def test_projections_of_two_tensors_are_not_merged(rng):
     assert operators(fused) == ["relax.matmul", "relax.add"] * 2 + [relax_op.OP_NAME]
     calls = [binding.value for binding in fused.module["main"].body.blocks[0].bindings]
     (call,) = [call for call in calls if relax_op.is_dcnv3(call)]
-    assert relax_op.params_of(call).softmax
+    assert params_of(call).softmax
 
 
 @pytest.mark.parametrize("build", [_build(points=6), _build(mask_used_twice=True)])

@@ -8,7 +8,7 @@ import torch
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.frontend.onnx.export import express
 from dcnv3_tvm.frontend.onnx.importer import import_onnx
-from dcnv3_tvm.op import relax_op
+from dcnv3_tvm.op.relax_call import params_of
 from dcnv3_tvm.spec import DCNv3Params
 from dcnv3_tvm.verify.tolerances import MODEL
 from helpers.imported_models import dcnv3_calls, run_imported
@@ -70,7 +70,7 @@ def test_import_finds_the_operator_again(form, name, rng):
     imported = import_onnx(model)
     assert all(check.replaced for check in imported.report)
     (call,) = dcnv3_calls(imported)
-    found = relax_op.params_of(call)
+    found = params_of(call)
     if form == "deform-conv":  # which folds the factor into the offsets, and adds a center
         assert (found.kernel_size, found.offset_scale) == (params.kernel_size, 1.0)
     else:

@@ -15,7 +15,7 @@ from dcnv3_tvm.frontend.onnx.export import express
 from dcnv3_tvm.frontend.onnx.fuse import fuse
 from dcnv3_tvm.frontend.onnx.importer import import_onnx
 from dcnv3_tvm.frontend.onnx.recognize import recognize
-from dcnv3_tvm.op import relax_op
+from dcnv3_tvm.op.relax_call import params_of
 from dcnv3_tvm.spec import DCNv3Params
 from helpers import published_style_models as published
 from helpers.imported_models import (
@@ -215,4 +215,4 @@ def test_the_plugin_for_grid_sample(rng):
         node.attributes[name] = ir.AttrInt64(name, 0)
     imported = import_onnx(model)
     (call,) = dcnv3_calls(imported)
-    assert relax_op.params_of(call) == params
+    assert params_of(call) == params
