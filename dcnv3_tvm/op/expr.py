@@ -15,10 +15,6 @@ from tvm import tirx
 KERNEL_ATTR: Final = "dcnv3_tvm.kernel"
 """Function attribute with the name of the kernel, which schedule rules look for."""
 
-OPAQUE: Final = {"op_pattern": 8}
-"""Function attribute of kernels that TVM's FuseOps must not fuse with others, because schedule
-rules expect their blocks."""
-
 
 def int64(value: Any) -> Any:
     """Convert a Python integer or constant to an int64 constant; return other expressions as is."""

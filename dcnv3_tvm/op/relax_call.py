@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import tvm
 import tvm_ffi
@@ -15,9 +15,11 @@ from tvm import relax, tirx
 from tvm.target import Target
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op.expr import OPAQUE
 from dcnv3_tvm.spec import PARAMETERS, DCNv3Params, DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
+
+_OPAQUE: Final = {"op_pattern": 8}
+"""TVM's function attribute for kernels that FuseOps fuses nothing into."""
 
 
 def make_call(name: str, arguments: Sequence[relax.Expr], params: DCNv3Params) -> relax.Call:
@@ -109,8 +111,13 @@ def current_target_is_gpu() -> bool:
 
 
 def add_kernel(builder: relax.BlockBuilder, kernel: tirx.PrimFunc, name: str) -> tvm.ir.GlobalVar:
-    """Add a kernel to the module that is legalized."""
-    return builder.add_func(kernel.with_attrs(OPAQUE), name)
+    """Add a kernel to a module, or return the structurally equal one that is there.
+
+    It is marked opaque, so that TVM fuses nothing into the kernel that a schedule rule expects.
+    Without a global symbol, its name is made unique, and it is dropped from the module once nothing
+    calls it.
+    """
+    return builder.add_func(kernel.without_attr("global_symbol").with_attrs(_OPAQUE), name)
 
 
 class _CarriedError(InvalidArgumentError):

@@ -142,7 +142,7 @@ def _gradient(
     _result: relax.Var, call: relax.Call, grad: relax.Var, builder: relax.BlockBuilder
 ) -> list[relax.Expr]:
     """Return the gradients of x, offset and mask."""
-    return emit_gradients(builder, grad, *call.args, params_of(call))
+    return emit_gradients(builder, grad, *call.args, params=params_of(call))
 
 
 def _infer_layout(call: relax.Call, _desired: Any, _layouts: Any) -> tvm.ir.base.Node:

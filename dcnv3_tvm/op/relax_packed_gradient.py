@@ -22,7 +22,8 @@ def packed_gradient(
     x, packed = call.args
     params = params_of(call)
     sizes = params.offset_channels, params.mask_channels
-    grad_x, *grads = emit_gradients(builder, grad, x, *_slices(builder, packed, sizes), params)
+    slices = _slices(builder, packed, sizes)
+    grad_x, *grads = emit_gradients(builder, grad, x, *slices, params=params)
     return [grad_x, _packed(grads, sizes, packed)]
 
 

@@ -14,7 +14,7 @@ from tvm.ir.expr import GenericConst
 
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.imported_model import ImportedModel
-from dcnv3_tvm.op.expr import OPAQUE
+from dcnv3_tvm.op.relax_call import add_kernel
 from dcnv3_tvm.signature import Entry
 from dcnv3_tvm.transform.lazy_array import LazyArray
 
@@ -173,13 +173,8 @@ class Rebuilder:
         return var
 
     def add_kernel(self, function: tvm.tirx.PrimFunc, name: str) -> relax.GlobalVar:
-        """Add a kernel to the module, or return the structurally equal one that is there.
-
-        It is marked opaque, so that TVM fuses nothing into the kernel that a schedule rule expects.
-        Without a global symbol it is dropped from the module once nothing calls it.
-        """
-        function = function.without_attr("global_symbol")
-        return self._builder.add_func(function.with_attrs(OPAQUE), name)
+        """Add a kernel to the module, or return the structurally equal one that is there."""
+        return add_kernel(self._builder, function, name)
 
     def run(
         self, visit: Callable[[Rebuilder, relax.Var, relax.Call], relax.Var | None]

@@ -6,19 +6,34 @@ from pathlib import Path
 import tvm
 from tvm import relax
 
+from dcnv3_tvm.schedules import ScheduledKernel, schedule_module
+from dcnv3_tvm.targets import resolve_target
 
-def compile_library(module: tvm.IRModule) -> tvm.runtime.Module:
+_LLVM = {"kind": "llvm"}
+
+
+def compile_library(module: tvm.IRModule, target: dict = _LLVM) -> tvm.runtime.Module:
     """Compile with TVM's default pipeline for the CPU, without LLVM's optimisations.
 
     A shared library instead of TVM's JIT, which always optimises and takes four times as long.
     """
-    target = tvm.target.Target({"kind": "llvm", "opt-level": 0})
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "module.so"
-        tvm.compile(module, target).export_library(str(library))
+        plain = tvm.target.Target({**target, "opt-level": 0})
+        tvm.compile(module, plain).export_library(str(library))
         return tvm.runtime.load_module(str(library))
 
 
 def compile_relax(module: tvm.IRModule) -> relax.VirtualMachine:
     """Compile as `compile_library` does."""
     return relax.VirtualMachine(compile_library(module), tvm.cpu())
+
+
+def compile_scheduled(
+    module: tvm.IRModule,
+) -> tuple[relax.VirtualMachine, dict[str, ScheduledKernel]]:
+    """Lower and schedule a module for this machine, and compile it as `compile_library` does."""
+    target = resolve_target("auto")
+    module, kernels = schedule_module(relax.transform.LegalizeOps()(module), target)
+    library = compile_library(module, dict(target.export()))
+    return relax.VirtualMachine(library, tvm.cpu()), kernels
