@@ -1,11 +1,11 @@
 """The gradients of DCNv3, as two operators of Relax that `relax.transform.Gradient` emits.
 
-=================================== ==============================================================
-operator                            result
-=================================== ==============================================================
-``dcnv3_tvm.dcnv3_grad_x``          gradient of x
+==================================== =========================================
+operator                             result
+==================================== =========================================
+``dcnv3_tvm.dcnv3_grad_x``           gradient of x
 ``dcnv3_tvm.dcnv3_grad_offset_mask`` gradients of offset and mask, as a tuple
-=================================== ==============================================================
+==================================== =========================================
 
 There are two, so that what is not needed, such as the gradient of an image, is not computed.
 `dcnv3_tvm.op.relax_op` and `dcnv3_tvm.op.relax_packed_op` build their gradients of these operators.
@@ -66,6 +66,7 @@ def emit_gradients(
     x: relax.Expr,
     offset: relax.Expr,
     mask: relax.Expr,
+    *,
     params: DCNv3Params,
 ) -> list[relax.Expr]:
     """Return the gradients of x, offset and mask; emit what the last two share."""

@@ -56,7 +56,7 @@ def center_feature_gradient(
     to_s = relax.op.sum(total * (by_group(x) - by_group(y)), axis=4)
     to_gate = cast(to_s * s * (one - s), spec.dtype)
 
-    grad_x, *grads = emit_gradients(builder, to_y, x, offset, logits, spec.params)
+    grad_x, *grads = emit_gradients(builder, to_y, x, offset, logits, params=spec.params)
     direct = cast(relax.op.reshape(to_x, x.ty.shape), spec.dtype)
     return [relax.op.add(grad_x, direct), _packed([*grads, to_gate], sizes, packed)]
 

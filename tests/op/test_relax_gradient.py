@@ -257,7 +257,7 @@ def test_differentiating_a_gradient_is_rejected():
 def test_kernels_for_gpus_are_rejected():
     with (
         resolve_target("cuda-sm90"),
-        pytest.raises(InvalidArgumentError, match="no kernel for GPUs; got target .*cuda"),
+        pytest.raises(InvalidArgumentError, match=r"no kernel for GPUs; got target .*cuda"),
     ):
         relax.transform.LegalizeOps()(adjoints({"main": Graph(SPEC)}))
 
