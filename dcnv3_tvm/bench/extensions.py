@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dcnv3_tvm.bench.report import failure_text
-from dcnv3_tvm.pytorch.operator import schema
+from dcnv3_tvm.pytorch.registration import schema
 from dcnv3_tvm.spec import DCNv3Params
 
 _NAME: Final = "dcnv3_tvm_bench::dcnv3_extension"
@@ -131,7 +131,7 @@ def _register() -> None:
     # PyTorch's operator registry outlives a reload of this module.
     if hasattr(torch.ops.dcnv3_tvm_bench, "dcnv3_extension"):
         return
-    torch.library.define(_NAME, schema())
+    torch.library.define(_NAME, schema(("x", "offset", "mask"), 1))
     torch.library.impl(_NAME, ("cpu", "cuda"))(_run)
     torch.library.register_fake(_NAME)(_shape)
 

@@ -36,7 +36,15 @@ if TYPE_CHECKING:
 DCNV3: Final = "dcnv3"
 """The kind of kernel that computes the operator: ``dcnv3(x, offset, mask, out)``."""
 
-_MODULES: Final = {DCNV3: "dcnv3_tvm.op.tensorir"}
+GRAD_X: Final = "dcnv3_grad_x"
+"""The kind that computes the gradient of x: ``dcnv3_grad_x(grad, offset, mask, grad_x)``, where
+``grad_x`` has the accumulation type."""
+
+GRAD_OFFSET_MASK: Final = "dcnv3_grad_offset_mask"
+"""The kind that computes the gradients of offset and mask:
+``dcnv3_grad_offset_mask(x, offset, mask, grad, grad_offset, grad_mask)``."""
+
+_MODULES: Final = dict.fromkeys((DCNV3, GRAD_X, GRAD_OFFSET_MASK), "dcnv3_tvm.op.tensorir")
 """For each kind of kernel the module whose function of the same name defines it, with arguments
 ``(spec, *, vector_loads)``."""
 
@@ -99,7 +107,8 @@ def _compile(kind: str, spec: DCNv3Spec, text: str, database: str, key: str | No
     target = targets.target_from_text(text)
     on_gpu = targets.is_gpu(target)
     records = find_records(target, database)
-    function = getattr(importlib.import_module(_MODULES[kind]), kind)(spec, vector_loads=on_gpu)
+    variant = {"vector_loads": True} if on_gpu else {}
+    function = getattr(importlib.import_module(_MODULES[kind]), kind)(spec, **variant)
     module, taken = schedules.schedule_module(
         tvm.IRModule({kind: function}), target, records=records
     )

@@ -83,7 +83,7 @@ def dcnv3(
         raise InvalidArgumentError(
             "x has a dtype that is not supported", got=dtype, allowed=", ".join(DTYPE_BYTES)
         )
-    spec = _spec(
+    spec = cached_spec(
         shape,
         dtype=dtype,
         group=_hashable(group),
@@ -98,15 +98,15 @@ def dcnv3(
     check_shapes(spec, x, offset, mask)
     if spec.batch == 0:
         return tensors.empty_like(x, [int(size or 0) for size in spec.output_shape])
-    return compile_op(spec, _target(device)).run_checked(spec, x, offset, mask)
+    return compile_op(spec, target_of(device)).run_checked(spec, x, offset, mask)
 
 
 # Constructing a specification takes longer than computing a small problem.
-_spec = functools.lru_cache(maxsize=256, typed=True)(DCNv3Spec.of)
+cached_spec = functools.lru_cache(maxsize=256, typed=True)(DCNv3Spec.of)
 
 
 @functools.lru_cache(maxsize=64)
-def _target(device: str) -> str:
+def target_of(device: str) -> str:
     """Return the target for tensors on a device; a GPU's names its own architecture."""
     if device == tensors.CPU:
         return "auto"

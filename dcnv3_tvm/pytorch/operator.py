@@ -7,30 +7,24 @@ fake implementation makes it work in ``torch.compile(fullgraph=True)`` and ``tor
 The element types of the arguments may differ, as autocast makes them: the operator is computed in
 the wider type of x and offset, and the result has the type of x. Autocast does not cast its inputs.
 
-The operator is for inference and has no gradient. It accepts tensors that require one; the backward
-pass raises `InvalidArgumentError`. ``torch.compile`` traces the backward pass ahead of time and
-raises at once, so compile under ``torch.no_grad()``.
+The operator is differentiable once, also in ``torch.func`` and under ``torch.vmap``; its gradients
+are operators of their own (`dcnv3_tvm.pytorch.gradient`). A second derivative raises
+`InvalidArgumentError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dcnv3_tvm.compiler import functional
-from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.spec import DCNv3Keywords, DCNv3Params, DCNv3Spec
+from dcnv3_tvm.pytorch import gradient
+from dcnv3_tvm.pytorch.registration import computed_dtype, output_shape, register
+from dcnv3_tvm.spec import DCNv3Keywords
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-OP_NAME: Final = "dcnv3_tvm::dcnv3"
-
-_CONSTRAIN: Final[Callable[[Any, Callable[[], str]], None]] = torch._check
-_SCHEMA_TYPES: Final = {int: "int", tuple: "int[2]", float: "float", bool: "bool"}
 
 
 def dcnv3(
@@ -64,19 +58,39 @@ def dcnv3(
     >>> dcnv3(x, torch.zeros(1, 6, 5, 36), mask, group=2).shape
     torch.Size([1, 6, 5, 8])
     """
-    result: torch.Tensor = torch.ops.dcnv3_tvm.dcnv3(x, offset, mask, **params)
+    result: torch.Tensor = _call(x, offset, mask, **params)
     return result
 
 
-def computed_dtype(
-    x: torch.dtype, offset: torch.dtype, mask: torch.dtype, *, softmax: bool = False
-) -> torch.dtype:
-    """Return the type in which the operator is computed.
+def dcnv3_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor,
+    **params: Unpack[DCNv3Keywords],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute the gradients of x, offset and mask; autograd calls the operators below itself.
 
-    Offsets are not rounded to that of x; weights in the mask may be, but not logits.
+    Parameters
+    ----------
+    grad : torch.Tensor
+        Gradient of the result, of its shape.
+    x, offset, mask, **params
+        As for `dcnv3`.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Gradients of the shapes and dtypes of x, offset and mask; with ``softmax=True`` the last is
+        that of the logits.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If a shape, a dtype or a parameter is not valid.
     """
-    dtype = torch.promote_types(x, offset)
-    return torch.promote_types(dtype, mask) if softmax else dtype
+    arguments = grad, x, offset, mask
+    return gradient.grad_x(*arguments, **params), *gradient.grad_offset_mask(*arguments, **params)
 
 
 def _compute(
@@ -90,64 +104,18 @@ def _compute(
 def _fake(
     x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, **params: Unpack[DCNv3Keywords]
 ) -> torch.Tensor:
-    """Check the call and allocate its result, for tensors without data."""
-    dtypes = {"x": x.dtype, "offset": offset.dtype, "mask": mask.dtype}
-    if not all(str(dtype).removeprefix("torch.") in DTYPE_BYTES for dtype in dtypes.values()):
-        raise InvalidArgumentError(
-            "x, offset and mask are not of floating-point dtypes",
-            got=", ".join(f"{name}: {dtype}" for name, dtype in dtypes.items()),
-            allowed=", ".join(DTYPE_BYTES),
-        )
-    sizes = [size if type(size) is int else None for size in x.shape[:-1]]
-    spec = DCNv3Spec.of((*sizes, int(x.shape[-1])), **params)
-    leading = [x.shape[0], *(spec.output_extent(x.shape[1 + axis], axis) for axis in range(2))]
-    _check_shape("offset", offset, [*leading, spec.offset_channels])
-    _check_shape("mask", mask, [*leading, spec.mask_channels])
-    return x.new_empty([*leading, spec.channels])
+    return x.new_empty(output_shape(x, offset, mask, **params))
 
 
-def _check_shape(name: str, tensor: torch.Tensor, expected: list[Any]) -> None:
-    got = list(tensor.shape)
-    mismatch = len(got) != len(expected) or any(
-        type(a) is int and type(b) is int and a != b for a, b in zip(got, expected, strict=False)
-    )
-    if mismatch:
-        raise InvalidArgumentError(
-            f"{name} does not match x and the parameters",
-            got=f"shape {tuple(got)}",
-            allowed=f"shape {tuple(expected)}",
-        )
-    for a, b in zip(got, expected, strict=True):
-        # A dynamic size becomes a constraint of the traced program.
-        _CONSTRAIN(a == b, lambda: f"{name} has shape {got} where {expected} is needed")
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    arguments, params = (grad, *ctx.saved_tensors), ctx.params
+    needs_x, *needs_others = ctx.needs_input_grad
+    grad_x = grad_offset = grad_mask = None
+    if needs_x:
+        grad_x = gradient.grad_x(*arguments, **params)
+    if any(needs_others):
+        grad_offset, grad_mask = gradient.grad_offset_mask(*arguments, **params)
+    return grad_x, grad_offset, grad_mask
 
 
-def _raise_in_backward(_context: Any, *_gradients: torch.Tensor) -> None:
-    raise InvalidArgumentError(
-        "dcnv3_tvm::dcnv3 has no gradient: this library is made for inference",
-        hint="Call the model under torch.no_grad(), or train with the original operator.",
-    )
-
-
-def schema() -> str:
-    """Write the operator's schema, with the names and defaults of `DCNv3Params`."""
-    arguments = ["Tensor x", "Tensor offset", "Tensor mask", "*"]
-    for name, default in DCNv3Params(group=1).keywords().items():
-        argument = f"{_SCHEMA_TYPES[type(default)]} {name}"
-        if name != "group":
-            argument += f"={list(default) if isinstance(default, tuple) else default}"
-        arguments.append(argument)
-    return f"({', '.join(arguments)}) -> Tensor"
-
-
-def _register() -> None:
-    # The process-wide registry of operators outlives a reload of this module.
-    if hasattr(torch.ops.dcnv3_tvm, "dcnv3"):
-        return
-    torch.library.define(OP_NAME, schema(), tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(OP_NAME, ("CPU", "CUDA"))(_compute)
-    torch.library.register_fake(OP_NAME)(_fake)
-    torch.library.register_autograd(OP_NAME, _raise_in_backward)
-
-
-_register()
+_call = register("dcnv3", ("x", "offset", "mask"), 1, _compute, _fake, _backward)

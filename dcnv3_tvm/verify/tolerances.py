@@ -202,4 +202,4 @@ def _reach(spec: DCNv3Spec, x: Array, offset: Array) -> float:
     extent = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
     learned = float(np.abs(offset.astype(np.float64)).max()) + max(extent)
     outside = max(x.shape[1:3]) + max(extent) + max(spec.pad)
-    return min(abs(spec.offset_scale) * learned, outside)
+    return float(min(abs(spec.offset_scale) * learned, outside))

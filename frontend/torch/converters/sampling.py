@@ -11,7 +11,7 @@ from tvm import relax
 
 from dcnv3_tvm.frontend.torch.fx_nodes import node_arguments
 from dcnv3_tvm.op import relax_op
-from dcnv3_tvm.pytorch.operator import computed_dtype
+from dcnv3_tvm.pytorch.registration import computed_dtype
 
 
 def _dcnv3(node: Node, importer: Any) -> relax.Var:
