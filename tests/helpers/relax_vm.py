@@ -32,8 +32,15 @@ def compile_relax(module: tvm.IRModule) -> relax.VirtualMachine:
 def compile_scheduled(
     module: tvm.IRModule,
 ) -> tuple[relax.VirtualMachine, dict[str, ScheduledKernel]]:
-    """Lower and schedule a module for this machine, and compile it as `compile_library` does."""
+    """Lower, fuse and schedule a module for this machine; compile it as `compile_library` does."""
     target = resolve_target("auto")
-    module, kernels = schedule_module(relax.transform.LegalizeOps()(module), target)
+    fuse = [
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FuseOps(),
+        relax.transform.FuseTIR(),
+        relax.transform.DeadCodeElimination(),
+    ]
+    module, kernels = schedule_module(tvm.transform.Sequential(fuse)(module), target)
     library = compile_library(module, dict(target.export()))
     return relax.VirtualMachine(library, tvm.cpu()), kernels
