@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_shape(parser)
     parser.add_argument(
+        "--backward", action="store_true", help="tune the gradient kernels of operators, too"
+    )
+    parser.add_argument(
         "--trials",
         type=parse_count,
         metavar="N",
@@ -157,6 +160,7 @@ def _config(arguments: argparse.Namespace) -> TuneConfig:
         threads=arguments.threads,
         device=arguments.device,
         rpc=_rpc(arguments),
+        backward=arguments.backward,
     )
 
 

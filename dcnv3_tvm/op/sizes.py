@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from tvm import tirx
+from tvm.sym import Analyzer
 
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.expr import int64
@@ -41,7 +42,11 @@ class Sizes(NamedTuple):
         batch, height, width = (
             tirx.Var(name, "int64") if size is None else int64(size) for name, size in given.items()
         )
-        output = (spec.output_extent(size, axis) for axis, size in enumerate((height, width)))
+        analyzer = Analyzer()
+        output = (
+            analyzer.simplify(int64(spec.output_extent(size, axis)))
+            for axis, size in enumerate((height, width))
+        )
         return cls(batch, height, width, *output)
 
     def input_shape(self, channels: int) -> tuple[Any, ...]:

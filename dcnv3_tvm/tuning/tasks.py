@@ -108,9 +108,24 @@ class Candidate(NamedTuple):
 
 
 def list_tasks(
-    models: Sequence[ImportedModel | DCNv3Spec], target: Target, dtype: str
+    models: Sequence[ImportedModel | DCNv3Spec],
+    target: Target,
+    dtype: str,
+    *,
+    backward: bool = False,
 ) -> list[TuningTask]:
     """List the tuning tasks of models and operators, each kernel once.
+
+    Parameters
+    ----------
+    models : sequence of ImportedModel or DCNv3Spec
+        Models and operators.
+    target : tvm.target.Target
+        Target to tune for.
+    dtype : str
+        Element type of matmul operands in models.
+    backward : bool
+        Whether to tune the gradient kernels of operators, too.
 
     Raises
     ------
@@ -122,6 +137,8 @@ def list_tasks(
     for model in models:
         if isinstance(model, DCNv3Spec):
             tasks.append(operator_task(model, target))
+            if backward:
+                tasks += gradient_tasks(model, target)
         else:
             tasks += model_tasks(model, target, dtype)
     merged = merge_tasks(tasks)
@@ -189,6 +206,35 @@ def operator_task(spec: DCNv3Spec, target: Target) -> TuningTask:
     )
     kernel = tensorir.dcnv3(spec, vector_loads=is_gpu(target))
     return TuningTask.of(kernel, arguments, 1, target)
+
+
+def gradient_tasks(spec: DCNv3Spec, target: Target) -> list[TuningTask]:
+    """Return the tuning tasks of the gradient kernels of an operator.
+
+    The kernels have a dynamic batch and height, as those that training compiles, and are measured
+    with the sizes of `spec`.
+
+    Parameters
+    ----------
+    spec : DCNv3Spec
+        The problem, static.
+    target : tvm.target.Target
+        Target to tune for.
+    """
+    compiled = dataclasses.replace(spec, batch=None, height=None)
+    options = {"vector_loads": True} if is_gpu(target) else {}
+    x, offset, mask, out = (
+        KernelArgument(tuple(size or 0 for size in shape), spec.dtype)
+        for shape in (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)
+    )
+    grad_x = KernelArgument(x.shape, spec.accumulate_dtype)
+    return [
+        TuningTask.of(kernel(compiled, **options), arguments, 1, target)
+        for kernel, arguments in (
+            (tensorir.dcnv3_grad_x, (out, offset, mask, grad_x)),
+            (tensorir.dcnv3_grad_offset_mask, (x, offset, mask, out, offset, mask)),
+        )
+    ]
 
 
 def merge_tasks(tasks: Iterable[TuningTask]) -> list[TuningTask]:

@@ -57,6 +57,8 @@ class TuneConfig:
         Index of the GPU.
     rpc : RpcConfig, optional
         Measure on remote devices.
+    backward : bool
+        Tune the gradient kernels of operators, too.
 
     Raises
     ------
@@ -72,6 +74,7 @@ class TuneConfig:
     threads: int | None = None
     device: int = 0
     rpc: RpcConfig | None = None
+    backward: bool = False
 
     def __post_init__(self) -> None:
         for name in ("trials", "minutes", "timeout", "threads"):
@@ -126,7 +129,7 @@ def tune(
     """
     config = config or TuneConfig()
     target = targets.resolve_target(config.target)
-    tasks = list_tasks(models, target, config.dtype)
+    tasks = list_tasks(models, target, config.dtype, backward=config.backward)
     threads = config.threads or default_threads()
     devices = _devices(target, config, threads)
     session = TuningSession(
@@ -170,7 +173,7 @@ def estimate(
     """
     config = config or TuneConfig()
     target = targets.resolve_target(config.target)
-    tasks = list_tasks(models, target, config.dtype)
+    tasks = list_tasks(models, target, config.dtype, backward=config.backward)
     devices = _devices(target, config, config.threads or default_threads())
     states = [TaskState(task) for task in tasks]
     batch = [Candidate(task, task.default) for task in tasks]

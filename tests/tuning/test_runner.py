@@ -1,5 +1,6 @@
 """Build, time and check kernels on this machine."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -7,11 +8,13 @@ import pytest
 from dcnv3_tvm import machine
 from dcnv3_tvm.compiler.kernel_listing import KernelArgument
 from dcnv3_tvm.kernels.matmul import matmul
+from dcnv3_tvm.op import tensorir
+from dcnv3_tvm.schedules.records import workload_key
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.tuning.builder import build_candidate
 from dcnv3_tvm.tuning.process_pool import ProcessPool
 from dcnv3_tvm.tuning.runner import KernelRunner
-from dcnv3_tvm.tuning.tasks import operator_task
+from dcnv3_tvm.tuning.tasks import list_tasks, operator_task
 
 RUNNER = KernelRunner("cpu", threads=1)
 
@@ -41,6 +44,20 @@ def test_schedule_is_timed_and_correct(run, task, target, tmp_path):
     assert len(times) >= 7
     assert min(times) > 0
     assert run(RUNNER.check, path, task.arguments, task.function, timeout=20).value == ""
+
+
+def test_gradient_kernels_are_tuned_as_training_compiles_them(run, target, tmp_path):
+    spec = DCNv3Spec.of((2, 5, 7, 32), group=2)
+    tasks = list_tasks([spec], target, "float32", backward=True)
+    assert [task.rule for task in tasks] == ["dcnv3", "dcnv3_grad_x", "dcnv3_grad_offset_mask"]
+    for task in tasks[1:]:
+        compiled = dataclasses.replace(spec, batch=None, height=None)
+        kernel = getattr(tensorir, task.rule)(compiled)
+        assert task.workload == workload_key(kernel)
+        path = tmp_path / f"{task.rule}.so"
+        decisions = {name: values[-1] for name, values in task.space.items()}
+        build_candidate(task.function, target, decisions, path)
+        assert run(RUNNER.check, path, task.arguments, task.function, timeout=20).value == ""
 
 
 def test_wrong_result_is_detected(run, task, target, tmp_path):
