@@ -13,8 +13,17 @@ ACTIVATIONS: Final = ("gelu", "relu", "sigmoid", "silu")
 """Names that `activate` takes. GELU is the exact form, ``x * Phi(x)``."""
 
 
-def activate(name: str | None, value: Any) -> Any:
+def activate(name: str | None, value: Any, *, stored: str = "float32") -> Any:
     """Apply an activation to an expression; ``None`` is the identity.
+
+    Parameters
+    ----------
+    name : str or None
+        One of `ACTIVATIONS`.
+    value : expression
+        In float32 or float64.
+    stored : str
+        Element type to which the result is rounded, which may need fewer digits.
 
     Raises
     ------
@@ -25,7 +34,7 @@ def activate(name: str | None, value: Any) -> Any:
         return value
     one = tirx.const(1, "float32")
     if name == "gelu":
-        return fast.gelu(value)
+        return fast.gelu(value, stored=stored)
     if name == "relu":
         return tirx.max(value, tirx.const(0, "float32"))
     if name == "sigmoid":

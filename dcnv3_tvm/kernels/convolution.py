@@ -71,7 +71,7 @@ def convolution(
         weight = argument(
             "weight", [-(-out_channels // tile), *kernel_size, in_channels, tile], dtype
         )
-        store = declare_epilogue(epilogue, shape, dtype, dtype)
+        finish = declare_epilogue(epilogue, shape, dtype, dtype)
         image = pad_image(x, (out_height, wide), kernel_size, stride, pad, dilation, dtype)
         for part in column_parts(out_channels, tile):
             sums = compute(
@@ -84,7 +84,7 @@ def convolution(
                 reduce=[*kernel_size, in_channels],
                 dtype=dtype,
             )
-            store(
+            finish.store(
                 part.suffix,
                 sums,
                 [batch, out_height, out_width, part.width],

@@ -119,7 +119,7 @@ def depthwise(
                 "epilogue",
                 [*pixels, channels],
                 lambda b, i, j, c: cast(
-                    stored, activate(activation, sums[(*position(b, i, j), c)])
+                    stored, activate(activation, sums[(*position(b, i, j), c)], stored=stored)
                 ),
                 dtype=stored,
                 into=out,
@@ -132,7 +132,7 @@ def depthwise(
                 gamma,
                 beta,
                 norm_eps,
-                lambda *index: cast(stored, activate(activation, index[-1])),
+                lambda *index: cast(stored, activate(activation, index[-1], stored=stored)),
                 dtype=dtype,
                 into=out,
                 rows=pixels,

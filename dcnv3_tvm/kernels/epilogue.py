@@ -30,37 +30,57 @@ class Epilogue:
     residual: bool = False
 
 
-def declare_epilogue(
-    epilogue: Epilogue, shape: Sequence[Any], dtype: str, out_dtype: str
-) -> Callable[[str, Any, Sequence[Any], Callable[..., list[Any]]], None]:
-    """Declare the parameters ``[bias], [residual], out`` of a kernel with packed weights.
+@dataclasses.dataclass(frozen=True)
+class DeclaredEpilogue:
+    """An epilogue whose parameters are declared, by `declare_epilogue`.
 
-    The epilogue computes in `dtype`.
-
-    Returns
-    -------
-    callable
-        ``store(suffix, sums, extents, at)`` adds the block ``epilogue{suffix}`` over `extents`;
-        ``at(*index)`` is the index in the output of the sum at `index`.
+    Parameters
+    ----------
+    epilogue : Epilogue
+        What is applied.
+    bias, residual : buffer or None
+        Parameters of the kernel.
+    out : buffer
+        Parameter of the kernel.
     """
-    bias = argument("bias", shape[-1:], dtype) if epilogue.bias else None
-    residual = argument("residual", shape, dtype) if epilogue.residual else None
-    out = argument("out", shape, out_dtype)
 
-    def value(total: Any, index: Sequence[Any]) -> Any:
-        if bias is not None:
-            total = total + bias[index[-1]]
-        total = activate(epilogue.activation, total)
-        return total if residual is None else total + residual[tuple(index)]
+    epilogue: Epilogue
+    bias: Any
+    residual: Any
+    out: Any
 
-    def store(suffix: str, sums: Any, extents: Sequence[Any], at: Callable[..., list[Any]]) -> None:
+    def value(self, total: Any, index: Sequence[Any]) -> Any:
+        """Return what a sum at an index of the output becomes, before it is rounded."""
+        if self.bias is not None:
+            total = total + self.bias[index[-1]]
+        total = activate(self.epilogue.activation, total, stored=str(self.out.dtype))
+        return total if self.residual is None else total + self.residual[tuple(index)]
+
+    def store(
+        self, suffix: str, sums: Any, extents: Sequence[Any], at: Callable[..., list[Any]]
+    ) -> None:
+        """Add the block ``epilogue{suffix}`` over extents.
+
+        ``at(*index)`` is the index in the output of the sum at `index`.
+        """
+        dtype = str(self.out.dtype)
         compute(
             f"epilogue{suffix}",
             extents,
-            lambda *index: cast(out_dtype, value(sums[index], at(*index))),
-            dtype=out_dtype,
-            into=out,
+            lambda *index: cast(dtype, self.value(sums[index], at(*index))),
+            dtype=dtype,
+            into=self.out,
             at=at,
         )
 
-    return store
+
+def declare_epilogue(
+    epilogue: Epilogue, shape: Sequence[Any], dtype: str, out_dtype: str
+) -> DeclaredEpilogue:
+    """Declare the parameters ``[bias], [residual], out`` of a kernel with packed weights.
+
+    The epilogue computes in `dtype`.
+    """
+    bias = argument("bias", shape[-1:], dtype) if epilogue.bias else None
+    residual = argument("residual", shape, dtype) if epilogue.residual else None
+    return DeclaredEpilogue(epilogue, bias, residual, argument("out", shape, out_dtype))

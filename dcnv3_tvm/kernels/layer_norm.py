@@ -78,7 +78,7 @@ def layer_norm(
             return x[(*unflatten(m, lead), c)] if converted is None else converted[m, c]
 
         def finish(m: Any, c: Any, normal: Any) -> Any:
-            result = activate(activation, normal)
+            result = activate(activation, normal, stored=stored)
             if added is not None:
                 result = result + cast(dtype, added[(*unflatten(m, lead), c)])
             return cast(stored, result)

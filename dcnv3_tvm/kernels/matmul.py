@@ -85,7 +85,7 @@ def matmul(
         pair = [PAIR] if dtype == "bfloat16" else []
         inner = [in_features // math.prod(pair), tile, *pair]
         weight = argument("weight", [-(-out_features // tile), *inner], dtype)
-        store = declare_epilogue(
+        finish = declare_epilogue(
             epilogue, [*lead, out_features], accumulator, out_dtype or accumulator
         )
         for part in column_parts(out_features, tile):
@@ -99,7 +99,7 @@ def matmul(
                 reduce=[in_features],
                 dtype=accumulator,
             )
-            store(
+            finish.store(
                 part.suffix,
                 sums,
                 [rows, part.width],

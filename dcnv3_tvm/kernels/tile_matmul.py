@@ -22,8 +22,8 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import Epilogue, declare_epilogue
 from dcnv3_tvm.kernels.packing import BLOCK, PAIR, TILE
 from dcnv3_tvm.kernels.tile_functions import IMPORT_CODE, PORTABLE_CODE, SUM_BLOCK
-from dcnv3_tvm.op.expr import constant_factor, int64, product, static, unflatten
-from dcnv3_tvm.op.prim_func_builder import allocate, argument, function
+from dcnv3_tvm.op.expr import cast, constant_factor, int64, product, static, unflatten
+from dcnv3_tvm.op.prim_func_builder import allocate, argument, compute, function
 
 KERNEL: Final = "tile_matmul"
 """Value of `dcnv3_tvm.op.expr.KERNEL_ATTR` of these kernels."""
@@ -59,14 +59,15 @@ def tile_matmul(
     epilogue : Epilogue, optional
         Applied before the store.
     out_dtype : str
-        Element type of out; bias and residual are float32.
+        Element type of out, float32 or bfloat16; bias and residual are float32.
 
     Returns
     -------
     tvm.tirx.PrimFunc
         Function of x (*lead, K), weight (`packing.pack_tile_weight`), [bias (N,)],
         [residual (*lead, N)], out (*lead, N); unscheduled blocks ``sums`` over blocks of (rows,
-        columns), and ``epilogue`` over these and (row, column) of a block.
+        columns), and ``epilogue`` over these and (row, column) of a block, which only rounds to
+        bfloat16 after a block ``finished``.
 
     Raises
     ------
@@ -95,7 +96,7 @@ def tile_matmul(
     with function(KERNEL) as builder:
         x = argument("x", [*lead, in_features], OPERAND)
         weight = argument("weight", [blocks[1], steps, 2, TILE, TILE, PAIR], OPERAND)
-        store = declare_epilogue(
+        finish = declare_epilogue(
             epilogue or Epilogue(), [*lead, out_features], ACCUMULATOR, out_dtype
         )
         sums = allocate("sums", [*blocks, BLOCK, BLOCK], ACCUMULATOR)
@@ -120,12 +121,29 @@ def tile_matmul(
                     int64(height - tile),
                 )
             )
-        store(
-            "",
-            sums,
-            [*blocks, height, BLOCK],
-            lambda m, n, i, j: [*unflatten(row(m) + i, lead), column(n) + j],
-        )
+
+        def at(m: Any, n: Any, i: Any, j: Any) -> list[Any]:
+            return [*unflatten(row(m) + i, lead), column(n) + j]
+
+        extents = [*blocks, height, BLOCK]
+        if out_dtype == ACCUMULATOR:
+            finish.store("", sums, extents, at)
+        else:
+            # Apart, so that a schedule can round whole vectors.
+            finished = compute(
+                "finished",
+                extents,
+                lambda *index: finish.value(sums[index], at(*index)),
+                dtype=ACCUMULATOR,
+            )
+            compute(
+                "epilogue",
+                extents,
+                lambda *index: cast(out_dtype, finished[index]),
+                dtype=out_dtype,
+                into=finish.out,
+                at=at,
+            )
     return builder.get()
 
 

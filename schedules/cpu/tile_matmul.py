@@ -11,7 +11,8 @@ from tvm.target import Target
 from dcnv3_tvm.kernels.tile_functions import BEGIN, END, IMPORT_CODE, PORTABLE_CODE
 from dcnv3_tvm.kernels.tile_matmul import KERNEL
 from dcnv3_tvm.op.expr import constant_factor, static
-from dcnv3_tvm.schedules.cpu.amx import AMX_CODE
+from dcnv3_tvm.schedules.blocks import block_names
+from dcnv3_tvm.schedules.cpu.amx import AMX_CODE, ROUND
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import has_amx
@@ -55,16 +56,33 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     task, _ = sch.split(loops[0], [None, together])
     sch.parallel(task)
 
-    # Step 2. Apply the epilogue to each block.
+    # Step 2. Apply the epilogue to each block, and round a row at a time.
+    rounded = "finished" in block_names(sch)
+    if rounded:
+        finished = sch.get_sblock("finished")
+        sch.reverse_compute_at(finished, loops[1], preserve_unit_loops=True)
     sch.reverse_compute_at(epilogue, loops[1], preserve_unit_loops=True)
-    *_, lane = sch.get_loops(epilogue)
-    _, vector = sch.split(lane, [None, _LANES])
-    sch.vectorize(vector)
+    *_, line, lane = sch.get_loops(epilogue)
+    if rounded:
+        sch.compute_at(finished, line, preserve_unit_loops=True)
+        sch.set_scope(finished, 0, "local")
+        _vectorize(sch, sch.get_loops(finished)[-1])
+    if rounded and has_amx(target):
+        half, vector = sch.split(lane, [None, _LANES])
+        sch.unroll(half)
+        sch.tensorize(vector, ROUND)
+    else:
+        _vectorize(sch, lane)
 
     # Step 3. Import the functions, and configure the tiles in each task.
     sch.annotate(task, IMPORT_CODE, AMX_CODE if has_amx(target) else PORTABLE_CODE)
     _surround(sch, task, (height + 1) // 2)
     return sch.mod["main"]
+
+
+def _vectorize(sch: s_tir.Schedule, loop: LoopRV) -> None:
+    _, vector = sch.split(loop, [None, _LANES])
+    sch.vectorize(vector)
 
 
 def _surround(sch: s_tir.Schedule, task: LoopRV, tile_rows: Any) -> None:

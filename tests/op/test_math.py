@@ -1,5 +1,6 @@
 """The vectorizable exp and GELU, compiled and compared with float64."""
 
+import functools
 import math
 
 import numpy as np
@@ -53,6 +54,8 @@ def test_gelu_error_bound():
     x = np.linspace(-8.0, 8.0, COUNT, dtype=np.float32)
     y, _ = evaluate(fast.gelu, x)
     assert np.abs(y - gelu(x.astype(np.float64))).max() < fast.GELU_ABSOLUTE_ERROR
+    y, _ = evaluate(functools.partial(fast.gelu, stored="bfloat16"), x)
+    assert np.abs(y - gelu(x.astype(np.float64))).max() < fast.GELU_ABSOLUTE_ERROR_BFLOAT16
 
 
 def test_special_values():
