@@ -56,7 +56,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         raise_if_tvm_is_missing(error, f"dcnv3_tvm.{name}")
         raise
-    return getattr(module, name)
+    value = globals()[name] = getattr(module, name)  # Later uses do not come here.
+    return value
 
 
 def __dir__() -> list[str]:

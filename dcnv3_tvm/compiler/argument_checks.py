@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.spec import DCNv3Spec
@@ -70,6 +72,50 @@ def check_shapes(spec: DCNv3Spec, x: object, offset: object, mask: object) -> No
                 f"{spec.points} points",
                 hint=_layout_hint(spec, got, name, shape),
             )
+
+
+def check_out(spec: DCNv3Spec, out: object, inputs: Sequence[object], alignment: int) -> None:
+    """Check a tensor for the result against inputs that passed `check_tensors` and `check_shapes`.
+
+    Parameters
+    ----------
+    spec : DCNv3Spec
+        A static specification.
+    out : object
+        What the caller passed.
+    inputs : sequence of object
+        The tensors x, offset and mask.
+    alignment : int
+        As for `dcnv3_tvm.runtime.tensors.to_kernel`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is not a tensor of the kind and device of x, has another dtype or shape than the
+        result, cannot be written as it is, or shares memory with an input.
+    """
+    x = inputs[0]
+    for what, got, wanted in (
+        ("is of another kind than x", tensors.kind_of("out", out), tensors.kind_of("x", x)),
+        ("is on another device than x", tensors.device_of(out), tensors.device_of(x)),
+        ("has another dtype than x", tensors.dtype_of(out), tensors.dtype_of(x)),
+        ("has the wrong shape", tensors.shape_of(out), spec.output_shape),
+    ):
+        if got != wanted:
+            raise InvalidArgumentError(f"out {what}", got=got, allowed=wanted)
+    if tensors.needs_copy(out, alignment) or getattr(out, "requires_grad", False):
+        raise InvalidArgumentError(
+            "out cannot be written",
+            allowed="a contiguous and writable tensor in native byte order that requires no "
+            f"gradient, at a multiple of {alignment} bytes",
+        )
+    # The others are copied before out is written.
+    shared = [tensors.to_kernel(each) for each in inputs if not tensors.needs_copy(each, alignment)]
+    if tensors.overlap(tensors.to_kernel(out), shared, DTYPE_BYTES[spec.dtype]):
+        raise InvalidArgumentError(
+            "out shares memory with x, offset or mask",
+            hint="The result cannot replace an input: allocate another tensor.",
+        )
 
 
 def _layout_hint(

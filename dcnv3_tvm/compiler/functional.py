@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any, Final, TypeVar, cast
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.compiler.argument_checks import check_shapes, check_tensors
-from dcnv3_tvm.compiler.operator import compile_op
+from dcnv3_tvm.compiler.operator import compile_op, result_tensor
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime import tensors
-from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.runtime.repeated_call import RepeatedCall, RepeatedCalls
+from dcnv3_tvm.spec import PARAMETERS, DCNv3Keywords, DCNv3Spec
 
 TensorT = TypeVar("TensorT")
 
@@ -30,6 +31,7 @@ def dcnv3(
     offset_scale: float = 1.0,
     remove_center: bool = False,
     softmax: bool = False,
+    out: TensorT | None = None,
 ) -> TensorT:
     """Compute DCNv3, forward only.
 
@@ -48,12 +50,15 @@ def dcnv3(
         Shape (N, Ho, Wo, group*P): one factor for each point; logits with `softmax`.
     group, kernel_size, stride, pad, dilation, offset_scale, remove_center, softmax
         As for `dcnv3_tvm.spec.DCNv3Params`; P is its number of points.
+    out : same kind, dtype and device, optional
+        Shape of the result, which is written to it. Contiguous and writable, and it shares no
+        memory with the inputs.
 
     Returns
     -------
     Same kind as `x`
         Shape (N, Ho, Wo, C), contiguous, dtype of `x`; float16 and bfloat16 are computed in
-        float32 and rounded once.
+        float32 and rounded once. It is `out`, if that is given.
 
     Raises
     ------
@@ -74,6 +79,21 @@ def dcnv3(
     >>> y.shape, round(float(y[0, 1, 1, 0]), 5), round(float(y[0, 0, 0, 0]), 5)
     ((1, 4, 5, 6), 1.0, 0.44444)
     """
+    parameters = (
+        group,
+        kernel_size,
+        stride,
+        pad,
+        dilation,
+        offset_scale,
+        remove_center,
+        softmax,
+    )
+    key = parameters if tuple(map(type, parameters)) == _USUAL_TYPES else _key(parameters)
+    call = _CALLS.find(x, key)
+    repeated = None if call is None else call.run(x, offset, mask, out)
+    if repeated is not None:
+        return cast("TensorT", repeated)
     device = check_tensors(x, offset, mask)
     shape = tensors.shape_of(x)
     if 0 in shape[1:]:
@@ -83,26 +103,29 @@ def dcnv3(
         raise InvalidArgumentError(
             "x has a dtype that is not supported", got=dtype, allowed=", ".join(DTYPE_BYTES)
         )
-    spec = cached_spec(
-        shape,
-        dtype=dtype,
-        group=_hashable(group),
-        kernel_size=_hashable(kernel_size),
-        stride=_hashable(stride),
-        pad=_hashable(pad),
-        dilation=_hashable(dilation),
-        offset_scale=_hashable(offset_scale),
-        remove_center=_hashable(remove_center),
-        softmax=_hashable(softmax),
-    )
+    spec = call.spec if call else DCNv3Spec.of(shape, dtype=dtype, **_keywords(parameters))
     check_shapes(spec, x, offset, mask)
     if spec.batch == 0:
-        return tensors.empty_like(x, [int(size or 0) for size in spec.output_shape])
-    return compile_op(spec, target_of(device)).run_checked(spec, x, offset, mask)
+        return result_tensor(spec, x, offset, mask, out)
+    operator = compile_op(spec, target_of(device))
+    result = operator.run_checked(spec, x, offset, mask, out)
+    if call is None or call.kernel is not operator.kernel:
+        _CALLS.keep(RepeatedCall(spec, operator.kernel), x, key)
+    return result
 
 
-# Constructing a specification takes longer than computing a small problem.
-cached_spec = functools.lru_cache(maxsize=256, typed=True)(DCNv3Spec.of)
+_CALLS: Final = RepeatedCalls()
+_USUAL_TYPES: Final = (int, int, int, int, int, float, bool, bool)
+
+
+def _key(parameters: Sequence[Any]) -> tuple[Any, ...]:
+    """Return a key that differs for 3, 3.0 and True, which are equal but not all valid."""
+    values = (_key(each) if isinstance(each, list | tuple) else each for each in parameters)
+    return tuple(map(type, parameters)), *values
+
+
+def _keywords(parameters: Sequence[Any]) -> DCNv3Keywords:
+    return cast("DCNv3Keywords", dict(zip(PARAMETERS, parameters, strict=True)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,11 +134,3 @@ def target_of(device: str) -> str:
     if device == tensors.CPU:
         return "auto"
     return gpu.target_name(gpu.device(int(device.partition(":")[2])).arch)
-
-
-def _hashable(value: Any) -> Hashable:
-    """Return a parameter as a cache key; an invalid one as its text, which is rejected."""
-    plain = value.tolist() if hasattr(value, "tolist") else value
-    if isinstance(plain, Sequence) and not isinstance(plain, str):
-        return tuple(map(_hashable, plain))
-    return plain if isinstance(plain, Hashable) else repr(plain)

@@ -8,13 +8,13 @@ parameters. `dcnv3_tvm.op.reference_gradient` states the formulas.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from dcnv3_tvm.compiler import gradients
 from dcnv3_tvm.compiler.argument_checks import check_shapes, check_tensors
-from dcnv3_tvm.compiler.functional import cached_spec
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.pytorch.registration import (
     check_dtypes,
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _ARGUMENTS: Final = ("grad", "x", "offset", "mask")
 
+# Constructing a specification takes longer than computing a small problem.
+_cached_spec = functools.lru_cache(maxsize=256, typed=True)(DCNv3Spec.of)
+
 
 def _prepare(
     grad: torch.Tensor,
@@ -44,7 +47,7 @@ def _prepare(
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in params.items()
     }
-    spec = cached_spec(tuple(x.shape), dtype=str(dtype).removeprefix("torch."), **values)
+    spec = _cached_spec(tuple(x.shape), dtype=str(dtype).removeprefix("torch."), **values)
     check_tensors(x, offset, mask)
     tensors = [tensor.to(dtype) for tensor in (grad, x, offset, mask)]
     check_shapes(spec, *tensors[1:])

@@ -126,7 +126,8 @@ class _Calls:
 
     def _start_empty(self) -> None:
         # Reentrant, because a signal handler may fork or call a model.
-        self._state = threading.Condition(threading.RLock())
+        self._lock = threading.RLock()
+        self._state = threading.Condition(self._lock)
         self._idle: list[_CallThread] = []
         self._running: set[_Call] = set()
         self._forks = 0
@@ -134,13 +135,13 @@ class _Calls:
         self._process = os.getpid()
 
     def register(self, contexts: Contexts[Any]) -> None:
-        with self._state:
+        with self._lock:
             self._all.add(contexts)
 
     def submit(self, contexts: Contexts[Any], call: _Call) -> None:
         if self._process != os.getpid():  # A server in C, such as uWSGI, forks without Python.
             self.after_fork_in_child()
-        with self._state:
+        with self._lock:
             if contexts.closed:
                 raise closed_error()
             if self._exiting and threading.current_thread() is not threading.main_thread():
@@ -156,17 +157,19 @@ class _Calls:
         call: _Call,
         outcome: tuple[Any, BaseException | None],
     ) -> None:
-        with self._state:
+        with self._lock:
             self._running.remove(call)
             self._idle.append(thread)
             if not contexts.closed:
                 contexts.free.append(context)
             call.reply.put(outcome)
-            self._start(contexts)
-            self._state.notify_all()
+            if contexts.waiting:
+                self._start(contexts)
+            if self._forks or self._exiting:
+                self._state.notify_all()
 
     def close(self, contexts: Contexts[Any]) -> None:
-        with self._state:
+        with self._lock:
             contexts.closed = True
             contexts.all.clear()
             contexts.free.clear()
@@ -194,7 +197,7 @@ class _Calls:
 
     def before_exit(self) -> None:
         """Wait for running calls, and let daemon threads start no more."""
-        with self._state:
+        with self._lock:
             self._exiting = True
             self._state.wait_for(lambda: not self._running)
 

@@ -71,6 +71,11 @@ class Kernel:
         """Whether it runs on a GPU."""
         return bool(self.target.arch)
 
+    @property
+    def alignment(self) -> int:
+        """Bytes of which the address of each argument is a multiple."""
+        return gpu.VECTOR_BYTES if self.on_gpu else 1
+
     def check_device(self, device: str) -> None:
         """Check that the kernel is for a device, such as ``"cpu"`` or ``"cuda:0"``.
 
@@ -108,14 +113,29 @@ class Kernel:
             If the GPU has too little free memory, or fails.
         """
         if device == tensors.CPU:
-            function = self._function
-            converted = [tensors.to_kernel(each) for each in arguments]
-            _cpu_calls().run(lambda _: function(*converted), _threads())
+            self.run_on_cpu([tensors.to_kernel(each) for each in arguments])
             return
         present = Gpu.of(_gpu_index(device, self.target.arch))
         function = self._function
         with present.on_stream(present.stream_of(arguments[0])), present.translate_errors():
-            function(*(tensors.to_kernel(each, gpu.VECTOR_BYTES) for each in arguments))
+            function(*(tensors.to_kernel(each, self.alignment) for each in arguments))
+
+    def run_on_cpu(self, arguments: Sequence[Any]) -> None:
+        """Run the kernel on TVM tensors in CPU memory.
+
+        Raises
+        ------
+        TargetError
+            If the kernel was compiled for another machine.
+        """
+        function = self._function
+        threads = _threads()
+        if threads == 1:
+            # The caller's thread then needs no thread pool, which a fork would break.
+            library.use_threads(1)
+            function(*arguments)
+        else:
+            _cpu_calls().run(lambda _: function(*arguments), threads)
 
     @functools.cached_property
     def _function(self) -> Any:

@@ -114,11 +114,17 @@ def read_only(array):
         lambda array: array.astype(array.dtype.newbyteorder(">")),
         lambda array: torch.from_numpy(array.transpose(0, 3, 1, 2).copy()).permute(0, 2, 3, 1),
         lambda array: torch.from_numpy(array.copy()).requires_grad_(),
+        lambda array: torch.complex(torch.zeros(array.shape), torch.from_numpy(-array)).conj().imag,
     ],
-    ids=["unaligned", "read-only", "fortran", "strided", "big-endian", "permuted", "with-grad"],
+    ids=[
+        *("unaligned", "read-only", "fortran", "strided", "big-endian", "permuted", "with-grad"),
+        "negated",
+    ],
 )
 def test_inputs_that_need_a_copy(change):
     spec, arrays = problem()
+    for usual in (arrays, map(to_torch, arrays)):  # A repeated call does not overlook it.
+        dcnv3(*usual, group=GROUP)
     result = dcnv3(*(change(array) for array in arrays), group=GROUP)
     assert_matches_reference(result, spec, arrays)
 
@@ -182,8 +188,75 @@ NHWC = r"NHWC is expected: an NCHW tensor needs {}\.permute\(0, 2, 3, 1\)"
 )
 def test_invalid_tensors_are_rejected(change, message):
     _, arrays = problem()
+    dcnv3(*arrays, group=GROUP)  # Not only in a first call.
     with pytest.raises(InvalidArgumentError, match=message):
         dcnv3(*change(*arrays), group=GROUP)
+
+
+@pytest.mark.parametrize(
+    ("valid", "invalid"),
+    [
+        ({"group": 2}, {"group": 2.0}),
+        ({"group": 1}, {"group": True}),
+        ({"group": 2, "kernel_size": (3, 3)}, {"group": 2, "kernel_size": (3.0, 3)}),
+        ({"group": 2, "pad": [1, 1]}, {"group": 2, "pad": [1, True]}),
+        ({"group": 2, "softmax": False}, {"group": 2, "softmax": 0.0}),
+    ],
+)
+def test_invalid_parameters_equal_to_valid_ones_are_rejected(valid, invalid):
+    spec = DCNv3Spec.of(SHAPE, **valid)
+    inputs = random_inputs(spec)
+    tensors = [torch.from_numpy(each) for each in (inputs.x, inputs.offset, inputs.mask)]
+    dcnv3(*tensors, **valid)
+    with pytest.raises(InvalidArgumentError, match=f"{list(invalid)[-1]} is "):
+        dcnv3(*tensors, **invalid)
+
+
+KINDS = pytest.mark.parametrize(
+    "convert", [np.copy, to_torch, tvm.runtime.tensor], ids=["numpy", "torch", "tvm"]
+)
+
+
+@KINDS
+def test_out(convert):
+    spec, arrays = problem()
+    inputs = [convert(array) for array in arrays]
+    operator = compile_op(DCNv3Spec.of((None, *SHAPE[1:]), group=GROUP))
+    for function in (functools.partial(dcnv3, group=GROUP), operator):
+        for _ in range(2):  # Repeated calls have fewer checks.
+            out = convert(np.full(spec.output_shape, np.nan, np.float32))
+            assert function(*inputs, out=out) is out
+            assert_matches_reference(out if convert is np.copy else out.numpy(), spec, arrays)
+    empty = convert(arrays[0][:0])
+    assert operator(*(convert(array[:0]) for array in arrays), out=empty) is empty
+
+
+@pytest.mark.parametrize(
+    ("make_out", "message"),
+    [
+        (lambda x: x.numpy(), "out is of another kind than x; got numpy; allowed: torch"),
+        (lambda x: x.double(), "out has another dtype than x; got float64; allowed: float32"),
+        (lambda x: x[:1].clone(), r"out has the wrong shape; got \(1, 7, 5, 6\)"),
+        (lambda x: x.clone().mT, r"out has the wrong shape; got \(2, 7, 6, 5\)"),
+        (lambda x: x.repeat(1, 1, 1, 2)[..., ::2], "out cannot be written; .* contiguous"),
+        (lambda x: x.clone().requires_grad_(), "out cannot be written; .* requires no gradient"),
+        (lambda x: x, "out shares memory with x, offset or mask"),
+        (lambda x: [x], "out is not a tensor"),
+    ],
+)
+def test_invalid_out_is_rejected(make_out, message):
+    _, arrays = problem()
+    inputs = [to_torch(array) for array in arrays]
+    expected = dcnv3(*inputs, group=GROUP)
+    with pytest.raises(InvalidArgumentError, match=message):
+        dcnv3(*inputs, group=GROUP, out=make_out(inputs[0]))
+    assert dcnv3(*inputs, group=GROUP).equal(expected)
+
+
+def test_read_only_out_is_rejected():
+    _, arrays = problem()
+    with pytest.raises(InvalidArgumentError, match="out cannot be written"):
+        dcnv3(*arrays, group=GROUP, out=read_only(arrays[0]))
 
 
 def test_nchw_with_divisible_channels_gets_a_hint():
