@@ -50,9 +50,11 @@ class Extension:
     def import_failure(self) -> str | None:
         """Why the extension cannot be imported; None if it can."""
         try:
-            _ = self.loaded
+            loaded = self.loaded
         except Exception as error:  # one built for another PyTorch may fail in any way
             return f"not importable: {failure_text(error)}"
+        if str(loaded.__module__).startswith("dcnv3_tvm."):
+            return "not installed: the module is the stand-in of dcnv3-tvm"
         return None
 
 

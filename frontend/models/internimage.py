@@ -11,8 +11,8 @@ a residual connection), followed by a downsampling to the next stage:
     stage 3   -> (N, H/32, W/32, 8C)
     head      -> (N, num_classes)
 
-Sizes that do not divide are rounded up. The modules are for inference and export: there is no
-dropout and no stochastic depth, and the deformable operator has no backward pass.
+Sizes that do not divide are rounded up. The modules can be trained; there is no dropout and no
+stochastic depth.
 """
 
 from __future__ import annotations
@@ -153,8 +153,7 @@ class InternImage(nn.Module):
 
     Notes
     -----
-    For inference only: the deformable operator has no backward pass. Weights are initialised as
-    published, so a model without a checkpoint samples the regular grid.
+    Weights are initialised as published, so a model without a checkpoint samples the regular grid.
     """
 
     def __init__(self, config: InternImageConfig) -> None:

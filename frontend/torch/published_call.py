@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.pytorch.published_extension import published_params
 from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 
 CORE_NAME: Final = "dcnv3_core_pytorch"
@@ -71,25 +72,15 @@ class PublishedCall(NamedTuple):
         tensors, numbers = values[:3], values[3:]
         if has_step:
             del numbers[11:12]
-        remove_center = numbers[11:] or [False]  # absent from the oldest version
         if (
             len(tensors) < 3
             or not all(isinstance(each, Tensor) and each.ndim == 4 for each in tensors)
-            or len(numbers) not in (11, 12)
+            or len(numbers) not in (11, 12)  # the oldest version has no remove_center
             or not all(isinstance(each, Real) for each in numbers)
         ):
             return None
-        pairs = [tuple(numbers[i : i + 2]) for i in range(0, 8, 2)]
         try:
-            params = DCNv3Params(
-                group=numbers[8],
-                kernel_size=pairs[0],
-                stride=pairs[1],
-                pad=pairs[2],
-                dilation=pairs[3],
-                offset_scale=float(numbers[10]),
-                remove_center=bool(remove_center[0]),
-            )
+            params = published_params(*numbers)
         except InvalidArgumentError:
             return None
         return cls(owner, tensors[0], tensors[1], tensors[2], params)

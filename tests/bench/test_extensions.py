@@ -10,6 +10,7 @@ import torch
 from dcnv3_tvm.bench import extensions
 from dcnv3_tvm.bench.extensions import DCNV3, DCNV4
 from dcnv3_tvm.op.reference import dcnv3_reference
+from dcnv3_tvm.pytorch import published_extension
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.pytorch_reference import (
     PyTorchOperator,
@@ -82,6 +83,11 @@ def test_missing_extensions_report_why(monkeypatch):
 def test_unrelated_module_is_rejected(monkeypatch):
     monkeypatch.setitem(sys.modules, "DCNv3", types.ModuleType("DCNv3"))
     assert "dcnv3_forward" in DCNV3.import_failure
+
+
+def test_the_stand_in_is_not_measured_as_the_extension(monkeypatch):
+    monkeypatch.setitem(sys.modules, "DCNv3", published_extension)
+    assert "the stand-in of dcnv3-tvm" in DCNV3.import_failure
 
 
 @pytest.mark.usefixtures("dcnv3")
