@@ -26,6 +26,7 @@ def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[st
 
 ARGUMENTS = {
     "compile_and_run.py": ["--variant", TINY],
+    "conv_bn_act.py": ["--steps", "3", "--size", "16"],
     "graph_operator.py": ["--size", "5"],
     "onnx_round_trip.py": ["--variant", TINY, "--size", "32"],
     "run_operator.py": ["--size", "7"],
@@ -71,3 +72,11 @@ def test_onnx_round_trip(tmp_path: Path):
     done = run("onnx_round_trip.py", *ARGUMENTS["onnx_round_trip.py"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "5 DCNv3 operators" in done.stdout
+
+
+@pytest.mark.slow
+def test_conv_bn_act(tmp_path: Path):
+    done = run("conv_bn_act.py", *ARGUMENTS["conv_bn_act.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "step   2: loss" in done.stdout
+    assert "% of the pixels of new images are right" in done.stdout
