@@ -6,7 +6,8 @@ All other operators stay whole: later passes match a linear layer or a layer nor
 from __future__ import annotations
 
 import warnings
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, cast
 
 import torch
 from torch.export import ExportedProgram
@@ -33,9 +34,12 @@ _WITHOUT_KERNELS: Final = frozenset(
 _VIEWS: Final = frozenset(
     {
         "contiguous.default",
+        "expand.default",
         "flatten.using_ints",
         "permute.default",
         "reshape.default",
+        "select.int",
+        "slice.Tensor",
         "squeeze.dim",
         "to.dtype",
         "transpose.int",
@@ -99,8 +103,17 @@ def _is_functional(node: Node) -> bool:
         return False
     if not any(result.alias_info for result in schema.returns):
         return True
-    # TVM cannot infer the shape of a view that combines dynamic sizes.
-    return node.target.__name__ in _VIEWS and _symbols(node) == _symbols(node.args[0])
+    if node.target.__name__ not in _VIEWS:
+        return False
+    # TVM cannot infer a size where a view combines dynamic sizes.
+    return not _infers_size(node) or _symbols(node) == _symbols(node.args[0])
+
+
+def _infers_size(node: Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    if name not in ("reshape.default", "unflatten.int", "view.default"):
+        return False
+    return -1 in cast("Sequence[object]", node.args[-1])
 
 
 def _symbols(node: Any) -> list[str]:
