@@ -21,6 +21,10 @@ from dcnv3_tvm.schedules.cpu.layer_norm import layer_norm
 from dcnv3_tvm.schedules.cpu.matmul import matmul
 from dcnv3_tvm.schedules.cpu.tile_matmul import tile_matmul
 from dcnv3_tvm.schedules.gpu.dcnv3 import dcnv3 as gpu_dcnv3
+from dcnv3_tvm.schedules.gpu.dcnv3_gradient import (
+    dcnv3_grad_offset_mask as gpu_dcnv3_grad_offset_mask,
+)
+from dcnv3_tvm.schedules.gpu.dcnv3_gradient import dcnv3_grad_x as gpu_dcnv3_grad_x
 from dcnv3_tvm.schedules.gpu.depthwise import depthwise as gpu_depthwise
 from dcnv3_tvm.schedules.gpu.fallback import fallback as gpu_fallback
 from dcnv3_tvm.schedules.gpu.gemm import gemm
@@ -48,6 +52,8 @@ CPU_RULES: Final[tuple[Rule, ...]] = (
 
 GPU_RULES: Final[tuple[Rule, ...]] = (
     gpu_dcnv3,
+    gpu_dcnv3_grad_x,
+    gpu_dcnv3_grad_offset_mask,
     gemm,
     mlp,
     gpu_depthwise,

@@ -3,7 +3,8 @@
 `dcnv3_tvm.op.reference_gradient` states the formulas. Two kernels compute them, because their
 parallel loops differ: the gradient of x is scattered to the pixels that were read, so that one task
 owns a group of an image; those of offset and mask are computed for each output pixel. Both begin
-with the blocks ``softmax_*``, ``coordinates``, ``corners`` and ``pixels`` of the forward kernel.
+with the blocks ``softmax_*``, ``coordinates``, ``corners`` and ``pixels`` of the forward kernel,
+with vector loads also ``patch``.
 
 ================ =================================================================================
 block            what it computes
@@ -13,7 +14,8 @@ grad             gradient of the result in the accumulation type, divided by the
 scatter          for x: weights times gradient, added to the four pixels of every point
 axis_weights     for offset and mask: bilinear weights and their slopes, along each axis
 dot              for offset and mask: sum over channels of gradient times pixel, for each corner
-grad_mask        for offset and mask: gradient of the mask before that of the softmax
+grad_mask        for offset and mask: gradient of the mask before that of the softmax; with vector
+                 loads, that of the offset, too
 softmax_dot      with softmax: sum over the points of mask times its gradient
 store            for offset and mask: the gradients, rounded to the types of the results
 ================ =================================================================================
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from dcnv3_tvm.op import vector_loads
 from dcnv3_tvm.op.expr import int64
 from dcnv3_tvm.op.prim_func_builder import allocate, block, compute
 from dcnv3_tvm.op.sampling import (
@@ -58,7 +61,9 @@ def emit_grad_x(kernel: SamplingKernel, grad: Any, offset: Any, mask: Any, out: 
     emit_coordinates(kernel, buffers, offset)
     emit_corners(kernel, buffers)
     emit_weights(kernel, buffers, mask)
-    if kernel.has_pixel_index:
+    if kernel.vector_loads:
+        vector_loads.emit_vector_index(kernel, buffers)
+    elif kernel.has_pixel_index:
         emit_pixel_index(kernel, buffers)
 
     def scaled(n: Any, y: Any, x: Any, g: Any, c: Any) -> Any:
@@ -66,7 +71,11 @@ def emit_grad_x(kernel: SamplingKernel, grad: Any, offset: Any, mask: Any, out: 
         return value / buffers.exp_sum[n, y, x, g] if kernel.spec.softmax else value
 
     source = compute("grad", kernel.channel_extents, scaled, dtype=kernel.dtype)
-    _emit_scatter(kernel, buffers, source, out)
+    if kernel.vector_loads:
+        vector_loads.emit_zero(kernel, out)
+        vector_loads.emit_scatter(kernel, buffers, source, out)
+    else:
+        _emit_scatter(kernel, buffers, source, out)
 
 
 def _emit_scatter(kernel: SamplingKernel, buffers: Buffers, grad: Any, image: Any) -> None:
@@ -111,15 +120,21 @@ def emit_grad_offset_mask(
         to compute.
     """
     spec = kernel.spec
-    buffers = Buffers.of(kernel, without=("total", "patch", "weight"))
+    buffers = Buffers.of(kernel, without=("total", "weight"))
     if spec.softmax:
         emit_softmax(kernel, buffers, mask)
     emit_coordinates(kernel, buffers, offset)
     emit_corners(kernel, buffers)
-    if kernel.has_pixel_index:
+    if kernel.vector_loads:
+        vector_loads.emit_vector_index(kernel, buffers)
+        vector_loads.emit_patch(kernel, buffers, x)
+    elif kernel.has_pixel_index:
         emit_pixel_index(kernel, buffers)
     rows, columns = _emit_axis_weights(kernel, buffers)
-    dot = _emit_dot(kernel, buffers, x, grad)
+    if kernel.vector_loads:
+        dot = vector_loads.emit_dot(kernel, buffers, grad)
+    else:
+        dot = _emit_dot(kernel, buffers, x, grad)
 
     def over_corners(by_row: Sequence[Any], by_column: Sequence[Any], at: tuple[Any, ...]) -> Any:
         """Return the sum over the corners of a factor by row, one by column, and dot."""
@@ -133,12 +148,28 @@ def emit_grad_offset_mask(
 
         return row_sum(0) + row_sum(1)
 
-    factor_grad = compute(
-        "grad_mask",
-        kernel.point_extents,
-        lambda *at: over_corners(rows.weights, columns.weights, at),
-        dtype=kernel.dtype,
-    )
+    def along_axes(at: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Return the gradients of both offsets of a point."""
+        if spec.softmax:
+            factor = buffers.exp_logit[at] / buffers.exp_sum[at[:-1]]
+        else:
+            factor = mask_at(kernel, mask, at)
+        scale = factor * kernel.constant(spec.offset_scale)
+        along_x = scale * over_corners(rows.weights, columns.slopes, at)
+        along_y = scale * over_corners(rows.slopes, columns.weights, at)
+        return along_x, along_y  # x before y
+
+    factor_grad = allocate("grad_mask", kernel.point_extents, kernel.dtype)
+    # With vector loads, a thread computes all gradients of a point at once, and keeps only these.
+    offset_grads = [
+        allocate(f"grad_offset_{axis}", kernel.point_extents, kernel.dtype)
+        for axis in ("xy" if kernel.vector_loads else "")
+    ]
+    with block("grad_mask", kernel.point_extents, "SSSSS") as at:
+        place = tuple(at)
+        T.buffer_store(factor_grad, over_corners(rows.weights, columns.weights, place), at)
+        for offset_grad, element in zip(offset_grads, along_axes(place), strict=False):
+            T.buffer_store(offset_grad, element, at)
     if spec.softmax:
         softmax_dot = compute(
             "softmax_dot",
@@ -152,16 +183,11 @@ def emit_grad_offset_mask(
         value = factor_grad[place]
         if spec.softmax:
             total = buffers.exp_sum[n, y, x_, g]
-            factor = buffers.exp_logit[place] / total
-            value = factor * (value - softmax_dot[n, y, x_, g] / total)
-        else:
-            factor = mask_at(kernel, mask, place)
-        scale = factor * kernel.constant(spec.offset_scale)
+            value = buffers.exp_logit[place] / total * (value - softmax_dot[n, y, x_, g] / total)
         point = g * int64(spec.points) + p
-        along_x = scale * over_corners(rows.weights, columns.slopes, place)
-        along_y = scale * over_corners(rows.slopes, columns.weights, place)
         T.buffer_store(grad_mask, tirx.Cast(grad_mask.dtype, value), [n, y, x_, point])
-        for axis, element in enumerate((along_x, along_y)):  # x before y
+        elements = [offset_grad[place] for offset_grad in offset_grads] or along_axes(place)
+        for axis, element in enumerate(elements):
             channel = point * int64(2) + axis
             T.buffer_store(grad_offset, tirx.Cast(grad_offset.dtype, element), [n, y, x_, channel])
 

@@ -34,12 +34,16 @@ class SamplingKernel:
         Channel at which the mask begins in the tensor that holds it.
     center_feature : bool
         Whether the result is blended with x, as in `dcnv3_tvm.op.tensorir.dcnv3_packed`.
+    image_dtype : str, optional
+        Element type of the tensor of the size of x that is read, or scattered to, at the sampling
+        points; by default that of x.
     """
 
     spec: DCNv3Spec
     vector_loads: bool
     mask_start: int = 0
     center_feature: bool = False
+    image_dtype: str | None = None
 
     @property
     def dtype(self) -> str:
@@ -56,8 +60,9 @@ class SamplingKernel:
 
     @property
     def vector_channels(self) -> int:
-        """Channels of a group that one vector load reads."""
-        return gpu.vector_elements(self.spec.group_channels, self.spec.dtype)
+        """Channels of a group at one pixel that one instruction reads, or adds to."""
+        dtype = self.image_dtype or self.spec.dtype
+        return gpu.vector_elements(self.spec.group_channels, dtype)
 
     @property
     def index_dtype(self) -> str:

@@ -114,13 +114,16 @@ def dcnv3_packed(
 
 
 @functools.lru_cache(maxsize=64)
-def dcnv3_grad_x(spec: DCNv3Spec) -> tirx.PrimFunc:
+def dcnv3_grad_x(spec: DCNv3Spec, *, vector_loads: bool = False) -> tirx.PrimFunc:
     """Build the kernel that computes the gradient of x.
 
     Parameters
     ----------
     spec : DCNv3Spec
         The problem.
+    vector_loads : bool
+        As in `dcnv3`. The terms are added by atomics, in an order that is not fixed, so that the
+        last bits of the result may differ from call to call.
 
     Returns
     -------
@@ -128,9 +131,9 @@ def dcnv3_grad_x(spec: DCNv3Spec) -> tirx.PrimFunc:
         Function of ``(grad, offset, mask, grad_x)``, unscheduled, where ``grad`` is the gradient of
         the result. ``grad_x`` has the accumulation type, in which the terms of a pixel are added.
     """
-    kernel = SamplingKernel(spec, vector_loads=False)
+    kernel = SamplingKernel(spec, vector_loads, image_dtype=spec.accumulate_dtype)
     sizes, dtype = kernel.sizes, spec.dtype
-    declare = functools.partial(_tensor, vector_loads=False)
+    declare = functools.partial(_tensor, vector_loads=vector_loads)
     with function("dcnv3_grad_x", _attributes(spec)) as builder:
         grad = declare("grad", sizes.output_shape(spec.channels), dtype)
         offset = declare("offset", sizes.output_shape(spec.offset_channels), dtype)
@@ -141,13 +144,15 @@ def dcnv3_grad_x(spec: DCNv3Spec) -> tirx.PrimFunc:
 
 
 @functools.lru_cache(maxsize=64)
-def dcnv3_grad_offset_mask(spec: DCNv3Spec) -> tirx.PrimFunc:
+def dcnv3_grad_offset_mask(spec: DCNv3Spec, *, vector_loads: bool = False) -> tirx.PrimFunc:
     """Build the kernel that computes the gradients of offset and mask.
 
     Parameters
     ----------
     spec : DCNv3Spec
         The problem. With ``spec.softmax``, the gradient of mask is that of the logits.
+    vector_loads : bool
+        As in `dcnv3`.
 
     Returns
     -------
@@ -155,9 +160,9 @@ def dcnv3_grad_offset_mask(spec: DCNv3Spec) -> tirx.PrimFunc:
         Function of ``(x, offset, mask, grad, grad_offset, grad_mask)``, where ``grad`` is the
         gradient of the result, unscheduled.
     """
-    kernel = SamplingKernel(spec, vector_loads=False)
+    kernel = SamplingKernel(spec, vector_loads)
     sizes, dtype = kernel.sizes, spec.dtype
-    declare = functools.partial(_tensor, vector_loads=False)
+    declare = functools.partial(_tensor, vector_loads=vector_loads)
     with function("dcnv3_grad_offset_mask", _attributes(spec)) as builder:
         x = declare("x", sizes.input_shape(spec.channels), dtype)
         offset = declare("offset", sizes.output_shape(spec.offset_channels), dtype)

@@ -11,8 +11,9 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from dcnv3_tvm.op.atomic_add import add_multiple
 from dcnv3_tvm.op.expr import int64
-from dcnv3_tvm.op.prim_func_builder import block, compute
+from dcnv3_tvm.op.prim_func_builder import allocate, block, compute
 from dcnv3_tvm.op.sampling_kernel import Buffers, SamplingKernel
 
 
@@ -60,6 +61,58 @@ def emit_sum(kernel: SamplingKernel, buffers: Buffers) -> None:
             T.buffer_store(total, kernel.constant(0), [n, y, x, g, c])
         term = weight[n, y, x, g, r, s, p] * kernel.cast(patch[n, y, x, g, p, r, s, c])
         T.buffer_store(total, total[n, y, x, g, c] + term, [n, y, x, g, c])
+
+
+def emit_dot(kernel: SamplingKernel, buffers: Buffers, grad: Any) -> Any:
+    """Compute the gradient times each pixel, over channels; (N, Ho, Wo, G, 2, 2, P).
+
+    A block ``grad`` converts the gradient, once for all pixels.
+    """
+    converted = compute(
+        "grad",
+        kernel.channel_extents,
+        lambda n, y, x, g, c: kernel.cast(grad[n, y, x, kernel.channel(g, c)]),
+        dtype=kernel.dtype,
+    )
+    *group, points = kernel.point_extents
+    dot = allocate("dot", (*group, 2, 2, points), kernel.dtype)
+    extents = (*kernel.point_extents, 2, 2, kernel.channel_extents[-1])
+    with block("dot", extents, "SSSSSSSR") as (n, y, x, g, p, r, s, c):
+        with T.init():
+            T.buffer_store(dot, kernel.constant(0), [n, y, x, g, r, s, p])
+        term = converted[n, y, x, g, c] * kernel.cast(buffers.patch[n, y, x, g, p, r, s, c])
+        T.buffer_store(dot, dot[n, y, x, g, r, s, p] + term, [n, y, x, g, r, s, p])
+    return dot
+
+
+def emit_zero(kernel: SamplingKernel, image: Any) -> None:
+    """Set a tensor of the size of x to zero."""
+    zero = kernel.constant(0)
+    compute("zero", image.shape, lambda *_: zero, dtype=kernel.dtype, into=image)
+
+
+def emit_scatter(kernel: SamplingKernel, buffers: Buffers, grad: Any, image: Any) -> None:
+    """Add the weighted gradient to the four pixels of every point, atomically, in vectors."""
+    height, width = kernel.sizes.height, kernel.sizes.width
+    vector = kernel.vector_channels
+    vectors = kernel.spec.group_channels // vector
+    extents = (*kernel.point_extents, 2, 2, vectors)
+    with block("scatter", extents, "SSSSSSSS") as (n, y, x, g, p, r, s, v):
+        index, weight = buffers.index[n, y, x, g, p], buffers.weight[n, y, x, g, r, s, p]
+        first = v * int64(vector)
+        channel = kernel.channel(g, first)
+        # The pixels written depend on data: declare the whole image. It is declared as read,
+        # because what TVM takes for a sum has one block that writes it, and that is ``zero``.
+        T.reads(
+            index,
+            weight,
+            grad[n, y, x, g, first : first + vector],
+            image[n, 0:height, 0:width, channel : channel + vector],
+        )
+        T.writes()
+        address = T.address_of(image[0, 0, 0, _patch_element(kernel, index, r, s, first)])
+        values = [grad[n, y, x, g, first + i] for i in range(vector)]
+        T.evaluate(add_multiple(address, weight, values))
 
 
 def emit_center(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any) -> None:

@@ -74,7 +74,7 @@ def set_min_blocks(
     Parameters
     ----------
     func : tvm.tirx.PrimFunc
-        Scheduled function of one GPU kernel.
+        Scheduled function; of several GPU kernels, this is about the last one.
     target : tvm.target.Target
         GPU target.
     space : SearchSpace
@@ -85,8 +85,8 @@ def set_min_blocks(
     wanted = space.pick("min_blocks", _CANDIDATES, default)
     if wanted == _UNBOUNDED:
         return func
-    (extents,) = launches(func)
-    threads, architecture = block_threads(extents), gpu_architecture(target)
+    kernels = launches(func)
+    threads, architecture = block_threads(kernels[-1]), gpu_architecture(target)
     # Never 0, even for a block with too many threads, which `check_launch` rejects.
     blocks = max(1, min(wanted, architecture.blocks, architecture.threads // threads))
 

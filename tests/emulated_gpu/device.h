@@ -97,6 +97,15 @@ inline unsigned of_segment(unsigned source, unsigned width) {
   return lane() / width * width + source % width;
 }
 
+/* red.add.v2 and .v4: threads run one at a time, so that every addition is atomic. */
+template <class... T>
+inline void add_to_vector(float *to, T... values) {
+  if (reinterpret_cast<uintptr_t>(to) % (sizeof...(values) * sizeof(float))) {
+    fail("an address of a vector to add to is misaligned");
+  }
+  ((*to++ += values), ...);
+}
+
 template <class T>
 struct Shuffled {
   T value, result;
@@ -167,6 +176,7 @@ struct nv_bfloat162 {
   };                                                                       \
   inline name##2 make_##name##2(type x, type y) { return {x, y}; }         \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
+EMULATED_VECTORS(double, double)
 EMULATED_VECTORS(float, float)
 EMULATED_VECTORS(int, int)
 EMULATED_VECTORS(unsigned, uint)
@@ -181,9 +191,18 @@ inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
 inline bool __hgt(float a, float b) { return a > b; }
 inline bool __hlt(float a, float b) { return a < b; }
 
+template <class T>
+inline T atomicAdd(T *to, T value) {
+  T before = *to;
+  *to = before + value;
+  return before;
+}
+
 inline float rsqrtf(float value) { return 1 / sqrtf(value); }
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
+inline double min(double a, double b) { return fmin(a, b); }
+inline double max(double a, double b) { return fmax(a, b); }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -36,6 +36,7 @@ _INSTRUCTIONS: Final = (
     (r"cp\.async\.commit_group;", "commit_copies"),
     (r"setp\.eq\.u32 p, %3, 1;.*@p cp\.async\.c[ag]\.shared\.global", "copy_or_clear"),
     (r"cp\.async\.c[ag]\.shared\.global", "copy"),
+    (r"red\.global\.add\.v[24]\.f32", "add_to_vector"),
     (r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16", "load_matrix"),
     (
         r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
@@ -83,6 +84,9 @@ def main(prepared: Path, arguments: Sequence[str]) -> int:
     output = Path(arguments[arguments.index("-o") + 1])
     pieces = translate(source.read_text(encoding="utf-8"))
     compiler = [*_compiler("-O0"), f"-I{prepared}", f"-I{_HERE}", "-include", _HEADER]
+    compiler += [
+        f"-D__CUDA_ARCH__={arch}0" for arch in re.findall(r"-arch=sm_(\d+)", str(arguments))
+    ]
     with tempfile.TemporaryDirectory(prefix="dcnv3-tvm-emulated-") as folder:
         files = [Path(folder) / f"piece{i}.cpp" for i in range(len(pieces))]
         for file, text in zip(files, pieces, strict=True):

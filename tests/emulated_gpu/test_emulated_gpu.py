@@ -75,6 +75,11 @@ def test_asynchronous_copy_without_wait_gives_nan(run, rng):
             "an address of shared memory is misaligned",
         ),
         ("__cvta_generic_to_shared(x);", "an address is not in shared memory"),
+        (
+            'asm volatile("red.global.add.v2.f32 [%0], {%1, %2};"'
+            ' : : "l"(out + 1), "f"(x[0]), "f"(x[1]) : "memory");',
+            "an address of a vector to add to is misaligned",
+        ),
     ],
 )
 def test_errors_are_detected(run, body, message):

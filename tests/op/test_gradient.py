@@ -17,7 +17,7 @@ from dcnv3_tvm.runtime.tensors import to_kernel
 from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.verify.tolerances import gradient_bounds
+from helpers.gradients import check_gradients, result_gradient
 from helpers.guarded import GuardedOutput
 from helpers.specs import Inputs, random_inputs, specs
 
@@ -35,11 +35,6 @@ def compile_gradients(problems):
     return [[executable[f"{k.__name__}_{i}"] for k in KINDS] for i in range(len(problems))]
 
 
-def result_gradient(spec, inputs, seed=9):
-    shape = (*inputs.offset.shape[:3], spec.channels)
-    return np.random.default_rng(seed).standard_normal(shape).astype(inputs.x.dtype)
-
-
 def run(kernels, spec, inputs, grad):
     """Run both kernels on poisoned, guarded outputs."""
     grad_x = GuardedOutput(inputs.x.shape, spec.accumulate_dtype)
@@ -50,27 +45,11 @@ def run(kernels, spec, inputs, grad):
     return [out.checked() for out in (grad_x, *others)]
 
 
-def check(results, spec, inputs, grad):
-    arrays = grad, inputs.x, inputs.offset, inputs.mask
-    reference = dcnv3_gradients(*arrays, spec)
-    offset = np.nan_to_num(inputs.offset.astype(np.float64), posinf=1e9, neginf=-1e9)
-    bounds = gradient_bounds(spec, grad, inputs.x, offset, inputs.mask, reference)
-    for name, result, expected, bound in zip(
-        reference._fields, results, reference, bounds, strict=True
-    ):
-        error = np.abs(result.astype(np.float64) - expected)
-        worst = np.unravel_index(np.argmax(error / bound), error.shape)
-        assert np.all(error <= bound), (
-            f"{spec.slug}: the gradient of {name} is {result[worst]}, not {expected[worst]}, at "
-            f"{worst} (error {error[worst]:.3g}, bound {bound[worst]:.3g})"
-        )
-
-
 def check_compiled(spec, inputs, compiled=None):
     (kernels,) = compile_gradients([compiled or spec])
     grad = result_gradient(spec, inputs)
     results = run(kernels, spec, inputs, grad)
-    check(results, spec, inputs, grad)
+    check_gradients(results, spec, inputs, grad)
     return results
 
 
@@ -91,7 +70,7 @@ def test_random_problems(dtype, data):
     for seed, (spec, kernels) in enumerate(zip(problems, compile_gradients(problems), strict=True)):
         inputs = random_inputs(spec, seed=seed)
         grad = result_gradient(spec, inputs)
-        check(run(kernels, spec, inputs, grad), spec, inputs, grad)
+        check_gradients(run(kernels, spec, inputs, grad), spec, inputs, grad)
 
 
 @pytest.mark.parametrize("softmax", [False, True], ids=["mask", "logits"])
@@ -105,7 +84,7 @@ def test_symbolic_sizes(sizes, softmax):
         )
         inputs = random_inputs(static, seed=seed)
         grad = result_gradient(static, inputs)
-        check(run(kernels, static, inputs, grad), static, inputs, grad)
+        check_gradients(run(kernels, static, inputs, grad), static, inputs, grad)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 6), (5, 1), (5, 6)], ids=str)

@@ -28,7 +28,7 @@ def compiled(functions, target):
     scheduled, _ = schedule_module(module, target)
     reports = report([scheduled[name] for name in functions], target)
     found = {}
-    for name, (kernel,) in zip(functions, reports, strict=True):
+    for name, (*_, kernel) in zip(functions, reports, strict=True):  # the last one of several
         assert kernel.spill_bytes == kernel.stack_bytes == 0, name
         assert kernel.shared_bytes <= gpu_architecture(target).block_shared_bytes, name
         found[name] = kernel
@@ -50,6 +50,26 @@ def test_instructions_per_channel():
         assert kernel.instructions / channels <= most[name.partition("_")[0]], name
         assert kernel.load_bytes[-1] == 16, name
         assert kernel.occupancy >= 0.4, name
+
+
+def test_gradients():
+    """The gradients of offset and mask take about the instructions of the forward kernel."""
+    most = {"float32_64": 1600, "float16_512": 2200, "bfloat16_320": 4100}
+    functions = {}
+    for (shape, group), name in zip(
+        [((64, 56, 56, 64), 4), ((64, 7, 7, 512), 32), ((8, 56, 56, 320), 10)], most, strict=True
+    ):
+        spec = DCNv3Spec.of(shape, group=group, softmax=True, dtype=name.partition("_")[0])
+        functions[name] = tensorir.dcnv3_grad_offset_mask(spec, vector_loads=True)
+    scatter = tensorir.dcnv3_grad_x(spec, vector_loads=True)
+    target = resolve_target("cuda-sm90")
+    found = compiled({**functions, "x": scatter}, target)
+    for name, instructions in most.items():
+        assert found[name].instructions <= instructions, name
+        assert found[name].load_bytes[-1] == 16, name
+    assert found["x"].instructions <= 850
+    assert found["x"].load_bytes[-1] == 8
+    assert found["x"].occupancy >= 0.6
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm89", "sm120"])
