@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import Final, NoReturn
 
 from tvm import relax
-from tvm.target import Target
 
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
@@ -31,7 +30,7 @@ from dcnv3_tvm.op.relax_call import (
     spec_of,
 )
 from dcnv3_tvm.op.relax_types import ARGUMENTS, argument_types, check_shape, result_type
-from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
+from dcnv3_tvm.spec import DCNv3Params
 
 GRAD_X_OP_NAME: Final = "dcnv3_tvm.dcnv3_grad_x"
 GRAD_OFFSET_MASK_OP_NAME: Final = "dcnv3_tvm.dcnv3_grad_offset_mask"
@@ -94,32 +93,25 @@ def _infer_grad_offset_mask(call: relax.Call, _builder: relax.BlockBuilder) -> r
 
 
 def _legalize_grad_x(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
-    spec = _spec_for_cpu(call)
+    spec = spec_of(call, x=_X)
     grad, x, offset, mask = call.args
-    kernel = add_kernel(builder, tensorir.dcnv3_grad_x(spec), "dcnv3_grad_x")
+    kernel = tensorir.dcnv3_grad_x(spec, vector_loads=current_target_is_gpu())
     sums_type = relax.TensorType(x.ty.shape, spec.accumulate_dtype, x.ty.vdevice)
-    sums = relax.call_tir(kernel, [grad, offset, mask], sums_type)
+    sums = relax.call_tir(
+        add_kernel(builder, kernel, "dcnv3_grad_x"), [grad, offset, mask], sums_type
+    )
     return sums if spec.dtype == spec.accumulate_dtype else relax.op.astype(sums, spec.dtype)
 
 
 def _legalize_grad_offset_mask(builder: relax.BlockBuilder, call: relax.Call) -> relax.Expr:
     grad, x, offset, mask = call.args
-    kernel = tensorir.dcnv3_grad_offset_mask(_spec_for_cpu(call))
+    spec = spec_of(call, x=_X)
+    kernel = tensorir.dcnv3_grad_offset_mask(spec, vector_loads=current_target_is_gpu())
     return relax.call_tir(
         add_kernel(builder, kernel, "dcnv3_grad_offset_mask"),
         [x, offset, mask, grad],
         list(call.ty.fields),
     )
-
-
-def _spec_for_cpu(call: relax.Call) -> DCNv3Spec:
-    if current_target_is_gpu():
-        raise InvalidArgumentError(
-            "the gradient of DCNv3 has no kernel for GPUs",
-            got=f"target {Target.current()}",
-            allowed="targets of kind llvm",
-        )
-    return spec_of(call, x=_X)
 
 
 def _no_second_derivative(_result: object, call: relax.Call, *_: object) -> NoReturn:

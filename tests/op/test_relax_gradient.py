@@ -15,6 +15,7 @@ from dcnv3_tvm.op import relax_gradient, relax_op
 from dcnv3_tvm.op.relax_packed_op import dcnv3_packed
 from dcnv3_tvm.op.tensorir import packed_channels
 from dcnv3_tvm.pytorch.dcnv3_module import softmax_over_points
+from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.pytorch_reference import grid_sampling
@@ -254,12 +255,14 @@ def test_differentiating_a_gradient_is_rejected():
         relax.transform.Gradient("main")(builder.get())
 
 
-def test_kernels_for_gpus_are_rejected():
-    with (
-        resolve_target("cuda-sm90"),
-        pytest.raises(InvalidArgumentError, match=r"no kernel for GPUs; got target .*cuda"),
-    ):
-        relax.transform.LegalizeOps()(adjoints({"main": Graph(SPEC)}))
+def test_gradients_are_scheduled_for_gpus():
+    target = resolve_target("cuda-sm90")
+    with target:
+        module = relax.transform.LegalizeOps()(adjoints({"main": GRAPHS["half"]}))
+    _, kernels = schedule_module(module, target, intrinsics=False)
+    rules = {name: kernel.rule for name, kernel in kernels.items()}
+    for name in ("dcnv3_grad_x", "dcnv3_grad_offset_mask"):
+        assert rules[name] == name
 
 
 def test_training_follows_pytorch():
