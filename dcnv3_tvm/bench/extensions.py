@@ -69,10 +69,25 @@ def _dcnv3(
     return functools.partial(_with_or_without_center, function, arguments, params.remove_center)
 
 
-def _with_or_without_center(function: Any, arguments: tuple[Any, ...], remove: bool) -> Tensor:
+def dcnv3_backward(params: DCNv3Params) -> Callable[..., list[Tensor]]:
+    """Return the backward pass of the DCNv3 extension, of (grad, x, offset, mask)."""
+    function = importlib.import_module(DCNV3.module).dcnv3_backward
+
+    def compute(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor) -> list[Tensor]:
+        arguments = (
+            *(x, offset, mask),
+            *(*params.kernel_size, *params.stride, *params.pad, *params.dilation),
+            *(params.group, x.shape[-1] // params.group, params.offset_scale, grad, _IM2COL_STEP),
+        )
+        return list(_with_or_without_center(function, arguments, params.remove_center))
+
+    return compute
+
+
+def _with_or_without_center(function: Any, arguments: tuple[Any, ...], remove: bool) -> Any:
     """Call the extension; version 1.0 does not take `remove_center`."""
     try:
-        result: Tensor = function(*arguments, int(remove))
+        result = function(*arguments, int(remove))
     except TypeError:
         if remove:
             raise

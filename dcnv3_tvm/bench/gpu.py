@@ -22,6 +22,7 @@ from dcnv3_tvm.bench.gpu_compilation import CompilePool
 from dcnv3_tvm.bench.gpu_context import GpuContext
 from dcnv3_tvm.bench.gpu_encoder import PLAN as ENCODER_PLAN
 from dcnv3_tvm.bench.gpu_encoder import measure_encoder
+from dcnv3_tvm.bench.gpu_gradient import measure_gradients
 from dcnv3_tvm.bench.gpu_operator import PLAN as OPERATOR_PLAN
 from dcnv3_tvm.bench.gpu_operator import measure_operator
 from dcnv3_tvm.bench.listing import SCHEMA
@@ -158,8 +159,9 @@ class GpuBenchmark:
         self, group: OperatorGroup, budget: TimeBudget, context: GpuContext
     ) -> Iterator[CaseResult]:
         for spec in group.specs:
-            measure = functools.partial(measure_operator, spec, context)
-            result = self._case("op", spec.slug, budget, measure)
+            measure = measure_gradients if group.backward else measure_operator
+            slug = f"{spec.slug}-backward" if group.backward else spec.slug
+            result = self._case("op", slug, budget, functools.partial(measure, spec, context))
             if result is not None:
                 yield result
 

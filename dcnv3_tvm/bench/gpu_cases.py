@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from dcnv3_tvm.bench.cases import DTYPES, EncoderCase, encoder_case, stage_specs
+from dcnv3_tvm.compiler.compile_kernel import GRAD_OFFSET_MASK, GRAD_X
 from dcnv3_tvm.frontend.models.config import KERNEL_SIZE
 from dcnv3_tvm.spec import DCNv3Spec
 
-PARTS: Final = ("op", "encoder")
+PARTS: Final = ("op", "backward", "encoder")
 """Parts of a run, in order."""
 
 SECONDS: Final = 450.0
@@ -54,8 +55,32 @@ ENCODER_DTYPE: Final = "float16"
 OURS_ONLY: Final = "bfloat16"
 """Dtype in which only this library is measured."""
 
-CompileJob = DCNv3Spec | EncoderCase
-"""An operator or encoder to compile."""
+
+class GradientKernel(NamedTuple):
+    """A kernel of the gradients of an operator, to compile.
+
+    Parameters
+    ----------
+    kind : str
+        Kind of the kernel, as for `dcnv3_tvm.compiler.compile_kernel.compile_kernel`.
+    spec : DCNv3Spec
+        The operator.
+    """
+
+    kind: str
+    spec: DCNv3Spec
+
+    @property
+    def slug(self) -> str:
+        """Kind and problem."""
+        return self.spec.slug.replace("dcnv3", self.kind, 1)
+
+
+_DTYPES: Final = ("float16", "float32", OURS_ONLY)
+"""Dtypes of operators, in the order in which they are measured."""
+
+CompileJob = DCNv3Spec | GradientKernel | EncoderCase
+"""An operator, a kernel of its gradients, or an encoder to compile."""
 
 
 class OperatorGroup(NamedTuple):
@@ -69,11 +94,14 @@ class OperatorGroup(NamedTuple):
         Dtype of all operators.
     specs : tuple of DCNv3Spec
         Operators whose masks are weights, not logits.
+    backward : bool
+        Whether their gradients are measured, and not the operators.
     """
 
     name: str
     dtype: str
     specs: tuple[DCNv3Spec, ...]
+    backward: bool = False
 
     @property
     def slug(self) -> str:
@@ -85,13 +113,31 @@ def operator_groups() -> list[OperatorGroup]:
     """List the operators, the most informative first."""
     paper = [_spec(PAPER_BATCH, *shape) for shape in PAPER]
     pyramid = [_spec(1, *shape) for shape in PYRAMID]
-    stages = [spec for variant, batch in STAGES for spec in stage_specs(variant, batch=batch)]
-    groups = {"paper": paper, "pyramid": pyramid, "stages": list(dict.fromkeys(stages))}
+    groups = {"paper": paper, "pyramid": pyramid, "stages": _stages()}
     return [
         OperatorGroup(name, dtype, tuple(dataclasses.replace(spec, dtype=dtype) for spec in group))
-        for dtype in ("float16", "float32", OURS_ONLY)
+        for dtype in _DTYPES
         for name, group in groups.items()
     ]
+
+
+def backward_groups() -> list[OperatorGroup]:
+    """List the operators whose gradients are measured."""
+    return [
+        OperatorGroup(
+            "backward",
+            dtype,
+            tuple(dataclasses.replace(spec, dtype=dtype) for spec in _stages()),
+            backward=True,
+        )
+        for dtype in _DTYPES
+        if dtype != OURS_ONLY
+    ]
+
+
+def _stages() -> list[DCNv3Spec]:
+    stages = (spec for variant, batch in STAGES for spec in stage_specs(variant, batch=batch))
+    return list(dict.fromkeys(stages))
 
 
 def encoder_cases() -> list[EncoderCase]:
@@ -107,9 +153,13 @@ def select_cases(
     parts: Sequence[str], pattern: str = "*"
 ) -> tuple[list[OperatorGroup], list[EncoderCase]]:
     """List the cases of some parts whose slug matches a pattern."""
+    found = [
+        *(operator_groups() if "op" in parts else []),
+        *(backward_groups() if "backward" in parts else []),
+    ]
     groups = [
         group._replace(specs=tuple(spec for spec in group.specs if _matches(spec.slug, pattern)))
-        for group in (operator_groups() if "op" in parts else [])
+        for group in sorted(found, key=lambda group: _DTYPES.index(group.dtype))
     ]
     cases = encoder_cases() if "encoder" in parts else []
     return (
@@ -124,10 +174,20 @@ def _matches(slug: str, pattern: str) -> bool:
 
 def compile_jobs(groups: Iterable[OperatorGroup], cases: Iterable[EncoderCase]) -> list[CompileJob]:
     """List the jobs in the order of measurement, but the slow encoders after the first group."""
-    operators = [[*(with_logits(spec) for spec in group.specs), *group.specs] for group in groups]
+    operators = [_group_jobs(group) for group in groups]
     first = operators[0] if operators else []
-    later = [spec for group in operators[1:] for spec in group]
+    later = [job for jobs in operators[1:] for job in jobs]
     return [*first, *cases, *later]
+
+
+def _group_jobs(group: OperatorGroup) -> list[CompileJob]:
+    if group.backward:
+        return [
+            GradientKernel(kind, spec)
+            for spec in group.specs
+            for kind in (GRAD_X, GRAD_OFFSET_MASK)
+        ]
+    return [*(with_logits(spec) for spec in group.specs), *group.specs]
 
 
 def with_logits(spec: DCNv3Spec) -> DCNv3Spec:

@@ -16,23 +16,22 @@ from typing import Any
 from dcnv3_tvm import machine, targets
 from dcnv3_tvm.bench.budget import OutOfTimeError
 from dcnv3_tvm.bench.cases import EncoderCase
-from dcnv3_tvm.bench.gpu_cases import CompileJob, OperatorGroup, compile_jobs
+from dcnv3_tvm.bench.gpu_cases import CompileJob, GradientKernel, OperatorGroup, compile_jobs
 from dcnv3_tvm.bench.report import failure_text
-from dcnv3_tvm.spec import DCNv3Spec
 
 
 def compiled_path(job: CompileJob, folder: Path) -> Path:
     """Return the path of a job's result: a library, or the folder of an artifact."""
-    return folder / (f"{job.slug}.so" if isinstance(job, DCNv3Spec) else job.slug)
+    return folder / (job.slug if isinstance(job, EncoderCase) else f"{job.slug}.so")
 
 
 def compile_job(job: CompileJob, folder: Path, target: str) -> Path:
-    """Compile an operator or an encoder, unless the result exists.
+    """Compile a kernel or an encoder, unless the result exists.
 
     Parameters
     ----------
-    job : DCNv3Spec or EncoderCase
-        The operator, or the encoder, which gets random weights.
+    job : DCNv3Spec, GradientKernel or EncoderCase
+        The kernel, or the encoder, which gets random weights.
     folder : Path
         Folder of the results.
     target : str
@@ -42,11 +41,13 @@ def compile_job(job: CompileJob, folder: Path, target: str) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(job, DCNv3Spec):
+    if not isinstance(job, EncoderCase):
         from dcnv3_tvm import files
-        from dcnv3_tvm.compiler.operator import compile_op
+        from dcnv3_tvm.compiler.compile_kernel import DCNV3, compile_kernel
 
-        code = compile_op(job, target=target).kernel.library.code
+        kind, spec = job if isinstance(job, GradientKernel) else (DCNV3, job)
+        kernel = compile_kernel(kind, spec, targets.target_text(target), "default")
+        code = kernel.library.code
         with files.atomic_file(path) as temporary:
             temporary.write_bytes(code)
     else:

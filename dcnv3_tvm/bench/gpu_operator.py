@@ -81,10 +81,10 @@ def operator_inputs(spec: DCNv3Spec, device: torch.device, seed: int = 0) -> Ope
     generator = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
     options: dict[str, Any] = {"generator": generator, "device": device}
-    x = torch.randn(_shape(spec.input_shape), **options).to(dtype)
-    offset = torch.rand(_shape(spec.offset_shape), **options).to(dtype)
+    x = torch.randn(shape_of(spec.input_shape), **options).to(dtype)
+    offset = torch.rand(shape_of(spec.offset_shape), **options).to(dtype)
     offset = (2 * offset - 1) * OFFSET_SPREAD
-    logits = torch.randn(_shape(spec.mask_shape), **options).to(dtype)
+    logits = torch.randn(shape_of(spec.mask_shape), **options).to(dtype)
     reference, softmax_reference = [], []
     operator = PyTorchOperator(spec)
     mask = torch.empty_like(logits)
@@ -105,7 +105,8 @@ def _softmax(logits: Tensor, spec: DCNv3Spec) -> Tensor:
     return per_group.softmax(-1).flatten(-2)
 
 
-def _shape(shape: tuple[int | None, ...]) -> tuple[int, ...]:
+def shape_of(shape: tuple[int | None, ...]) -> tuple[int, ...]:
+    """Return a static shape of a specification."""
     return tuple(int(size or 0) for size in shape)
 
 

@@ -130,7 +130,9 @@ def add_device_model(parser: argparse.ArgumentParser) -> None:
 def add_gpu_cases(parser: argparse.ArgumentParser) -> None:
     """Declare a filter on the GPU cases."""
     parser.add_argument(
-        "--part", choices=PARTS, help="only the operator, or only encoders (default: both)"
+        "--part",
+        choices=PARTS,
+        help="only the operator, only its gradients, or only encoders (default: all)",
     )
     add_case(parser)
 

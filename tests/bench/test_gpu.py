@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dcnv3_tvm import gpu
-from dcnv3_tvm.bench import gpu_encoder, gpu_operator
+from dcnv3_tvm.bench import gpu_encoder, gpu_gradient, gpu_operator
 from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.bench.budget import OutOfTimeError, TimeBudget
-from dcnv3_tvm.bench.cases import encoder_case
+from dcnv3_tvm.bench.cases import EncoderCase, encoder_case
 from dcnv3_tvm.bench.gpu import GpuBenchmark, GpuRun, result_name
 from dcnv3_tvm.bench.gpu_cases import OperatorGroup, with_logits
 from dcnv3_tvm.bench.gpu_compilation import compile_ahead, compile_job, compiled_path
@@ -24,6 +24,7 @@ from dcnv3_tvm.cli import main
 from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.errors import TargetError
 from dcnv3_tvm.op.reference import dcnv3_reference
+from dcnv3_tvm.op.reference_gradient import dcnv3_gradients
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator
 
@@ -80,7 +81,7 @@ class FakePool:
     def result(self, job, _seconds):
         if job in self.late:
             raise OutOfTimeError("not compiled in time")
-        if isinstance(job, DCNv3Spec):
+        if not isinstance(job, EncoderCase):
             return compiled_path(job, self.folder)
         return compile_job(job, self.folder, "auto")
 
@@ -174,6 +175,32 @@ def test_operator(run):
     assert case["roofline"]["memory"] == pytest.approx(SPEC.bytes / 4.3e12)
     assert [row["name"] for row in case["rows"]] == list(rows)
     assert case["rows"][0]["seconds"]["median"] == 1e-3
+
+
+def test_gradients(run, monkeypatch):
+    def backward(x, offset, mask, *parameters):
+        grad = parameters[11]
+        arrays = [tensor.double().numpy() for tensor in (grad, x, offset, mask)]
+        return [torch.from_numpy(gradient) for gradient in dcnv3_gradients(*arrays, SPEC)]
+
+    def load(_spec, paths, _target):
+        assert {path.name for path in paths.values()} == {
+            f"{job.slug}.so" for job in run.pool.submitted
+        }
+        return lambda grad, *arguments: backward(*arguments, *[None] * 11, grad)
+
+    module = types.ModuleType("DCNv3")
+    module.dcnv3_backward = module.dcnv3_forward = backward
+    monkeypatch.setitem(sys.modules, "DCNv3", module)
+    monkeypatch.setattr(gpu_gradient, "load_gradients", load)
+    monkeypatch.setattr(gpu_gradient, "PLAN", PLAN)
+    found, _ = run([group(SPEC)._replace(backward=True)])
+    rows = rows_of(found)
+    assert list(rows) == [OURS, "torch", "DCNv3 extension"]
+    assert all(row.error <= row.tolerance < 0.01 for row in rows.values())
+    assert found.ok
+    (case,) = next(iter(found.reports.values())).cases
+    assert case.slug == f"{SPEC.slug}-backward"
 
 
 def test_missing_extensions_are_listed(run):

@@ -7,6 +7,8 @@ import pytest
 
 from dcnv3_tvm.bench.budget import OutOfTimeError
 from dcnv3_tvm.bench.gpu_cases import (
+    GradientKernel,
+    backward_groups,
     compile_jobs,
     encoder_cases,
     operator_groups,
@@ -14,6 +16,7 @@ from dcnv3_tvm.bench.gpu_cases import (
     with_logits,
 )
 from dcnv3_tvm.bench.gpu_compilation import CompilePool, compile_job, compiled_path
+from dcnv3_tvm.compiler.compile_kernel import GRAD_X
 from dcnv3_tvm.spec import DCNv3Spec
 
 SPEC = DCNv3Spec.of((2, 9, 7, 8), group=2)
@@ -35,6 +38,7 @@ def test_cases():
         (1, 25, 40, 512),
     ]
     assert len(groups["stages-bf16"]) == 24
+    assert groups["stages-f16"] == backward_groups()[0].specs
     assert all(spec.group_channels in (16, 32) for specs in groups.values() for spec in specs)
     encoders = [case.slug for case in encoder_cases()]
     assert len(encoders) == 10
@@ -42,9 +46,10 @@ def test_cases():
 
 
 def test_select_cases():
-    groups, cases = select_cases(["op"], "*c128*-f16")
+    groups, cases = select_cases(["op", "backward"], "*c128*-f16")
     assert cases == []
-    assert [found.slug for found in groups] == ["paper-f16", "pyramid-f16", "stages-f16"]
+    slugs = [found.slug for found in groups]
+    assert slugs == ["paper-f16", "pyramid-f16", "stages-f16", "backward-f16"]
     groups, cases = select_cases(["op", "encoder"], "internimage_l-*")
     assert groups == []
     assert [case.batch for case in cases] == [64, 1]
@@ -56,6 +61,14 @@ def test_jobs_are_in_the_order_of_measurement():
     assert jobs[:5] == [with_logits(spec) for spec in groups[0].specs]
     assert jobs[10:20] == cases
     assert len(jobs) == len(set(jobs)) == 2 * sum(len(found.specs) for found in groups) + 10
+
+
+def test_jobs_of_gradients():
+    groups, _ = select_cases(["backward"], "*n64-h56-w56-c64-*-f32")
+    assert [job.slug for job in compile_jobs(groups, [])] == [
+        "dcnv3_grad_x-n64-h56-w56-c64-g4-k3-s1-p1-d1-f32",
+        "dcnv3_grad_offset_mask-n64-h56-w56-c64-g4-k3-s1-p1-d1-f32",
+    ]
 
 
 def test_existing_results_are_reused(tmp_path):
@@ -76,7 +89,7 @@ def test_slow_compilation_times_out(tmp_path):
 
 @pytest.mark.slow
 def test_compilation_in_another_process(tmp_path):
-    job = with_logits(dataclasses.replace(SPEC, dtype="float16"))
+    job = GradientKernel(GRAD_X, dataclasses.replace(SPEC, dtype="float16"))
     with CompilePool(tmp_path, "cuda-sm90", 1) as pool:
         pool.submit([job])
         path = pool.result(job)
