@@ -37,6 +37,12 @@ SIZES = {"channels": 64, "depths": [4, 4, 18, 4], "groups": [4, 8, 16, 32], "num
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 """Relative L2 error of the gradient of each parameter."""
 
+AUTOCAST_FACTOR = 1.5
+"""Error under autocast, relative to that of the PyTorch code.
+
+The extension takes the mask and returns the result in bfloat16, where that code keeps float32.
+"""
+
 SMALL = 1e-3
 """Gradients below this part of the whole are compared with it: some are zero, before BatchNorm."""
 
@@ -137,7 +143,7 @@ def compare(name: str, build: Build, image: Tensor, folder: Path) -> bool:
     overall, _ = step("DCNv3", torch.float32, autocast=True)
     pytorch, _ = step("DCNv3_pytorch", torch.float32, autocast=True)
     print(f"{name}, autocast: relative error {overall:.1e}, of the PyTorch code {pytorch:.1e}")
-    return passed and overall < 1.1 * pytorch
+    return passed and overall < AUTOCAST_FACTOR * pytorch
 
 
 def main() -> int:
