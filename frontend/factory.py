@@ -34,7 +34,7 @@ def create_model(
     allow_pickle: bool = False,
     device: str | torch.device = "cpu",
 ) -> InternImage:
-    """Create an InternImage for inference.
+    """Create an InternImage.
 
     Parameters
     ----------
@@ -60,7 +60,8 @@ def create_model(
     Returns
     -------
     InternImage
-        In evaluation mode, with frozen parameters: the operator has no backward pass.
+        In evaluation mode, with frozen parameters, as compiling needs it; to train, call
+        ``model.train().requires_grad_()``.
 
     Raises
     ------
