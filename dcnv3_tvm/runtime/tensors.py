@@ -42,7 +42,8 @@ def kind_of(name: str, tensor: Any, *, hint: str | None = None) -> str:
         NVIDIA GPU.
     """
     if isinstance(tensor, np.ndarray):
-        if isinstance(tensor, np.ma.MaskedArray):
+        # The first use of np.ma imports it, which takes longer than a call.
+        if type(tensor) is not np.ndarray and isinstance(tensor, np.ma.MaskedArray):
             raise InvalidArgumentError(
                 f"{name} is a masked array",
                 hint="Use x.filled(value): the mask has no effect here.",

@@ -306,6 +306,17 @@ def test_operator_runs_on_the_device_and_stream_of_its_tensors(run):
     assert "got cuda:1; allowed: cpu" in error_of(lambda: processor(x, offset, mask))
     ampere = dt.compile_op(spec, "cuda-sm80")
     assert "sm_80, where cuda:1 (Fake) has sm_90" in error_of(lambda: ampere(x, offset, mask))
+
+    from dcnv3_tvm.compiler import compile_kernel as compilation
+
+    compilation._compile = None
+    compilation.compile_kernel.cache_clear()
+    target = '{"arch": "sm_90", "kind": "cuda"}'
+    from_disk = compilation.compile_kernel("dcnv3", spec, target, "default")
+    assert from_disk.library is not operator.kernel.library
+    result = tvm.runtime.empty(result.shape, "float16", tvm.cuda(1))
+    from_disk.run("cuda:1", (x, offset, mask, result))
+    problems.check(result.numpy(), spec, inputs)
     """)
 
 
