@@ -19,7 +19,7 @@ from typing import Any, Final
 from dcnv3_tvm import files
 from dcnv3_tvm.environment import DCNV3_TVM_CACHE, XDG_CACHE_HOME
 
-LIMIT: Final = 256 << 20
+LIMIT: Final = 256_000_000
 """Bytes of all entries, above which the least recently used are removed; one takes some 20 KB."""
 
 OFF: Final = "off"

@@ -76,6 +76,24 @@ class Contexts(Generic[ContextT]):
         _calls.close(self)
 
 
+def call_here(function: Callable[..., None], arguments: Sequence[Any]) -> None:
+    """Call compiled code that runs on one thread in the caller's: without a pool, it may fork.
+
+    Parameters
+    ----------
+    function : callable
+        The compiled code.
+    arguments : sequence
+        Passed to it.
+    """
+    _calls.begin_here()
+    try:
+        library.use_threads(1)
+        function(*arguments)
+    finally:
+        _calls.end_here()
+
+
 class _Call:
     def __init__(self, function: Callable[[Any], Any], threads: int) -> None:
         self.function = function
@@ -130,6 +148,7 @@ class _Calls:
         self._state = threading.Condition(self._lock)
         self._idle: list[_CallThread] = []
         self._running: set[_Call] = set()
+        self._running_here: list[int] = []  # Threads of callers.
         self._forks = 0
         self._exiting = False
         self._process = os.getpid()
@@ -168,6 +187,28 @@ class _Calls:
             if self._forks or self._exiting:
                 self._state.notify_all()
 
+    def begin_here(self) -> None:
+        if self._process != os.getpid():
+            self.after_fork_in_child()
+        with self._lock:
+            if self._forks or self._exiting:
+                is_main = threading.current_thread() is threading.main_thread()
+                # A daemon thread of a process that exits waits for ever.
+                self._state.wait_for(lambda: not self._forks and (is_main or not self._exiting))
+            self._running_here.append(threading.get_ident())
+
+    def end_here(self) -> None:
+        with self._lock:
+            if threading.get_ident() in self._running_here:  # Not in a child forked by a signal.
+                self._running_here.remove(threading.get_ident())
+            if self._forks or self._exiting:
+                self._state.notify_all()
+
+    def _is_idle(self) -> bool:
+        """Return whether no call runs, but of this thread, which handles a signal then."""
+        here = threading.get_ident()
+        return not self._running and all(caller == here for caller in self._running_here)
+
     def close(self, contexts: Contexts[Any]) -> None:
         with self._lock:
             contexts.closed = True
@@ -199,17 +240,18 @@ class _Calls:
         """Wait for running calls, and let daemon threads start no more."""
         with self._lock:
             self._exiting = True
-            self._state.wait_for(lambda: not self._running)
+            self._state.wait_for(self._is_idle)
 
     def before_fork(self) -> None:
         self._state.acquire()
         self._forks += 1
-        self._state.wait_for(lambda: not self._running)
+        self._state.wait_for(self._is_idle)
 
     def after_fork_in_parent(self) -> None:
         self._forks -= 1
         for contexts in self._all:
             self._start(contexts)
+        self._state.notify_all()
         self._state.release()
 
     def after_fork_in_child(self) -> None:

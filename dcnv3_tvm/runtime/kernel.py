@@ -10,7 +10,7 @@ from typing import Any
 from dcnv3_tvm import gpu, machine
 from dcnv3_tvm.errors import InvalidArgumentError, TargetError
 from dcnv3_tvm.runtime import library, tensors
-from dcnv3_tvm.runtime.call_threads import Contexts
+from dcnv3_tvm.runtime.call_threads import Contexts, call_here
 from dcnv3_tvm.runtime.cuda import Gpu
 from dcnv3_tvm.runtime.cuda import load_runtime as load_cuda_runtime
 from dcnv3_tvm.runtime.metadata import TargetInfo
@@ -131,9 +131,7 @@ class Kernel:
         function = self._function
         threads = _threads()
         if threads == 1:
-            # The caller's thread then needs no thread pool, which a fork would break.
-            library.use_threads(1)
-            function(*arguments)
+            call_here(function, arguments)
         else:
             _cpu_calls().run(lambda _: function(*arguments), threads)
 
