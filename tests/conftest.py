@@ -26,3 +26,23 @@ def gpu():
     """A GPU that is emulated by the processor."""
     with EmulatedGpu() as emulated:
         yield emulated
+
+
+@pytest.fixture(scope="module")
+def unoptimized():
+    """Build models for CPUs without LLVM's optimisations, for tests that do not check CPU code."""
+    from tvm.target import Target
+
+    from dcnv3_tvm.compiler import compile as compiler
+    from dcnv3_tvm.targets import is_gpu
+
+    build = compiler.build_library
+
+    def build_unoptimized(module, target, library, **options):
+        if not is_gpu(target):
+            target = Target(dict(target.export()) | {"opt-level": 0})
+        build(module, target, library, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "build_library", build_unoptimized)
+        yield

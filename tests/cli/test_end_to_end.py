@@ -16,7 +16,7 @@ from dcnv3_tvm.cli import main
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.verify import compare
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unoptimized")]
 
 MODEL = "test_internimage_pre_norm"
 LABELS = [f"{number}. Größe" for number in range(10)]

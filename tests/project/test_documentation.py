@@ -61,6 +61,7 @@ PAGES_THAT_RUN = [page for page in PAGES if any(block.runs for block in blocks(p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=str)
 def test_blocks_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,8 +1,10 @@
 """Every example runs, with small inputs."""
 
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,15 +15,29 @@ EXAMPLES = ROOT / "examples"
 TINY = "test_internimage_pre_norm"
 
 
-def run(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # From another folder: an example must not depend on the repository's root.
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+@pytest.fixture
+def run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    unoptimized: None,
+) -> Callable[..., tuple[str, str]]:
+    """Run an example in this process; return what it prints to stdout and stderr."""
+
+    def call(name: str) -> tuple[str, str]:
+        # From another folder: an example must not depend on the repository's root.
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *ARGUMENTS[name]])
+        code = None
+        try:
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        shown = capsys.readouterr()
+        assert not code, (code, shown.err)
+        return shown.out, shown.err
+
+    return call
 
 
 ARGUMENTS = {
@@ -30,7 +46,7 @@ ARGUMENTS = {
     "graph_operator.py": ["--size", "5"],
     "onnx_round_trip.py": ["--variant", TINY, "--size", "32"],
     "run_operator.py": ["--size", "7"],
-    "tune_operator.py": [],
+    "tune_operator.py": ["work"],
 }
 
 
@@ -40,7 +56,14 @@ def test_every_example_is_listed():
 
 @pytest.mark.slow
 def test_tuning_example(tmp_path: Path):
-    done = run("tune_operator.py", str(tmp_path / "work"), cwd=tmp_path)
+    # Its worker processes import the script that was started.
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "tune_operator.py"), *ARGUMENTS["tune_operator.py"]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert "record: hit" in done.stdout
     assert (tmp_path / "work" / "records" / "records.jsonl").is_file()
@@ -48,35 +71,31 @@ def test_tuning_example(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["graph_operator.py", "run_operator.py"])
-def test_operator_examples(name: str, tmp_path: Path):
-    done = run(name, *ARGUMENTS[name], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "relative error" in done.stdout
+def test_operator_examples(name: str, run: Callable[..., tuple[str, str]], tmp_path: Path):
+    out, _ = run(name)
+    assert "relative error" in out
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_compile_and_run(tmp_path: Path):
-    done = run("compile_and_run.py", *ARGUMENTS["compile_and_run.py"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "main/logits" in done.stdout
-    assert "features/feature_3" in done.stdout
-    assert "within the tolerance" in done.stdout
-    assert "compile: schedule" in done.stderr, "no progress"
+def test_compile_and_run(run: Callable[..., tuple[str, str]], tmp_path: Path):
+    out, err = run("compile_and_run.py")
+    assert "main/logits" in out
+    assert "features/feature_3" in out
+    assert "within the tolerance" in out
+    assert "compile: schedule" in err, "no progress"
     metadata = json.loads((tmp_path / "build" / TINY / "metadata.json").read_text())
     assert metadata["name"] == TINY
 
 
 @pytest.mark.slow
-def test_onnx_round_trip(tmp_path: Path):
-    done = run("onnx_round_trip.py", *ARGUMENTS["onnx_round_trip.py"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "5 DCNv3 operators" in done.stdout
+def test_onnx_round_trip(run: Callable[..., tuple[str, str]]):
+    out, _ = run("onnx_round_trip.py")
+    assert "5 DCNv3 operators" in out
 
 
 @pytest.mark.slow
-def test_conv_bn_act(tmp_path: Path):
-    done = run("conv_bn_act.py", *ARGUMENTS["conv_bn_act.py"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "step   2: loss" in done.stdout
-    assert "% of the pixels of new images are right" in done.stdout
+def test_conv_bn_act(run: Callable[..., tuple[str, str]]):
+    out, _ = run("conv_bn_act.py")
+    assert "step   2: loss" in out
+    assert "% of the pixels of new images are right" in out
