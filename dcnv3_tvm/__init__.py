@@ -13,9 +13,9 @@ from dcnv3_tvm.errors import raise_if_tvm_is_missing
 if TYPE_CHECKING:
     from dcnv3_tvm.compiler.compile import compile_artifact, compile_model
     from dcnv3_tvm.compiler.explain import explain
-    from dcnv3_tvm.compiler.functional import dcnv3
     from dcnv3_tvm.compiler.operator import compile_op
     from dcnv3_tvm.errors import DCNv3Error
+    from dcnv3_tvm.functional import dcnv3
     from dcnv3_tvm.runtime import CompiledModel, load
     from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 
@@ -29,7 +29,7 @@ _MODULES = {
     "compile_artifact": "dcnv3_tvm.compiler.compile",
     "compile_model": "dcnv3_tvm.compiler.compile",
     "compile_op": "dcnv3_tvm.compiler.operator",
-    "dcnv3": "dcnv3_tvm.compiler.functional",
+    "dcnv3": "dcnv3_tvm.functional",
     "explain": "dcnv3_tvm.compiler.explain",
     "load": "dcnv3_tvm.runtime",
 }

@@ -8,6 +8,8 @@ from typing import Any, Final, TypeVar, cast
 
 from dcnv3_tvm import gpu
 from dcnv3_tvm.compiler.argument_checks import check_shapes, check_tensors
+from dcnv3_tvm.compiler.compile_kernel import DCNV3
+from dcnv3_tvm.compiler.kernel_spec import kernel_spec
 from dcnv3_tvm.compiler.operator import compile_op, result_tensor
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
@@ -33,52 +35,7 @@ def dcnv3(
     softmax: bool = False,
     out: TensorT | None = None,
 ) -> TensorT:
-    """Compute DCNv3, forward only.
-
-    A kernel is compiled for each new combination of shape, parameters and dtype, which takes about
-    0.2 s on a CPU and 1 s for a GPU, and kept in memory and on disk. `dcnv3_tvm.compile_op`
-    compiles one kernel for many sizes. The result carries no gradient.
-
-    Parameters
-    ----------
-    x : numpy.ndarray, torch.Tensor or tvm.runtime.Tensor
-        Shape (N, H, W, C), channels-last; float64, float32, float16 or bfloat16 (in NumPy by
-        ml_dtypes). Tensors on an NVIDIA GPU are processed there, on the current stream.
-    offset : same kind, dtype and device
-        Shape (N, Ho, Wo, group*P*2): for every point x before y, in pixels before `offset_scale`.
-    mask : same kind, dtype and device
-        Shape (N, Ho, Wo, group*P): one factor for each point; logits with `softmax`.
-    group, kernel_size, stride, pad, dilation, offset_scale, remove_center, softmax
-        As for `dcnv3_tvm.spec.DCNv3Params`; P is its number of points.
-    out : same kind, dtype and device, optional
-        Shape of the result, which is written to it. Contiguous and writable, and it shares no
-        memory with the inputs.
-
-    Returns
-    -------
-    Same kind as `x`
-        Shape (N, Ho, Wo, C), contiguous, dtype of `x`; float16 and bfloat16 are computed in
-        float32 and rounded once. It is `out`, if that is given.
-
-    Raises
-    ------
-    InvalidArgumentError
-        If a tensor has the wrong kind, rank, dtype, shape or device, or a parameter is out of
-        range.
-
-    Notes
-    -----
-    The kernel works on the memory of the tensors. Only a tensor that is not contiguous, not
-    writable or not in native byte order is copied.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> x, offset = np.ones((1, 4, 5, 6), "float32"), np.zeros((1, 4, 5, 2 * 9 * 2), "float32")
-    >>> y = dcnv3(x, offset, np.full((1, 4, 5, 2 * 9), 1 / 9, "float32"), group=2)
-    >>> y.shape, round(float(y[0, 1, 1, 0]), 5), round(float(y[0, 0, 0, 0]), 5)
-    ((1, 4, 5, 6), 1.0, 0.44444)
-    """
+    """Compute DCNv3 without gradients; arguments are those of `dcnv3_tvm.dcnv3`."""
     parameters = (
         group,
         kernel_size,
@@ -107,7 +64,7 @@ def dcnv3(
     check_shapes(spec, x, offset, mask)
     if spec.batch == 0:
         return result_tensor(spec, x, offset, mask, out)
-    operator = compile_op(spec, target_of(device))
+    operator = compile_op(kernel_spec(DCNV3, spec), target_of(device))
     result = operator.run_checked(spec, x, offset, mask, out)
     if call is None or call.kernel is not operator.kernel:
         _CALLS.keep(RepeatedCall(spec, operator.kernel), x, key)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from dcnv3_tvm import targets
 from dcnv3_tvm.compiler.compile_kernel import GRAD_OFFSET_MASK, GRAD_X, compile_kernel
 from dcnv3_tvm.compiler.functional import target_of
+from dcnv3_tvm.compiler.kernel_spec import kernel_spec
 from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.spec import DCNv3Spec
 
 TensorT = TypeVar("TensorT")
-
-STATIC_WIDTHS: Final = 8
-"""Widths for which a kernel of their own is compiled. Above, one kernel serves all widths, which
-takes a sixth more time; batch and height are always dynamic, which takes none."""
 
 
 def grad_x(spec: DCNv3Spec, grad: TensorT, offset: TensorT, mask: TensorT, result: TensorT) -> None:
@@ -34,7 +31,7 @@ def grad_x(spec: DCNv3Spec, grad: TensorT, offset: TensorT, mask: TensorT, resul
     device = tensors.device_of(grad)
     if spec.batch == 0:
         return
-    kernel = compile_kernel(GRAD_X, _compiled_spec(GRAD_X, spec), _target(device), "default")
+    kernel = compile_kernel(GRAD_X, kernel_spec(GRAD_X, _free(spec)), _target(device), "default")
     kernel.run(device, (grad, offset, mask, result))
 
 
@@ -58,7 +55,7 @@ def grad_offset_mask(
     device = tensors.device_of(grad)
     if spec.batch == 0:
         return
-    compiled = _compiled_spec(GRAD_OFFSET_MASK, spec)
+    compiled = kernel_spec(GRAD_OFFSET_MASK, _free(spec))
     kernel = compile_kernel(GRAD_OFFSET_MASK, compiled, _target(device), "default")
     kernel.run(device, (x, offset, mask, grad, *results))
 
@@ -68,14 +65,6 @@ def _target(device: str) -> str:
     return targets.target_text(target_of(device))
 
 
-def _compiled_spec(kind: str, spec: DCNv3Spec) -> DCNv3Spec:
-    """Return the specification of the kernel that computes a problem."""
-    dynamic = dataclasses.replace(spec, batch=None, height=None, width=None)
-    widths = _WIDTHS.setdefault((kind, dynamic), set())
-    if len(widths) < STATIC_WIDTHS:
-        widths.add(spec.width)
-    return dataclasses.replace(dynamic, width=spec.width) if spec.width in widths else dynamic
-
-
-_WIDTHS: Final[dict[tuple[str, DCNv3Spec], set[int | None]]] = {}
-"""The widths for which a kernel is compiled, by its kind and problem."""
+def _free(spec: DCNv3Spec) -> DCNv3Spec:
+    """Make batch and height dynamic, which makes the kernels no slower."""
+    return dataclasses.replace(spec, batch=None, height=None)

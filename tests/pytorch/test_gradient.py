@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import dcnv3_tvm as dt
 from dcnv3_tvm.compiler import gradients as compiler_gradients
+from dcnv3_tvm.compiler import kernel_spec
 from dcnv3_tvm.compiler.compile_kernel import GRAD_OFFSET_MASK, GRAD_X
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.reference_gradient import dcnv3_gradients
@@ -63,6 +65,16 @@ def test_matches_the_reference(spec):
     strides = grad.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
     with torch.no_grad():
         check(spec, leaves, grad, dcnv3_backward(strides, *leaves, **spec.params.keywords()))
+
+
+def test_public_function_is_differentiable():
+    leaves, grad = inputs(SPEC)
+    result = dt.dcnv3(*leaves, **SPEC.params.keywords())
+    check(SPEC, leaves, grad, torch.autograd.grad(result, leaves, grad))
+    with pytest.raises(InvalidArgumentError, match="out is given for tensors that require"):
+        dt.dcnv3(*leaves, out=torch.empty_like(grad), **SPEC.params.keywords())
+    with torch.no_grad():
+        assert not dt.dcnv3(*leaves, **SPEC.params.keywords()).requires_grad
 
 
 def test_only_the_gradients_needed_are_computed():
@@ -237,7 +249,7 @@ def test_many_widths_share_a_kernel(monkeypatch):
     monkeypatch.setattr(
         compiler_gradients, "compile_kernel", lambda *call: compiled.append(call) or kernel
     )
-    monkeypatch.setattr(compiler_gradients, "STATIC_WIDTHS", 2)
+    monkeypatch.setattr(kernel_spec, "MAX_SIZES", 2)
     for width in (3, 4, 5, 6, 3):
         leaves, grad = inputs(DCNv3Spec.of((1, width, width, 33), group=11))
         dcnv3_backward(grad, *(leaf.detach() for leaf in leaves), group=11)
