@@ -207,9 +207,12 @@ def _records_digest(database: str) -> str:
 
 
 def _digest(paths: Iterable[Path]) -> str:
-    """Return a digest of the names and contents of files, of which some may not exist."""
+    """Return a digest of the names and contents of files, of which some may not be readable."""
     digest = hashlib.sha256()
     for path in sorted(paths):
-        content = path.read_bytes() if path.is_file() else b""
+        try:
+            content = path.read_bytes()
+        except OSError:
+            content = b""
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()

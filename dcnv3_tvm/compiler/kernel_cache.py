@@ -51,7 +51,7 @@ def cache_folder() -> Path | None:
     if chosen == OFF:
         return None
     if chosen:
-        return Path(chosen).absolute()
+        return Path(chosen)
     base = Path(XDG_CACHE_HOME.value or "")
     if not base.is_absolute():  # As the XDG specification demands.
         try:

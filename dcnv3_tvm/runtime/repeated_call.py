@@ -50,7 +50,7 @@ class RepeatedCall:
         given = out is not None
         if not given:
             out = tensors.empty_like(x, cast("tuple[int, ...]", self.spec.output_shape))
-        elif type(out) is not type(x):
+        elif type(out) is not type(x) or getattr(out, "requires_grad", False):
             return None
         if not self._fits(x.dtype, offset, mask, out):
             return None

@@ -268,7 +268,6 @@ def _is_ordinary_torch(tensor: Any) -> bool:
     try:
         return bool(
             tensor.is_cpu
-            and not tensor.requires_grad
             and not tensor.is_nested
             and not tensor.is_neg()
             and tensor.is_contiguous()
