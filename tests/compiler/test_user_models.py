@@ -11,6 +11,8 @@ from dcnv3_tvm.verify.compare import difference
 from dcnv3_tvm.verify.entries import entry_outputs
 from dcnv3_tvm.verify.random_weights import randomize_
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 SHAPE = (1, 3, 36, 52)
 OTHER_SHAPE = (2, 3, 41, 30)
 
