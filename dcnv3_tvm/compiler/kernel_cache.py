@@ -20,7 +20,7 @@ from dcnv3_tvm import files
 from dcnv3_tvm.environment import DCNV3_TVM_CACHE, XDG_CACHE_HOME
 
 LIMIT: Final = 256_000_000
-"""Bytes of all entries, above which the least recently used are removed; one takes some 20 KB."""
+"""Bytes of all entries, above which the least recently used are removed; one takes some 30 KB."""
 
 OFF: Final = "off"
 """Value of the environment variable that disables the cache."""
