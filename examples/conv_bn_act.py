@@ -86,7 +86,7 @@ def main() -> None:
         if step % 10 == 0 or step == arguments.steps - 1:
             print(f"step {step:3}: loss {loss.item():.3f}")
 
-    image, mask = draw_discs(64, arguments.size)
+    image, mask = draw_discs(16, arguments.size)
     with torch.no_grad():
         found = model.eval()(image) > 0
     right = (found == mask.bool()).float().mean()
