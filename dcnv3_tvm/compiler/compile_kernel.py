@@ -107,8 +107,7 @@ def _compile(kind: str, spec: DCNv3Spec, text: str, database: str, key: str | No
     target = targets.target_from_text(text)
     on_gpu = targets.is_gpu(target)
     records = find_records(target, database)
-    variant = {"vector_loads": True} if on_gpu else {}
-    function = getattr(importlib.import_module(_MODULES[kind]), kind)(spec, **variant)
+    function = getattr(importlib.import_module(_MODULES[kind]), kind)(spec, vector_loads=on_gpu)
     module, taken = schedules.schedule_module(
         tvm.IRModule({kind: function}), target, records=records
     )

@@ -120,7 +120,7 @@ class Measurer:
             self.devices.runner.check,
             self._library(number),
             candidate.task.arguments,
-            candidate.task.function,
+            candidate.task.reference,
             _CHECK_TIMEOUT,
         )
         ((_, result),) = self._runners.run([job], timeout=_CHECK_TIMEOUT)

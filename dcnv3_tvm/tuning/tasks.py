@@ -45,6 +45,8 @@ class TuningTask:
         Number of calls in one run of everything that is tuned together.
     space : dict of str to tuple of Decision
         Search space: the candidates of each decision, the rule's default first.
+    reference : tvm.tirx.PrimFunc
+        Unscheduled kernel for CPUs that computes the same, with which results are compared.
     """
 
     workload: str
@@ -54,6 +56,7 @@ class TuningTask:
     arguments: tuple[KernelArgument, ...]
     calls: int
     space: Mapping[str, tuple[Decision, ...]]
+    reference: tirx.PrimFunc
 
     @classmethod
     def of(
@@ -62,8 +65,12 @@ class TuningTask:
         arguments: tuple[KernelArgument, ...],
         calls: int,
         target: Target,
+        reference: tirx.PrimFunc | None = None,
     ) -> TuningTask:
-        """Create the task of a kernel; the schedule rules give its search space."""
+        """Create the task of a kernel; the schedule rules give its search space.
+
+        Without `reference`, the kernel itself runs on CPUs.
+        """
         scheduled = schedules.schedule(function, target)
         return cls(
             workload=workload_key(function),
@@ -73,6 +80,7 @@ class TuningTask:
             arguments=arguments,
             calls=calls,
             space=scheduled.space,
+            reference=function if reference is None else reference,
         )
 
     @property
@@ -222,14 +230,15 @@ def gradient_tasks(spec: DCNv3Spec, target: Target) -> list[TuningTask]:
         Target to tune for.
     """
     compiled = dataclasses.replace(spec, batch=None, height=None)
-    options = {"vector_loads": True} if is_gpu(target) else {}
     x, offset, mask, out = (
         KernelArgument(tuple(size or 0 for size in shape), spec.dtype)
         for shape in (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)
     )
     grad_x = KernelArgument(x.shape, spec.accumulate_dtype)
     return [
-        TuningTask.of(kernel(compiled, **options), arguments, 1, target)
+        TuningTask.of(
+            kernel(compiled, vector_loads=is_gpu(target)), arguments, 1, target, kernel(compiled)
+        )
         for kernel, arguments in (
             (tensorir.dcnv3_grad_x, (out, offset, mask, grad_x)),
             (tensorir.dcnv3_grad_offset_mask, (x, offset, mask, out, offset, mask)),

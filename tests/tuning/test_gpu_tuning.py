@@ -34,9 +34,9 @@ def test_candidate_is_built_without_gpu(tmp_path):
 def test_session_on_emulated_gpu(tmp_path):
     (tmp_path / "cuda").mkdir()
     work_dir = tmp_path / "work"
-    options = ["--target", "cuda", "--trials", "2", "--timeout", "600", "--work-dir", work_dir]
+    options = ["--target", "cuda", "--trials", "3", "--timeout", "600", "--work-dir", work_dir]
     process = subprocess.run(
-        [sys.executable, "-m", "dcnv3_tvm", "tune", TINY.slug, *options],
+        [sys.executable, "-m", "dcnv3_tvm", "tune", TINY.slug, "--backward", *options],
         env=os.environ | emulated_gpu.install(tmp_path / "cuda"),
         capture_output=True,
         text=True,
@@ -44,9 +44,10 @@ def test_session_on_emulated_gpu(tmp_path):
     )
     assert process.returncode == 0, process.stderr[-2000:]
     summary = json.loads((work_dir / "summary.json").read_text())
-    (kernel,) = summary["kernels"]
-    assert (summary["trials"], kernel["failed"]) == (2, 0)
-    assert kernel["seconds"] > 0
+    assert summary["trials"] == len(summary["kernels"]) == 3
+    for kernel in summary["kernels"]:
+        assert kernel["failed"] == 0
+        assert kernel["seconds"] > 0
 
 
 @pytest.mark.skipif(not gpu.devices(), reason="needs a GPU")

@@ -43,7 +43,7 @@ def test_schedule_is_timed_and_correct(run, task, target, tmp_path):
     times = run(RUNNER.measure, path, task.arguments, seconds=0.01, timeout=20).value
     assert len(times) >= 7
     assert min(times) > 0
-    assert run(RUNNER.check, path, task.arguments, task.function, timeout=20).value == ""
+    assert run(RUNNER.check, path, task.arguments, task.reference, timeout=20).value == ""
 
 
 def test_gradient_kernels_are_tuned_as_training_compiles_them(run, target, tmp_path):
@@ -57,7 +57,7 @@ def test_gradient_kernels_are_tuned_as_training_compiles_them(run, target, tmp_p
         path = tmp_path / f"{task.rule}.so"
         decisions = {name: values[-1] for name, values in task.space.items()}
         build_candidate(task.function, target, decisions, path)
-        assert run(RUNNER.check, path, task.arguments, task.function, timeout=20).value == ""
+        assert run(RUNNER.check, path, task.arguments, task.reference, timeout=20).value == ""
 
 
 def test_wrong_result_is_detected(run, task, target, tmp_path):
