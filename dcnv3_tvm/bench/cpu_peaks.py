@@ -8,35 +8,51 @@ from typing import Any, Final
 
 import numpy as np
 
-from dcnv3_tvm import targets
+from dcnv3_tvm import machine, targets
 from dcnv3_tvm.bench.roofline import Peaks
+from dcnv3_tvm.kernels.packing import BLOCK, TILE
+from dcnv3_tvm.kernels.tile_functions import BEGIN, END, IMPORT_CODE, SUM_BLOCK
 from dcnv3_tvm.runtime import library
+from dcnv3_tvm.schedules.cpu.amx import AMX_CODE
 
 _CHAINS: Final = 12
 """Independent accumulators per thread, enough to hide the latency of a multiply-add."""
 
 _STEPS: Final = 200_000
+_TILE_BLOCKS: Final = 1000
+_TILE_STEPS: Final = 10
+"""Steps of a block of sums in matrix tiles, whose operands stay in the L1 cache."""
+
 _COPIED: Final = 64 * 2**20
 _SECONDS: Final = 0.7
 _BURSTS: Final = 5
 _PAUSE: Final = 0.1
+_OF_TILES: Final = ", and of AMX tiles with operands in the L1 cache"
 
 
 @functools.lru_cache(maxsize=8)
 def measure_peaks(threads: int) -> Peaks:
     """Measure the peak rates with a number of threads; takes about two seconds."""
-    lanes = targets.vector_lanes(targets.resolve_target("auto"), "float32")
+    target = targets.resolve_target("auto")
+    lanes = targets.vector_lanes(target, "float32")
     library.use_threads(threads)
     sums = np.zeros((threads, _CHAINS * lanes), np.float32)
     flops = 2 * _STEPS * sums.size
     add = _compiled(_multiply_adds(threads, lanes), sums)
+    tile_flops = None
+    if targets.has_amx(target) and machine.enable_amx():
+        operand = np.zeros((2, _TILE_STEPS, BLOCK * BLOCK), np.uint16)
+        multiply = _compiled(_tile_blocks(threads), operand, np.zeros((threads, BLOCK, BLOCK), "f"))
+        tile_flops = 2 * threads * _TILE_BLOCKS * _TILE_STEPS * BLOCK**3 / _best(multiply)
     source = np.ones((threads, _COPIED // 4 // threads), np.float32)
     copy = _compiled(_copy(*source.shape), source, np.empty_like(source))
     return Peaks(
         flops=flops / _best(add),
         bytes=2 * source.nbytes / _best(copy),
-        how="measured at the start: a loop of multiply-adds in registers; a copy of "
+        how="measured at the start: a loop of multiply-adds in registers"
+        f"{_OF_TILES if tile_flops else ''}; a copy of "
         f"{_COPIED >> 20} MiB with ordinary stores",
+        half_flops=tile_flops,
     )
 
 
@@ -92,6 +108,40 @@ def _multiply_adds(threads: int, lanes: int) -> Any:
                 for c in T.unroll(chains):
                     for v in T.vectorized(lanes):
                         Sums[row, c * lanes + v] = local[c * lanes + v]
+
+    return main
+
+
+def _tile_blocks(threads: int) -> Any:
+    from tvm.script import tirx as T
+
+    steps, blocks, row = _TILE_STEPS, _TILE_BLOCKS, 2 * _TILE_STEPS * BLOCK
+
+    @T.prim_func(s_tir=True)
+    def main(operands: T.handle, sums: T.handle):
+        Operands = T.match_buffer(operands, (2, steps, BLOCK * BLOCK), "uint16")
+        Sums = T.match_buffer(sums, (threads, BLOCK, BLOCK), "float32")
+        for t in T.parallel(threads, annotations={IMPORT_CODE: AMX_CODE}):
+            T.evaluate(T.call_extern("int32", BEGIN, T.int64(TILE)))
+            for _ in T.serial(blocks):
+                T.evaluate(
+                    T.call_extern(
+                        "int32",
+                        SUM_BLOCK,
+                        T.address_of(Sums[t, 0, 0]),
+                        T.address_of(Operands[0, 0, 0]),
+                        T.int64(row),
+                        T.int64(row * TILE),
+                        T.int64(1),
+                        T.int64(0),
+                        T.address_of(Operands[1, 0, 0]),
+                        T.int64(steps),
+                        T.int64(2 * BLOCK * (steps - 1)),
+                        T.int64(TILE),
+                        T.int64(TILE),
+                    )
+                )
+            T.evaluate(T.call_extern("int32", END))
 
     return main
 

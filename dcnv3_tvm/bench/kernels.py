@@ -219,7 +219,8 @@ def time_kernels(
         slug=case.slug,
         provenance=provenance,
         how="Each kernel alone, called repeatedly with warm caches. Roofline of "
-        f"{peaks.flops / 1e9:.0f} GFLOP/s in float32, twice that for bfloat16 matmuls, and "
+        f"{peaks.flops / 1e9:.0f} GFLOP/s in float32, "
+        f"{peaks.flops_in('bfloat16') / 1e9:.0f} for bfloat16 matmuls, and "
         f"{peaks.bytes / 1e9:.1f} GB/s, {peaks.how}.",
         rows=rows,
         peaks=peaks,

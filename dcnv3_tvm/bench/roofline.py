@@ -12,17 +12,21 @@ from typing import Final
 
 from dcnv3_tvm.compiler.kernel_listing import Kernel
 from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.kernels import gemm, mlp, tile_matmul
+from dcnv3_tvm.kernels import gemm, mlp, tile_convolution, tile_matmul
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.transform.gpu_padding import depth_multiple
 
-MATMUL_KINDS: Final = ("matmul", tile_matmul.KERNEL, "convolution", gemm.KERNEL, mlp.KERNEL)
+MATMUL_KINDS: Final = (
+    *("matmul", "convolution", tile_matmul.KERNEL, tile_convolution.KERNEL),
+    *(gemm.KERNEL, mlp.KERNEL),
+)
 """Kinds of kernels whose operations run at the matmul rate of their weights' dtype."""
 
 CPU_RATES: Final = {"float32": 1.0, "bfloat16": 2.0}
 """Matmul rates of a CPU by dtype, relative to the float32 rate that is measured.
 
-A bfloat16 dot-product instruction does two multiply-adds per float32 lane. The roofline of a whole
+A bfloat16 dot-product instruction does two multiply-adds per float32 lane; the rate of matrix tiles
+is measured instead (`Peaks.half_flops`). The roofline of a whole
 bfloat16 encoder uses this rate for all operations, and so remains a lower bound.
 """
 
@@ -40,7 +44,7 @@ class Peaks:
     how : str
         Source of the rates.
     half_flops : float, optional
-        Operations per second of 16-bit matmuls on a GPU's tensor cores.
+        Operations per second of 16-bit matmuls on a GPU's tensor cores or in a CPU's matrix tiles.
     """
 
     flops: float
@@ -106,6 +110,10 @@ def kernel_flops(kernel: Kernel) -> int:
     if kernel.kind == "convolution":
         # The weight is (tiles, kh, kw, ...).
         return 2 * elements * math.prod(kernel.inputs[1].shape[1:3]) * kernel.inputs[0].shape[-1]
+    if kernel.kind == tile_convolution.KERNEL:
+        # The weight is (columns of blocks, kh * 3, ...), and windows are square.
+        side = kernel.inputs[1].shape[1] // tile_convolution.PRODUCTS
+        return 2 * elements * side**2 * kernel.inputs[0].shape[-1]
     if kernel.kind == gemm.KERNEL:
         return 2 * elements * _gemm_depth(kernel)
     if kernel.kind == mlp.KERNEL:

@@ -19,11 +19,13 @@ END: Final = "dcnv3_tvm_tiles_end"
 """Called after others."""
 
 PARAMETERS: Final = (
-    "ptr %sums, ptr %x, i64 %row, ptr %weight, i64 %steps, i64 %last, i64 %rows, i64 %second"
+    "ptr %sums, ptr %x, i64 %row, i64 %skip, i64 %runs, i64 %pitch, ptr %weight, i64 %steps, "
+    "i64 %last, i64 %rows, i64 %second"
 )
-"""Of `SUM_BLOCK`: sums, in rows of `BLOCK`; first row of x; bytes from one row of x to the next;
-weights of the block; steps along the depth; bytes from the first step in x to the last; rows of a
-tile; rows from the first tile to the second, which may overlap."""
+"""Of `SUM_BLOCK`: sums, in rows of `BLOCK`; first row of x; bytes of x from one row of a tile to
+the next, and from the first tile to the second; runs along the depth, and bytes of x from one to
+the next; weights of the block; steps of a run, and bytes of x from the first to the last; rows of a
+tile; rows of the sums from the first tile to the second, which may overlap."""
 
 TILE_BYTES: Final = 64 * TILE
 
@@ -48,21 +50,34 @@ entry:
   br label %line
 line:
   %i = phi i64 [0, %entry], [%i1, %stored]
-  %along = mul i64 %i, %row
-  %xrow = getelementptr i8, ptr %x, i64 %along
+  %lower = icmp sge i64 %i, %second
+  %tile0 = select i1 %lower, i64 %skip, i64 0
+  %rows0 = select i1 %lower, i64 %second, i64 0
+  %inside = sub i64 %i, %rows0
+  %along = mul i64 %inside, %row
+  %from = add i64 %tile0, %along
+  %xrow = getelementptr i8, ptr %x, i64 %from
   br label %half
 half:
   %h = phi i64 [0, %line], [%h1, %summed]
   %offset = mul i64 %h, {TILE_BYTES}
   %columns = getelementptr i8, ptr %weight, i64 %offset
+  br label %run
+run:
+  %r = phi i64 [0, %half], [%r1, %ran]
+  %sum3 = phi <16 x float> [zeroinitializer, %half], [%sum2, %ran]
+  %before = mul i64 %r, %steps
+  %down = mul i64 %r, %pitch
+  %xrun = getelementptr i8, ptr %xrow, i64 %down
   br label %step
 step:
-  %s = phi i64 [0, %half], [%s1, %paired]
-  %sum0 = phi <16 x float> [zeroinitializer, %half], [%sum2, %paired]
+  %s = phi i64 [0, %run], [%s1, %paired]
+  %sum0 = phi <16 x float> [%sum3, %run], [%sum2, %paired]
   %whole = mul i64 %s, {2 * BLOCK}
   %start = call i64 @llvm.smin.i64(i64 %whole, i64 %last)
-  %xstep = getelementptr i8, ptr %xrow, i64 %start
-  %tile = mul i64 %s, {2 * TILE_BYTES}
+  %xstep = getelementptr i8, ptr %xrun, i64 %start
+  %number = add i64 %before, %s
+  %tile = mul i64 %number, {2 * TILE_BYTES}
   %wstep = getelementptr i8, ptr %columns, i64 %tile
   br label %pair
 pair:
@@ -94,7 +109,11 @@ pair:
 paired:
   %s1 = add i64 %s, 1
   %sdone = icmp eq i64 %s1, %steps
-  br i1 %sdone, label %summed, label %step
+  br i1 %sdone, label %ran, label %step
+ran:
+  %r1 = add i64 %r, 1
+  %rdone = icmp eq i64 %r1, %runs
+  br i1 %rdone, label %summed, label %run
 summed:
   %index = mul i64 %i, 2
   %place = add i64 %index, %h

@@ -11,15 +11,15 @@ or written.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.kernels.epilogue import Epilogue, declare_epilogue
+from dcnv3_tvm.kernels.epilogue import DeclaredEpilogue, Epilogue, declare_epilogue
 from dcnv3_tvm.kernels.packing import BLOCK, PAIR, TILE
 from dcnv3_tvm.kernels.tile_functions import IMPORT_CODE, PORTABLE_CODE, SUM_BLOCK
 from dcnv3_tvm.op.expr import cast, constant_factor, int64, product, static, unflatten
@@ -85,13 +85,13 @@ def tile_matmul(
     height = block_rows(rows)
     tile = (height + 1) // 2
     steps = -(-in_features // BLOCK)
-    blocks = [_count(rows, height), int64(-(-out_features // BLOCK))]
+    blocks = [count_blocks(rows, height), int64(-(-out_features // BLOCK))]
 
     def row(m: Any) -> Any:
-        return _start(m, height, rows)
+        return block_start(m, height, rows)
 
     def column(n: Any) -> Any:
-        return _start(n, BLOCK, out_features)
+        return block_start(n, BLOCK, out_features)
 
     with function(KERNEL) as builder:
         x = argument("x", [*lead, in_features], OPERAND)
@@ -99,52 +99,129 @@ def tile_matmul(
         finish = declare_epilogue(
             epilogue or Epilogue(), [*lead, out_features], ACCUMULATOR, out_dtype
         )
-        sums = allocate("sums", [*blocks, BLOCK, BLOCK], ACCUMULATOR)
-        imported = T.serial(blocks[0], annotations={IMPORT_CODE: PORTABLE_CODE})
-        with imported as outer, T.serial(blocks[1]) as inner, T.sblock("sums"):
-            m = T.axis.spatial(blocks[0], outer, "int64")
-            n = T.axis.spatial(blocks[1], inner, "int64")
-            # Whole rows of unknown number: only the region of `sums` matters.
-            T.reads(x[tuple(slice(0, size) for size in x.shape)], weight[n, 0:steps])
-            T.writes(sums[m, n, 0:BLOCK, 0:BLOCK])
-            T.evaluate(
-                tirx.call_extern(
-                    "int32",
-                    SUM_BLOCK,
-                    tirx.address_of(sums[m, n, 0, 0]),
-                    tirx.address_of(x[(*unflatten(row(m), lead), 0)]),
-                    int64(in_features * DTYPE_BYTES[OPERAND]),
-                    tirx.address_of(weight[n, 0, 0, 0, 0, 0]),
-                    int64(steps),
-                    int64((in_features - BLOCK) * DTYPE_BYTES[OPERAND]),
-                    int64(tile),
-                    int64(height - tile),
-                )
-            )
-
-        def at(m: Any, n: Any, i: Any, j: Any) -> list[Any]:
-            return [*unflatten(row(m) + i, lead), column(n) + j]
-
-        extents = [*blocks, height, BLOCK]
-        if out_dtype == ACCUMULATOR:
-            finish.store("", sums, extents, at)
-        else:
-            # Apart, so that a schedule can round whole vectors.
-            finished = compute(
-                "finished",
-                extents,
-                lambda *index: finish.value(sums[index], at(*index)),
-                dtype=ACCUMULATOR,
-            )
-            compute(
-                "epilogue",
-                extents,
-                lambda *index: cast(out_dtype, finished[index]),
-                dtype=out_dtype,
-                into=finish.out,
-                at=at,
-            )
+        row_bytes = in_features * DTYPE_BYTES[OPERAND]
+        add_blocks(
+            blocks,
+            height,
+            BlockOperands(
+                x,
+                lambda m: (*unflatten(row(m), lead), 0),
+                weight,
+                row_bytes=int64(row_bytes),
+                skip_bytes=(height - tile) * row_bytes,
+                depth=in_features,
+                tile_rows=tile,
+                second=height - tile,
+            ),
+            finish,
+            lambda m, n, i, j: [*unflatten(row(m) + i, lead), column(n) + j],
+        )
     return builder.get()
+
+
+class BlockOperands(NamedTuple):
+    """Where a block of sums is computed from.
+
+    Parameters
+    ----------
+    x : buffer
+        The first operand, in `OPERAND`.
+    position : callable
+        Index of the first element that a row of blocks reads.
+    weight : buffer
+        Packed; its first axis is the column of blocks.
+    row_bytes, skip_bytes : expression
+        Bytes of x from one row of a tile to the next, and from the first tile to the second.
+    depth : int
+        Elements of a run.
+    tile_rows, second : expression
+        Rows of a tile, and rows of the sums from the first tile to the second.
+    runs : int
+        Runs along the depth.
+    pitch_bytes : expression
+        Bytes of x from one run to the next.
+    """
+
+    x: Any
+    position: Callable[[Any], Sequence[Any]]
+    weight: Any
+    row_bytes: Any
+    skip_bytes: Any
+    depth: int
+    tile_rows: Any
+    second: Any
+    runs: int = 1
+    pitch_bytes: Any = 0
+
+
+def add_blocks(
+    blocks: Sequence[Any],
+    height: Any,
+    operands: BlockOperands,
+    finish: DeclaredEpilogue,
+    at: Callable[..., list[Any]],
+) -> None:
+    """Add the blocks ``sums``, ``finished`` for a bfloat16 output, and ``epilogue``.
+
+    Parameters
+    ----------
+    blocks : sequence
+        Numbers of rows and columns of blocks.
+    height : expression
+        Rows of a block.
+    operands : BlockOperands
+        What is multiplied.
+    finish : DeclaredEpilogue
+        Applied to the sums.
+    at : callable
+        Index in the output of (row of blocks, column of blocks, row, column).
+    """
+    x, weight = operands.x, operands.weight
+    last = (operands.depth - BLOCK) * DTYPE_BYTES[OPERAND]
+    sums = allocate("sums", [*blocks, BLOCK, BLOCK], ACCUMULATOR)
+    imported = T.serial(blocks[0], annotations={IMPORT_CODE: PORTABLE_CODE})
+    with imported as outer, T.serial(blocks[1]) as inner, T.sblock("sums"):
+        m = T.axis.spatial(blocks[0], outer, "int64")
+        n = T.axis.spatial(blocks[1], inner, "int64")
+        # Only the region of `sums` matters: x and weight may be read whole.
+        T.reads(*(each[tuple(slice(0, size) for size in each.shape)] for each in (x, weight)))
+        T.writes(sums[m, n, 0:BLOCK, 0:BLOCK])
+        T.evaluate(
+            tirx.call_extern(
+                "int32",
+                SUM_BLOCK,
+                tirx.address_of(sums[m, n, 0, 0]),
+                tirx.address_of(x[tuple(operands.position(m))]),
+                int64(operands.row_bytes),
+                int64(operands.skip_bytes),
+                int64(operands.runs),
+                int64(operands.pitch_bytes),
+                tirx.address_of(weight[(n, *[0] * (len(weight.shape) - 1))]),
+                int64(-(-operands.depth // BLOCK)),
+                int64(last),
+                int64(operands.tile_rows),
+                int64(operands.second),
+            )
+        )
+    extents = [*blocks, height, BLOCK]
+    if finish.out.dtype == ACCUMULATOR:
+        finish.store("", sums, extents, at)
+        return
+    # Apart, so that a schedule can round whole vectors.
+    finished = compute(
+        "finished",
+        extents,
+        lambda *index: finish.value(sums[index], at(*index)),
+        dtype=ACCUMULATOR,
+    )
+    compute(
+        "epilogue",
+        extents,
+        lambda *index: cast(OPERAND, finished[index]),
+        dtype=OPERAND,
+        into=finish.out,
+        at=at,
+    )
 
 
 def block_rows(rows: Any) -> Any:
@@ -162,7 +239,7 @@ def block_rows(rows: Any) -> Any:
     return int64(-(-least // -(-least // BLOCK)))
 
 
-def _count(extent: Any, size: Any) -> Any:
+def count_blocks(extent: Any, size: Any) -> Any:
     """Return the number of blocks of a size that cover an extent."""
     # A block of dynamic size, which is smaller than `BLOCK`, is the only one.
     known = static(size) or BLOCK
@@ -172,7 +249,7 @@ def _count(extent: Any, size: Any) -> Any:
     return tirx.floordiv(extent + (known - 1), int64(known))
 
 
-def _start(index: Any, size: Any, extent: Any) -> Any:
+def block_start(index: Any, size: Any, extent: Any) -> Any:
     """Return the first element of a block."""
     known = static(size)
     if known is not None and constant_factor(extent) % known == 0:

@@ -9,6 +9,7 @@ import numpy as np
 import tvm
 from tvm import relax
 
+from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.kernels.depthwise import depthwise
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.layer_norm import layer_norm
@@ -114,14 +115,15 @@ class LayerContext:
         function : callable
             Packs the array.
         array : LazyArray
-            The weight in the kernel's element type.
+            The weight, in an element type that the function takes.
         parameter : Buffer
             The kernel's parameter that it becomes.
         **options
             Keyword arguments of `function`.
         """
         shape = [int(size) for size in parameter.shape]
-        packed = LazyArray(function, array, shape=shape, **options)
+        dtype = numpy_dtype(str(parameter.dtype))
+        packed = LazyArray(function, array, shape=shape, dtype=dtype, **options)
         return self.rebuilder.weight(
             packed, self.rebuilder.current(self.layer.root.args[1]), "packed"
         )

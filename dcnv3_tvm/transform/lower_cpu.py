@@ -14,7 +14,8 @@ from dcnv3_tvm.kernels.packing import (
     pack_matmul_weight,
     pack_tile_weight,
 )
-from dcnv3_tvm.kernels.tile_matmul import tile_matmul
+from dcnv3_tvm.kernels.tile_convolution import pack_tile_convolution_weight, tile_convolution
+from dcnv3_tvm.kernels.tile_matmul import supports_tiles, tile_matmul
 from dcnv3_tvm.op.expr import int64, product
 from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer, absorbed_values, find_layers
@@ -57,7 +58,8 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
     tiling : CpuTiling
         From the schedules for the target.
     dtype : str
-        Element type of matmul operands: float32, or bfloat16 for the matmuls that support it.
+        Element type of matmul operands: float32, or bfloat16 for the matmuls that support it, and
+        for the convolutions if these use matrix tiles.
     """
     layers: dict[relax.Var, Layer] = {}
     absorbed: set[relax.Var] = set()
@@ -98,7 +100,8 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
         if layer.kind == "matmul":
             return _lower_matmul(context, tiling)
         if layer.kind == "convolution":
-            return _lower_convolution(context, tiling)
+            tiles = dtype == "bfloat16" and tiling.matrix_tiles
+            return _lower_convolution(context, tiling, tiles=tiles)
         if layer.kind == "depthwise":
             return call_depthwise(context, depthwise_kernel(context))
         return lower_layer_norm(context)
@@ -133,9 +136,26 @@ def _lower_matmul(context: LayerContext, tiling: CpuTiling) -> relax.Var:
     return context.call(kernel, f"matmul_{inputs}_{outputs}", arguments)
 
 
-def _lower_convolution(context: LayerContext, tiling: CpuTiling) -> relax.Var:
+def _lower_tile_convolution(context: LayerContext) -> relax.Var:
+    weight = context.weight
+    outputs, *kernel_size, inputs = weight.shape
+    kernel = tile_convolution(
+        *context.sizes,
+        outputs,
+        kernel_size=tuple(kernel_size),
+        **context.window,
+        epilogue=context.epilogue,
+    )
+    packed = context.packed(pack_tile_convolution_weight, weight, kernel.params[1])
+    arguments = [context.source, packed, context.layer.bias, context.layer.residual]
+    return context.call(kernel, f"tile_convolution_{inputs}_{outputs}", arguments)
+
+
+def _lower_convolution(context: LayerContext, tiling: CpuTiling, *, tiles: bool) -> relax.Var:
     weight, window = context.weight, context.window
     outputs, *kernel_size, inputs = weight.shape
+    if tiles and supports_tiles(kernel_size[1] * inputs, outputs):
+        return _lower_tile_convolution(context)
     tile = tiling.weight_tile_width(outputs)
     width = int64(context.sizes[2])
     out_width = output_extent(width, kernel_size[1], window["stride"][1], window["pad"][1], 1)

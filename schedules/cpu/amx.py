@@ -53,18 +53,24 @@ define i32 @{END}() {{
 
 define i32 @{SUM_BLOCK}({PARAMETERS}) {{
 entry:
-  %skip = mul i64 %second, %row
   call void @llvm.x86.tilezero(i8 0)
   call void @llvm.x86.tilezero(i8 1)
   call void @llvm.x86.tilezero(i8 2)
   call void @llvm.x86.tilezero(i8 3)
+  br label %run
+run:
+  %r = phi i64 [0, %entry], [%r1, %ran]
+  %before = mul i64 %r, %steps
+  %down = mul i64 %r, %pitch
+  %xrun = getelementptr i8, ptr %x, i64 %down
   br label %step
 step:
-  %number = phi i64 [0, %entry], [%next, %step]
-  %whole = mul i64 %number, {2 * BLOCK}
+  %s = phi i64 [0, %run], [%s1, %step]
+  %whole = mul i64 %s, {2 * BLOCK}
   %start = call i64 @llvm.smin.i64(i64 %whole, i64 %last)
-  %upper = getelementptr i8, ptr %x, i64 %start
+  %upper = getelementptr i8, ptr %xrun, i64 %start
   %lower = getelementptr i8, ptr %upper, i64 %skip
+  %number = add i64 %before, %s
   %tile = mul i64 %number, {2 * TILE_BYTES}
   %left = getelementptr i8, ptr %weight, i64 %tile
   %right = getelementptr i8, ptr %left, i64 {TILE_BYTES}
@@ -76,9 +82,13 @@ step:
   call void @llvm.x86.tileloadd64(i8 5, ptr %lower, i64 %row)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 5, i8 6)
   call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 7)
-  %next = add i64 %number, 1
-  %done = icmp eq i64 %next, %steps
-  br i1 %done, label %exit, label %step
+  %s1 = add i64 %s, 1
+  %sdone = icmp eq i64 %s1, %steps
+  br i1 %sdone, label %ran, label %step
+ran:
+  %r1 = add i64 %r, 1
+  %rdone = icmp eq i64 %r1, %runs
+  br i1 %rdone, label %exit, label %run
 exit:
   %right0 = getelementptr i8, ptr %sums, i64 64
   %below = mul i64 %second, {4 * BLOCK}

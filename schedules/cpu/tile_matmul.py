@@ -1,18 +1,21 @@
-"""Matmuls in blocks of AMX tiles on CPUs."""
+"""Matmuls and convolutions in blocks of AMX tiles on CPUs."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
+from dcnv3_tvm.kernels import tile_convolution
+from dcnv3_tvm.kernels import tile_matmul as definition
 from dcnv3_tvm.kernels.tile_functions import BEGIN, END, IMPORT_CODE, PORTABLE_CODE
-from dcnv3_tvm.kernels.tile_matmul import KERNEL
 from dcnv3_tvm.op.expr import constant_factor, static
 from dcnv3_tvm.schedules.blocks import block_names
 from dcnv3_tvm.schedules.cpu.amx import AMX_CODE, ROUND
+from dcnv3_tvm.schedules.cpu.loops import copy_in_parallel
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import has_amx
@@ -26,15 +29,16 @@ _TASK_STEPS: Final = 64
 
 
 def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
-    """Schedule matmuls in blocks of sums.
+    """Schedule matmuls and convolutions in blocks of sums.
 
     A block of sums stays in tile registers over the whole of K, and in the L1 cache until its
     epilogue is done. A task is one row or column of blocks, or several: of the direction of which
-    there are more.
+    there are more. The image of a convolution is padded first.
     """
-    if refusal := refuse_other_kernels(func, KERNEL):
+    if refusal := refuse_other_kernels(func, definition.KERNEL, tile_convolution.KERNEL):
         return refusal
-    steps = int(func.params[1].shape[1])
+    # The axes before those of a step, but not that of columns of blocks, are runs and steps.
+    steps = math.prod(int(size) for size in func.params[1].shape[1:-4])
     sch = s_tir.Schedule(func)
     sums, epilogue = sch.get_sblock("sums"), sch.get_sblock("epilogue")
     row, column = sch.get_loops(sums)
@@ -74,7 +78,11 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     else:
         _vectorize(sch, lane)
 
-    # Step 3. Import the functions, and configure the tiles in each task.
+    # Step 3. Pad the image.
+    if "padded" in block_names(sch):
+        copy_in_parallel(sch, sch.get_sblock("padded"), _LANES)
+
+    # Step 4. Import the functions, and configure the tiles in each task.
     sch.annotate(task, IMPORT_CODE, AMX_CODE if has_amx(target) else PORTABLE_CODE)
     _surround(sch, task, (height + 1) // 2)
     return sch.mod["main"]

@@ -118,6 +118,18 @@ def test_cpu_rate_of_bfloat16_matmuls_is_doubled():
     assert Roofline.of(1e8, 2e7, peaks, "bfloat16") == Roofline(memory=0.2, arithmetic=0.05)
 
 
+def test_rate_of_matrix_tiles():
+    peaks = Peaks(flops=1e9, bytes=1e8, how="made up", half_flops=2e10)
+    matmul = cpu_kernel(
+        "tile_matmul", (2, 5, 40), (2, 2, 2, 16, 16, 2), (2, 5, 64), weight="bfloat16"
+    )
+    assert kernel_roofline(matmul, peaks).arithmetic == pytest.approx(2 * 10 * 40 * 64 / 2e10)
+    image = cpu_kernel(
+        "tile_convolution", (1, 8, 8, 16), (1, 9, 2, 2, 16, 16, 2), (1, 4, 4, 32), weight="bfloat16"
+    )
+    assert kernel_flops(image) == 2 * 4 * 4 * 32 * 9 * 16
+
+
 def test_float16_sampling_computes_in_float32():
     spec = DCNv3Spec.of((64, 56, 56, 128), group=8, dtype="float16", softmax=True)
     shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)

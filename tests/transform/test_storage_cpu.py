@@ -138,6 +138,37 @@ def test_values_inside_a_layer_are_not_stored(rng):
     assert len(values.matmuls) == 1
 
 
+def test_matrix_tiles_take_whole_blocks_and_convolutions(rng):
+    def build(bb, x, gamma, beta, kernel, wide, narrow):
+        normal = _norm(bb, x, gamma, beta)
+        layout = {"data_layout": "NHWC", "kernel_layout": "OHWI", "padding": 1}
+        image = bb.emit(relax.op.nn.conv2d(normal, kernel, **layout))
+        return _matmul(bb, _matmul(bb, image, wide), narrow)
+
+    shapes = {
+        "gamma": 16,
+        "beta": 16,
+        "kernel": (32, 3, 3, 16),
+        "wide": (32, 33),
+        "narrow": (33, 31),
+    }
+    weights = {name: random_array(rng, *np.atleast_1d(shape)) for name, shape in shapes.items()}
+    program = make_program(build, {"x": (1, 5, 7, 16)}, weights)
+    tiling = CpuTiling(lambda _outputs: 16, lambda _rows: 0, matrix_tiles=True)
+    lowered = lower_cpu(program, tiling, "bfloat16")
+    relax.analysis.well_formed(lowered.module)
+    assert operators(lowered) == [
+        "layer_norm_16",
+        "tile_convolution_16_32",
+        "relax.astype",
+        "tile_matmul_32_33",
+        "matmul_33_31",
+    ]
+    assert _types(lowered) == ["float32", "float32", "bfloat16", "float32", "float32"]
+    assert lowered.weights["kernel:packed"].dtype == ml_dtypes.bfloat16
+    assert lowered.weights["wide:packed"].shape == (2, 1, 2, 16, 16, 2)
+
+
 def test_weights_are_rounded_to_bfloat16(rng):
     weights = _weights(rng, "square")
     program = make_program(_matmul, {"x": (4, 16)}, weights)

@@ -1,0 +1,226 @@
+"""Dense convolution in blocks of sums, its epilogue in the same kernel, for CPUs with AMX.
+
+An implicit GEMM: a row is an output pixel, and a row of its window is a run along the depth, which
+lies in order in the padded image. See `dcnv3_tvm.kernels.tile_matmul` for the blocks.
+
+Both operands are sums of two bfloat16 numbers, so that the result is nearly as accurate as in
+float32: no residual sum dilutes the errors of the convolutions between stages. Of the four products
+of these numbers the smallest is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+
+from dcnv3_tvm.dtypes import DTYPE_BYTES, numpy_dtype
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.kernels.convolution import output_extent
+from dcnv3_tvm.kernels.epilogue import Epilogue, declare_epilogue
+from dcnv3_tvm.kernels.packing import BLOCK, PAIR, TILE, pack_tile_weight
+from dcnv3_tvm.kernels.tile_matmul import (
+    ACCUMULATOR,
+    OPERAND,
+    BlockOperands,
+    add_blocks,
+    block_rows,
+    block_start,
+    count_blocks,
+    supports_tiles,
+)
+from dcnv3_tvm.op.expr import cast, int64, product, static, unflatten
+from dcnv3_tvm.op.prim_func_builder import argument, compute, function
+
+_BITS: Final = "uint16"
+"""Element type of the padded image: the bits of bfloat16, which TVM would store as float32."""
+
+PRODUCTS: Final = 3
+"""Large part of x by large part of the weight, small by large, and large by small."""
+
+KERNEL: Final = "tile_convolution"
+"""Value of `dcnv3_tvm.op.expr.KERNEL_ATTR` of these kernels."""
+
+
+@functools.lru_cache(maxsize=256)
+def tile_convolution(
+    batch: Any,
+    height: Any,
+    width: Any,
+    in_channels: int,
+    out_channels: int,
+    *,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    pad: tuple[int, int],
+    epilogue: Epilogue | None = None,
+    out_dtype: str = ACCUMULATOR,
+) -> tirx.PrimFunc:
+    """Build a zero-padded dense convolution of channels-last tensors.
+
+    Parameters
+    ----------
+    batch, height, width : int or tirx.Var
+        Sizes of x.
+    in_channels, out_channels : int
+        C and O.
+    kernel_size, stride, pad : (int, int)
+        (height, width) pairs.
+    epilogue : Epilogue, optional
+        Applied before the store.
+    out_dtype : str
+        Element type of out, float32 or bfloat16; other tensors are float32.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc
+        Function of x (N, H, W, C), weight (`pack_tile_convolution_weight`), [bias (O,)],
+        [residual (N, Ho, Wo, O)], out (N, Ho, Wo, O); unscheduled blocks ``padded`` and those of
+        `dcnv3_tvm.kernels.tile_matmul.add_blocks`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If O, or the elements of a row of the window, are fewer than those of a block.
+    """
+    depth = kernel_size[1] * in_channels
+    if not supports_tiles(depth, out_channels):
+        raise InvalidArgumentError(
+            "the convolution is smaller than a block",
+            got=f"{depth} elements in a row of the window, and {out_channels} output channels",
+            allowed=f"at least {BLOCK}",
+        )
+    batch, height, width = int64(batch), int64(height), int64(width)
+    out_height, out_width = (
+        output_extent(size, kernel_size[axis], stride[axis], pad[axis], 1)
+        for axis, size in enumerate((height, width))
+    )
+    # Two tiles are two output rows if these are short, otherwise parts of one.
+    lines = 2 if (static(out_width) or BLOCK) <= TILE and (static(out_height) or 0) > 1 else 1
+    columns = out_width if lines == 2 else block_rows(out_width)
+    tile = columns if lines == 2 else (columns + 1) // 2
+    second = columns if lines == 2 else columns - tile
+    grid = [batch, count_blocks(out_height, int64(lines)), count_blocks(out_width, columns)]
+    blocks = [product(grid), int64(-(-out_channels // BLOCK))]
+
+    def first(m: Any) -> tuple[Any, Any, Any]:
+        """Return the image, row and column of a block's first pixel."""
+        b, i, j = unflatten(m, grid)
+        return b, block_start(i, int64(lines), out_height), block_start(j, columns, out_width)
+
+    def at(m: Any, n: Any, i: Any, j: Any) -> list[Any]:
+        b, row, column = first(m)
+        down, along = (tirx.floordiv(i, columns), tirx.floormod(i, columns))
+        pixel = [b, row + down, column + along] if lines == 2 else [b, row, column + i]
+        return [*pixel, block_start(n, BLOCK, out_channels) + j]
+
+    with function(KERNEL) as builder:
+        x = argument("x", [batch, height, width, in_channels], ACCUMULATOR)
+        steps = -(-depth // BLOCK)
+        weight = argument(
+            "weight",
+            [blocks[1], kernel_size[0] * PRODUCTS, steps, 2, TILE, TILE, PAIR],
+            OPERAND,
+        )
+        finish = declare_epilogue(
+            epilogue or Epilogue(),
+            [batch, out_height, out_width, out_channels],
+            ACCUMULATOR,
+            out_dtype,
+        )
+        image = _split_image(x, (out_height, out_width), kernel_size, stride, pad)
+        pixel_bytes = in_channels * DTYPE_BYTES[OPERAND]
+        line_bytes = image.shape[3] * pixel_bytes
+
+        def position(m: Any) -> tuple[Any, ...]:
+            b, row, column = first(m)
+            return b, row * stride[0], 0, column * stride[1], 0
+
+        row_bytes = stride[1] * pixel_bytes
+        add_blocks(
+            blocks,
+            lines * columns,
+            BlockOperands(
+                image,
+                position,
+                weight,
+                row_bytes=row_bytes,
+                skip_bytes=(
+                    stride[0] * PRODUCTS * line_bytes if lines == 2 else second * row_bytes
+                ),
+                depth=depth,
+                tile_rows=tile,
+                second=second,
+                runs=kernel_size[0] * PRODUCTS,
+                pitch_bytes=line_bytes,
+            ),
+            finish,
+            at,
+        )
+    return builder.get()
+
+
+def _split_image(
+    x: Any,
+    outputs: tuple[Any, Any],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    pad: tuple[int, int],
+) -> Any:
+    """Add the block ``padded``: each row of x, zero-padded, once for each product."""
+    batch, height, width, channels = x.shape
+    rows, columns = (
+        (count - 1) * stride[axis] + kernel_size[axis] for axis, count in enumerate(outputs)
+    )
+
+    def pixel(b: Any, i: Any, part: Any, j: Any, c: Any) -> Any:
+        row, column = i - pad[0], j - pad[1]
+        inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
+        value = x[b, row, column, c]
+        large = _rounded(value)
+        small = _rounded(value - tirx.reinterpret(ACCUMULATOR, large))
+        bits = tirx.shift_right(tirx.Select(part == 1, small, large), _uint32(16))
+        return tirx.if_then_else(inside, cast(_BITS, bits), tirx.const(0, _BITS))
+
+    return compute("padded", [batch, rows, PRODUCTS, columns, channels], pixel, dtype=_BITS)
+
+
+def _rounded(value: Any) -> Any:
+    """Return the bits of a float32 value rounded to bfloat16."""
+    bits = tirx.reinterpret("uint32", value)
+    odd = tirx.bitwise_and(tirx.shift_right(bits, _uint32(16)), _uint32(1))
+    return tirx.bitwise_and(bits + odd + _uint32(0x7FFF), _uint32(0xFFFF0000))
+
+
+def _uint32(value: int) -> Any:
+    return tirx.const(value, "uint32")
+
+
+def pack_tile_convolution_weight(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Pack a weight for `tile_convolution`.
+
+    Parameters
+    ----------
+    weight : ndarray of shape (O, kh, kw, C)
+        In float32.
+
+    Returns
+    -------
+    ndarray of shape (ceil(O/32), kh*3, ceil(kw*C/32), 2, 16, 16, 2)
+        In bfloat16. Each row of the window as `pack_tile_weight` packs a matrix, three times: its
+        large part twice, and what is left.
+    """
+    rows = weight.reshape(*weight.shape[:2], -1)
+    large = rows.astype(numpy_dtype(OPERAND))
+    small = (rows - large.astype(rows.dtype)).astype(large.dtype)
+    return np.stack(
+        [
+            pack_tile_weight(part[:, row])
+            for row in range(rows.shape[1])
+            for part in (large, large, small)
+        ],
+        axis=1,
+    )
