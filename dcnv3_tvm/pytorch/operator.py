@@ -20,7 +20,7 @@ import torch
 
 from dcnv3_tvm.compiler import functional
 from dcnv3_tvm.pytorch import gradient
-from dcnv3_tvm.pytorch.registration import computed_dtype, output_shape, register
+from dcnv3_tvm.pytorch.registration import check_dtypes, computed_dtype, output_shape, register
 from dcnv3_tvm.spec import DCNv3Keywords
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def dcnv3_backward(
 def _compute(
     x: torch.Tensor, offset: torch.Tensor, mask: torch.Tensor, **params: Unpack[DCNv3Keywords]
 ) -> torch.Tensor:
+    check_dtypes({"x": x, "offset": offset, "mask": mask})
     dtype = computed_dtype(x.dtype, offset.dtype, mask.dtype, softmax=params.get("softmax", False))
     result = functional.dcnv3(x.to(dtype), offset.to(dtype), mask.to(dtype), **params)
     return result.to(x.dtype)

@@ -147,3 +147,5 @@ def test_integers_are_rejected():
     for device in ("cpu", "meta"):
         with pytest.raises(InvalidArgumentError, match="dtype"):
             dcnv3(x.int().to(device), offset.int().to(device), mask.int().to(device), group=2)
+        with pytest.raises(InvalidArgumentError, match="dtype"):
+            dcnv3(x.int().to(device), offset.to(device), mask.to(device), group=2)
