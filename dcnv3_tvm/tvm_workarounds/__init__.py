@@ -39,6 +39,8 @@ DEFECTS: Final[Mapping[str, str]] = {
     "load of the same element with another thread axis in its index.",
     "allreduce-copies": "LowerCrossThreadReduction cannot lower two unrolled copies of a "
     "reduction.",
+    "warp-in-place": "StorageRewrite lets an element-wise result take the memory of a buffer of "
+    "scope warp, such as that of a softmax over one point; LowerWarpMemory then fails.",
     "warp-vectors": "VectorizeLoop leaves buffers of scope warp scalar.",
     # Lowering for GPUs
     "lower-warp-memory": "LowerWarpMemory lowers one buffer of scope warp per run and leaves those "

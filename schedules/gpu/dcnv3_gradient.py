@@ -9,14 +9,16 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
 
+from dcnv3_tvm import gpu
 from dcnv3_tvm.gpu import MAX_BLOCK_THREADS, vector_elements
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.schedules.blocks import block_names, reduces
+from dcnv3_tvm.schedules.gpu.dcnv3_tile import SHUFFLE_WIDTHS
 from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
 from dcnv3_tvm.schedules.gpu.loops import bind_blocks, divisors, unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
-from dcnv3_tvm.schedules.space import SearchSpace
+from dcnv3_tvm.schedules.space import DecisionError, SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
 
 _THREADS: Final = 128
@@ -27,6 +29,9 @@ _ZERO_THREADS: Final = 256
 
 _PIXELS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 """Candidates for the pixels of a block, besides the divisors of a row and whole rows."""
+
+_DYNAMIC_IMAGES: Final = 32
+"""Assumed images of a dynamic batch, in training."""
 
 _MAX_UNROLLED_POINTS: Final = 16
 """Most points over which loops are unrolled, and whose gradients are kept on the chip."""
@@ -111,7 +116,10 @@ def dcnv3_grad_x(
     One kernel sets the gradient to zero. In the next, a thread computes the points of a group at
     one pixel, for one vector of the channels: it keeps the gradient of the result in registers, and
     adds it atomically, times the weights, to the four pixels of each point. Adjacent threads have
-    adjacent vectors, so that whole sectors of memory are added to.
+    adjacent vectors, so that whole sectors of memory are added to. As in the forward kernel, the
+    threads of a group can share sampling points: each adds one vector for several adjacent groups,
+    computes coordinates, weights and softmax of one of them, and gets those of the others by warp
+    shuffles.
     """
     if refusal := refuse_other_kernels(func, "dcnv3_grad_x"):
         return refusal
@@ -132,24 +140,46 @@ def dcnv3_grad_x(
     sch.vectorize(vector)
 
     # Step 2. Bind pixels, groups and vectors to blocks and threads.
-    _, thread = _bind_pixels(sch, scatter, spec, space, sch.get_loops(scatter)[-1])
-    point, patch_row, patch_column = sch.get_loops(scatter)[-3:]
+    vectors = spec.group_channels // vector_elements(spec.group_channels, spec.accumulate_dtype)
+    sharing = _pick_sharing(spec, vectors, space)
+    _, thread = _bind_pixels(sch, scatter, spec, space, sch.get_loops(scatter)[-1], sharing)
+    point, own_group, patch_row, patch_column = sch.get_loops(scatter)[-4:]
     _unroll_points(sch, point)
-    unroll_all(sch, [patch_row, patch_column])
+    unroll_all(sch, [own_group, patch_row, patch_column])
 
     # Step 3. Compute the weights of a point.
-    for name, inner in (("pixels", 0), ("weights", 3), ("corners", 0), ("coordinates", 0)):
-        unroll_all(sch, _compute_at(sch, sch.get_sblock(name), point, inner))
-    _load_offset(sch, point)
+    _compute_at(sch, sch.cache_read(scatter, 0, "local"), own_group)  # one shuffle for all pixels
+    for name, inner in (("pixels", 1), ("weights", 3), ("corners", 1), ("coordinates", 1)):
+        unroll_all(sch, _compute_at(sch, sch.get_sblock(name), point, inner, sharing))
+    _load_offset(sch, sch.get_loops(sch.get_sblock("coordinates"))[-2])
 
     # Step 4. Load the gradient of the result, and compute the softmax.
     grad = sch.get_sblock("grad")
     loaded = sch.cache_read(grad, 0, "local")
-    unroll_all(sch, _compute_at(sch, grad, thread))
-    _compute_at(sch, loaded, thread)
-    vectorize_copy(sch, loaded, vector_elements(spec.group_channels, spec.accumulate_dtype))
-    _compute_softmax(sch, names, thread)
+    own_group, channel = _compute_at(sch, grad, thread, inner=2)
+    unroll_all(sch, [own_group, channel])
+    _compute_at(sch, loaded, own_group)
+    vectorize_copy(sch, loaded, spec.group_channels // vectors)
+    _compute_softmax(sch, names, thread, sharing)
     return set_min_blocks(sch.mod["main"], target, space)
+
+
+def _pick_sharing(spec: DCNv3Spec, vectors: int, space: SearchSpace) -> int:
+    """Decide how many groups the threads of a group share, of `vectors` vectors each.
+
+    By default as many as there are vectors, if enough threads remain.
+    """
+    can_share = (
+        vectors in SHUFFLE_WIDTHS
+        and spec.group % vectors == 0
+        and spec.width is not None
+        and spec.points > 1  # See tvm_workarounds: warp-in-place.
+    )
+    threads = (spec.batch or _DYNAMIC_IMAGES) * (spec.height or spec.width or 1) * spec.group
+    enough = threads * (spec.width or 1) >= gpu.FULL_GPU_THREADS
+    names = ["one_group", "share_points"] if can_share else ["one_group"]
+    default = "share_points" if can_share and enough else "one_group"
+    return vectors if space.pick("thread", names, default) == "share_points" else 1
 
 
 def _bind_pixels(
@@ -158,25 +188,35 @@ def _bind_pixels(
     spec: DCNv3Spec,
     space: SearchSpace,
     lane: LoopRV | None = None,
+    sharing: int = 1,
 ) -> tuple[LoopRV, LoopRV]:
     """Bind pixels and groups to blocks and threads; returns the loops over blocks and threads.
 
     The pixels of a block are in one row, or whole rows: with rectangles, TVM knows which results a
-    block has. Threads of the loop `lane` are adjacent.
+    block has. Threads of the loop `lane` are adjacent; their loops over points have one inside over
+    the groups that they share.
     """
     batch, row, column, group, *inside = sch.get_loops(block)
-    if lane is not None:
-        inside.pop()
     rows, columns = (static(sch.get(loop).extent) for loop in (row, column))
-    lanes = [] if lane is None else [lane]
-    group_threads = 1 if lane is None else static(sch.get(lane).extent) or 1
-    groups = max(divisors(spec.group, max(1, _THREADS // group_threads)))
+    group_threads = 1 if lane is None else (static(sch.get(lane).extent) or 1) // sharing
+    groups = sharing * max(divisors(spec.group // sharing, max(1, _THREADS // group_threads)))
     groups = space.pick("groups", divisors(spec.group), groups)
     whole = _whole_pixels(rows, columns)
     powers = [number for number in _PIXELS if number <= (columns or number)]
     wanted = max(1, _THREADS // (groups * group_threads))
     pixels = space.pick("pixels", [*powers, *whole], _pixels(powers, whole, wanted))
+    if sharing > 1 and (groups % sharing or pixels not in whole):
+        raise DecisionError(
+            "threads can share points only in blocks without absent pixels",
+            got=f"{groups} groups, {pixels} pixels",
+            allowed=f"a multiple of {sharing} groups, and {', '.join(map(str, whole))} pixels",
+        )
 
+    lanes = []
+    if lane is not None:
+        group, own_group = sch.split(group, [None, sharing])
+        inside = [inside[0], own_group, *inside[1:-1]]
+        lanes, groups = [lane], groups // sharing
     row, own_rows = sch.split(row, [None, max(1, pixels // (columns or pixels))])
     column, own_columns = sch.split(column, [None, min(pixels, columns or pixels)])
     slab, group = sch.split(group, [None, groups])
@@ -185,7 +225,11 @@ def _bind_pixels(
         bind_blocks(sch, [batch, row], [column, slab])
     else:
         bind_blocks(sch, [batch], [row, column, slab])
-    thread = sch.fuse(own_rows, own_columns, group, *lanes)
+    if lane is None or sharing == 1:
+        thread = sch.fuse(own_rows, own_columns, group, *lanes)
+    else:
+        thread = lane
+        sch.bind(sch.fuse(own_rows, own_columns, group), "threadIdx.y")
     sch.bind(thread, "threadIdx.x")
     return sch.get_loops(block)[-len(inside) - 2], thread
 
@@ -195,14 +239,15 @@ def _whole_pixels(rows: int | None, columns: int | None) -> list[int]:
     if columns is None:
         return []
     several = [columns * count for count in divisors(rows or 1)]
-    return [size for size in [*divisors(columns), *several] if size <= MAX_BLOCK_THREADS]
+    return sorted({size for size in [*divisors(columns), *several] if size <= MAX_BLOCK_THREADS})
 
 
 def _pixels(powers: Sequence[int], whole: Sequence[int], wanted: int) -> int:
     """Choose about `wanted` pixels, of equal rectangles if possible."""
-    fitting = [size for size in whole if wanted <= 4 * size and size <= 2 * wanted]
-    power = max(size for size in powers if size <= max(1, wanted))
-    return min(fitting, key=lambda size: max(size / wanted, wanted / size), default=power)
+    fitting = [size for size in whole if size <= 2 * wanted]
+    equal = min(fitting, key=lambda size: max(size / wanted, wanted / size), default=0)
+    power = max(size for size in powers if size <= wanted)
+    return equal if 4 * equal >= power else power
 
 
 def _copy_by_block(sch: s_tir.Schedule, copy: SBlockRV, block: LoopRV, thread: LoopRV) -> None:
@@ -231,22 +276,32 @@ def _load_offset(sch: s_tir.Schedule, point: LoopRV) -> None:
     sch.vectorize(*_compute_at(sch, offset, point))
 
 
-def _compute_softmax(sch: s_tir.Schedule, names: Container[str], thread: LoopRV) -> None:
+def _compute_softmax(
+    sch: s_tir.Schedule, names: Container[str], thread: LoopRV, sharing: int = 1
+) -> None:
     """Compute the softmax of the points of a thread, if the kernel has one."""
     for name in ("softmax_sum", "softmax_exp", "softmax_max"):
         if name in names:
             block = sch.get_sblock(name)
-            _unroll_points(sch, *_compute_at(sch, block, thread))
+            _unroll_points(sch, *_compute_at(sch, block, thread, sharing=sharing))
             if reduces(sch, block):
                 sch.decompose_reduction(block, sch.get_loops(block)[-1])
 
 
-def _compute_at(sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV, inner: int = 1) -> list[LoopRV]:
-    """Compute a block in registers inside a loop; returns its `inner` innermost loops."""
+def _compute_at(
+    sch: s_tir.Schedule, block: SBlockRV, loop: LoopRV, inner: int = 1, sharing: int = 1
+) -> list[LoopRV]:
+    """Compute a block in registers inside a loop; returns its `inner` innermost loops.
+
+    Threads that share points compute one group each; TVM lowers the scope "warp" to shuffles.
+    """
     for index in range(len(sch.get(block).writes)):
-        sch.set_scope(block, index, "local")
+        sch.set_scope(block, index, "warp" if sharing > 1 else "local")
     sch.compute_at(block, loop, preserve_unit_loops=True)
-    return list(sch.get_loops(block)[-inner:]) if inner else []
+    loops = sch.get_loops(block)
+    if sharing > 1:
+        sch.bind(loops[-inner - 1], "threadIdx.x")
+    return list(loops[-inner:])
 
 
 def _unroll_points(sch: s_tir.Schedule, point: LoopRV) -> None:

@@ -22,7 +22,7 @@ _PIXELS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 _DYNAMIC_SIDE: Final = 64
 """Assumed rows or columns of an output of dynamic size."""
 
-_SHUFFLE_WIDTHS: Final = (2, 4, 8)
+SHUFFLE_WIDTHS: Final = (2, 4, 8)
 """Numbers of threads that may exchange values by warp shuffles."""
 
 _MAX_SUMS: Final = 32
@@ -135,7 +135,8 @@ def _thread_works(spec: DCNv3Spec, size: OutputSize) -> dict[str, ThreadWork]:
     works = {"one_vector": ThreadWork()}
     if vectors % 2 == 0:
         works["two_vectors"] = ThreadWork(vectors=2)
-    can_share = vectors in _SHUFFLE_WIDTHS and spec.group_channels <= _MAX_SUMS
+    # With one point: see tvm_workarounds: warp-in-place.
+    can_share = vectors in SHUFFLE_WIDTHS and spec.group_channels <= _MAX_SUMS and spec.points > 1
     if size.image_is_static and can_share:
         if spec.group % vectors == 0:
             works["share_points"] = ThreadWork(groups=vectors)

@@ -97,13 +97,19 @@ inline unsigned of_segment(unsigned source, unsigned width) {
   return lane() / width * width + source % width;
 }
 
-/* red.add.v2 and .v4: threads run one at a time, so that every addition is atomic. */
-template <class... T>
-inline void add_to_vector(float *to, T... values) {
-  if (reinterpret_cast<uintptr_t>(to) % (sizeof...(values) * sizeof(float))) {
+/* red.add, if `predicate` is not zero: threads run one at a time, so that additions are atomic. */
+template <class T, class... Values>
+inline void add_elements(T *to, T predicate, Values... values) {
+  if (predicate != 0) ((*to++ += values), ...);
+}
+
+/* red.add.v2 and .v4 */
+template <class T, class... Values>
+inline void add_vector(T *to, T predicate, Values... values) {
+  if (reinterpret_cast<uintptr_t>(to) % (sizeof...(values) * sizeof(T))) {
     fail("an address of a vector to add to is misaligned");
   }
-  ((*to++ += values), ...);
+  add_elements(to, predicate, values...);
 }
 
 template <class T>
@@ -190,13 +196,6 @@ inline nv_bfloat16 __float2bfloat16(float value) { return value; }
 inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
 inline bool __hgt(float a, float b) { return a > b; }
 inline bool __hlt(float a, float b) { return a < b; }
-
-template <class T>
-inline T atomicAdd(T *to, T value) {
-  T before = *to;
-  *to = before + value;
-  return before;
-}
 
 inline float rsqrtf(float value) { return 1 / sqrtf(value); }
 inline float min(float a, float b) { return fminf(a, b); }

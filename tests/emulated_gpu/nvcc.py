@@ -36,7 +36,8 @@ _INSTRUCTIONS: Final = (
     (r"cp\.async\.commit_group;", "commit_copies"),
     (r"setp\.eq\.u32 p, %3, 1;.*@p cp\.async\.c[ag]\.shared\.global", "copy_or_clear"),
     (r"cp\.async\.c[ag]\.shared\.global", "copy"),
-    (r"red\.global\.add\.v[24]\.f32", "add_to_vector"),
+    (r"setp\.neu.*@p red\.global\.add\.v[24]\.f32", "add_vector"),
+    (r"setp\.neu.*@p red\.global\.add\.f(?:32|64)", "add_elements"),
     (r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16", "load_matrix"),
     (
         r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",

@@ -76,8 +76,8 @@ def test_asynchronous_copy_without_wait_gives_nan(run, rng):
         ),
         ("__cvta_generic_to_shared(x);", "an address is not in shared memory"),
         (
-            'asm volatile("red.global.add.v2.f32 [%0], {%1, %2};"'
-            ' : : "l"(out + 1), "f"(x[0]), "f"(x[1]) : "memory");',
+            'asm volatile("setp.neu.f32 p, %1, 0f0; @p red.global.add.v2.f32 [%0], {%2, %3};"'
+            ' : : "l"(out + 1), "f"(x[0]), "f"(x[1]), "f"(x[2]) : "memory");',
             "an address of a vector to add to is misaligned",
         ),
     ],

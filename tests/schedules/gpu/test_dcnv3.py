@@ -157,6 +157,13 @@ def test_threads_share_points_of_large_problems_by_default():
         assert space.candidates["thread"][0] == thread
 
 
+def test_threads_do_not_share_one_point():
+    spec = DCNv3Spec.of((64, 56, 56, 64), group=4, kernel_size=1, pad=0, softmax=True)
+    space = SearchSpace()
+    dcnv3(build_kernel(spec), TARGET, space)
+    assert space.candidates["thread"] == ("two_vectors", "one_vector")
+
+
 def test_dynamic_batch(run_together):
     spec = DCNv3Spec.of((None, 7, 9, 32), group=2)
     scheduled = dcnv3(build_kernel(spec), TARGET, SearchSpace())

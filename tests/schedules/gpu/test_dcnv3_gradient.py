@@ -11,6 +11,7 @@ from tvm import s_tir
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.schedules import apply_rules
 from dcnv3_tvm.schedules.gpu.launch import launches
+from dcnv3_tvm.schedules.space import DecisionError
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from helpers.gradients import check_gradients, result_gradient
@@ -32,10 +33,12 @@ def schedule(kind, spec, decisions=None):
 def check_problems(gpu, problems, decisions=None, compiled=None):
     """Run both kernels on problems ``(spec, inputs)``, and check the gradients.
 
-    `compiled` is a problem of dynamic sizes whose kernels compute all of `problems`.
+    `decisions` are those of each kind; `compiled` is a problem of dynamic sizes whose kernels
+    compute all of `problems`.
     """
+    decisions = decisions or {}
     functions, cases, grads = {}, {}, []
-    kernels = {kind: schedule(kind, compiled, decisions) for kind in KINDS} if compiled else {}
+    made = {kind: schedule(kind, compiled, decisions.get(kind)) for kind in KINDS if compiled}
     for number, (spec, inputs) in enumerate(problems):
         x, offset, mask = inputs.x, inputs.offset, inputs.mask
         grads.append(result_gradient(spec, inputs))
@@ -47,7 +50,7 @@ def check_problems(gpu, problems, decisions=None, compiled=None):
         ]
         for kind, case in zip(KINDS, arguments, strict=True):
             name = f"{kind}_{number}"
-            functions[name] = kernels.get(kind) or schedule(kind, spec, decisions)
+            functions[name] = made.get(kind) or schedule(kind, spec, decisions.get(kind))
             cases[name] = case
     found = gpu.run_all(functions, TARGET, cases, allowed=ATOMIC_ROUNDINGS)
     checked = []
@@ -77,17 +80,40 @@ def test_random_problems(gpu, dtype, data):
 def test_partial_blocks(gpu):
     """A block has a part of a row and of the groups; threads have vectors of four channels."""
     spec = DCNv3Spec.of((2, 3, 7, 64), group=4, kernel_size=(2, 1), softmax=True, dtype="float16")
-    check_problems(gpu, [(spec, random_inputs(spec))], {"pixels": 4, "groups": 2})
+    decisions = {kind: {"pixels": 4, "groups": 2} for kind in KINDS}
+    check_problems(gpu, [(spec, random_inputs(spec))], decisions)
 
 
-def test_dynamic_sizes(gpu):
-    """Rows longer than a block, and one pixel."""
-    spec = DCNv3Spec.of((None, None, None, 16), group=4, kernel_size=1, pad=0, softmax=True)
+SHARING = {"thread": "share_points"}
+
+
+@pytest.mark.parametrize(
+    ("width", "sizes", "decisions"),
+    [
+        (None, [(2, 3, 37), (1, 1, 1)], {}),
+        (7, [(2, 3, 7)], {"dcnv3_grad_x": SHARING}),
+    ],
+    ids=["all", "batch and height"],
+)
+def test_dynamic_sizes(gpu, width, sizes, decisions):
+    """Rows longer than a block, and one pixel; threads of a group that share points."""
+    options = {"kernel_size": (1, 2), "pad": 1, "softmax": True}
+    spec = DCNv3Spec.of((None, None, width, 16), group=2, **options)
     problems = []
-    for seed, (batch, height, width) in enumerate([(2, 3, 37), (1, 1, 1)]):
-        known = dataclasses.replace(spec, batch=batch, height=height, width=width)
+    for seed, (batch, height, columns) in enumerate(sizes):
+        known = dataclasses.replace(spec, batch=batch, height=height, width=columns)
         problems.append((known, random_inputs(known, seed=seed)))
-    check_problems(gpu, problems, compiled=spec)
+    check_problems(gpu, problems, decisions, compiled=spec)
+
+
+def test_threads_share_points(gpu):
+    """Several rows and a partial warp, and vectors of two channels."""
+    spec = DCNv3Spec.of((1, 5, 3, 24), group=6, kernel_size=(2, 1), pad=0, dtype="float64")
+    decisions = {"dcnv3_grad_x": {**SHARING, "pixels": 6, "groups": 2}}
+    check_problems(gpu, [(spec, random_inputs(spec))], decisions)
+    for block in ({"groups": 1}, {"pixels": 2}):
+        with pytest.raises(DecisionError, match="only in blocks without absent pixels"):
+            schedule("dcnv3_grad_x", spec, {**SHARING, **block})
 
 
 def test_points_outside_the_image_have_no_gradient(gpu):
@@ -118,7 +144,7 @@ def test_launches():
     spec = DCNv3Spec.of((64, 56, 56, 64), group=4)
     zero, scatter = launches(schedule("dcnv3_grad_x", spec))
     assert zero == {"blockIdx.x": "14336", "threadIdx.x": "256"}
-    assert scatter == {"blockIdx.x": "25088", "threadIdx.x": "128"}
+    assert scatter == {"blockIdx.x": "7168", "threadIdx.y": "28", "threadIdx.x": "4"}
     (launch,) = launches(schedule("dcnv3_grad_offset_mask", spec))
     assert launch == {"blockIdx.x": "7168", "threadIdx.x": "112"}
 

@@ -54,10 +54,10 @@ def test_instructions_per_channel():
 
 def test_gradients():
     """The gradients of offset and mask take about the instructions of the forward kernel."""
-    most = {"float32_64": 1600, "float16_512": 2200, "bfloat16_320": 4100}
+    most = {"float32_64": 1600, "bfloat16_320": 4100}
     functions = {}
     for (shape, group), name in zip(
-        [((64, 56, 56, 64), 4), ((64, 7, 7, 512), 32), ((8, 56, 56, 320), 10)], most, strict=True
+        [((64, 56, 56, 64), 4), ((8, 56, 56, 320), 10)], most, strict=True
     ):
         spec = DCNv3Spec.of(shape, group=group, softmax=True, dtype=name.partition("_")[0])
         functions[name] = tensorir.dcnv3_grad_offset_mask(spec, vector_loads=True)
@@ -67,7 +67,7 @@ def test_gradients():
     for name, instructions in most.items():
         assert found[name].instructions <= instructions, name
         assert found[name].load_bytes[-1] == 16, name
-    assert found["x"].instructions <= 850
+    assert found["x"].instructions <= 850  # of one group
     assert found["x"].load_bytes[-1] == 8
     assert found["x"].occupancy >= 0.6
 
