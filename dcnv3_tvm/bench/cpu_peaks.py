@@ -139,6 +139,9 @@ def _tile_blocks(threads: int) -> Any:
                         T.int64(2 * BLOCK * (steps - 1)),
                         T.int64(TILE),
                         T.int64(TILE),
+                        T.address_of(Operands[1, 0, 0]),
+                        T.int32(0),
+                        T.int64(1),
                     )
                 )
             T.evaluate(T.call_extern("int32", END))

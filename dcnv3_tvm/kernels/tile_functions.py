@@ -20,12 +20,13 @@ END: Final = "dcnv3_tvm_tiles_end"
 
 PARAMETERS: Final = (
     "ptr %sums, ptr %x, i64 %row, i64 %skip, i64 %runs, i64 %pitch, ptr %weight, i64 %steps, "
-    "i64 %last, i64 %rows, i64 %second"
+    "i64 %last, i64 %rows, i64 %second, ptr %next, i32 %part, i64 %lines"
 )
 """Of `SUM_BLOCK`: sums, in rows of `BLOCK`; first row of x; bytes of x from one row of a tile to
 the next, and from the first tile to the second; runs along the depth, and bytes of x from one to
 the next; weights of the block; steps of a run, and bytes of x from the first to the last; rows of a
-tile; rows of the sums from the first tile to the second, which may overlap."""
+tile; rows of the sums from the first tile to the second, which may overlap; weights of the next
+column of blocks, which part of them to prefetch, and cache lines to prefetch in each step."""
 
 TILE_BYTES: Final = 64 * TILE
 
@@ -60,8 +61,8 @@ line:
   br label %half
 half:
   %h = phi i64 [0, %line], [%h1, %summed]
-  %offset = mul i64 %h, {TILE_BYTES}
-  %columns = getelementptr i8, ptr %weight, i64 %offset
+  %side = mul i64 %h, {TILE_BYTES}
+  %columns = getelementptr i8, ptr %weight, i64 %side
   br label %run
 run:
   %r = phi i64 [0, %half], [%r1, %ran]

@@ -34,6 +34,13 @@ OPERAND: Final = "bfloat16"
 ACCUMULATOR: Final = "float32"
 
 
+_LINE: Final = 64
+"""Bytes of a cache line."""
+
+_STEP_LINES: Final = BLOCK * BLOCK * DTYPE_BYTES[OPERAND] // _LINE
+"""Cache lines of the weights of a step."""
+
+
 def supports_tiles(in_features: int, out_features: int) -> bool:
     """Whether a matmul has at least one block of depth and of columns."""
     return min(in_features, out_features) >= BLOCK
@@ -177,7 +184,10 @@ def add_blocks(
         Index in the output of (row of blocks, column of blocks, row, column).
     """
     x, weight = operands.x, operands.weight
+    first = [0] * (len(weight.shape) - 1)
     last = (operands.depth - BLOCK) * DTYPE_BYTES[OPERAND]
+    # All rows of blocks together prefetch the weights of a column.
+    lines = -(-_STEP_LINES // (static(blocks[0]) or _STEP_LINES))
     sums = allocate("sums", [*blocks, BLOCK, BLOCK], ACCUMULATOR)
     imported = T.serial(blocks[0], annotations={IMPORT_CODE: PORTABLE_CODE})
     with imported as outer, T.serial(blocks[1]) as inner, T.sblock("sums"):
@@ -196,11 +206,14 @@ def add_blocks(
                 int64(operands.skip_bytes),
                 int64(operands.runs),
                 int64(operands.pitch_bytes),
-                tirx.address_of(weight[(n, *[0] * (len(weight.shape) - 1))]),
+                tirx.address_of(weight[(n, *first)]),
                 int64(-(-operands.depth // BLOCK)),
                 int64(last),
                 int64(operands.tile_rows),
                 int64(operands.second),
+                tirx.address_of(weight[(tirx.min(n + 1, blocks[1] - 1), *first)]),
+                cast("int32", m),
+                int64(lines),
             )
         )
     extents = [*blocks, height, BLOCK]

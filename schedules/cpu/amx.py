@@ -36,6 +36,7 @@ declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
 declare i64 @llvm.smin.i64(i64, i64)
+declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)
 
 define i32 @{BEGIN}(i64 %rows) {{
   %configuration = alloca [64 x i8], align 64
@@ -53,6 +54,12 @@ define i32 @{END}() {{
 
 define i32 @{SUM_BLOCK}({PARAMETERS}) {{
 entry:
+  %part0 = sext i32 %part to i64
+  %part1 = mul i64 %part0, %runs
+  %part2 = mul i64 %part1, %steps
+  %part3 = mul i64 %part2, %lines
+  %part4 = mul i64 %part3, 64
+  %ahead = getelementptr i8, ptr %next, i64 %part4
   call void @llvm.x86.tilezero(i8 0)
   call void @llvm.x86.tilezero(i8 1)
   call void @llvm.x86.tilezero(i8 2)
@@ -65,7 +72,7 @@ run:
   %xrun = getelementptr i8, ptr %x, i64 %down
   br label %step
 step:
-  %s = phi i64 [0, %run], [%s1, %step]
+  %s = phi i64 [0, %run], [%s1, %stepped]
   %whole = mul i64 %s, {2 * BLOCK}
   %start = call i64 @llvm.smin.i64(i64 %whole, i64 %last)
   %upper = getelementptr i8, ptr %xrun, i64 %start
@@ -82,6 +89,18 @@ step:
   call void @llvm.x86.tileloadd64(i8 5, ptr %lower, i64 %row)
   call void @llvm.x86.tdpbf16ps(i8 2, i8 5, i8 6)
   call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 7)
+  %number0 = mul i64 %number, %lines
+  br label %line
+line:
+  %l = phi i64 [0, %step], [%l1, %line]
+  %ahead0 = add i64 %number0, %l
+  %ahead1 = mul i64 %ahead0, 64
+  %ahead2 = getelementptr i8, ptr %ahead, i64 %ahead1
+  call void @llvm.prefetch.p0(ptr %ahead2, i32 0, i32 2, i32 1)
+  %l1 = add i64 %l, 1
+  %ldone = icmp eq i64 %l1, %lines
+  br i1 %ldone, label %stepped, label %line
+stepped:
   %s1 = add i64 %s, 1
   %sdone = icmp eq i64 %s1, %steps
   br i1 %sdone, label %ran, label %step
