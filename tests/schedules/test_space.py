@@ -116,7 +116,7 @@ def test_cpu_decisions_compute_the_same(name, rng, assert_close):
     assert np.isfinite(expected).all()
     space = schedules.schedule(func, target).space
     assert space
-    for decisions in sample_decisions(space, 6, seed=name):
+    for decisions in sample_decisions(space, 4, seed=name):
         found = schedules.schedule(func, target, decisions)
         assert_close(run(found.function, arrays), expected)
 
@@ -132,7 +132,7 @@ def test_gpu_decisions_compute_the_same(name, gpu, rng, assert_close):
         with contextlib.suppress(DecisionError):
             found = schedules.schedule(func, GPU, decisions)
             scheduled[f"kernel{number}"] = tensorize(found.function)
-            if len(scheduled) == 5:
+            if len(scheduled) == 3:
                 break
     assert len(scheduled) >= 2
     dtype = str(expected.dtype)

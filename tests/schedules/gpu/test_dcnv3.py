@@ -69,7 +69,7 @@ def gate_for(spec, inputs):
 def test_random_problems(run_together, dtype, data):
     """Odd sizes, strides and channels; every second problem with softmax uses the packed kernel."""
     drawn = data.draw(
-        st.lists(specs(dtype), min_size=16, max_size=16, unique_by=lambda spec: spec.slug)
+        st.lists(specs(dtype), min_size=10, max_size=10, unique_by=lambda spec: spec.slug)
     )
     problems = {}
     for seed, spec in enumerate(drawn):
@@ -175,14 +175,14 @@ def test_dynamic_batch(run_together):
     check_all(run_together(TARGET, problems))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(
-    ("given", "options"),
+    ("given", "dtype", "options"),
     [
-        ((None, None, None), {}),
-        ((2, None, None), {"stride": (2, 1), "pad": 2, "dilation": (1, 2)}),
-        ((None, None, 7), {"offset_scale": 0.5}),
-        ((1, 6, None), {"remove_center": True}),
+        ((None, None, None), "float32", {}),
+        ((None, None, None), "float16", {}),
+        ((2, None, None), "float16", {"stride": (2, 1), "pad": 2, "dilation": (1, 2)}),
+        ((None, None, 7), "float32", {"offset_scale": 0.5}),
+        ((1, 6, None), "float16", {"remove_center": True}),
     ],
     ids=str,
 )

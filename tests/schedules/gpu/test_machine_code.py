@@ -72,8 +72,9 @@ def test_gradients():
     assert found["x"].occupancy >= 0.6
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm89", "sm120"])
-def test_every_architecture(arch):
+@pytest.mark.parametrize("arch", ["sm80", "sm120"])
+def test_other_architectures(arch):
+    """The oldest, and the newest with as little shared memory as sm86 and sm89."""
     target = resolve_target(f"cuda-{arch}")
     kernels = {
         kernel.name: kernel.function
