@@ -102,7 +102,7 @@ def _tiny() -> tuple[InternImageConfig, ...]:
         resolution=32,
     )
     options: dict[str, dict[str, Any]] = {
-        "pre_norm": {"detection_layer_scale": 1.0},
+        "pre_norm": {"depths": (1, 1, 1, 1), "detection_layer_scale": 1.0},
         "pre_norm_scale": {"layer_scale": 1.0, "remove_center": True},
         "post_norm": {
             "post_norm": True,

@@ -105,7 +105,7 @@ def test_verify_uses_the_reference_operator(monkeypatch):
 
     monkeypatch.setattr(compare, "dcnv3_reference", count)
     compare.reference_outputs(create_model(MODEL), np.zeros((1, 3, 32, 32), np.float32))
-    assert len(calls) == 2 * 5  # Five blocks, for logits and for features.
+    assert len(calls) == 2 * 4  # Four blocks, for logits and for features.
     assert {spec.dtype for spec in calls} == {"float64"}
 
 
