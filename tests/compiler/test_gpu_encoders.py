@@ -14,7 +14,7 @@ from emulated_gpu import EmulatedGpu
 from helpers.encoders import gpu_launches, random_encoder
 
 PRE_NORM = "test_internimage_pre_norm"
-SHAPE = (1, 3, 64, 96)
+SHAPE = (1, 3, 32, 96)
 
 
 @pytest.fixture
