@@ -14,7 +14,7 @@ from dcnv3_tvm.gpu import MAX_BLOCK_THREADS, vector_elements
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.op.tensorir import spec_of
 from dcnv3_tvm.schedules.blocks import block_names, reduces
-from dcnv3_tvm.schedules.gpu.dcnv3_tile import SHUFFLE_WIDTHS
+from dcnv3_tvm.schedules.gpu.dcnv3_tile import SHUFFLE_WIDTHS, ThreadWork
 from dcnv3_tvm.schedules.gpu.launch import set_min_blocks
 from dcnv3_tvm.schedules.gpu.loops import bind_blocks, divisors, unroll_all, vectorize_copy
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
@@ -70,7 +70,7 @@ def dcnv3_grad_offset_mask(
     staged = [sch.cache_write(store, i, "shared.dyn") for i in (0, 1)] if few_points else []
 
     # Step 2. Bind pixels and groups to blocks and threads.
-    block, thread = _bind_pixels(sch, store, spec, space)
+    block, thread = _bind_pixels(sch, store, spec, space, ThreadWork())
     _unroll_points(sch, sch.get_loops(store)[-1])
     for copy in staged:
         _copy_by_block(sch, copy, block, thread)
@@ -117,9 +117,9 @@ def dcnv3_grad_x(
     one pixel, for one vector of the channels: it keeps the gradient of the result in registers, and
     adds it atomically, times the weights, to the four pixels of each point. Adjacent threads have
     adjacent vectors, so that whole sectors of memory are added to. As in the forward kernel, the
-    threads of a group can share sampling points: each adds one vector for several adjacent groups,
-    computes coordinates, weights and softmax of one of them, and gets those of the others by warp
-    shuffles.
+    threads of a group can share sampling points: each adds one vector for several adjacent groups
+    or pixels, computes coordinates, weights and softmax of one of them, and gets those of the
+    others by warp shuffles.
     """
     if refusal := refuse_other_kernels(func, "dcnv3_grad_x"):
         return refusal
@@ -141,11 +141,12 @@ def dcnv3_grad_x(
 
     # Step 2. Bind pixels, groups and vectors to blocks and threads.
     vectors = spec.group_channels // vector_elements(spec.group_channels, spec.accumulate_dtype)
-    sharing = _pick_sharing(spec, vectors, space)
-    _, thread = _bind_pixels(sch, scatter, spec, space, sch.get_loops(scatter)[-1], sharing)
-    point, own_group, patch_row, patch_column = sch.get_loops(scatter)[-4:]
+    work = _pick_work(spec, vectors, space)
+    sharing = work.sharing_threads
+    _, thread = _bind_pixels(sch, scatter, spec, space, work, sch.get_loops(scatter)[-1])
+    point, own_column, own_group, patch_row, patch_column = sch.get_loops(scatter)[-5:]
     _unroll_points(sch, point)
-    unroll_all(sch, [own_group, patch_row, patch_column])
+    unroll_all(sch, [own_column, own_group, patch_row, patch_column])
 
     # Step 3. Compute the weights of a point.
     _compute_at(sch, sch.cache_read(scatter, 0, "local"), own_group)  # one shuffle for all pixels
@@ -156,30 +157,31 @@ def dcnv3_grad_x(
     # Step 4. Load the gradient of the result, and compute the softmax.
     grad = sch.get_sblock("grad")
     loaded = sch.cache_read(grad, 0, "local")
-    own_group, channel = _compute_at(sch, grad, thread, inner=2)
-    unroll_all(sch, [own_group, channel])
-    _compute_at(sch, loaded, own_group)
+    own = _compute_at(sch, grad, thread, inner=3)
+    unroll_all(sch, own)
+    _compute_at(sch, loaded, own[1])
     vectorize_copy(sch, loaded, spec.group_channels // vectors)
     _compute_softmax(sch, names, thread, sharing)
     return set_min_blocks(sch.mod["main"], target, space)
 
 
-def _pick_sharing(spec: DCNv3Spec, vectors: int, space: SearchSpace) -> int:
-    """Decide how many groups the threads of a group share, of `vectors` vectors each.
+def _pick_work(spec: DCNv3Spec, vectors: int, space: SearchSpace) -> ThreadWork:
+    """Decide the outputs for which a thread adds one of the `vectors` of a group.
 
-    By default as many as there are vectors, if enough threads remain.
+    By default it shares points with the threads of the other vectors, if enough threads remain.
     """
-    can_share = (
-        vectors in SHUFFLE_WIDTHS
-        and spec.group % vectors == 0
-        and spec.width is not None
-        and spec.points > 1  # See tvm_workarounds: warp-in-place.
-    )
+    works = {"one_group": ThreadWork()}
+    columns = spec.output_size[1]
+    if vectors in SHUFFLE_WIDTHS and columns is not None and spec.points > 1:
+        # With one point: see tvm_workarounds: warp-in-place.
+        if spec.group % vectors == 0:
+            works["share_points"] = ThreadWork(groups=vectors)
+        elif columns % vectors == 0:
+            works["share_points"] = ThreadWork(columns=vectors)
     threads = (spec.batch or _DYNAMIC_IMAGES) * (spec.height or spec.width or 1) * spec.group
     enough = threads * (spec.width or 1) >= gpu.FULL_GPU_THREADS
-    names = ["one_group", "share_points"] if can_share else ["one_group"]
-    default = "share_points" if can_share and enough else "one_group"
-    return vectors if space.pick("thread", names, default) == "share_points" else 1
+    default = "share_points" if enough and "share_points" in works else "one_group"
+    return works[space.pick("thread", list(works), default)]
 
 
 def _bind_pixels(
@@ -187,38 +189,45 @@ def _bind_pixels(
     block: SBlockRV,
     spec: DCNv3Spec,
     space: SearchSpace,
+    work: ThreadWork,
     lane: LoopRV | None = None,
-    sharing: int = 1,
 ) -> tuple[LoopRV, LoopRV]:
     """Bind pixels and groups to blocks and threads; returns the loops over blocks and threads.
 
     The pixels of a block are in one row, or whole rows: with rectangles, TVM knows which results a
-    block has. Threads of the loop `lane` are adjacent; their loops over points have one inside over
-    the groups that they share.
+    block has. Threads of the loop `lane` are adjacent; their loops over points have two inside,
+    over the columns and groups that they share.
     """
     batch, row, column, group, *inside = sch.get_loops(block)
     rows, columns = (static(sch.get(loop).extent) for loop in (row, column))
+    sharing = work.sharing_threads
     group_threads = 1 if lane is None else (static(sch.get(lane).extent) or 1) // sharing
-    groups = sharing * max(divisors(spec.group // sharing, max(1, _THREADS // group_threads)))
+    most_groups = max(1, _THREADS // (group_threads * work.groups))
+    groups = work.groups * max(divisors(spec.group // work.groups, most_groups))
     groups = space.pick("groups", divisors(spec.group), groups)
-    whole = _whole_pixels(rows, columns)
+    whole = [
+        size
+        for size in _whole_pixels(rows, columns)
+        if min(size, columns or size) % work.columns == 0
+    ]
     powers = [number for number in _PIXELS if number <= (columns or number)]
     wanted = max(1, _THREADS // (groups * group_threads))
     pixels = space.pick("pixels", [*powers, *whole], _pixels(powers, whole, wanted))
-    if sharing > 1 and (groups % sharing or pixels not in whole):
+    if sharing > 1 and (groups % work.groups or pixels not in whole):
         raise DecisionError(
             "threads can share points only in blocks without absent pixels",
             got=f"{groups} groups, {pixels} pixels",
-            allowed=f"a multiple of {sharing} groups, and {', '.join(map(str, whole))} pixels",
+            allowed=f"a multiple of {work.groups} groups, and {', '.join(map(str, whole))} pixels",
         )
 
     lanes = []
     if lane is not None:
-        group, own_group = sch.split(group, [None, sharing])
-        inside = [inside[0], own_group, *inside[1:-1]]
-        lanes, groups = [lane], groups // sharing
+        column, shared_columns = sch.split(column, [None, work.columns])
+        group, shared_groups = sch.split(group, [None, work.groups])
+        inside = [inside[0], shared_columns, shared_groups, *inside[1:-1]]
+        lanes, groups = [lane], groups // work.groups
     row, own_rows = sch.split(row, [None, max(1, pixels // (columns or pixels))])
-    column, own_columns = sch.split(column, [None, min(pixels, columns or pixels)])
+    column, own_columns = sch.split(column, [None, min(pixels, columns or pixels) // work.columns])
     slab, group = sch.split(group, [None, groups])
     sch.reorder(batch, row, column, slab, own_rows, own_columns, group, *lanes, *inside)
     if rows is None or columns is None:
@@ -293,14 +302,14 @@ def _compute_at(
 ) -> list[LoopRV]:
     """Compute a block in registers inside a loop; returns its `inner` innermost loops.
 
-    Threads that share points compute one group each; TVM lowers the scope "warp" to shuffles.
+    Threads that share points compute one output each; TVM lowers the scope "warp" to shuffles.
     """
     for index in range(len(sch.get(block).writes)):
         sch.set_scope(block, index, "warp" if sharing > 1 else "local")
     sch.compute_at(block, loop, preserve_unit_loops=True)
     loops = sch.get_loops(block)
-    if sharing > 1:
-        sch.bind(loops[-inner - 1], "threadIdx.x")
+    if sharing > 1:  # the loops over columns and groups
+        sch.bind(sch.fuse(*loops[-inner - 2 : -inner]), "threadIdx.x")
     return list(loops[-inner:])
 
 

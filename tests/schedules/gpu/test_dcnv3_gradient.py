@@ -106,12 +106,15 @@ def test_dynamic_sizes(gpu, width, sizes, decisions):
     check_problems(gpu, problems, decisions, compiled=spec)
 
 
-def test_threads_share_points(gpu):
+@pytest.mark.parametrize(("channels", "group"), [(24, 6), (12, 3)], ids=["groups", "columns"])
+def test_threads_share_points(gpu, channels, group):
     """Several rows and a partial warp, and vectors of two channels."""
-    spec = DCNv3Spec.of((1, 5, 3, 24), group=6, kernel_size=(2, 1), pad=0, dtype="float64")
-    decisions = {"dcnv3_grad_x": {**SHARING, "pixels": 6, "groups": 2}}
+    spec = DCNv3Spec.of(
+        (1, 5, 6, channels), group=group, kernel_size=(2, 1), pad=0, dtype="float64"
+    )
+    decisions = {"dcnv3_grad_x": {**SHARING, "pixels": 12, "groups": group // 3}}
     check_problems(gpu, [(spec, random_inputs(spec))], decisions)
-    for block in ({"groups": 1}, {"pixels": 2}):
+    for block in ({"groups": 1, "pixels": 1}, {"groups": group, "pixels": 4}):
         with pytest.raises(DecisionError, match="only in blocks without absent pixels"):
             schedule("dcnv3_grad_x", spec, {**SHARING, **block})
 
