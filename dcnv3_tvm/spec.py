@@ -374,6 +374,17 @@ class DCNv3Spec(DCNv3Params):
         return DTYPE_BYTES[self.dtype] * sum(self._elements(shape) for shape in shapes)
 
     @functools.cached_property
+    def gradient_flops(self) -> int:
+        """Operations of the gradients: those of x, and those of offset and mask, like `flops`."""
+        return 2 * self.flops
+
+    @functools.cached_property
+    def gradient_bytes(self) -> int:
+        """Least memory traffic of the gradients: as `bytes`, and a gradient of every input."""
+        shapes = (self.input_shape, self.offset_shape, self.mask_shape)
+        return self.bytes + DTYPE_BYTES[self.dtype] * sum(map(self._elements, shapes))
+
+    @functools.cached_property
     def slug(self) -> str:
         """Short unique name, used for test ids, records and benchmark cases."""
         n, h, w = (

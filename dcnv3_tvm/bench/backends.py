@@ -43,7 +43,7 @@ class Backend:
     reference : list of array or tensor, optional
         Reference outputs, if they differ from the problem's because the inputs do.
     peak_bytes : int, optional
-        Peak GPU memory.
+        Peak memory of the GPU, or of a process that trains.
     """
 
     name: str
@@ -52,6 +52,11 @@ class Backend:
     tolerance: float
     reference: list[Any] | None = None
     peak_bytes: int | None = None
+
+    @classmethod
+    def of(cls, name: str, runner: BackendRunner, tolerance: float) -> Backend:
+        """Name what a runner computes."""
+        return cls(name, runner.call, runner.outputs, tolerance, peak_bytes=runner.peak_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Peer:
         Dtypes of the problems it is run on.
     by_default : bool
         Whether it is run when ``--against`` is not given.
+    gradients : bool
+        Whether it computes gradients.
     """
 
     name: str
@@ -80,6 +87,7 @@ class Peer:
     tolerance: float = PEER_TOLERANCE
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     by_default: bool = True
+    gradients: bool = False
 
     @property
     def missing(self) -> list[str]:
@@ -91,14 +99,14 @@ class Peer:
         module, _, function = self.builder.partition(":")
         build: Callable[[Problem, int], BackendRunner]
         build = getattr(importlib.import_module(module), function)
-        return Backend(self.name, *build(problem, threads), self.tolerance)
+        return Backend.of(self.name, build(problem, threads), self.tolerance)
 
 
 _EXPORT: Final = ("torch", "onnx", "onnxscript")
 
 PEERS: Final = (
-    Peer("torch", ("torch",), "dcnv3_tvm.bench.peers:eager"),
-    Peer("compile", ("torch",), "dcnv3_tvm.bench.peers:compiled"),
+    Peer("torch", ("torch",), "dcnv3_tvm.bench.peers:eager", gradients=True),
+    Peer("compile", ("torch",), "dcnv3_tvm.bench.peers:compiled", gradients=True),
     Peer("onnxruntime", ("onnxruntime", *_EXPORT), "dcnv3_tvm.bench.peers:onnxruntime"),
     Peer(
         "onnxruntime-deform",
@@ -118,22 +126,39 @@ PEERS: Final = (
 """All peers, in the order in which they are run."""
 
 
-def select_peers(names: Iterable[str] | None = None, dtype: str = "float32") -> list[Peer]:
+def select_peers(
+    names: Iterable[str] | None = None, dtype: str = "float32", *, gradients: bool = False
+) -> list[Peer]:
     """Return the named peers, or the default ones, that support a dtype.
+
+    Parameters
+    ----------
+    names : iterable of str, optional
+        Names of peers.
+    dtype : str
+        Dtype of the problems.
+    gradients : bool
+        Return only peers that compute gradients.
 
     Raises
     ------
     InvalidArgumentError
-        If a name is unknown or its peer does not support the dtype.
+        If a name is unknown, or its peer does not support the dtype or gradients.
     """
-    known = {peer.name: peer for peer in PEERS if dtype in peer.dtypes}
+    known = {
+        peer.name: peer
+        for peer in PEERS
+        if dtype in peer.dtypes and (peer.gradients or not gradients)
+    }
     if names is None:
         return [peer for peer in known.values() if peer.by_default]
     wanted = list(names)
     for name in wanted:
         if name not in known:
             raise InvalidArgumentError(
-                f"unknown backend for {dtype}", got=repr(name), allowed=", ".join(known)
+                f"unknown backend for {'gradients' if gradients else dtype}",
+                got=repr(name),
+                allowed=", ".join(known),
             )
     return [known[name] for name in known if name in wanted]
 

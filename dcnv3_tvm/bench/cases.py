@@ -16,6 +16,9 @@ DETECTION_SIZE: Final = (800, 1344)
 DTYPES: Final = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """Dtypes of encoders and their names in slugs; float16 on GPUs only."""
 
+TRAINING_BATCH: Final = 8
+"""Batch size of the benchmarks of training."""
+
 CPU_DTYPES: Final = ("float32", "bfloat16")
 """Dtypes of encoders on a CPU."""
 

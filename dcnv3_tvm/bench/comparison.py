@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from dcnv3_tvm.bench import ours
 from dcnv3_tvm.bench.accuracy import largest_error
@@ -14,16 +14,20 @@ from dcnv3_tvm.bench.budget import OutOfTimeError
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.cpu_peaks import measure_peaks
 from dcnv3_tvm.bench.measure import Plan, measure
-from dcnv3_tvm.bench.problems import encoder_problem, operator_problem
+from dcnv3_tvm.bench.problems import Problem
 from dcnv3_tvm.bench.report import BackendRow, CaseResult, Report, failure_text
 from dcnv3_tvm.bench.roofline import Roofline
 from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.tolerances import MAX_ERROR
 
+CaseT = TypeVar("CaseT", DCNv3Spec, EncoderCase)
+
 
 def run(
-    cases: Sequence[DCNv3Spec] | Sequence[EncoderCase],
+    kind: str,
+    cases: Sequence[CaseT],
+    problem_of: Callable[[CaseT], Problem],
     *,
     against: Sequence[Peer] = (),
     threads: int,
@@ -36,8 +40,12 @@ def run(
 
     Parameters
     ----------
+    kind : str
+        Kind of the report.
     cases : sequence of DCNv3Spec or of EncoderCase
         Cases to run.
+    problem_of : callable
+        Creates the problem of a case.
     against : sequence of Peer
         Peers; those with missing packages are skipped.
     threads : int
@@ -58,7 +66,7 @@ def run(
     results = []
     for case in cases:
         on_step(f"{case.slug}: inputs and reference")
-        problem = operator_problem(case) if isinstance(case, DCNv3Spec) else encoder_problem(case)
+        problem = problem_of(case)
         builders: dict[str, Callable[[], list[Backend]]] = {
             OURS: functools.partial(ours.build_ours, problem, threads)
         }
@@ -76,7 +84,7 @@ def run(
         )
         results.append(result)
     return Report(
-        kind="encoder" if any(isinstance(case, EncoderCase) for case in cases) else "op",
+        kind=kind,
         provenance=provenance,
         plan=plan,
         peaks=peaks,
@@ -85,7 +93,7 @@ def run(
     )
 
 
-def _build_peer(peer: Peer, problem: Any, threads: int) -> list[Backend]:
+def _build_peer(peer: Peer, problem: Problem, threads: int) -> list[Backend]:
     return [peer.build(problem, threads)]
 
 

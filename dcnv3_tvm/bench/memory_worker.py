@@ -38,11 +38,13 @@ class MemoryTask:
     model : str
         Path of the artifact, pickled PyTorch module or ONNX file.
     inputs, outputs : str
-        Paths of ``.npz`` files: inputs by name; outputs to write.
+        Paths of ``.npz`` files: inputs by name; outputs to write, if not empty.
     threads : int
         Threads that compute.
     calls : int
         Number of calls.
+    training : str, optional
+        Train the pickled PyTorch module, in this dtype.
     """
 
     backend: str
@@ -51,6 +53,7 @@ class MemoryTask:
     outputs: str
     threads: int
     calls: int
+    training: str | None = None
 
 
 def run_worker(task: MemoryTask) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def run_worker(task: MemoryTask) -> dict[str, Any]:
 def _runner(task: MemoryTask, inputs: Mapping[str, Any]) -> runners.BackendRunner:
     """Open the model as its users do."""
     path = Path(task.model)
-    if task.backend == OURS:
+    if task.backend == OURS and task.training is None:
         import dcnv3_tvm
 
         return runners.compiled_model_runner(dcnv3_tvm.load(path), inputs, task.threads)
@@ -98,6 +101,8 @@ def _runner(task: MemoryTask, inputs: Mapping[str, Any]) -> runners.BackendRunne
     import torch
 
     module = torch.load(path, weights_only=False)
+    if task.training is not None:
+        return runners.training_runner(module, inputs, task.threads, task.training)
     if task.backend == "compile":
         module = torch.compile(module)
     return runners.torch_runner(module, inputs, task.threads)
@@ -120,7 +125,8 @@ def main() -> None:
     for _ in range(task.calls):
         result = runner.call()
     peak = _peak_memory()
-    np.savez(task.outputs, *runner.outputs(result))
+    if task.outputs:
+        np.savez(task.outputs, *runner.outputs(result))
     imported = [name for name in ("torch", "tvm") if name in sys.modules]
     print("\n" + json.dumps({"bytes": peak, "imported": imported}))
 

@@ -23,15 +23,17 @@ def build_ours(problem: Problem, threads: int) -> list[Backend]:
     Returns
     -------
     list of Backend
-        The call as users make it; for an operator also its kernel alone, without argument checks
-        and with a preallocated output.
+        The call as users make it; for an operator without gradients also its kernel alone, without
+        argument checks and with a preallocated output.
     """
-    if isinstance(problem.source, DCNv3Spec):
+    if problem.own_module is not None:
+        runner = problem.run_module(problem.own_module, problem.inputs, threads)
+    elif isinstance(problem.source, DCNv3Spec):
         return _operator_backends(problem, problem.source, threads)
-    runner = compiled_model_runner(
-        _compiled_encoder(problem, problem.source, "default"), problem.inputs, threads
-    )
-    return [Backend(OURS, *runner, problem.tolerance)]
+    else:
+        model = _compiled_encoder(problem, problem.source, "default")
+        runner = compiled_model_runner(model, problem.inputs, threads)
+    return [Backend.of(OURS, runner, problem.tolerance)]
 
 
 def _operator_backends(problem: Problem, spec: DCNv3Spec, threads: int) -> list[Backend]:

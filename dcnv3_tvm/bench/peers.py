@@ -9,19 +9,18 @@ from dcnv3_tvm.bench.runners import (
     BackendRunner,
     onnxruntime_runner,
     openvino_runner,
-    torch_runner,
 )
 
 
 def eager(problem: Problem, threads: int) -> BackendRunner:
     """Build PyTorch eager."""
-    return torch_runner(problem.module, problem.inputs, threads)
+    return problem.run_module(problem.module, problem.inputs, threads)
 
 
 def compiled(problem: Problem, threads: int) -> BackendRunner:
     """Build ``torch.compile`` with its defaults."""
     torch.compiler.reset()
-    return torch_runner(torch.compile(problem.module), problem.inputs, threads)
+    return problem.run_module(torch.compile(problem.module), problem.inputs, threads)
 
 
 def onnxruntime(problem: Problem, threads: int) -> BackendRunner:

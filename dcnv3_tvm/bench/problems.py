@@ -5,27 +5,34 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.export import OnnxFile
-from dcnv3_tvm.bench.runners import Array, torch_runner
+from dcnv3_tvm.bench.runners import Array, BackendRunner, gradient_runner, torch_runner
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
-from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.op.reference_gradient import dcnv3_gradients
+from dcnv3_tvm.pytorch.operator import dcnv3
+from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator, with_sampling
 from dcnv3_tvm.verify.random_weights import randomize_
-from dcnv3_tvm.verify.tolerances import model_tolerance, operator_bound
+from dcnv3_tvm.verify.tolerances import MAX_ERROR, gradient_bounds, model_tolerance, operator_bound
 
 OFFSET_SPREAD: Final = 2.0
 """Offsets of the operator are uniform in [-OFFSET_SPREAD, OFFSET_SPREAD] pixels."""
+
+_OFFSET_STEPS: Final = 64
+"""Steps of the offsets in a pixel. Offsets lie between them, so that no sampling point is at a kink
+of the bilinear interpolation, where a rounding decides between two gradients."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +48,21 @@ class Problem:
     module : torch.nn.Module
         PyTorch reference implementation, which peers run or export.
     inputs : dict of str to numpy.ndarray
-        Float32 arguments by name, in order.
+        Arguments by name, in order; float32, but labels.
     reference : list of numpy.ndarray
-        Float64 outputs.
+        Outputs in float64, of training in float32.
     tolerance : float
         Largest error of this library.
     flops, bytes : float
         Operations (a multiply-add counts as two), and bytes of inputs, weights and outputs.
     dtype : str
         Matmul dtype of this library.
+    measure : str
+        Error measure, see `dcnv3_tvm.verify.tolerances`.
+    own_module : torch.nn.Module, optional
+        As `module`, with this library's operator: what is run of this library for gradients.
+    run_module : callable
+        Makes a runner of `module` or `own_module`, of the inputs and of the number of threads.
     """
 
     slug: str
@@ -61,11 +74,9 @@ class Problem:
     flops: float
     bytes: float
     dtype: str = "float32"
-
-    @property
-    def measure(self) -> str:
-        """Error measure, see `dcnv3_tvm.verify.tolerances`."""
-        return model_tolerance(self.dtype)[0]
+    measure: str = MAX_ERROR
+    own_module: nn.Module | None = None
+    run_module: Callable[[Any, dict[str, Array], int], BackendRunner] = torch_runner
 
     @functools.cached_property
     def onnx(self) -> OnnxFile:
@@ -78,17 +89,22 @@ class Problem:
         return OnnxFile(self.module, self.inputs, "deform-conv")
 
 
-def operator_problem(spec: DCNv3Spec, seed: int = 0) -> Problem:
-    """Create an operator problem: normal x, uniform masks, offsets that cross the borders."""
+def operator_problem(spec: DCNv3Spec, seed: int = 0, *, backward: bool = False) -> Problem:
+    """Create an operator problem: normal x, uniform masks, offsets that cross the borders.
+
+    With `backward`, the outputs are the result and the gradients of x, offset and mask, for a
+    normal gradient of the result.
+    """
     rng = np.random.default_rng(seed)
     shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape)
     x_shape, offset_shape, mask_shape = (tuple(int(size or 0) for size in s) for s in shapes)
     x = _aligned(rng.standard_normal(x_shape, np.float32))
-    offset = _aligned(rng.uniform(-OFFSET_SPREAD, OFFSET_SPREAD, offset_shape))
+    steps = int(OFFSET_SPREAD * _OFFSET_STEPS)
+    offset = _aligned((rng.integers(-steps, steps, offset_shape) + 0.5) / _OFFSET_STEPS)
     mask = _aligned(rng.random(mask_shape, np.float32))
     reference = dcnv3_reference(x, offset, mask, spec)
     bound = operator_bound(spec, x, offset, mask, reference)
-    return Problem(
+    problem = Problem(
         slug=spec.slug,
         source=spec,
         module=PyTorchOperator(spec).eval(),
@@ -98,6 +114,30 @@ def operator_problem(spec: DCNv3Spec, seed: int = 0) -> Problem:
         flops=spec.flops,
         bytes=spec.bytes,
     )
+    if not backward:
+        return problem
+    grad = _aligned(rng.standard_normal(reference.shape, np.float32))
+    gradients = dcnv3_gradients(grad, x, offset, mask, spec)
+    bounds = gradient_bounds(spec, grad, x, offset, mask, gradients)
+    errors = (
+        float(bound.max() / np.abs(exact).max())
+        for bound, exact in zip(bounds, gradients, strict=True)
+    )
+    return dataclasses.replace(
+        problem,
+        slug=f"{spec.slug}-backward",
+        inputs=problem.inputs | {"grad": grad},
+        reference=[reference, *gradients],
+        tolerance=max(problem.tolerance, *errors),
+        flops=spec.flops + spec.gradient_flops,
+        bytes=spec.bytes + spec.gradient_bytes,
+        own_module=with_sampling(problem.module, _own_sampling),
+        run_module=gradient_runner,
+    )
+
+
+def _own_sampling(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Tensor:
+    return dcnv3(x, offset, mask, **params.keywords())
 
 
 def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
@@ -117,16 +157,18 @@ def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
     reference = exact.outputs(exact.call())
     weights = sum(parameter.numel() for parameter in model.parameters())
     outputs = sum(array.size for array in reference)
+    measure, tolerance = model_tolerance(case.dtype)
     return Problem(
         slug=case.slug,
         source=model,
         module=module,
         inputs={"image": image},
         reference=reference,
-        tolerance=model_tolerance(case.dtype)[1],
+        tolerance=tolerance,
         flops=encoder_flops(case),
         bytes=DTYPE_BYTES[case.dtype] * weights + 4.0 * (image.size + outputs),
         dtype=case.dtype,
+        measure=measure,
     )
 
 

@@ -40,7 +40,7 @@ class BackendRow:
     failure : str or None
         Why there are no outputs.
     peak_bytes : int or None
-        Peak GPU memory.
+        Peak memory of the GPU, or of a process that trains.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Report:
     Parameters
     ----------
     kind : str
-        ``"op"`` or ``"encoder"``.
+        ``"op"``, ``"op-backward"``, ``"encoder"`` or ``"train"``.
     provenance : Provenance
         Machine, versions and date.
     plan : Plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,10 +23,13 @@ class BackendRunner(NamedTuple):
         Computes once.
     outputs : callable
         Converts what `call` returned to arrays.
+    peak_bytes : int, optional
+        Peak memory of a process that runs it.
     """
 
     call: Callable[[], Any]
     outputs: Callable[[Any], list[Array]]
+    peak_bytes: int | None = None
 
 
 def compiled_model_runner(
@@ -56,10 +59,69 @@ def torch_runner(
             return module(*tensors)
 
     def outputs(result: Any) -> list[Array]:
-        found = [result] if isinstance(result, torch.Tensor) else result
-        return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in found]
+        return _arrays([result] if isinstance(result, torch.Tensor) else result)
 
     return BackendRunner(call, outputs)
+
+
+def gradient_runner(
+    module: Callable[..., Any], inputs: Mapping[str, Array], threads: int
+) -> BackendRunner:
+    """Run a PyTorch module and its gradients by all inputs but the last, its result's gradient."""
+    import torch
+
+    torch.set_num_threads(threads)
+    *arguments, grad = [torch.from_numpy(array) for array in inputs.values()]
+    for argument in arguments:
+        argument.requires_grad_()
+
+    def call() -> list[Any]:
+        result = module(*arguments)
+        return [result, *torch.autograd.grad(result, arguments, grad)]
+
+    return BackendRunner(call, _arrays)
+
+
+def training_runner(
+    module: Any, inputs: Mapping[str, Array], threads: int, dtype: str
+) -> BackendRunner:
+    """Run training steps of a PyTorch classifier: its loss, gradients, and a step of AdamW.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The classifier, whose weights the steps change.
+    inputs : mapping of str to numpy.ndarray
+        Images and their labels.
+    threads : int
+        Threads that compute.
+    dtype : str
+        ``"float32"``, or a dtype for autocast.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    image, label = (torch.from_numpy(array) for array in inputs.values())
+    optimizer = torch.optim.AdamW(module.parameters())
+    cast = torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
+
+    def call() -> Any:
+        optimizer.zero_grad()
+        with cast:
+            loss = torch.nn.functional.cross_entropy(module(image), label)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    def outputs(loss: Any) -> list[Array]:
+        grads = [parameter.grad.flatten() for parameter in module.parameters()]
+        return _arrays([loss[None], torch.cat(grads)[None]])
+
+    return BackendRunner(call, outputs)
+
+
+def _arrays(tensors: Sequence[Any]) -> list[Array]:
+    return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in tensors]
 
 
 def onnxruntime_runner(path: Path, inputs: Mapping[str, Array], threads: int) -> BackendRunner:

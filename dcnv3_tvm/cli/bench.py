@@ -6,9 +6,10 @@ import argparse
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +37,9 @@ HELP: Final = "compare the operator or an encoder with PyTorch and other runtime
 EXAMPLE: Final = "dcnv3-tvm bench encoder --variant internimage_t"
 
 _ALL: Final = "all"
+_STEP_SECONDS: Final = 20.0
+"""Seconds after which a burst of training steps ends."""
+
 _OnStep = Callable[[str], None]
 
 
@@ -92,23 +96,52 @@ def execute(arguments: argparse.Namespace) -> Result:
     return Result(data, report_text(report), ok=report.ok)
 
 
-def _compare(
-    selected: Sequence[Any], arguments: argparse.Namespace, threads: int, on_step: _OnStep
-) -> Report:
-    peers = _peers(arguments)
-    with _requirements():
-        from dcnv3_tvm.bench import comparison
-        from dcnv3_tvm.bench.measure import Plan
-    plan = Plan(rounds=arguments.rounds)
-    return comparison.run(selected, against=peers, threads=threads, plan=plan, on_step=on_step)
-
-
 def _operator(arguments: argparse.Namespace, threads: int, on_step: _OnStep) -> Report:
-    return _compare(_specs(arguments), arguments, threads, on_step)
+    specs, peers = _specs(arguments), _peers(arguments, gradients=arguments.backward)
+    with _requirements():
+        from dcnv3_tvm.bench import comparison, problems
+        from dcnv3_tvm.bench.measure import Plan
+    return comparison.run(
+        "op-backward" if arguments.backward else "op",
+        specs,
+        functools.partial(problems.operator_problem, backward=arguments.backward),
+        against=peers,
+        threads=threads,
+        plan=Plan(rounds=arguments.rounds),
+        on_step=on_step,
+    )
 
 
 def _encoder(arguments: argparse.Namespace, threads: int, on_step: _OnStep) -> Report:
-    return _compare([_case(arguments)], arguments, threads, on_step)
+    case, peers = _case(arguments), _peers(arguments)
+    with _requirements():
+        from dcnv3_tvm.bench import comparison, problems
+        from dcnv3_tvm.bench.measure import Plan
+    return comparison.run(
+        "encoder",
+        [case],
+        problems.encoder_problem,
+        against=peers,
+        threads=threads,
+        plan=Plan(rounds=arguments.rounds),
+        on_step=on_step,
+    )
+
+
+def _train(arguments: argparse.Namespace, threads: int, on_step: _OnStep) -> Report:
+    case = _case(arguments)
+    with _requirements():
+        from dcnv3_tvm.bench import comparison, training
+        from dcnv3_tvm.bench.measure import Plan
+    return comparison.run(
+        "train",
+        [case],
+        training.training_problem,
+        against=select_peers(["torch"]),
+        threads=threads,
+        plan=Plan(rounds=arguments.rounds, burst_seconds=_STEP_SECONDS),
+        on_step=on_step,
+    )
 
 
 def _kernels(arguments: argparse.Namespace, threads: int, on_step: _OnStep) -> Listing[Any]:
@@ -170,10 +203,12 @@ def _gpu_cases(
     return groups, encoders
 
 
-def _peers(arguments: argparse.Namespace) -> list[Peer]:
+def _peers(arguments: argparse.Namespace, *, gradients: bool = False) -> list[Peer]:
     names = None if arguments.against is None else arguments.against.split(",")
     return select_peers(
-        () if names == [declare.NONE] else names, getattr(arguments, "dtype", "float32")
+        () if names == [declare.NONE] else names,
+        getattr(arguments, "dtype", "float32"),
+        gradients=gradients,
     )
 
 
@@ -195,16 +230,17 @@ def _case(arguments: argparse.Namespace) -> cases.EncoderCase:
         arguments.variant,
         batch=arguments.batch,
         size=arguments.size,
-        features=arguments.features,
+        features=getattr(arguments, "features", False),
         dtype=arguments.dtype,
     )
 
 
 def _specs(arguments: argparse.Namespace) -> list[DCNv3Spec]:
+    batch = arguments.batch or (cases.TRAINING_BATCH if arguments.backward else 1)
     if arguments.variant == _ALL:
-        specs = cases.suite(batch=arguments.batch)
+        specs = cases.suite(batch=batch)
     else:
-        specs = cases.stage_specs(arguments.variant, batch=arguments.batch, size=arguments.size)
+        specs = cases.stage_specs(arguments.variant, batch=batch, size=arguments.size)
     matching = [spec for spec in specs if fnmatch.fnmatchcase(spec.slug, arguments.case)]
     if not matching:
         raise InvalidArgumentError(
@@ -221,9 +257,10 @@ _BENCHMARKS: Final = {
         f"{'x'.join(map(str, cases.DETECTION_SIZE))}), compared with other runtimes",
         "dcnv3-tvm bench op --variant internimage_t --against torch",
         (
-            declare.add_model,
+            declare.add_operator,
             declare.add_threads,
             declare.add_case,
+            declare.add_backward,
             declare.add_against,
             declare.add_rounds,
             declare.add_plot,
@@ -243,6 +280,19 @@ _BENCHMARKS: Final = {
             declare.add_plot,
         ),
         _encoder,
+    ),
+    "train": _Benchmark(
+        "time a training step of a classifier, and measure its peak memory, with this library's "
+        "operator and with the published sampling in PyTorch",
+        "dcnv3-tvm bench train --variant internimage_t",
+        (
+            declare.add_training_model,
+            declare.add_threads,
+            declare.add_training_dtype,
+            declare.add_rounds,
+            declare.add_plot,
+        ),
+        _train,
     ),
     "kernels": _Benchmark(
         "time every kernel of an encoder and compare it with its roofline; with --device-model, "

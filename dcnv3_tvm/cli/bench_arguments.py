@@ -26,13 +26,31 @@ NONE: Final = "none"
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Declare variant, batch size and image size."""
+    _add_model(parser, 1, "1")
+
+
+def add_training_model(parser: argparse.ArgumentParser) -> None:
+    """Declare variant, batch size and image size of a training step."""
+    _add_model(parser, cases.TRAINING_BATCH, str(cases.TRAINING_BATCH))
+
+
+def add_operator(parser: argparse.ArgumentParser) -> None:
+    """Declare variant, batch size and image size, from which the operator's problems follow."""
+    _add_model(parser, None, f"1; with --backward, {cases.TRAINING_BATCH}")
+
+
+def _add_model(parser: argparse.ArgumentParser, batch: int | None, shown: str) -> None:
     parser.add_argument(
         "--variant",
         default="internimage_t",
         help="a model of `dcnv3-tvm models` (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch", type=parse_count, default=1, metavar="N", help="batch size (default: 1)"
+        "--batch",
+        type=parse_count,
+        default=batch,
+        metavar="N",
+        help=f"batch size (default: {shown})",
     )
     parser.add_argument(
         "--size",
@@ -69,6 +87,15 @@ def add_case(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_backward(parser: argparse.ArgumentParser) -> None:
+    """Declare that gradients are computed, too."""
+    parser.add_argument(
+        "--backward",
+        action="store_true",
+        help="in PyTorch, forward and backward, compared with PyTorch's autograd",
+    )
+
+
 def add_cpu_dtype(parser: argparse.ArgumentParser) -> None:
     """Declare the matmul dtype on a CPU."""
     _add_dtype(parser, cases.CPU_DTYPES)
@@ -79,12 +106,18 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     _add_dtype(parser, tuple(cases.DTYPES))
 
 
-def _add_dtype(parser: argparse.ArgumentParser, choices: tuple[str, ...]) -> None:
+def add_training_dtype(parser: argparse.ArgumentParser) -> None:
+    """Declare the dtype of training steps on a CPU."""
+    _add_dtype(parser, cases.CPU_DTYPES, "dtype of the steps; other than float32, by autocast")
+
+
+def _add_dtype(
+    parser: argparse.ArgumentParser,
+    choices: tuple[str, ...],
+    meaning: str = "matmul dtype of this library",
+) -> None:
     parser.add_argument(
-        "--dtype",
-        choices=choices,
-        default="float32",
-        help="matmul dtype of this library (default: %(default)s)",
+        "--dtype", choices=choices, default="float32", help=f"{meaning} (default: %(default)s)"
     )
 
 

@@ -42,7 +42,9 @@ def _case_text(case: CaseResult) -> str:
 
     lines = [case.slug, table(TABLE_HEADER, table_rows(case))]
     if case.measure == NORM_ERROR:
-        lines.append("Errors are relative L2 errors; the roofline is that of 16-bit matmuls.")
+        lines.append(
+            "Errors are relative L2 errors; in 16-bit dtypes the roofline is that of matmuls."
+        )
     memory = [(row.name, row.peak_bytes) for row in case.rows if row.peak_bytes is not None]
     if memory:
         shown = ", ".join(f"{name} {peak / 1e6:.1f} MB" for name, peak in memory)

@@ -107,6 +107,11 @@ def grid_sampling(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) 
     return dcnv3_core_pytorch(x, offset, mask, *arguments)
 
 
+def float32_sampling(x: Tensor, offset: Tensor, mask: Tensor, params: DCNv3Params) -> Tensor:
+    """Call `grid_sampling` in float32, in which the published code computes it under autocast."""
+    return grid_sampling(x.float(), offset.float(), mask.float(), params)
+
+
 class PyTorchOperator(nn.Module):
     """A DCNv3 operator as a PyTorch module of ``(x, offset, mask)``.
 

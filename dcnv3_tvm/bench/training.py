@@ -1,0 +1,90 @@
+"""Training steps of a classifier, with this library's operator and with the published sampling."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from dcnv3_tvm import files, frontend
+from dcnv3_tvm.bench.cases import EncoderCase
+from dcnv3_tvm.bench.memory_worker import MemoryTask, run_worker
+from dcnv3_tvm.bench.problems import Problem, encoder_flops
+from dcnv3_tvm.bench.runners import Array, BackendRunner, training_runner
+from dcnv3_tvm.verify.pytorch_reference import float32_sampling, with_sampling
+from dcnv3_tvm.verify.random_weights import randomize_
+from dcnv3_tvm.verify.tolerances import NORM_ERROR
+
+CALLS: Final = 3
+"""Steps of the process whose memory is measured; AdamW allocates its state in the first."""
+
+TOLERANCES: Final = {"float32": 1e-3, "bfloat16": 0.3}
+"""Largest relative L2 error of the loss, and of all gradients as one vector, by dtype. In float32,
+most of it comes from sampling points that a rounding moves to the next pixel. Under autocast both
+implementations differ from float64 by 0.15 in InternImage-T."""
+
+
+def training_problem(case: EncoderCase, seed: int = 0) -> Problem:
+    """Create a training step with random weights, images and labels.
+
+    Its outputs are the loss and the gradients of all parameters, its reference those of the
+    published sampling in float32.
+    """
+    model = randomize_(frontend.create_model(case.variant, trainable=True), seed)
+    rng = np.random.default_rng(seed)
+    image = rng.standard_normal((case.batch, 3, *case.size), np.float32)
+    inputs: dict[str, Array] = {
+        "image": torch.empty(image.shape).copy_(torch.from_numpy(image)).numpy(),
+        "label": rng.integers(model.config.num_classes, size=case.batch),
+    }
+    exact = training_runner(
+        with_sampling(model, float32_sampling), inputs, torch.get_num_threads(), "float32"
+    )
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return Problem(
+        slug=f"{case.slug}-train",
+        source=model,
+        module=with_sampling(model, float32_sampling),
+        inputs=inputs,
+        reference=exact.outputs(exact.call()),
+        tolerance=TOLERANCES[case.dtype],
+        # Each matmul has two gradients.
+        flops=3 * encoder_flops(case),
+        # AdamW reads weights, gradients and two moments, and writes all but the gradients.
+        bytes=4.0 * (7 * weights + image.size),
+        dtype=case.dtype,
+        measure=NORM_ERROR,
+        own_module=model,
+        run_module=functools.partial(_step_runner, dtype=case.dtype),
+    )
+
+
+def _step_runner(
+    module: nn.Module, inputs: dict[str, Array], threads: int, *, dtype: str
+) -> BackendRunner:
+    """Run training steps here, after some in a process of their own, whose memory is measured."""
+    peak_bytes = _peak_memory(module, inputs, threads, dtype)
+    return training_runner(module, inputs, threads, dtype)._replace(peak_bytes=peak_bytes)
+
+
+def _peak_memory(module: nn.Module, inputs: dict[str, Array], threads: int, dtype: str) -> int:
+    arrays: dict[str, Any] = inputs
+    with files.temporary_folder("bench-") as name:
+        folder = Path(name)
+        np.savez(folder / "inputs.npz", **arrays)
+        torch.save(module, folder / "module.pt")
+        task = MemoryTask(
+            backend="torch",
+            model=str(folder / "module.pt"),
+            inputs=str(folder / "inputs.npz"),
+            outputs="",
+            threads=threads,
+            calls=CALLS,
+            training=dtype,
+        )
+        peak: int = run_worker(task)["bytes"]
+    return peak
