@@ -109,7 +109,7 @@ def training_runner(
         optimizer.zero_grad()
         with cast:
             loss = torch.nn.functional.cross_entropy(module(image), label)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         return loss
 

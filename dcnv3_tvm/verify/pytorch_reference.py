@@ -138,11 +138,9 @@ class PyTorchDCNv3(DCNv3):
 
     sampling: Sampling
 
-    def sample(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    def sample(self, x: Tensor, offset: Tensor, logits: Tensor) -> Tensor:
         """Sample the projected map."""
-        if self.params.softmax:
-            mask = softmax_over_points(mask, self.params)
-        return self.sampling(x, offset, mask, self.params)
+        return self.sampling(x, offset, softmax_over_points(logits, self.params), self.params)
 
 
 def with_sampling(module: ModuleT, sampling: Sampling = grid_sampling) -> ModuleT:

@@ -36,6 +36,29 @@ def test_operator(capsys, tmp_path):
     assert data["peaks"]["bytes"] > 1e8
 
 
+def test_gradients_of_the_operator(capsys):
+    arguments = ["--backward", "--batch", "2", "--case", "*c16*", "--json"]
+    assert main(["bench", "op", *TINY, *arguments]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (case,) = data["cases"]
+    assert data["kind"] == "op-backward"
+    assert case["slug"] == "dcnv3-n2-h4-w4-c16-g4-k3-s1-p1-d1-f32-backward"
+    assert [row["name"] for row in case["rows"]] == [OURS, "torch"]
+    assert all(row["seconds"]["best"] > 0 and row["error"] < 1e-5 for row in case["rows"])
+
+
+@pytest.mark.slow
+def test_training_step(capsys):
+    arguments = ["--variant", TINY[1], "--batch", "2", "--rounds", "2", "--json"]
+    assert main(["bench", "train", *arguments]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["kind"] == "train"
+    own, torch = data["cases"][0]["rows"]
+    assert own["seconds"]["best"] > 0
+    # A Python process with PyTorch takes some 200 MB; the steps of a tiny model, little.
+    assert all(100e6 < row["peak_bytes"] < 1e9 for row in (own, torch))
+
+
 @pytest.mark.slow
 def test_encoder_prints_json(capsys):
     assert main(["bench", "encoder", *TINY, "--batch", "2", "--size", "32x40", "--json"]) == 0

@@ -185,6 +185,8 @@ def test_peers_by_dtype():
     assert [peer.name for peer in select_peers(dtype="bfloat16")] == named
     with pytest.raises(InvalidArgumentError, match="for float32"):
         select_peers(["openvino-bf16"])
+    with pytest.raises(InvalidArgumentError, match="for gradients"):
+        select_peers(["openvino"], gradients=True)
 
 
 def test_missing_packages():

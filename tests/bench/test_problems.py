@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dcnv3_tvm import frontend
-from dcnv3_tvm.bench import ours
+from dcnv3_tvm.bench import ours, training
 from dcnv3_tvm.bench.accuracy import largest_error
 from dcnv3_tvm.bench.backends import BF16_PEER_TOLERANCE, PEER_TOLERANCE, select_peers
 from dcnv3_tvm.bench.cases import encoder_case
@@ -62,6 +62,48 @@ def test_operator_problem():
     assert problem.reference[0].dtype == np.float64
     assert (problem.flops, problem.bytes) == (spec.flops, spec.bytes)
     assert 1e-7 < problem.tolerance < 1e-4
+
+
+def test_operator_problem_with_gradients():
+    spec = DCNv3Spec.of((1, 9, 5, 8), group=2, offset_scale=1.5)
+    problem = operator_problem(spec, backward=True)
+    assert (problem.flops, problem.bytes) == (3 * spec.flops, spec.bytes + spec.gradient_bytes)
+    assert 1e-7 < problem.tolerance < 1e-3
+    (own,) = ours.build_ours(problem, default_threads())
+    (peer,) = select_peers(["torch"], gradients=True)
+    for backend in (own, peer.build(problem, default_threads())):
+        outputs = backend.outputs(backend.call())
+        assert [output.shape for output in outputs] == [
+            *(spec.output_shape, spec.input_shape, spec.offset_shape, spec.mask_shape)
+        ]
+        for index, reference in enumerate(problem.reference):
+            assert largest_error(outputs, problem.reference, problem.measure) < 1e-5
+            wrong = [*problem.reference]
+            wrong[index] = 1.01 * reference
+            assert largest_error(outputs, wrong, problem.measure) > PEER_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_problem(monkeypatch, dtype):
+    tasks = []
+    monkeypatch.setattr(training, "run_worker", lambda task: tasks.append(task) or {"bytes": 5})
+    problem = training.training_problem(encoder_case(TINY, batch=2, size=(32, 40), dtype=dtype))
+    assert problem.slug.endswith("-train")
+    (own,) = ours.build_ours(problem, default_threads())
+    (peer,) = select_peers(["torch"])
+    before = torch.nn.utils.parameters_to_vector(problem.own_module.parameters()).detach().clone()
+    for backend in (own, peer.build(problem, default_threads())):
+        assert backend.peak_bytes == 5
+        loss, grads = backend.outputs(backend.call())
+        assert loss.shape == (1,)
+        assert grads.shape == (1, before.numel())
+        error = largest_error([loss, grads], problem.reference, problem.measure)
+        assert error <= problem.tolerance
+        assert (error > 1e-3) == (dtype == "bfloat16")
+        assert largest_error([loss, -grads], problem.reference, problem.measure) > 1
+    after = torch.nn.utils.parameters_to_vector(problem.own_module.parameters())
+    assert 0 < (after - before).abs().max() < 1e-2
+    assert {task.training for task in tasks} == {dtype}
 
 
 def test_encoder_problem():

@@ -25,7 +25,7 @@ from helpers.published_style_models import DCNv3Pytorch, randomised
 def test_equals_a_published_module_with_its_weights(options, softmax):
     other = randomised(DCNv3Pytorch(12, group=3, **options)).double()
     module = DCNv3(12, group=3, dw_kernel_size=3, softmax=softmax, **options)
-    module.double().load_state_dict(other.state_dict())
+    module.double().eval().load_state_dict(other.state_dict())
     x = torch.randn(2, 9, 7, 12, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(module(x), other(x), rtol=0, atol=1e-12)
