@@ -26,13 +26,15 @@ def build_ours(problem: Problem, threads: int) -> list[Backend]:
         The call as users make it; for an operator without gradients also its kernel alone, without
         argument checks and with a preallocated output.
     """
-    if problem.own_module is not None:
-        runner = problem.run_module(problem.own_module, problem.inputs, threads)
-    elif isinstance(problem.source, DCNv3Spec):
+    if problem.own_modules:
+        return [
+            Backend.of(name, problem.run_module(module, problem.inputs, threads), problem.tolerance)
+            for name, module in problem.own_modules.items()
+        ]
+    if isinstance(problem.source, DCNv3Spec):
         return _operator_backends(problem, problem.source, threads)
-    else:
-        model = _compiled_encoder(problem, problem.source, "default")
-        runner = compiled_model_runner(model, problem.inputs, threads)
+    model = _compiled_encoder(problem, problem.source, "default")
+    runner = compiled_model_runner(model, problem.inputs, threads)
     return [Backend.of(OURS, runner, problem.tolerance)]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dcnv3_tvm import frontend
+from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.export import OnnxFile
 from dcnv3_tvm.bench.runners import Array, BackendRunner, gradient_runner, torch_runner
@@ -59,10 +60,11 @@ class Problem:
         Matmul dtype of this library.
     measure : str
         Error measure, see `dcnv3_tvm.verify.tolerances`.
-    own_module : torch.nn.Module, optional
-        As `module`, with this library's operator: what is run of this library for gradients.
+    own_modules : dict of str to torch.nn.Module
+        By backend: as `module`, with this library's operator. They are what is run of this library
+        for gradients.
     run_module : callable
-        Makes a runner of `module` or `own_module`, of the inputs and of the number of threads.
+        Makes a runner of `module` or an own one, of the inputs and of the number of threads.
     """
 
     slug: str
@@ -75,7 +77,7 @@ class Problem:
     bytes: float
     dtype: str = "float32"
     measure: str = MAX_ERROR
-    own_module: nn.Module | None = None
+    own_modules: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     run_module: Callable[[Any, dict[str, Array], int], BackendRunner] = torch_runner
 
     @functools.cached_property
@@ -131,7 +133,7 @@ def operator_problem(spec: DCNv3Spec, seed: int = 0, *, backward: bool = False) 
         tolerance=max(problem.tolerance, *errors),
         flops=spec.flops + spec.gradient_flops,
         bytes=spec.bytes + spec.gradient_bytes,
-        own_module=with_sampling(problem.module, _own_sampling),
+        own_modules={OURS: with_sampling(problem.module, _own_sampling)},
         run_module=gradient_runner,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from dcnv3_tvm import files, frontend
+from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.memory_worker import MemoryTask, run_worker
 from dcnv3_tvm.bench.problems import Problem, encoder_flops
@@ -19,6 +21,9 @@ from dcnv3_tvm.bench.runners import Array, BackendRunner, training_runner
 from dcnv3_tvm.verify.pytorch_reference import float32_sampling, with_sampling
 from dcnv3_tvm.verify.random_weights import randomize_
 from dcnv3_tvm.verify.tolerances import NORM_ERROR
+
+RECOMPUTING: Final = f"{OURS}, recomputing"
+"""Name of this library's model after `InternImage.recompute_activations`."""
 
 CALLS: Final = 3
 """Steps of the process whose memory is measured; AdamW allocates its state in the first."""
@@ -42,6 +47,8 @@ def training_problem(case: EncoderCase, seed: int = 0) -> Problem:
         "image": torch.empty(image.shape).copy_(torch.from_numpy(image)).numpy(),
         "label": rng.integers(model.config.num_classes, size=case.batch),
     }
+    recomputing = copy.deepcopy(model)
+    recomputing.recompute_activations()
     exact = training_runner(
         with_sampling(model, float32_sampling), inputs, torch.get_num_threads(), "float32"
     )
@@ -59,7 +66,7 @@ def training_problem(case: EncoderCase, seed: int = 0) -> Problem:
         bytes=4.0 * (7 * weights + image.size),
         dtype=case.dtype,
         measure=NORM_ERROR,
-        own_module=model,
+        own_modules={OURS: model, RECOMPUTING: recomputing},
         run_module=functools.partial(_step_runner, dtype=case.dtype),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -12,7 +13,11 @@ from torch import Tensor, nn
 from dcnv3_tvm.checks import integer
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.pytorch import operator as torch_op
-from dcnv3_tvm.pytorch.layers import batch_norm_to_channels_last, layer_norm_to_channels_last
+from dcnv3_tvm.pytorch.layers import (
+    batch_norm_to_channels_last,
+    layer_norm_to_channels_last,
+    recomputed,
+)
 from dcnv3_tvm.spec import DCNv3Params
 
 LayerT = TypeVar("LayerT")
@@ -82,6 +87,10 @@ class DCNv3(nn.Module):
     >>> DCNv3(16, group=2, stride=2)(torch.rand(1, 9, 6, 16)).shape
     torch.Size([1, 5, 3, 16])
     """
+
+    recompute = False
+    """Whether backward computes norm, activation and offsets again; only with ``norm_layer="LN"``,
+    because BatchNorm counts what it sees."""
 
     def __init__(
         self,
@@ -186,8 +195,12 @@ class DCNv3(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform (N, H, W, C)."""
         projected = self.input_proj(x)
-        local = self.dw_conv(x.permute(0, 3, 1, 2))
-        y = self.sample(projected, self.offset(local), self.mask(local))
+        convolved = self.dw_conv[0](x.permute(0, 3, 1, 2))
+        compute = (
+            functools.partial(recomputed, self._features) if self.recompute else self._features
+        )
+        local, offset, logits = compute(convolved)
+        y = self.sample(projected, offset, logits)
         if self.center_feature_scale:
             gate = torch.sigmoid(
                 F.linear(
@@ -200,6 +213,11 @@ class DCNv3(nn.Module):
             y = y * (1 - gate) + projected * gate
         result: Tensor = self.output_proj(y)
         return result
+
+    def _features(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return local features, offsets, and logits of the mask."""
+        local = self.dw_conv[2](self.dw_conv[1](convolved))
+        return local, self.offset(local), self.mask(local)
 
     def sample(self, x: Tensor, offset: Tensor, logits: Tensor) -> Tensor:
         """Sample the projected input, with the softmax of the logits; subclasses may override it.

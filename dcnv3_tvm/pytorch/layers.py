@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ResultT = TypeVar("ResultT")
 
 NORM_EPS: Final = 1e-6
+
+
+def recomputed(function: Callable[[Tensor], ResultT], x: Tensor) -> ResultT:
+    """Call a function, whose intermediate results backward computes again instead of keeping them.
+
+    What nothing but the last results depends on is not computed again. ``torch.compile`` decides
+    itself what to keep; ``torch.func`` keeps everything.
+    """
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if plain or not torch.is_grad_enabled():
+        return function(x)
+    result: ResultT = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 class ToChannelsLast(nn.Module):

@@ -25,7 +25,7 @@ from dcnv3_tvm.frontend.models.config import InternImageConfig
 from dcnv3_tvm.frontend.models.heads import AttentionPooling, convolution_head
 from dcnv3_tvm.frontend.models.layers import MLP, ToChannelsFirst, layer_norm
 from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
-from dcnv3_tvm.pytorch.layers import layer_norm_to_channels_last
+from dcnv3_tvm.pytorch.layers import layer_norm_to_channels_last, recomputed
 
 
 class Stem(nn.Module):
@@ -73,6 +73,9 @@ class Block(nn.Module):
         Channels and channel groups of the stage.
     """
 
+    recompute = False
+    """Whether backward computes cheap intermediate results again."""
+
     def __init__(self, config: InternImageConfig, channels: int, group: int) -> None:
         super().__init__()
         self.post_norm = config.post_norm
@@ -103,10 +106,22 @@ class Block(nn.Module):
             y = self.res_post_norm1(y)
         x = x + (self.gamma1 * y if self.layer_scale else y)
 
-        y = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
+        y = self._recomputed_mlp(x) if self.recompute else self._mlp(x)
         if self.res_post_norm:
             y = self.res_post_norm2(y)
         return x + (self.gamma2 * y if self.layer_scale else y)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x))
+        return y
+
+    def _recomputed_mlp(self, x: Tensor) -> Tensor:
+        """Return the result of `_mlp`; backward computes the GELU and the norm before it again."""
+        mlp = self.mlp
+        if self.post_norm:
+            return self.norm2(recomputed(lambda hidden: mlp.fc2(mlp.act(hidden)), mlp.fc1(x)))
+        hidden = recomputed(lambda x: mlp.fc1(self.norm2(x)), x)
+        return recomputed(lambda hidden: mlp.fc2(mlp.act(hidden)), hidden)
 
 
 class Stage(nn.Module):
@@ -195,6 +210,15 @@ class InternImage(nn.Module):
         for module in self.modules():
             if isinstance(module, DCNv3):
                 module.reset_parameters()
+
+    def recompute_activations(self) -> None:
+        """Train with less memory: backward computes norms, activations and offsets again.
+
+        What is computed is the same. Does nothing for ``torch.compile`` and ``torch.func``.
+        """
+        for module in self.modules():
+            if isinstance(module, Block | DCNv3):
+                module.recompute = True
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Classify an image, or compute its feature maps.

@@ -53,8 +53,9 @@ def test_training_step(capsys):
     assert main(["bench", "train", *arguments]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["kind"] == "train"
-    own, torch = data["cases"][0]["rows"]
+    own, recomputing, torch = data["cases"][0]["rows"]
     assert own["seconds"]["best"] > 0
+    assert recomputing["name"] == f"{OURS}, recomputing"
     # A Python process with PyTorch takes some 200 MB; the steps of a tiny model, little.
     assert all(100e6 < row["peak_bytes"] < 1e9 for row in (own, torch))
 

@@ -1,4 +1,5 @@
 import collections
+import copy
 import dataclasses
 import re
 
@@ -9,6 +10,7 @@ from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.frontend.models.variants import VARIANTS
 from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
+from dcnv3_tvm.verify.pytorch_reference import with_sampling
 from dcnv3_tvm.verify.random_weights import randomize_
 
 TINY = [name for name in VARIANTS if name.startswith("test_")]
@@ -199,3 +201,24 @@ def test_random_weights_depend_only_on_the_seed():
     assert all(torch.equal(first[key], again[key]) for key in first)
     other = randomize_(InternImage(VARIANTS["test_internimage_pre_norm"]), seed=1).state_dict()
     assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+@pytest.mark.parametrize("name", ["test_internimage_pre_norm", "test_internimage_post_norm_scale"])
+def test_recomputed_activations_take_less_memory(name):
+    model = with_sampling(randomize_(InternImage(VARIANTS[name])))
+    recomputing = copy.deepcopy(model)
+    recomputing.recompute_activations()
+    kept, gradients = [], []
+    for each in (model, recomputing):
+        storages = {}
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = each(image(32, 32, batch=2)).square().sum()
+        gradients.append(torch.autograd.grad(loss, each.parameters()))
+        kept.append(sum(storages.values()))
+    assert kept[1] < 0.8 * kept[0]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
