@@ -40,7 +40,7 @@ def training_problem(case: EncoderCase, seed: int = 0) -> Problem:
     Its outputs are the loss and the gradients of all parameters, its reference those of the
     published sampling in float32.
     """
-    model = randomize_(frontend.create_model(case.variant, trainable=True), seed)
+    model = randomize_(frontend.create_model(case.variant).train().requires_grad_(), seed)
     rng = np.random.default_rng(seed)
     image = rng.standard_normal((case.batch, 3, *case.size), np.float32)
     inputs: dict[str, Array] = {

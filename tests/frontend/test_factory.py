@@ -14,12 +14,6 @@ def test_created_model_is_ready_for_inference():
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_trainable_model():
-    model = frontend.create_model("test_internimage_pre_norm", trainable=True)
-    assert model.training
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("name", ["internimage_t", "internimage_h"])
 def test_number_of_classes(name):
     model = frontend.create_model(name, num_classes=7, device="meta")
