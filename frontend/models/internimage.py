@@ -118,10 +118,13 @@ class Block(nn.Module):
     def _recomputed_mlp(self, x: Tensor) -> Tensor:
         """Return the result of `_mlp`; backward computes the GELU and the norm before it again."""
         mlp = self.mlp
+        y: Tensor
         if self.post_norm:
-            return self.norm2(recomputed(lambda hidden: mlp.fc2(mlp.act(hidden)), mlp.fc1(x)))
-        hidden = recomputed(lambda x: mlp.fc1(self.norm2(x)), x)
-        return recomputed(lambda hidden: mlp.fc2(mlp.act(hidden)), hidden)
+            y = self.norm2(recomputed(lambda hidden: mlp.fc2(mlp.act(hidden)), mlp.fc1(x)))
+        else:
+            hidden = recomputed(lambda x: mlp.fc1(self.norm2(x)), x)
+            y = recomputed(lambda hidden: mlp.fc2(mlp.act(hidden)), hidden)
+        return y
 
 
 class Stage(nn.Module):
