@@ -238,7 +238,7 @@ def add_blocks(
 
 
 def block_rows(rows: Any) -> Any:
-    """Return the rows of a block, of which no more are computed than necessary.
+    """Return the rows of a block: a divisor if one is large enough, else such that few overlap.
 
     Parameters
     ----------
@@ -249,7 +249,8 @@ def block_rows(rows: Any) -> Any:
     least = constant_factor(rows) if known is None else max(1, known)
     if known is None and least < TILE:
         return tirx.min(rows, int64(BLOCK))
-    return int64(-(-least // -(-least // BLOCK)))
+    divisors = (size for size in range(BLOCK, BLOCK - BLOCK // 8 - 1, -1) if least % size == 0)
+    return int64(next(divisors, -(-least // -(-least // BLOCK))))
 
 
 def count_blocks(extent: Any, size: Any) -> Any:

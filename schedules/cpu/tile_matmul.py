@@ -24,8 +24,11 @@ _LANES: Final = 16
 
 _MAX_TOGETHER: Final = 16
 
-_TASK_STEPS: Final = 64
+_TASK_STEPS: Final = 28
 """Steps of a task, at least, so that loading the tile configuration takes a small part of it."""
+
+_TASKS: Final = 8
+"""Tasks, at least, so that threads get about the same number."""
 
 
 def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
@@ -55,8 +58,9 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     sch.reorder(*loops)
     outer, inner = (constant_factor(sch.get(loop).extent) for loop in loops)
     sizes = [size for size in range(1, _MAX_TOGETHER + 1) if outer % size == 0]
-    wanted = [size for size in sizes if size * inner * steps >= _TASK_STEPS]
-    together = space.pick("together", sizes, min(wanted, default=sizes[-1]))
+    fitting = [size for size in sizes if size == 1 or outer >= _TASKS * size]
+    wanted = [size for size in fitting if size * inner * steps >= _TASK_STEPS]
+    together = space.pick("together", sizes, min(wanted, default=fitting[-1]))
     task, _ = sch.split(loops[0], [None, together])
     sch.parallel(task)
 
