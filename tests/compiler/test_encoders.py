@@ -72,7 +72,8 @@ def test_matrix_tiles_on_any_processor(monkeypatch):
     ("name", "shape", "depths", "dtype"),
     [
         ("internimage_t", (1, 3, 120, 152), None, "float32"),
-        bfloat16("internimage_t", (1, 3, 120, 152), None),
+        # The bound holds for maps that are not much smaller than those of 224 pixels.
+        bfloat16("internimage_t", (1, 3, 160, 192), None),
         ("internimage_b", (3, 3, 56, 88), (1, 1, 1, 1), "float32"),
     ],
 )
