@@ -1,4 +1,4 @@
-"""The InternImage variants by name: the released ones, and tiny ones for tests."""
+"""The InternImage variants by name: the released ones, one for digits, and tiny ones for tests."""
 
 from __future__ import annotations
 
@@ -87,6 +87,19 @@ def _released() -> tuple[InternImageConfig, ...]:
     )
 
 
+def _digits() -> InternImageConfig:
+    """Return the model that ``examples/train_digits.py`` trains."""
+    return InternImageConfig(
+        variant="digits_internimage",
+        channels=16,
+        depths=(2, 2, 1, 1),
+        groups=(2, 4, 8, 16),
+        mlp_ratio=2.0,
+        num_classes=10,
+        resolution=32,
+    )
+
+
 def _tiny() -> tuple[InternImageConfig, ...]:
     """One variant per path through a block; together they use every option."""
     base = InternImageConfig(
@@ -132,7 +145,7 @@ def _tiny() -> tuple[InternImageConfig, ...]:
 
 
 VARIANTS: Final[dict[str, InternImageConfig]] = {
-    config.variant: config for config in (*_released(), *_tiny())
+    config.variant: config for config in (*_released(), _digits(), *_tiny())
 }
 """Configurations by name, as used for classification.
 
