@@ -1,7 +1,7 @@
 """Train a small InternImage on cluttered digits, save its weights, and compile it.
 
-    python examples/train_digits.py [--steps 1500] [--seed 0] [--output FILE]
-    python examples/train_digits.py --compare [--seeds 5] [--steps 400]
+    python examples/train_digits.py [--steps 600] [--seed 0] [--output FILE]
+    python examples/train_digits.py --compare [--seeds 5] [--steps 300]
 
 The first command takes some minutes. The second trains the model from several seeds with learned
 offsets and with offsets of zero, and compares the accuracy on held-out digits.
@@ -55,7 +55,7 @@ def compare(steps: int, seeds: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1500, help="batches of 64 (default: 1500)")
+    parser.add_argument("--steps", type=int, default=600, help="batches of 64 (default: 600)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and images (default: 0)")
     parser.add_argument("--output", type=Path, help="write the weights (.safetensors)")
     parser.add_argument("--compare", action="store_true", help="with and without learned offsets")

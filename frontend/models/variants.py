@@ -92,7 +92,7 @@ def _digits() -> InternImageConfig:
     return InternImageConfig(
         variant="digits_internimage",
         channels=16,
-        depths=(2, 2, 1, 1),
+        depths=(1, 1, 1, 1),
         groups=(2, 4, 8, 16),
         mlp_ratio=2.0,
         num_classes=10,
