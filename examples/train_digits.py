@@ -36,11 +36,11 @@ def trained_model(steps: int, seed: int, *, deform: bool = True) -> frontend.Int
     return model
 
 
-def compare(steps: int, seeds: int) -> None:
+def compare(steps: int, first: int, count: int) -> None:
     """Print the accuracy on held-out digits with learned offsets and with offsets of zero."""
     _, held_out = load()
     pairs = []
-    for seed in range(seeds):
+    for seed in range(first, first + count):
         learned, zero = (
             accuracy(trained_model(steps, seed, deform=deform), held_out, cluttered)
             for deform in (True, False)
@@ -49,20 +49,22 @@ def compare(steps: int, seeds: int) -> None:
         pairs.append((learned, zero, learned - zero))
     columns = zip(*pairs, strict=True)
     for name, values in zip(("learned offsets", "zero", "difference"), columns, strict=True):
-        spread = statistics.stdev(values) if seeds > 1 else 0.0
+        spread = statistics.stdev(values) if count > 1 else 0.0
         print(f"{name}: mean {statistics.mean(values):.2f}, standard deviation {spread:.2f}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=600, help="batches of 64 (default: 600)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and images (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights and images, or the first (default: 0)"
+    )
     parser.add_argument("--output", type=Path, help="write the weights (.safetensors)")
     parser.add_argument("--compare", action="store_true", help="with and without learned offsets")
-    parser.add_argument("--seeds", type=int, default=5, help="for --compare (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many for --compare (default: 5)")
     arguments = parser.parse_args()
     if arguments.compare:
-        compare(arguments.steps, arguments.seeds)
+        compare(arguments.steps, arguments.seed, arguments.seeds)
         return 0
 
     # Step 1. Train. The gradients of the operator are this library's too.
