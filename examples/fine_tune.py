@@ -1,10 +1,10 @@
-"""Fine-tune the trained model on a new task, digits on photographs, and compile the result.
+"""Fine-tune the trained model for a new task, dark digits on photographs, and compile the result.
 
-    python examples/fine_tune.py [--steps 300] [--checkpoint FILE] [--output FOLDER]
+    python examples/fine_tune.py [--steps 300] [--checkpoint FILE]
 
-Starts from the weights of train_digits.py, which were trained on black canvases. Backgrounds are
-pieces of one of scikit-learn's photographs; the accuracy is measured on held-out digits on pieces
-of the other one.
+Starts from the weights of train_digits.py, which were trained with white digits on black. The
+backgrounds are pieces of one of scikit-learn's photographs; the accuracy is measured with held-out
+digits on pieces of the other one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ WEIGHTS = Path(__file__).parent / "digits_internimage.safetensors"
 
 
 class OnPhotograph:
-    """A task: digits in white on random pieces of a photograph."""
+    """A task: digits in black on random pieces of a brightened photograph."""
 
     def __init__(self, name: str) -> None:
         pixels = torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1)
-        self.photograph = pixels / 255
+        self.photograph = 0.4 + 0.6 * pixels / 255
 
     def __call__(self, digits: Tensor, generator: Generator) -> Tensor:
         """Make the images of a batch."""
@@ -38,7 +38,8 @@ class OnPhotograph:
             top = int(torch.randint(height - SIZE, (), generator=generator))
             left = int(torch.randint(width - SIZE, (), generator=generator))
             pieces.append(self.photograph[:, top : top + SIZE, left : left + SIZE])
-        return normalise(torch.stack(pieces).maximum(draw(digits, generator, fragments=1)))
+        ink = draw(digits, generator, fragments=1)
+        return normalise(torch.stack(pieces) * (1 - ink))
 
 
 def main() -> int:
