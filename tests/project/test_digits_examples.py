@@ -1,6 +1,7 @@
 """The digit examples in few steps, and the weights that they ship."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -73,15 +74,15 @@ def test_offsets_stay_zero_without_deforming(example):
     assert all(layer.mask.weight.any() for layer in layers[:3])
 
 
-def test_fine_tuning_raises_the_accuracy(example, monkeypatch, capsys):
+def test_fine_tuning_reduces_the_loss(example, monkeypatch, capsys):
     module = example("fine_tune")
-    found = []
-    monkeypatch.setattr(
-        module, "check_compiled", lambda *call: found.append(module.accuracy(*call)) or True
-    )
+    monkeypatch.setattr(module, "check_compiled", lambda *_: True)
     run(module.main, monkeypatch, "--steps", "20")
-    before = float(capsys.readouterr().out.split("before: ")[1].split(" %")[0])
-    assert found[0] > before + 10
+    shown = capsys.readouterr().out
+    assert "accuracy before: " in shown
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", shown)]
+    assert len(losses) == 10
+    assert losses[-1] < 0.8 * losses[0], losses
 
 
 def test_compiled_models_are_as_accurate(example, capsys):
