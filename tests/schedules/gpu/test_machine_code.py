@@ -67,9 +67,10 @@ def test_gradients():
     for name, instructions in most.items():
         assert found[name].instructions <= instructions, name
         assert found[name].load_bytes[-1] == 16, name
-    assert found["x"].instructions <= 850  # of one group
+    outputs = 8  # of a thread, which shares their points with the threads of the other channels
+    assert found["x"].instructions / outputs <= 520
     assert found["x"].load_bytes[-1] == 8
-    assert found["x"].occupancy >= 0.6
+    assert found["x"].occupancy >= 0.45
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm120"])
