@@ -10,6 +10,7 @@ from torch import Generator, nn
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.pytorch import DCNv3
+from dcnv3_tvm.verify.pytorch_reference import with_sampling
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WEIGHTS = EXAMPLES / "digits_internimage.safetensors"
@@ -48,7 +49,8 @@ def test_images_depend_on_the_seed_only(example):
 def test_shipped_weights_classify_and_deform(example):
     digits = example("digits")
     assert WEIGHTS.stat().st_size < 1e6
-    model = frontend.create_model("digits_internimage", checkpoint=WEIGHTS)
+    # PyTorch's sampling has no kernels to compile.
+    model = with_sampling(frontend.create_model("digits_internimage", checkpoint=WEIGHTS))
     offsets = []
     for module in model.modules():
         if isinstance(module, DCNv3):
@@ -58,6 +60,7 @@ def test_shipped_weights_classify_and_deform(example):
     assert offsets[0].abs().mean() > 0.1  # pixels
 
 
+@pytest.mark.slow
 def test_training_writes_weights_that_load(example, monkeypatch, tmp_path, capsys):
     module = example("train_digits")
     monkeypatch.setattr(module, "check_compiled", lambda *_: True)
@@ -67,6 +70,7 @@ def test_training_writes_weights_that_load(example, monkeypatch, tmp_path, capsy
     frontend.create_model("digits_internimage", checkpoint=path)
 
 
+@pytest.mark.slow
 def test_offsets_stay_zero_without_deforming(example):
     model = example("train_digits").trained_model(2, seed=0, deform=False)
     layers = [module for module in model.modules() if isinstance(module, DCNv3)]
@@ -74,17 +78,20 @@ def test_offsets_stay_zero_without_deforming(example):
     assert all(layer.mask.weight.any() for layer in layers[:3])
 
 
+@pytest.mark.slow
 def test_fine_tuning_reduces_the_loss(example, monkeypatch, capsys):
     module = example("fine_tune")
+    monkeypatch.setattr(module, "accuracy", lambda *_: 12.5)
     monkeypatch.setattr(module, "check_compiled", lambda *_: True)
     run(module.main, monkeypatch, "--steps", "20")
     shown = capsys.readouterr().out
-    assert "accuracy before: " in shown
+    assert "accuracy before: 12.50 %" in shown
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", shown)]
     assert len(losses) == 10
     assert losses[-1] < 0.8 * losses[0], losses
 
 
+@pytest.mark.slow
 def test_compiled_models_are_as_accurate(example, capsys):
     class Classifier(nn.Module):
         def __init__(self):
