@@ -11,6 +11,8 @@ from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.targets import has_fast_bfloat16, resolve_target
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 TINY = ("--variant", "test_internimage_pre_norm", "--against", "torch", "--rounds", "2")
 CASE = "dcnv3-n1-h4-w4-c16-g4-k3-s1-p1-d1-f32"
 

@@ -14,6 +14,8 @@ from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.provenance import Provenance
 from helpers.toy import Toy
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 TINY = ("--variant", "test_internimage_pre_norm")
 
 

@@ -20,6 +20,8 @@ from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator, with_sampling
 from dcnv3_tvm.verify.random_weights import randomize_
 from helpers.specs import random_inputs
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 TINY = "test_internimage_pre_norm"
 
 

@@ -60,6 +60,7 @@ def test_next_command_repeats_the_options():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unoptimized")
 def test_compile_uses_records(tuned, cli, tmp_path):
     artifact = tmp_path / "artifact"
     options = ["--random-weights", "1", "--database", tuned[0], "-o", artifact, "--json"]

@@ -3,15 +3,11 @@
 import pytest
 
 import dcnv3_tvm as dt
-from dcnv3_tvm import frontend
 from dcnv3_tvm.compiler import compile as compiler
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.targets import has_fast_bfloat16, resolve_target
 from dcnv3_tvm.verify.compare import compare
 from helpers.encoders import random_encoder
-
-TINY = frontend.list_models("test_internimage_*")
-"""One variant for each path through a block."""
 
 CPU_BFLOAT16_ERROR = 1e-2
 
@@ -19,10 +15,6 @@ FAST_BFLOAT16 = pytest.mark.skipif(
     not has_fast_bfloat16(resolve_target("auto")),
     reason="the CPU has no fast matmuls in bfloat16",
 )
-
-
-def bfloat16(*arguments):
-    return pytest.param(*arguments, "bfloat16", marks=FAST_BFLOAT16)
 
 
 def assert_agrees(compiled, model, image, reference=None):
@@ -36,24 +28,19 @@ def assert_agrees(compiled, model, image, reference=None):
     assert all(d.scale > 1e-2 for d in differences)
 
 
+@FAST_BFLOAT16
+# Both heads, and all norms but that of internimage_t below.
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *((name, "float32") for name in TINY),
-        # Both heads, and all norms but that of internimage_t below.
-        bfloat16("test_internimage_post_norm_scale"),
-        bfloat16("test_internimage_res_post_norm"),
-    ],
+    "name", ["test_internimage_post_norm_scale", "test_internimage_res_post_norm"]
 )
-def test_every_block_path_and_head(name, dtype):
+def test_bfloat16(name):
     model, imported, image, reference = random_encoder(name, (2, 3, 64, 96))
-    compiled = dt.compile_model(imported, dtype=dtype)
+    compiled = dt.compile_model(imported, dtype="bfloat16")
     rules = list(compiled.metadata.kernels.values())
     assert "unscheduled" not in rules
-    if dtype == "bfloat16":
-        # One kernel a stage, which stores bfloat16.
-        assert rules.count("dcnv3") == 4
-        assert {tensor.dtype for tensor in compiled.metadata.entries["main"].outputs} == {"float32"}
+    # One kernel a stage, which stores bfloat16.
+    assert rules.count("dcnv3") == 4
+    assert {tensor.dtype for tensor in compiled.metadata.entries["main"].outputs} == {"float32"}
     assert_agrees(compiled, model, image, reference)
 
 
@@ -71,9 +58,8 @@ def test_matrix_tiles_on_any_processor(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "shape", "depths", "dtype"),
     [
-        ("internimage_t", (1, 3, 120, 152), None, "float32"),
-        # The bound holds for maps that are not much smaller than those of 224 pixels.
-        bfloat16("internimage_t", (1, 3, 160, 192), None),
+        ("internimage_t", (1, 3, 224, 224), None, "float32"),
+        pytest.param(*("internimage_t", (1, 3, 224, 224), None, "bfloat16"), marks=FAST_BFLOAT16),
         ("internimage_b", (3, 3, 56, 88), (1, 1, 1, 1), "float32"),
     ],
 )

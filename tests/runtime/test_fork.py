@@ -107,11 +107,15 @@ def test_several_threads_of_the_child(calls):
 @pytest.mark.parametrize("form", ["same model", "operator"])
 def test_fork_in_a_signal_handler_during_a_call(calls, form, monkeypatch):
     monkeypatch.setattr("dcnv3_tvm.runtime.kernel._threads", lambda: 1)  # In the caller's thread.
-    forked = []
-    monkeypatch.setattr(
-        "dcnv3_tvm.runtime.library.use_threads",
-        lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1) if not forked else None,
-    )
+    sent, forked = [], []
+
+    def interrupt_once(*_, **__):
+        if not sent:
+            sent.append(True)
+            # In this thread, before it returns: a later one would meet the default handler.
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr("dcnv3_tvm.runtime.library.use_threads", interrupt_once)
     before = signal.signal(signal.SIGUSR1, lambda *_: forked.append(in_child(lambda: True)))
     try:
         assert calls[form]()

@@ -99,6 +99,7 @@ def test_invalid_arguments(model, options, message, tmp_path):
         frontend.export_onnx(model, tmp_path / "model.onnx", example=SHAPE, **options)
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "model.onnx"
     options = ["--random-weights", "0", "--size", "32", "--form", "plugin", "-o", str(out)]

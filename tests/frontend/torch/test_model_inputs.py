@@ -13,6 +13,8 @@ from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
 from dcnv3_tvm.verify.compare import difference
 from dcnv3_tvm.verify.random_weights import randomize_
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 class Detector(nn.Module):
     """A U-Net with BatchNorm on frames, an image and a number; boxes from cached anchors."""

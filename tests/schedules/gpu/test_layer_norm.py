@@ -62,7 +62,7 @@ def test_sizes(rng, check_together):
     check_together(TARGET, problems)
 
 
-@pytest.mark.parametrize("channels", [80, 13, 512])
+@pytest.mark.parametrize("channels", [80, 13])
 def test_types(rng, check_together, channels):
     problems = {}
     for types in TYPES:
