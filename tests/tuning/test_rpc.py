@@ -19,6 +19,7 @@ from dcnv3_tvm.tuning.measurer import Measurer
 from dcnv3_tvm.tuning.rpc import RpcConfig, count_servers
 from dcnv3_tvm.tuning.session import TuningBudget, TuningSession
 from dcnv3_tvm.tuning.tasks import operator_task
+from helpers.without_torch import environment_without_torch
 
 pytest.importorskip("tornado")
 
@@ -32,14 +33,21 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def start(*arguments):
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
     """Start a process in a session of its own, so that its children can be killed with it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, arguments)],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    environment = environment_without_torch(tmp_path_factory.mktemp("without-torch"))
+
+    def call(*arguments):
+        return subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)],
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    return call
 
 
 def kill(process):
@@ -59,7 +67,7 @@ def wait_until(condition, *processes):
 
 
 @pytest.fixture(scope="module")
-def rpc():
+def rpc(start):
     port = free_port()
     process = start("tvm.exec.rpc_tracker", "--host", HOST, "--port", port, "--port-end", port + 1)
     config = RpcConfig(HOST, port, KEY, workers=2)
@@ -71,7 +79,7 @@ def rpc():
 
 
 @pytest.fixture
-def servers(rpc):
+def servers(rpc, start):
     """Start two servers."""
     options = ["--tracker", rpc.address, "--key", KEY, "--host", HOST]
     processes = [start("dcnv3_tvm", "worker", *options, "--port", free_port()) for _ in range(2)]
