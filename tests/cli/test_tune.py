@@ -17,7 +17,6 @@ from dcnv3_tvm.cli import compile as compile_verb
 from dcnv3_tvm.cli import main, parser, tune
 from dcnv3_tvm.cli.info import tuning_summary
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata, TargetInfo
-from helpers.without_torch import environment_without_torch
 
 OPERATOR = "dcnv3-n1-h9-w9-c64-g4-k3-s1-p1-d1-f32"
 MODEL = "test_internimage_pre_norm"
@@ -181,10 +180,9 @@ def tune_arguments(folder, *operators):
     return ["tune", *operators, "--work-dir", str(folder), *options]
 
 
-def start_tuning(folder, *operators):
+def start_tuning(*arguments):
     return subprocess.Popen(
-        [sys.executable, "-m", "dcnv3_tvm", *tune_arguments(folder, *operators)],
-        env=environment_without_torch(folder.parent),
+        [sys.executable, "-m", "dcnv3_tvm", *tune_arguments(*arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

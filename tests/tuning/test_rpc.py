@@ -19,7 +19,6 @@ from dcnv3_tvm.tuning.measurer import Measurer
 from dcnv3_tvm.tuning.rpc import RpcConfig, count_servers
 from dcnv3_tvm.tuning.session import TuningBudget, TuningSession
 from dcnv3_tvm.tuning.tasks import operator_task
-from helpers.without_torch import environment_without_torch
 
 pytest.importorskip("tornado")
 
@@ -33,21 +32,14 @@ def free_port():
         return sock.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(*arguments):
     """Start a process in a session of its own, so that its children can be killed with it."""
-    environment = environment_without_torch(tmp_path_factory.mktemp("without-torch"))
-
-    def call(*arguments):
-        return subprocess.Popen(
-            [sys.executable, "-m", *map(str, arguments)],
-            env=environment,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    return call
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, arguments)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def kill(process):
@@ -67,7 +59,7 @@ def wait_until(condition, *processes):
 
 
 @pytest.fixture(scope="module")
-def rpc(start):
+def rpc():
     port = free_port()
     process = start("tvm.exec.rpc_tracker", "--host", HOST, "--port", port, "--port-end", port + 1)
     config = RpcConfig(HOST, port, KEY, workers=2)
@@ -79,7 +71,7 @@ def rpc(start):
 
 
 @pytest.fixture
-def servers(rpc, start):
+def servers(rpc):
     """Start two servers."""
     options = ["--tracker", rpc.address, "--key", KEY, "--host", HOST]
     processes = [start("dcnv3_tvm", "worker", *options, "--port", free_port()) for _ in range(2)]
