@@ -39,25 +39,25 @@ from dcnv3_tvm.targets import is_gpu, target_slug
 
 CPU_RULES: Final[tuple[Rule, ...]] = (
     dcnv3,
-    dcnv3_grad_x,
-    dcnv3_grad_offset_mask,
     matmul,
     tile_matmul,
     convolution,
     depthwise,
     layer_norm,
+    dcnv3_grad_x,
+    dcnv3_grad_offset_mask,
     fallback,
 )
 """Rules for LLVM targets, in the order in which they are tried."""
 
 GPU_RULES: Final[tuple[Rule, ...]] = (
     gpu_dcnv3,
-    gpu_dcnv3_grad_x,
-    gpu_dcnv3_grad_offset_mask,
     gemm,
     mlp,
     gpu_depthwise,
     gpu_layer_norm,
+    gpu_dcnv3_grad_x,
+    gpu_dcnv3_grad_offset_mask,
     gpu_fallback,
 )
 """Rules for CUDA targets, in the order in which they are tried."""

@@ -196,9 +196,9 @@ class DCNv3(nn.Module):
         """Transform (N, H, W, C)."""
         projected = self.input_proj(x)
         convolved = self.dw_conv[0](x.permute(0, 3, 1, 2))
-        compute = (
-            functools.partial(recomputed, self._features) if self.recompute else self._features
-        )
+        compute = self.offsets_and_logits
+        if self.recompute:
+            compute = functools.partial(recomputed, compute)
         local, offset, logits = compute(convolved)
         y = self.sample(projected, offset, logits)
         if self.center_feature_scale:
@@ -214,7 +214,7 @@ class DCNv3(nn.Module):
         result: Tensor = self.output_proj(y)
         return result
 
-    def _features(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def offsets_and_logits(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return local features, offsets, and logits of the mask."""
         local = self.dw_conv[2](self.dw_conv[1](convolved))
         return local, self.offset(local), self.mask(local)

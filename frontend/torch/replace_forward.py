@@ -92,8 +92,9 @@ def use_published_forward(part: Any) -> None:
     part.params = _params_of(part)
     part.group_channels = part.input_proj.out_features // part.params.group
     part.center_feature_scale = bool(getattr(part, "center_feature_scale", False))
-    part.sample = types.MethodType(DCNv3.sample, part)
-    part.forward = types.MethodType(DCNv3.forward, part)
+    part.recompute = False
+    for method in (DCNv3.offsets_and_logits, DCNv3.sample, DCNv3.forward):
+        setattr(part, method.__name__, types.MethodType(method, part))
 
 
 def _reaches_sampling(part: nn.Module, sampling: SamplingReplacement) -> bool:

@@ -388,7 +388,9 @@ def parsers(parser):
 def test_every_help_ends_with_an_example():
     whole = parser(ALL_VERBS)
     found = list(parsers(whole))
-    assert len(found) == 1 + len(VERBS) + 5 + 6  # With the actions of records and of bench.
+    assert (
+        len(found) == 1 + len(VERBS) + 5 + 7 + 3
+    )  # With the actions of records, bench and extensions.
     for each in found:
         example = each.format_help().splitlines()[-1]
         program, *arguments = shlex.split(example.removeprefix("Example: "))
