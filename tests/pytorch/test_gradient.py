@@ -16,9 +16,10 @@ from dcnv3_tvm.op.reference_gradient import dcnv3_gradients
 from dcnv3_tvm.pytorch.operator import dcnv3, dcnv3_backward
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.tolerances import gradient_bounds
+from helpers.distributed import PARAMETERS, ScaledLayer, train_in_group
 from helpers.specs import random_inputs
 
-SPEC = DCNv3Spec.of((2, 5, 7, 8), group=2, offset_scale=1.5, softmax=True)
+SPEC = DCNv3Spec.of((2, 5, 7, 8), **PARAMETERS)
 STRIDED = DCNv3Spec.of(
     (1, 6, 9, 6), group=3, kernel_size=(3, 5), stride=(2, 1), pad=(1, 0), remove_center=True
 )
@@ -188,43 +189,30 @@ def test_autocast_keeps_types():
     assert np.abs(x.grad.double().numpy() - expected).max() <= 2.0**-7 * np.abs(expected).max()
 
 
-class Layer(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(8))
-
-    def forward(self, x, offset, mask):
-        return dcnv3(x * self.scale, offset, mask, **SPEC.params.keywords()).sum()
-
-
 def test_exports_the_training_graph():
     from torch.export.experimental import _export_forward_backward
 
     leaves, _ = inputs(SPEC)
     tensors = tuple(leaf.detach() for leaf in leaves)
-    joint = _export_forward_backward(torch.export.export(Layer(), tensors))
+    joint = _export_forward_backward(torch.export.export(ScaledLayer(), tensors))
     called = [node.target for node in joint.graph.nodes if node.op == "call_function"]
     assert called.count(torch.ops.dcnv3_tvm.dcnv3.default) == 1
     assert called.count(torch.ops.dcnv3_tvm.dcnv3_grad_x.default) == 1
 
 
-def _train(rank, folder):
-    """Run one step of a process of two, each with half of the batch."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    model = torch.nn.parallel.DistributedDataParallel(Layer())
-    leaves, _ = inputs(SPEC)
-    model(*(leaf.detach()[rank : rank + 1] for leaf in leaves)).backward()
-    torch.save(model.module.scale.grad, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_distributed_data_parallel(tmp_path):
-    torch.multiprocessing.start_processes(_train, (str(tmp_path),), nprocs=2, start_method="fork")
-    model = Layer()
     leaves, _ = inputs(SPEC)
-    model(*(leaf.detach() for leaf in leaves)).backward()
+    tensors = tuple(leaf.detach() for leaf in leaves)
+    processes = torch.multiprocessing.start_processes(
+        train_in_group, (str(tmp_path), tensors), nprocs=2, join=False, start_method="spawn"
+    )
+    try:
+        assert any(processes.join(timeout=60) for _ in range(3)), "a process does not end"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    model = ScaledLayer()
+    model(*tensors).backward()
     for rank in range(2):  # DDP averages over the processes.
         found = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(2 * found, model.scale.grad)
