@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # The workers of pytest share the cores, so each of them computes with one thread.
 ONE_THREAD := OMP_NUM_THREADS=1 TVM_NUM_THREADS=1
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test test-all check lint format clean
 
 demo: $(READY)
 	$(BIN)/python examples/compile_and_run.py
@@ -17,6 +17,10 @@ demo: $(READY)
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 test: lint
+	$(PYTEST) -m "not exhaustive"
+
+# Also the tests that tests/exhaustive.txt names.
+test-all: lint
 	$(PYTEST)
 
 # Left out of `make check`, with the tests marked as slow: folders whose tests compile encoders,
@@ -24,7 +28,7 @@ test: lint
 UNCHECKED := bench compiler emulated_gpu frontend/models frontend/torch pytorch runtime schedules tuning
 
 check: lint
-	$(PYTEST) -m "not slow" $(UNCHECKED:%=--ignore=tests/%)
+	$(PYTEST) -m "not slow and not exhaustive" $(UNCHECKED:%=--ignore=tests/%)
 
 lint: $(READY)
 	$(BIN)/ruff check .
