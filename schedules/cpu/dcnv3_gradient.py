@@ -20,7 +20,10 @@ from dcnv3_tvm.schedules.cpu.lane_sum import split_lanes, sum_lanes
 from dcnv3_tvm.schedules.cpu.loops import accumulate_tile, vectorize_innermost
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
-from dcnv3_tvm.targets import vector_lanes
+from dcnv3_tvm.targets import num_cores, vector_lanes
+
+_FEW_CORES: Final = 8
+"""Most cores for which two groups of an image are one task."""
 
 _STAGES: Final = (
     "grad",
@@ -127,7 +130,9 @@ def dcnv3_grad_x(
     # Step 1. Run groups of images in parallel.
     batch, group, row, pixel, point, patch_row, patch_column, _ = sch.get_loops(scatter)
     groups = static(sch.get(group).extent) or 1
-    own = space.pick("groups", [size for size in (1, 2, 4) if groups % size == 0], 1)
+    # Adjacent groups share pages and prefetched lines; fewer tasks may not suffice for many cores.
+    default = 2 if groups % 2 == 0 and num_cores(target) <= _FEW_CORES else 1
+    own = space.pick("groups", [size for size in (1, 2, 4) if groups % size == 0], default)
     group, own_groups = sch.split(group, [None, own])
     sch.reorder(batch, group, row, pixel, own_groups, point)
     task = sch.fuse(batch, group)
