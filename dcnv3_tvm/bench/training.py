@@ -28,10 +28,11 @@ RECOMPUTING: Final = f"{OURS}, recomputing"
 CALLS: Final = 3
 """Steps of the process whose memory is measured; AdamW allocates its state in the first."""
 
-TOLERANCES: Final = {"float32": 1e-3, "bfloat16": 0.3}
-"""Largest relative L2 error of the loss, and of all gradients as one vector, by dtype. In float32,
-most of it comes from sampling points that a rounding moves to the next pixel. Under autocast both
-implementations differ from float64 by 0.15 in InternImage-T."""
+TOLERANCES: Final = {"float32": 1.5e-2, "bfloat16": 0.3}
+"""Largest relative L2 error of the loss, and of all gradients as one vector, by dtype: twice the
+distance of either implementation from float64 in InternImage-T with random weights. That is 7e-3 in
+float32 (batch 4), because a rounding moves sampling points to the next pixel, where the gradient of
+the offset jumps, and 0.15 under autocast. Two in float32 differ by 1e-3 to 1.5e-3."""
 
 
 def training_problem(case: EncoderCase, seed: int = 0) -> Problem:
