@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib
 import importlib.util
 import json
 from collections.abc import Iterable
@@ -44,10 +43,6 @@ GRAD_OFFSET_MASK: Final = "dcnv3_grad_offset_mask"
 """The kind that computes the gradients of offset and mask:
 ``dcnv3_grad_offset_mask(x, offset, mask, grad, grad_offset, grad_mask)``."""
 
-_MODULES: Final = dict.fromkeys((DCNV3, GRAD_X, GRAD_OFFSET_MASK), "dcnv3_tvm.op.tensorir")
-"""For each kind of kernel the module whose function of the same name defines it, with arguments
-``(spec, *, vector_loads)``."""
-
 CACHE_SIZE: Final = 256
 """Number of compiled kernels in memory, above which the least recently used are dropped."""
 
@@ -67,7 +62,7 @@ def compile_kernel(kind: str, spec: DCNv3Spec, target: str, database: str) -> Ke
     Parameters
     ----------
     kind : str
-        Kind of the kernel, such as `DCNV3`.
+        Name of the function of `dcnv3_tvm.op.tensorir` that defines the kernel, such as `DCNV3`.
     spec : DCNv3Spec
         The problem; not with an empty batch.
     target : str
@@ -102,12 +97,13 @@ def _compile(kind: str, spec: DCNv3Spec, text: str, database: str, key: str | No
     import tvm
 
     from dcnv3_tvm import schedules
+    from dcnv3_tvm.op import tensorir
     from dcnv3_tvm.schedules.records import find_records
 
     target = targets.target_from_text(text)
     on_gpu = targets.is_gpu(target)
     records = find_records(target, database)
-    function = getattr(importlib.import_module(_MODULES[kind]), kind)(spec, vector_loads=on_gpu)
+    function = getattr(tensorir, kind)(spec, vector_loads=on_gpu)
     module, taken = schedules.schedule_module(
         tvm.IRModule({kind: function}), target, records=records
     )

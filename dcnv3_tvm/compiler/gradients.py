@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from dcnv3_tvm import targets
 from dcnv3_tvm.compiler.compile_kernel import GRAD_OFFSET_MASK, GRAD_X, compile_kernel
@@ -28,11 +29,7 @@ def grad_x(spec: DCNv3Spec, grad: TensorT, offset: TensorT, mask: TensorT, resul
     result : same kind
         Gradient of x, in the accumulation type. On GPUs its terms are added in no fixed order.
     """
-    device = tensors.device_of(grad)
-    if spec.batch == 0:
-        return
-    kernel = compile_kernel(GRAD_X, kernel_spec(GRAD_X, _free(spec)), _target(device), "default")
-    kernel.run(device, (grad, offset, mask, result))
+    _run(GRAD_X, spec, (grad, offset, mask, result))
 
 
 def grad_offset_mask(
@@ -52,12 +49,15 @@ def grad_offset_mask(
     results : tuple
         Gradients of offset and mask.
     """
-    device = tensors.device_of(grad)
+    _run(GRAD_OFFSET_MASK, spec, (x, offset, mask, grad, *results))
+
+
+def _run(kind: str, spec: DCNv3Spec, arguments: Sequence[Any]) -> None:
     if spec.batch == 0:
         return
-    compiled = kernel_spec(GRAD_OFFSET_MASK, _free(spec))
-    kernel = compile_kernel(GRAD_OFFSET_MASK, compiled, _target(device), "default")
-    kernel.run(device, (x, offset, mask, grad, *results))
+    device = tensors.device_of(arguments[0])
+    kernel = compile_kernel(kind, _compiled_spec(kind, spec), _target(device), "default")
+    kernel.run(device, arguments)
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,6 +65,11 @@ def _target(device: str) -> str:
     return targets.target_text(target_of(device))
 
 
-def _free(spec: DCNv3Spec) -> DCNv3Spec:
-    """Make batch and height dynamic, which makes the kernels no slower."""
+def training_spec(spec: DCNv3Spec) -> DCNv3Spec:
+    """Make batch and height dynamic, which makes the gradient kernels no slower."""
     return dataclasses.replace(spec, batch=None, height=None)
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled_spec(kind: str, spec: DCNv3Spec) -> DCNv3Spec:
+    return kernel_spec(kind, training_spec(spec))

@@ -32,15 +32,9 @@ from tvm.tirx.script import builder as T
 from dcnv3_tvm.op import vector_loads
 from dcnv3_tvm.op.expr import int64
 from dcnv3_tvm.op.prim_func_builder import allocate, block, compute
-from dcnv3_tvm.op.sampling import (
-    emit_coordinates,
-    emit_corners,
-    emit_softmax,
-    emit_weights,
-    mask_at,
-)
+from dcnv3_tvm.op.sampling import emit_index, emit_points, emit_weights, mask_at
 from dcnv3_tvm.op.sampling_kernel import Buffers, SamplingKernel
-from dcnv3_tvm.op.scalar_loads import emit_pixel_index, patch_index, patch_pixel, pixel_sources
+from dcnv3_tvm.op.scalar_loads import patch_index, patch_pixel, pixel_sources
 
 
 def emit_grad_x(kernel: SamplingKernel, grad: Any, offset: Any, mask: Any, out: Any) -> None:
@@ -56,15 +50,9 @@ def emit_grad_x(kernel: SamplingKernel, grad: Any, offset: Any, mask: Any, out: 
         The gradient of x, in the accumulation type, in which the terms of a pixel are added.
     """
     buffers = Buffers.of(kernel, without=("total", "patch"))
-    if kernel.spec.softmax:
-        emit_softmax(kernel, buffers, mask)
-    emit_coordinates(kernel, buffers, offset)
-    emit_corners(kernel, buffers)
+    emit_points(kernel, buffers, offset, mask)
     emit_weights(kernel, buffers, mask)
-    if kernel.vector_loads:
-        vector_loads.emit_vector_index(kernel, buffers)
-    elif kernel.has_pixel_index:
-        emit_pixel_index(kernel, buffers)
+    emit_index(kernel, buffers)
 
     def scaled(n: Any, y: Any, x: Any, g: Any, c: Any) -> Any:
         value = kernel.cast(grad[n, y, x, kernel.channel(g, c)])
@@ -121,15 +109,10 @@ def emit_grad_offset_mask(
     """
     spec = kernel.spec
     buffers = Buffers.of(kernel, without=("total", "weight"))
-    if spec.softmax:
-        emit_softmax(kernel, buffers, mask)
-    emit_coordinates(kernel, buffers, offset)
-    emit_corners(kernel, buffers)
+    emit_points(kernel, buffers, offset, mask)
+    emit_index(kernel, buffers)
     if kernel.vector_loads:
-        vector_loads.emit_vector_index(kernel, buffers)
         vector_loads.emit_patch(kernel, buffers, x)
-    elif kernel.has_pixel_index:
-        emit_pixel_index(kernel, buffers)
     rows, columns = _emit_axis_weights(kernel, buffers)
     if kernel.vector_loads:
         dot = vector_loads.emit_dot(kernel, buffers, grad)

@@ -50,18 +50,13 @@ def emit_sampling(kernel: SamplingKernel, x: Any, offset: Any, mask: Any, out: A
         The function's arguments; offset and mask may be the same tensor.
     """
     buffers = Buffers.of(kernel)
-    if kernel.spec.softmax:
-        emit_softmax(kernel, buffers, mask)
-    emit_coordinates(kernel, buffers, offset)
-    emit_corners(kernel, buffers)
+    emit_points(kernel, buffers, offset, mask)
     emit_weights(kernel, buffers, mask)
+    emit_index(kernel, buffers)
     if kernel.vector_loads:
-        vector_loads.emit_vector_index(kernel, buffers)
         vector_loads.emit_patch(kernel, buffers, x)
         vector_loads.emit_sum(kernel, buffers)
     else:
-        if kernel.has_pixel_index:
-            scalar_loads.emit_pixel_index(kernel, buffers)
         scalar_loads.emit_sum(kernel, buffers, x)
     if kernel.center_feature:
         _emit_gate(kernel, buffers, mask)
@@ -76,7 +71,23 @@ def mask_at(kernel: SamplingKernel, mask: Any, at: Sequence[Any]) -> Any:
     return kernel.cast(mask[n, y, x, kernel.mask_start + g * int64(kernel.spec.points) + p])
 
 
-def emit_softmax(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
+def emit_points(kernel: SamplingKernel, buffers: Buffers, offset: Any, mask: Any) -> None:
+    """Compute the softmax of the mask, if any, sampling positions and first pixels."""
+    if kernel.spec.softmax:
+        _emit_softmax(kernel, buffers, mask)
+    _emit_coordinates(kernel, buffers, offset)
+    _emit_corners(kernel, buffers)
+
+
+def emit_index(kernel: SamplingKernel, buffers: Buffers) -> None:
+    """Compute the index of the first pixel of each point, where the kernel reads by one."""
+    if kernel.vector_loads:
+        vector_loads.emit_vector_index(kernel, buffers)
+    elif kernel.has_pixel_index:
+        scalar_loads.emit_pixel_index(kernel, buffers)
+
+
+def _emit_softmax(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
     """Compute the largest logit, the exponentials and their sum, for each group."""
     peak, groups, points = buffers.max_logit, kernel.group_extents, kernel.point_extents[-1]
     with block("softmax_max", kernel.point_extents, "SSSSR") as (*group, p):
@@ -101,7 +112,7 @@ def emit_softmax(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
     )
 
 
-def emit_coordinates(kernel: SamplingKernel, buffers: Buffers, offset: Any) -> None:
+def _emit_coordinates(kernel: SamplingKernel, buffers: Buffers, offset: Any) -> None:
     """Compute the sampling positions, relative to the anchors."""
     with block("coordinates", kernel.point_extents, "SSSSS") as at:
         n, y, x, g, p = at
@@ -112,7 +123,7 @@ def emit_coordinates(kernel: SamplingKernel, buffers: Buffers, offset: Any) -> N
         T.buffer_store(buffers.position_y, position_y, at)
 
 
-def emit_corners(kernel: SamplingKernel, buffers: Buffers) -> None:
+def _emit_corners(kernel: SamplingKernel, buffers: Buffers) -> None:
     """Compute the first of the four pixels of each point, relative to the anchors."""
     with block("corners", kernel.point_extents, "SSSSS") as at:
         _, y, x, *_ = place = tuple(at)

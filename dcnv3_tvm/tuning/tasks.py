@@ -13,6 +13,7 @@ from tvm.target import Target
 from dcnv3_tvm import schedules
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.compiler.compile import check_dtype
+from dcnv3_tvm.compiler.gradients import training_spec
 from dcnv3_tvm.compiler.kernel_listing import KernelArgument, called_kernels
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op import tensorir
@@ -208,12 +209,8 @@ def operator_task(spec: DCNv3Spec, target: Target) -> TuningTask:
     """
     if not spec.is_static:
         raise InvalidArgumentError("kernels are tuned for static shapes", got=spec.slug)
-    shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)
-    arguments = tuple(
-        KernelArgument(tuple(size or 0 for size in shape), spec.dtype) for shape in shapes
-    )
     kernel = tensorir.dcnv3(spec, vector_loads=is_gpu(target))
-    return TuningTask.of(kernel, arguments, 1, target)
+    return TuningTask.of(kernel, _operator_arguments(spec), 1, target)
 
 
 def gradient_tasks(spec: DCNv3Spec, target: Target) -> list[TuningTask]:
@@ -229,11 +226,8 @@ def gradient_tasks(spec: DCNv3Spec, target: Target) -> list[TuningTask]:
     target : tvm.target.Target
         Target to tune for.
     """
-    compiled = dataclasses.replace(spec, batch=None, height=None)
-    x, offset, mask, out = (
-        KernelArgument(tuple(size or 0 for size in shape), spec.dtype)
-        for shape in (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)
-    )
+    compiled = training_spec(spec)
+    x, offset, mask, out = _operator_arguments(spec)
     grad_x = KernelArgument(x.shape, spec.accumulate_dtype)
     return [
         TuningTask.of(
@@ -244,6 +238,12 @@ def gradient_tasks(spec: DCNv3Spec, target: Target) -> list[TuningTask]:
             (tensorir.dcnv3_grad_offset_mask, (x, offset, mask, out, offset, mask)),
         )
     ]
+
+
+def _operator_arguments(spec: DCNv3Spec) -> tuple[KernelArgument, ...]:
+    """Return x, offset, mask and the result of a static problem."""
+    shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape, spec.output_shape)
+    return tuple(KernelArgument(tuple(size or 0 for size in shape), spec.dtype) for shape in shapes)
 
 
 def merge_tasks(tasks: Iterable[TuningTask]) -> list[TuningTask]:
