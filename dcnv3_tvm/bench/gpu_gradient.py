@@ -117,12 +117,11 @@ def measure_gradients(spec: DCNv3Spec, context: GpuContext, seconds: float) -> C
     if extensions.DCNV3.import_failure is None:
         name, compute = extensions.DCNV3.name, extensions.dcnv3_backward(spec)
         builders[name] = functools.partial(backend, name, allowed, compute)
-    moved = 2 * spec.bytes - arguments[0].nbytes
     return context.compare(
         f"{spec.slug}-backward",
         builders,
         [torch.from_numpy(gradient).to(gpu.torch_device) for gradient in reference],
-        Roofline.of(2 * spec.flops, moved, context.peaks),
+        Roofline.of(spec.gradient_flops, spec.gradient_bytes, context.peaks),
         PLAN,
         flushes=FLUSHES,
     )

@@ -100,10 +100,10 @@ def operator_problem(spec: DCNv3Spec, seed: int = 0, *, backward: bool = False) 
     rng = np.random.default_rng(seed)
     shapes = (spec.input_shape, spec.offset_shape, spec.mask_shape)
     x_shape, offset_shape, mask_shape = (tuple(int(size or 0) for size in s) for s in shapes)
-    x = _aligned(rng.standard_normal(x_shape, np.float32))
+    x = aligned(rng.standard_normal(x_shape, np.float32))
     steps = int(OFFSET_SPREAD * _OFFSET_STEPS)
-    offset = _aligned((rng.integers(-steps, steps, offset_shape) + 0.5) / _OFFSET_STEPS)
-    mask = _aligned(rng.random(mask_shape, np.float32))
+    offset = aligned((rng.integers(-steps, steps, offset_shape) + 0.5) / _OFFSET_STEPS)
+    mask = aligned(rng.random(mask_shape, np.float32))
     reference = dcnv3_reference(x, offset, mask, spec)
     bound = operator_bound(spec, x, offset, mask, reference)
     problem = Problem(
@@ -118,7 +118,7 @@ def operator_problem(spec: DCNv3Spec, seed: int = 0, *, backward: bool = False) 
     )
     if not backward:
         return problem
-    grad = _aligned(rng.standard_normal(reference.shape, np.float32))
+    grad = aligned(rng.standard_normal(reference.shape, np.float32))
     gradients = dcnv3_gradients(grad, x, offset, mask, spec)
     bounds = gradient_bounds(spec, grad, x, offset, mask, gradients)
     errors = (
@@ -152,7 +152,7 @@ def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
     randomize_(model, seed)
     module = with_sampling(model)
     shape = (case.batch, 3, *case.size)
-    image = _aligned(np.random.default_rng(seed).standard_normal(shape, np.float32))
+    image = aligned(np.random.default_rng(seed).standard_normal(shape, np.float32))
     exact = torch_runner(
         copy.deepcopy(module).double(), {"image": image.astype(np.float64)}, torch.get_num_threads()
     )
@@ -174,7 +174,7 @@ def encoder_problem(case: EncoderCase, seed: int = 0) -> Problem:
     )
 
 
-def _aligned(values: Array) -> Array:
+def aligned(values: Array) -> Array:
     """Copy to float32 memory with PyTorch's alignment, so that no backend copies it again."""
     return torch.empty(values.shape).copy_(torch.from_numpy(values)).numpy()
 

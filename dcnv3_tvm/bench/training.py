@@ -16,7 +16,7 @@ from dcnv3_tvm import files, frontend
 from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.memory_worker import MemoryTask, run_worker
-from dcnv3_tvm.bench.problems import Problem, encoder_flops
+from dcnv3_tvm.bench.problems import Problem, aligned, encoder_flops
 from dcnv3_tvm.bench.runners import Array, BackendRunner, training_runner
 from dcnv3_tvm.verify.pytorch_reference import float32_sampling, with_sampling
 from dcnv3_tvm.verify.random_weights import randomize_
@@ -43,9 +43,9 @@ def training_problem(case: EncoderCase, seed: int = 0) -> Problem:
     """
     model = randomize_(frontend.create_model(case.variant).train().requires_grad_(), seed)
     rng = np.random.default_rng(seed)
-    image = rng.standard_normal((case.batch, 3, *case.size), np.float32)
+    image = aligned(rng.standard_normal((case.batch, 3, *case.size), np.float32))
     inputs: dict[str, Array] = {
-        "image": torch.empty(image.shape).copy_(torch.from_numpy(image)).numpy(),
+        "image": image,
         "label": rng.integers(model.config.num_classes, size=case.batch),
     }
     recomputing = copy.deepcopy(model)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from dcnv3_tvm.dtypes import numpy_dtype
@@ -15,6 +16,16 @@ from dcnv3_tvm.spec import DCNv3Spec
 # Below, at and above the vector widths; powers of two, primes and others.
 _GROUP_CHANNELS = (1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 20, 32, 37, 48, 67)
 _WIDE = 1000
+
+ONE_DRAW = settings(
+    max_examples=1,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=[Phase.generate],  # shrinking many compilations at a time takes too long
+    suppress_health_check=list(HealthCheck),
+)
+"""Settings of tests that draw all of their problems at once, to compile them together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,3 +106,18 @@ def _static(shape: tuple[int | None, ...]) -> tuple[int, ...]:
     if None in shape:
         raise ValueError(f"the problem is symbolic: {shape}")
     return tuple(size for size in shape if size is not None)
+
+
+def large_inputs() -> tuple[DCNv3Spec, Inputs]:
+    """Return a float16 problem of more than 2**31 elements, and inputs that sample its corners.
+
+    Most of the image is untouched zero pages, which take no memory.
+    """
+    spec = DCNv3Spec.of((2, 5000, 3400, 64), group=2, stride=(4900, 3300), dtype="float16")
+    small = random_inputs(dataclasses.replace(spec, height=104, width=104, stride=(100, 100)))
+    x = np.zeros(_static(spec.input_shape), np.float16)
+    rng = np.random.default_rng(5)
+    for rows in (slice(0, 4), slice(4890, 4910)):
+        for cols in (slice(0, 4), slice(3290, 3310)):
+            x[:, rows, cols] = rng.standard_normal(x[:, rows, cols].shape)
+    return spec, Inputs(x, small.offset / np.float16(20), small.mask)

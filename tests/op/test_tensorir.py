@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import tvm
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tvm.ir import IRModule
 
@@ -19,7 +19,7 @@ from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.tolerances import operator_bound
 from helpers.operator import check, run
-from helpers.specs import Inputs, random_inputs, specs
+from helpers.specs import ONE_DRAW, Inputs, large_inputs, random_inputs, specs
 from helpers.structure import block_names
 
 
@@ -35,14 +35,7 @@ def compile_kernels(kernels):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
-@settings(
-    max_examples=1,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.generate],  # shrinking 12 compilations at a time takes too long
-    suppress_health_check=list(HealthCheck),
-)
+@ONE_DRAW
 @given(data=st.data())
 def test_random_problems(dtype, data):
     """12 problems per dtype; every second one with softmax uses the packed kernel."""
@@ -124,22 +117,14 @@ def test_reads_stay_inside_the_image(size, static, dtype):
 
 
 def test_more_than_2_to_31_elements():
-    """Most of the image is untouched zero pages, which take no memory."""
-    spec = DCNv3Spec.of((2, 5000, 3400, 64), group=2, stride=(4900, 3300), dtype="float16")
-    assert np.prod(spec.input_shape) > 2**31
+    spec, inputs = large_inputs()
+    assert inputs.x.size > 2**31
     (kernel,) = compile_kernels([tensorir.dcnv3(spec)])
-    inputs = random_inputs(dataclasses.replace(spec, height=104, width=104, stride=(100, 100)))
-    x = np.zeros(spec.input_shape, np.float16)
-    rng = np.random.default_rng(5)
-    for rows in (slice(0, 4), slice(4890, 4910)):
-        for cols in (slice(0, 4), slice(3290, 3310)):
-            x[:, rows, cols] = rng.standard_normal(x[:, rows, cols].shape)
-    large = Inputs(x, inputs.offset / np.float16(20), inputs.mask)
-    out = run(kernel, spec, large)
-    reference = dcnv3_loops(large.x, large.offset, large.mask, spec)
+    out = run(kernel, spec, inputs)
+    reference = dcnv3_loops(inputs.x, inputs.offset, inputs.mask, spec)
     assert np.abs(reference[1, -1, -1]).min() > 0
-    window = x[:, :4, :4]
-    bound = operator_bound(spec, window, large.offset, large.mask, reference)
+    window = inputs.x[:, :4, :4]
+    bound = operator_bound(spec, window, inputs.offset, inputs.mask, reference)
     assert np.all(np.abs(out - reference) <= 2 * bound)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tvm import s_tir, tirx
 
@@ -19,7 +19,7 @@ from dcnv3_tvm.targets import resolve_target
 from helpers import operator
 from helpers.gpu_kernels import gemm
 from helpers.operator import check
-from helpers.specs import Inputs, random_inputs, specs
+from helpers.specs import ONE_DRAW, Inputs, random_inputs, specs
 from helpers.structure import buffer_scopes, nodes
 
 TARGET = resolve_target("cuda-sm90")
@@ -57,14 +57,7 @@ def gate_for(spec, inputs):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@settings(
-    max_examples=1,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+@ONE_DRAW
 @given(data=st.data())
 def test_random_problems(run_together, dtype, data):
     """Odd sizes, strides and channels; every second problem with softmax uses the packed kernel."""

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tvm import s_tir
 
@@ -15,7 +15,7 @@ from dcnv3_tvm.schedules.space import DecisionError
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from helpers.gradients import check_gradients, result_gradient
-from helpers.specs import Inputs, random_inputs, specs
+from helpers.specs import ONE_DRAW, Inputs, random_inputs, specs
 
 TARGET = resolve_target("cuda-sm90")
 KINDS = ("dcnv3_grad_x", "dcnv3_grad_offset_mask")
@@ -61,14 +61,7 @@ def check_problems(gpu, problems, decisions=None, compiled=None):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@settings(
-    max_examples=1,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+@ONE_DRAW
 @given(data=st.data())
 def test_random_problems(gpu, dtype, data):
     drawn = data.draw(
