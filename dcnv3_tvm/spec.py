@@ -365,7 +365,12 @@ class DCNv3Spec(DCNv3Params):
         Four corners for every point and channel; coordinate arithmetic, shared by the channels of
         a group, is not counted.
         """
-        return 2 * 4 * self.points * self._elements(self.output_shape)
+        return self.flops_per_output * self._elements(self.output_shape)
+
+    @property
+    def flops_per_output(self) -> int:
+        """Operations as in `flops` for an element of the result, also with dynamic sizes."""
+        return 2 * 4 * self.points
 
     @functools.cached_property
     def bytes(self) -> int:

@@ -16,16 +16,11 @@ from dcnv3_tvm.bench.cpu_peaks import measure_peaks
 from dcnv3_tvm.bench.gpu_models import GpuModel
 from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.measure import median_of_bursts
-from dcnv3_tvm.bench.roofline import (
-    MATMUL_KINDS,
-    Peaks,
-    kernel_bytes,
-    kernel_flops,
-    kernel_roofline,
-)
+from dcnv3_tvm.bench.roofline import Peaks, kernel_bytes, kernel_flops, kernel_roofline
 from dcnv3_tvm.bench.runners import Array
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument, model_kernels
+from dcnv3_tvm.compiler.kernel_work import MATMUL_KINDS
 from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.verify.placeholder_weights import placeholder_model

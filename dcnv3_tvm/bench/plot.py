@@ -6,7 +6,8 @@ import os
 from typing import Final
 
 from dcnv3_tvm.bench.report import CaseResult, Report
-from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.plotting import new_figure, save_figure
 
 _WIDTH: Final = 9.0
 _BAR: Final = 0.32
@@ -29,22 +30,14 @@ def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
     InvalidArgumentError
         If the file cannot be written, or no backend was timed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the plot needs matplotlib, which is not installed",
-            hint="Run: pip install 'dcnv3-tvm[bench]'",
-        ) from error
     cases = [case for case in report.cases if _timed(case)]
     if not cases:
         raise InvalidArgumentError("nothing to plot: no backend was timed")
     names = list(dict.fromkeys(name for case in cases for name in _timed(case)))
     lines = sum(len(_timed(case)) + 1 for case in cases)
-    figure = Figure(figsize=(_WIDTH, 1.8 + _BAR * lines), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure((_WIDTH, 1.8 + _BAR * lines), extra="bench")
+    from matplotlib.patches import Patch
+
     axes = figure.subplots()
     position, ticks = 0.0, []
     for case in cases:
@@ -71,10 +64,7 @@ def save_plot(report: Report, path: str | os.PathLike[str]) -> None:
     machine = report.provenance
     title = f"{machine.cpu}, {machine.threads} threads, {machine.date[:10]}"
     axes.set_title(title, fontsize="medium")
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError("cannot write the plot", got=error) from error
+    save_figure(figure, path)
 
 
 def _timed(case: CaseResult) -> dict[str, tuple[float, float, float]]:

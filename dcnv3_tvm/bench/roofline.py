@@ -11,16 +11,8 @@ import math
 from typing import Final
 
 from dcnv3_tvm.compiler.kernel_listing import Kernel
+from dcnv3_tvm.compiler.kernel_work import MATMUL_KINDS, flops_per_output
 from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.kernels import gemm, mlp, tile_convolution, tile_matmul
-from dcnv3_tvm.op.tensorir import spec_of
-from dcnv3_tvm.transform.gpu_padding import depth_multiple
-
-MATMUL_KINDS: Final = (
-    *("matmul", "convolution", tile_matmul.KERNEL, tile_convolution.KERNEL),
-    *(gemm.KERNEL, mlp.KERNEL),
-)
-"""Kinds of kernels whose operations run at the matmul rate of their weights' dtype."""
 
 CPU_RATES: Final = {"float32": 1.0, "bfloat16": 2.0}
 """Matmul rates of a CPU by dtype, relative to the float32 rate that is measured.
@@ -99,39 +91,5 @@ def kernel_bytes(kernel: Kernel) -> int:
 
 
 def kernel_flops(kernel: Kernel) -> int:
-    """Count the multiplications and additions of one call of a kernel, without padding.
-
-    The sampling counts as in `DCNv3Spec.flops`. Kernels of other kinds are bound by memory and
-    count zero.
-    """
-    elements = math.prod(kernel.outputs[0].shape)
-    if kernel.kind in ("matmul", tile_matmul.KERNEL):
-        return 2 * elements * kernel.inputs[0].shape[-1]
-    if kernel.kind == "convolution":
-        # The weight is (tiles, kh, kw, ...).
-        return 2 * elements * math.prod(kernel.inputs[1].shape[1:3]) * kernel.inputs[0].shape[-1]
-    if kernel.kind == tile_convolution.KERNEL:
-        # The weight is (columns of blocks, kh * 3, ...), and windows are square.
-        side = kernel.inputs[1].shape[1] // tile_convolution.PRODUCTS
-        return 2 * elements * side**2 * kernel.inputs[0].shape[-1]
-    if kernel.kind == gemm.KERNEL:
-        return 2 * elements * _gemm_depth(kernel)
-    if kernel.kind == mlp.KERNEL:
-        # The weights have one row per hidden column and per output column.
-        rows, hidden = elements // kernel.outputs[0].shape[-1], kernel.inputs[1].shape[0]
-        return 2 * rows * hidden * (kernel.inputs[0].shape[-1] + kernel.outputs[0].shape[-1])
-    if kernel.kind == "depthwise":
-        return 2 * elements * math.prod(kernel.inputs[1].shape[:2])
-    if kernel.kind.startswith("dcnv3"):
-        return spec_of(kernel.function).flops
-    return 0
-
-
-def _gemm_depth(kernel: Kernel) -> int:
-    """Return the reduction length of a GEMM or implicit-GEMM convolution with a square window."""
-    x, weight = kernel.inputs[:2]
-    # Packing transposes float32 weights.
-    channels, padded = x.shape[-1], weight.shape[0 if weight.dtype == gemm.ACCUMULATOR else -1]
-    if gemm.round_up(channels, depth_multiple(channels)) == padded:
-        return channels
-    return channels * math.isqrt(padded // channels) ** 2
+    """Count the multiplications and additions of one call of a kernel, without padding."""
+    return round(math.prod(kernel.outputs[0].shape) * flops_per_output(kernel))

@@ -31,6 +31,7 @@ VERBS: Final = (
     "records",
     "worker",
     "bench",
+    "profile",
     "extensions",
     "info",
     "env",

@@ -16,6 +16,7 @@ from dcnv3_tvm.compiler import artifact, pipeline
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
 from dcnv3_tvm.compiler.kernel_checks import UNCHECKED_KERNELS
+from dcnv3_tvm.compiler.kernel_work import module_work
 from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
 from dcnv3_tvm.imported_model import ImportedModel
@@ -153,6 +154,7 @@ def compile_artifact(
     if on_phase is not None:
         on_phase("build")
     planned, activation_bytes = pipeline.plan_memory(program, resolved)
+    rules = {name: found.rule for name, found in kernels.items()}
     metadata = ArtifactMetadata(
         name=imported.name,
         entries=program.entries,
@@ -161,7 +163,8 @@ def compile_artifact(
         config=imported.config,
         preprocessing=imported.preprocessing,
         labels=imported.labels,
-        kernels={name: found.rule for name, found in kernels.items()},
+        kernels=rules,
+        work=module_work(program.module, rules),
         records={name: found.record for name, found in kernels.items() if found.record},
         records_from={} if records is None else dataclasses.asdict(records.about),
         activation_bytes=activation_bytes,

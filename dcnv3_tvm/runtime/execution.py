@@ -6,12 +6,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.runtime import profile
 from dcnv3_tvm.runtime.arguments import Arguments
 from dcnv3_tvm.runtime.call_threads import Contexts, closed_error
 from dcnv3_tvm.runtime.cuda import Gpu
+from dcnv3_tvm.runtime.metadata import ArtifactMetadata
 
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
-"""Functions by entry, which take the inputs; for one call at a time."""
+"""Functions by entry, which take the inputs, and `profile.SET_INSTRUMENT`; one call at a time."""
 
 
 class Execution(Protocol):
@@ -19,6 +22,11 @@ class Execution(Protocol):
 
     def run(self, entry: str, arguments: Arguments, threads: int) -> Any:
         """Return what the function of an entry returns: TVM tensors."""
+
+    def profile(
+        self, metadata: ArtifactMetadata, arguments: Arguments, *, calls: int, threads: int
+    ) -> profile.Profile:
+        """Time the kernels of the entry ``"main"``."""
 
     def close(self) -> None:
         """Release the functions; later calls raise an `InvalidArgumentError`."""
@@ -39,6 +47,21 @@ class CpuExecution:
     def run(self, entry: str, arguments: Arguments, threads: int) -> Any:  # noqa: D102
         inputs = arguments.to_kernel([])
         return self._workers.run(lambda functions: functions[entry](*inputs), threads)
+
+    def profile(  # noqa: D102
+        self, metadata: ArtifactMetadata, arguments: Arguments, *, calls: int, threads: int
+    ) -> profile.Profile:
+        inputs = arguments.to_kernel([])
+        return self._workers.run(
+            lambda functions: profile.profile(
+                lambda: functions["main"](*inputs),
+                functions[profile.SET_INSTRUMENT],
+                metadata,
+                calls=calls,
+                threads=threads,
+            ),
+            threads,
+        )
 
     def close(self) -> None:  # noqa: D102
         self._workers.close()
@@ -67,6 +90,20 @@ class GpuExecution:
             if self._functions is None:
                 raise closed_error()
             return self._functions[entry](*arguments.to_kernel(self._buffers))
+
+    def profile(  # noqa: D102
+        self,
+        metadata: ArtifactMetadata,  # noqa: ARG002
+        arguments: Arguments,  # noqa: ARG002
+        *,
+        calls: int,  # noqa: ARG002
+        threads: int,  # noqa: ARG002
+    ) -> profile.Profile:
+        raise InvalidArgumentError(
+            "kernels are timed on the CPU only",
+            got=f"a model on {self._gpu.name}",
+            hint="On a GPU, use NVIDIA's profiler: nsys profile dcnv3-tvm run ARTIFACT IMAGE",
+        )
 
     def close(self) -> None:  # noqa: D102
         with self._lock:

@@ -61,6 +61,22 @@ class TargetInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class KernelWork:
+    """Operations of a kernel.
+
+    Parameters
+    ----------
+    flops_per_output : float
+        Multiplications and additions for an element of the result; 0 if memory bounds the kernel.
+    matmul : bool
+        Whether they run at the matmul rate of the second argument's element type, else in float32.
+    """
+
+    flops_per_output: float
+    matmul: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class ArtifactMetadata:
     """Metadata of an artifact.
 
@@ -84,6 +100,8 @@ class ArtifactMetadata:
         Versions of ``dcnv3_tvm``, ``tvm`` and ``tvm_ffi`` it was compiled with.
     kernels : dict of str to str
         Schedule rule that was applied to each kernel.
+    work : dict of str to KernelWork
+        Operations of each kernel; empty in artifacts of earlier versions.
     activation_bytes : dict of str to int
         Memory for intermediate results of a call, by entry; entries with dynamic shapes are left
         out.
@@ -109,6 +127,7 @@ class ArtifactMetadata:
     labels: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
+    work: dict[str, KernelWork] = dataclasses.field(default_factory=dict)
     activation_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
     records: dict[str, str] = dataclasses.field(default_factory=dict)
     records_from: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -162,6 +181,7 @@ class ArtifactMetadata:
             "entries": {name: entry.to_json() for name, entry in self.entries.items()},
             "feature_info": self.feature_info,
             "kernels": self.kernels,
+            "work": {name: dataclasses.asdict(work) for name, work in self.work.items()},
             "activation_bytes": self.activation_bytes,
             "records": self.records,
             "records_from": self.records_from,

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,7 +24,10 @@ from dcnv3_tvm.runtime.metadata import (
     ArtifactMetadata,
 )
 from dcnv3_tvm.runtime.open_image import Source
+from dcnv3_tvm.runtime.profile import SET_INSTRUMENT, Profile
 from dcnv3_tvm.signature import Entry
+
+_MAX_CALLS: Final = 10_000
 
 
 class CompiledModel:
@@ -132,6 +135,36 @@ class CompiledModel:
                 "features_only=True).",
             )
         return self._run(name, inputs, named)
+
+    def profile(self, *inputs: Any, calls: int = 10, **named: Any) -> Profile:
+        """Time the kernels within calls of the model, on the CPU.
+
+        Whole calls alternate with calls in which the virtual machine reports each kernel, which
+        takes some 10 us more a kernel. Other calls of the model may run meanwhile.
+
+        Parameters
+        ----------
+        *inputs, **named : numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
+            As in a call.
+        calls : int
+            Number of calls to measure, after two that do not count.
+
+        Raises
+        ------
+        InvalidArgumentError
+            As in a call, and if the model is on a GPU.
+        """
+        calls = checks.integer("calls", calls, low=1, high=_MAX_CALLS)
+        entry = self._entry("main")
+        arguments = Arguments(in_order(inputs, named, entry.inputs), entry.inputs, self._gpu)
+        try:
+            return self._execution.profile(
+                self.metadata, arguments, calls=calls, threads=self.threads
+            )
+        except DCNv3Error:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise self._failure(error, "main") from error
 
     def output_names(self, entry: str = "main") -> list[str]:
         """Return the names of an entry's outputs."""
@@ -278,7 +311,7 @@ def _load_again(
 
 def _functions(machine: Any, weights: dict[str, Any], metadata: ArtifactMetadata) -> Functions:
     """Return the functions of a virtual machine, bound to their weights."""
-    functions = {}
+    functions = {SET_INSTRUMENT: machine[SET_INSTRUMENT]}
     for name, entry in metadata.entries.items():
         try:
             function = machine[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm.errors import MissingDependencyError
+from dcnv3_tvm.plotting import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,6 +13,7 @@ _LABELLED: Final = 12
 """Kernels with a label of their own; the others are drawn together."""
 
 _LABEL_LENGTH: Final = 60
+_SIZE: Final = (11.0, 6.0)
 
 
 def plot_progress(summary: dict[str, Any]) -> Figure:
@@ -23,7 +24,7 @@ def plot_progress(summary: dict[str, Any]) -> Figure:
     MissingDependencyError
         If matplotlib is not installed.
     """
-    figure = _figure()
+    figure = new_figure(_SIZE, extra="tune")
     axes = figure.subplots()
     for kernel in summary["kernels"][:_LABELLED]:
         ratios = [seconds / kernel["default_seconds"] for seconds in kernel["curve"]]
@@ -44,7 +45,7 @@ def plot_shares(summary: dict[str, Any]) -> Figure:
     MissingDependencyError
         If matplotlib is not installed.
     """
-    figure = _figure()
+    figure = new_figure(_SIZE, extra="tune")
     axes = figure.subplots()
     bottoms = [0.0, 0.0]
     labelled, others = summary["kernels"][:_LABELLED], summary["kernels"][_LABELLED:]
@@ -61,19 +62,6 @@ def plot_shares(summary: dict[str, Any]) -> Figure:
     axes.set_ylabel("time of all calls (ms)")
     axes.set_title(_title(summary))
     figure.legend(loc="outside right upper", fontsize="x-small", reverse=True)
-    return figure
-
-
-def _figure() -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "matplotlib is not installed", hint="Run: pip install 'dcnv3-tvm[tune]'"
-        ) from error
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 

@@ -168,7 +168,7 @@ def test_plot(correct, wrong, tmp_path):
     assert "<svg" in text
     with pytest.raises(InvalidArgumentError, match="nothing to plot"):
         save_plot(report(wrong[0]), tmp_path / "none.svg")
-    with pytest.raises(InvalidArgumentError, match="cannot write the plot"):
+    with pytest.raises(InvalidArgumentError, match="the picture cannot be written"):
         save_plot(report(correct), tmp_path / "nowhere" / "bars.svg")
 
 

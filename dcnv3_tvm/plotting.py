@@ -1,0 +1,53 @@
+"""Figures of matplotlib, which is an optional dependency."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(size: tuple[float, float], *, extra: str) -> Figure:
+    """Return an empty figure that needs no display.
+
+    Parameters
+    ----------
+    size : (float, float)
+        Width and height in inches.
+    extra : str
+        Extra of this package that installs matplotlib for the caller.
+
+    Raises
+    ------
+    MissingDependencyError
+        If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the picture needs matplotlib, which is not installed",
+            hint=f"Run: pip install 'dcnv3-tvm[{extra}]'",
+        ) from error
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure to a file, whose suffix selects the format.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the file cannot be written.
+    """
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError("the picture cannot be written", got=error) from error
