@@ -48,8 +48,11 @@ ARGUMENTS = {
     "tune_operator.py": ["work"],
 }
 
-TESTED_ELSEWHERE = ["digits.py", "fine_tune.py", "train_digits.py"]
-"""By test_digits_examples.py, without compiling the trained models."""
+TESTED_ELSEWHERE = [
+    *("digits.py", "fine_tune.py", "train_digits.py"),
+    *("make_notebooks.py", "operator_step_by_step.py"),
+]
+"""By test_digits_examples.py, without compiling the trained models, and by test_tutorial.py."""
 
 
 def test_every_example_is_listed():
