@@ -32,6 +32,7 @@ notebooks = load(EXAMPLES / "make_notebooks.py")
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Execute a source elsewhere, without windows and without changing PyTorch's settings."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(notebooks, "DOTS_PER_INCH", 20)
     plt.switch_backend("Agg")
 
     def execute(name: str, parameters: dict):
