@@ -142,7 +142,7 @@ maps = to_channels_first(offset)[0]
 g, k = 0, 4  # the middle point of the kernel in group 0
 channel = (g * K + k) * 2
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-for plot, name, values in zip(axes, ("Δx", "Δy"), maps[channel : channel + 2], strict=False):
+for plot, name, values in zip(axes[:2], ("Δx", "Δy"), maps[channel : channel + 2], strict=True):
     drawn = plot.imshow(values, cmap="RdBu_r", vmin=-2, vmax=2)
     plot.set_title(f"channel {channel + 'xy'.index(name[1])}: {name} of point 4")
 figure.colorbar(drawn, ax=axes[:2], shrink=0.7, label="pixels")
