@@ -65,6 +65,10 @@ class DCNv3Error(Exception):
         return functools.partial(type(self), **details), (self.problem,)
 
 
+class DCNv3Warning(UserWarning):
+    """Something was done in another way than asked for."""
+
+
 class InvalidArgumentError(DCNv3Error, ValueError):
     """An argument has an invalid value, shape, layout or dtype."""
 

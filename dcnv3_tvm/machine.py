@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 _CPUINFO: Final = Path("/proc/cpuinfo")
 _TOPOLOGY: Final = "/sys/devices/system/cpu/cpu{index}/topology/thread_siblings_list"
@@ -80,6 +80,7 @@ AMX_FEATURES: Final = frozenset({"amx-bf16", "amx-tile"})
 """LLVM's names of the features of AMX that compiled code uses."""
 
 _ARCH_PRCTL: Final = 158
+_GET_XCOMP_SUPP: Final = 0x1021
 _REQ_XCOMP_PERM: Final = 0x1023
 _XTILEDATA: Final = 18
 
@@ -134,11 +135,25 @@ def enable_amx() -> bool:
 
     It is the process's, and a forked child's. Without it, the first use ends the process.
     """
+    return _arch_prctl(_REQ_XCOMP_PERM, _XTILEDATA)
+
+
+@functools.cache
+def offers_amx() -> bool:
+    """Return whether Linux offers AMX's tile registers, without asking for the permission."""
+    states = ctypes.c_uint64()
+    return _arch_prctl(_GET_XCOMP_SUPP, ctypes.byref(states)) and bool(
+        states.value >> _XTILEDATA & 1
+    )
+
+
+def _arch_prctl(code: int, argument: Any) -> bool:
+    """Call Linux's ``arch_prctl``; return whether it succeeds."""
     try:
         system = ctypes.CDLL(None).syscall
     except (OSError, TypeError, AttributeError):
         return False
-    return architecture() == "x86_64" and system(_ARCH_PRCTL, _REQ_XCOMP_PERM, _XTILEDATA) == 0
+    return architecture() == "x86_64" and system(_ARCH_PRCTL, code, argument) == 0
 
 
 def usable_cores() -> set[int]:

@@ -185,8 +185,9 @@ def vector_bits(target: Target) -> int:
 def has_bfloat16_dot(target: Target) -> bool:
     """Whether a CPU target has dot products of bfloat16 pairs (AVX512-BF16) that are fast.
 
-    Those of Intel's processors since Sapphire Rapids, which have AMX instead, are not: matmuls with
-    them ran at half the rate of float32 on Emerald Rapids. Their AVX512-FP16 tells them apart.
+    Those of Intel's processors since Sapphire Rapids, which have AMX instead, are not: on Emerald
+    Rapids, ``vdpbf16ps`` does half the operations per second of float32's ``vfmadd231ps``. Their
+    AVX512-FP16 tells them apart. On Cooper Lake, Intel published 1.8 times the speed of float32.
     """
     features = target_features(target)
     return "avx512bf16" in features and "avx512fp16" not in features
@@ -247,11 +248,14 @@ def _gpu_arch(config: Mapping[str, Any]) -> str:
 
 
 def _host_config() -> dict[str, Any]:
-    """Return this machine's processor, without features that a virtual machine hides."""
+    """Return this machine's processor, without features that its system hides or denies."""
     from tvm.target import Target
 
     config: dict[str, Any] = {"kind": "llvm", "mcpu": host_cpu()}
-    hidden = machine.missing_features(target_features(Target(config)))
+    features = target_features(Target(config))
+    hidden = machine.missing_features(features)
+    if features >= machine.AMX_FEATURES and not machine.offers_amx():
+        hidden = sorted(machine.AMX_FEATURES.union(hidden))
     return config | {"mattr": [f"-{name}" for name in hidden]} if hidden else config
 
 

@@ -1,7 +1,7 @@
 import pytest
 from tvm.target import Target
 
-from dcnv3_tvm import gpu, machine
+from dcnv3_tvm import gpu, machine, targets
 from dcnv3_tvm.errors import TargetError
 from dcnv3_tvm.targets import (
     gpu_architecture,
@@ -35,6 +35,17 @@ def test_features_that_a_virtual_machine_hides(monkeypatch):
     assert f"-{hidden}" in target.attrs["mattr"]
     assert machine.missing_features(target_features(target)) == []
     assert target_slug(target) == f"cpu-{host_cpu()}"
+
+
+@pytest.mark.parametrize("offered", [True, False])
+def test_amx_that_the_system_denies(monkeypatch, offered):
+    named = target_features(resolve_target("cpu-sapphirerapids"))
+    monkeypatch.setattr(targets, "host_cpu", lambda: "sapphirerapids")
+    monkeypatch.setattr(machine, "cpu_features", lambda: named)
+    monkeypatch.setattr(machine, "offers_amx", lambda: offered)
+    assert has_amx(resolve_target("auto")) == offered
+    assert has_fast_bfloat16(resolve_target("auto")) == offered
+    assert has_amx(resolve_target("cpu-sapphirerapids"))  # For another machine.
 
 
 @pytest.mark.parametrize(

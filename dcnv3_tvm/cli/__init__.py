@@ -12,8 +12,9 @@ import importlib
 import importlib.metadata
 import json
 import signal
-from collections.abc import Sequence
-from typing import Final, Protocol, cast
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Final, Protocol, TextIO, cast
 
 from dcnv3_tvm import errors
 from dcnv3_tvm.cli.arguments import Parser, in_options
@@ -87,7 +88,8 @@ def _run(argv: Sequence[str] | None, received: Sequence[int]) -> int:
     arguments = parser(verbs).parse_args(argv)
     program = f"dcnv3-tvm {arguments.verb}"
     try:
-        result = _execute(verbs[arguments.verb], arguments, program)
+        with _warnings_as_messages(program):
+            result = _execute(verbs[arguments.verb], arguments, program)
         if result.data is None:
             return 0 if result.ok else 1
         if arguments.json in (True, _STDOUT):
@@ -116,6 +118,29 @@ def _execute(verb: _Verb, arguments: argparse.Namespace, program: str) -> Result
                 hint="Run: pip install 'dcnv3-tvm[torch]'",
             ) from error
         raise
+
+
+@contextlib.contextmanager
+def _warnings_as_messages(program: str) -> Iterator[None]:
+    """Report this library's warnings like its errors, without a line of source code."""
+    default = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, errors.DCNv3Warning):
+            report(f"{program}: warning: {message}")
+        else:
+            default(message, category, filename, lineno, file, line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _load(name: str) -> _Verb:

@@ -37,7 +37,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     """Explain the schedule of each kernel of a model."""
     from dcnv3_tvm import frontend, schedules, targets
     from dcnv3_tvm.bench.cases import encoder_case
-    from dcnv3_tvm.compiler.compile import check_dtype
+    from dcnv3_tvm.compiler.compile import effective_dtype
     from dcnv3_tvm.compiler.cuda.assembler_report import report
     from dcnv3_tvm.compiler.explain import launch, verdicts
     from dcnv3_tvm.compiler.kernel_listing import model_kernels
@@ -53,7 +53,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             got=f"--target {targets.target_slug(target)}",
             allowed="--target cuda-sm90 and the like",
         )
-    check_dtype(arguments.dtype, target)
+    dtype = effective_dtype(arguments.dtype, target)
     image_shape(arguments, model_config(arguments.model).resolution)  # Raises if it is too large.
     case = encoder_case(arguments.model, batch=arguments.batch, size=arguments.size)
     imported = frontend.import_model(
@@ -63,7 +63,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     )
     rows: list[dict[str, Any]] = []
     scheduled = []
-    for kernel in model_kernels(imported, target, dtype=arguments.dtype, scheduled=False):
+    for kernel in model_kernels(imported, target, dtype=dtype, scheduled=False):
         found = schedules.apply_rules(kernel.function, target)
         row: dict[str, Any] = {
             "kernel": kernel.name,

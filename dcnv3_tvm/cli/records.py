@@ -134,12 +134,12 @@ def _show(arguments: argparse.Namespace) -> Result:
 
 def _check(arguments: argparse.Namespace) -> Result:
     from dcnv3_tvm import schedules, targets
-    from dcnv3_tvm.compiler.compile import check_dtype
+    from dcnv3_tvm.compiler.compile import effective_dtype
     from dcnv3_tvm.tuning.tasks import model_tasks
 
     records = _read(arguments.records)
     target = targets.resolve_target(records.about.target)
-    check_dtype(arguments.dtype, target)
+    dtype = effective_dtype(arguments.dtype, target)
     imported = import_model(arguments.model, arguments)
     rows = [
         {
@@ -147,7 +147,7 @@ def _check(arguments: argparse.Namespace) -> Result:
             "calls": task.calls,
             "record": schedules.schedule_by_record(task.function, target, records).record,
         }
-        for task in model_tasks(imported, target, arguments.dtype)
+        for task in model_tasks(imported, target, dtype)
     ]
     invalid = [row for row in rows if row["record"] not in (schedules.HIT, schedules.MISS)]
     hits = sum(row["record"] == schedules.HIT for row in rows)

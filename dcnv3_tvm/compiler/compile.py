@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +19,11 @@ from dcnv3_tvm.compiler.cuda.export import export_executable
 from dcnv3_tvm.compiler.kernel_checks import UNCHECKED_KERNELS
 from dcnv3_tvm.compiler.kernel_work import module_work
 from dcnv3_tvm.compiler.target_info import target_info
-from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
+from dcnv3_tvm.errors import CompileError, DCNv3Warning, InvalidArgumentError, TargetError
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.runtime import CompiledModel, load
 from dcnv3_tvm.runtime.loading import check_amx, check_target
-from dcnv3_tvm.runtime.metadata import ArtifactMetadata
+from dcnv3_tvm.runtime.metadata import AMX_RULE, ArtifactMetadata
 from dcnv3_tvm.schedules.records import find_records
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -51,8 +52,9 @@ def compile_model(
         ``"cuda-sm90"`` and ``"llvm -mcpu=..."`` name one.
     dtype : str
         Element type of the matmul operands: ``"float32"``; on GPUs also ``"float16"`` and
-        ``"bfloat16"``; on CPUs with AMX, or with the fast ``avx512_bf16`` of AMD's Zen 4 and
-        later, also ``"bfloat16"``. Inputs and outputs are float32.
+        ``"bfloat16"``; on CPUs with AMX, or with the fast ``avx512_bf16`` of AMD's Zen 4 and later
+        and of Cooper Lake, also ``"bfloat16"``, which stands for float32 on other CPUs, with a
+        warning. Inputs and outputs are float32.
     database : str or path
         Tuning records to schedule kernels with: ``"default"`` for those shipped with this package,
         ``"none"``, or a folder written by `dcnv3-tvm tune`.
@@ -83,8 +85,9 @@ def compile_model(
     """
     # Loading checks the target as well, but after minutes of compilation.
     resolved = targets.resolve_target(target)
-    check_target(target_info(resolved))
-    if dtype == "bfloat16" and targets.has_amx(resolved):
+    amx = dtype == "bfloat16" and targets.has_amx(resolved)
+    check_target(target_info(resolved, amx=amx))
+    if amx:
         check_amx()
     folder = files.temporary_folder()
     destination = Path(folder.name) / "artifact"
@@ -141,7 +144,7 @@ def compile_artifact(
         )
     resolved = targets.resolve_target(target)
     check_buildable(resolved)
-    check_dtype(dtype, resolved)
+    dtype = effective_dtype(dtype, resolved)
     records = find_records(resolved, database)
     program, kernels = pipeline.run_pipeline(
         imported,
@@ -158,7 +161,7 @@ def compile_artifact(
     metadata = ArtifactMetadata(
         name=imported.name,
         entries=program.entries,
-        target=target_info(resolved),
+        target=target_info(resolved, amx=AMX_RULE in rules.values()),
         dtype=dtype,
         config=imported.config,
         preprocessing=imported.preprocessing,
@@ -211,22 +214,45 @@ def check_dtype(dtype: str, target: tvm.target.Target) -> None:
         raise InvalidArgumentError(
             "models cannot be compiled for this dtype", got=repr(dtype), allowed=", ".join(DTYPES)
         )
-    if targets.is_gpu(target) or dtype == "float32":
-        return
-    if dtype == "float16":
+    if dtype == "float16" and not targets.is_gpu(target):
         raise TargetError(
             "float16 is not supported on CPUs",
             got=targets.target_slug(target),
             allowed="float32 and bfloat16 on CPUs; float16 on GPUs, such as cuda-sm90",
         )
-    if not targets.has_fast_bfloat16(target):
-        raise TargetError(
-            "bfloat16 is not supported by the target, or slower than float32 there",
-            got=targets.target_slug(target),
-            allowed="a GPU, a CPU with AMX (cpu-sapphirerapids and later), or one with fast dot "
-            "products of bfloat16 (cpu-znver4, cpu-znver5, cpu-cooperlake)",
-            hint='Compile with dtype="float32".',
-        )
+
+
+def effective_dtype(dtype: str, target: tvm.target.Target) -> str:
+    """Return the element type that matmuls get: float32 where bfloat16 gains nothing.
+
+    Parameters
+    ----------
+    dtype : str
+        What was asked for.
+    target : tvm.target.Target
+        The target.
+
+    Raises
+    ------
+    InvalidArgumentError, TargetError
+        As for `check_dtype`.
+
+    Warns
+    -----
+    DCNv3Warning
+        If it is another one.
+    """
+    check_dtype(dtype, target)
+    if dtype != "bfloat16" or targets.is_gpu(target) or targets.has_fast_bfloat16(target):
+        return dtype
+    warnings.warn(
+        f"bfloat16 gains nothing on {targets.target_slug(target)}, without AMX (of "
+        "cpu-sapphirerapids and later, where the system offers it) and without fast dot products "
+        "(of cpu-znver4, cpu-znver5, cpu-cooperlake): compiling in float32",
+        DCNv3Warning,
+        stacklevel=3,
+    )
+    return "float32"
 
 
 def build_library(

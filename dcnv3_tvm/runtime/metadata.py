@@ -23,6 +23,9 @@ RUNTIME_LIBRARY: Final = "libtvm_runtime.so"
 CUDA_LIBRARY: Final = "libtvm_runtime_cuda.so"
 """Additional library in artifacts for GPUs."""
 
+AMX_RULE: Final = "tile_matmul"
+"""The schedule rule whose kernels use AMX, where the target has it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TargetInfo:
@@ -144,7 +147,7 @@ class ArtifactMetadata:
     @property
     def uses_amx(self) -> bool:
         """Whether kernels use matrix tiles, which a process needs a permission for."""
-        return set(self.target.features) >= AMX_FEATURES and "tile_matmul" in self.kernels.values()
+        return set(self.target.features) >= AMX_FEATURES and AMX_RULE in self.kernels.values()
 
     @property
     def feature_entry(self) -> str | None:

@@ -52,7 +52,7 @@ def check_measurable(target: Target) -> None:
         If it cannot run code for the target.
     """
     try:
-        check_target(target_info(target))
+        check_target(target_info(target, amx=True))
     except TargetError as error:
         raise TargetError(
             "this machine cannot run code for the target, so it cannot measure schedules",

@@ -12,7 +12,7 @@ from tvm.target import Target
 
 from dcnv3_tvm import schedules
 from dcnv3_tvm.compiler import pipeline
-from dcnv3_tvm.compiler.compile import check_dtype
+from dcnv3_tvm.compiler.compile import effective_dtype
 from dcnv3_tvm.compiler.gradients import training_spec
 from dcnv3_tvm.compiler.kernel_listing import KernelArgument, called_kernels
 from dcnv3_tvm.errors import InvalidArgumentError
@@ -141,7 +141,7 @@ def list_tasks(
     InvalidArgumentError
         If no kernel has more than one schedule.
     """
-    check_dtype(dtype, target)
+    dtype = effective_dtype(dtype, target)
     tasks: list[TuningTask] = []
     for model in models:
         if isinstance(model, DCNv3Spec):

@@ -1,6 +1,7 @@
 """What `compile_model` and `compile_artifact` check, write and report."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import dcnv3_tvm as dt
 from dcnv3_tvm import frontend, gpu, schedules
 from dcnv3_tvm.compiler import compile as compiler
 from dcnv3_tvm.compiler import pipeline
-from dcnv3_tvm.errors import CompileError, InvalidArgumentError, TargetError
+from dcnv3_tvm.errors import CompileError, DCNv3Warning, InvalidArgumentError, TargetError
 from dcnv3_tvm.frontend.models.internimage import DCNv3
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.targets import resolve_target
@@ -86,7 +87,9 @@ def test_activation_bytes_grow_with_the_batch(model, imported):
 
 def test_artifact_for_another_cpu(imported, tmp_path):
     target = "llvm -mtriple=x86_64-linux-gnu -mcpu=haswell"
-    metadata = dt.compile_artifact(imported, tmp_path / "haswell", target=target)
+    with pytest.warns(DCNv3Warning, match="float32"):
+        metadata = dt.compile_artifact(imported, tmp_path / "x", target=target, dtype="bfloat16")
+    assert metadata.dtype == "float32"
     assert metadata.target.mcpu == "haswell"
     assert "avx2" in metadata.target.features
     assert not any(feature.startswith("avx512") for feature in metadata.target.features)
@@ -99,16 +102,27 @@ def test_unsupported_dtype(imported, dtype):
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype", "message"),
+    ("target", "dtype", "effective"),
     [
-        ("cpu-znver4", "float16", "float32 and bfloat16 on CPUs; float16 on GPUs"),
-        ("cpu-haswell", "bfloat16", "AMX.*cpu-znver4.*float32"),
-        ("llvm -mcpu=sapphirerapids -mattr=-amx-bf16", "bfloat16", "slower than float32 there"),
+        ("cpu-haswell", "bfloat16", "float32"),
+        ("llvm -mcpu=sapphirerapids -mattr=-amx-bf16", "bfloat16", "float32"),
+        ("cpu-graniterapids", "bfloat16", "bfloat16"),
+        ("cpu-cooperlake", "bfloat16", "bfloat16"),
+        ("cpu-znver4", "bfloat16", "bfloat16"),
+        ("cuda-sm80", "bfloat16", "bfloat16"),
+        ("cuda-sm80", "float16", "float16"),
     ],
 )
-def test_dtype_not_supported_by_the_cpu(imported, tmp_path, target, dtype, message):
-    with pytest.raises(TargetError, match=message):
-        dt.compile_artifact(imported, tmp_path / "x", target=target, dtype=dtype)
+def test_element_type_by_target(target, dtype, effective):
+    gains = effective == dtype
+    with nullcontext() if gains else pytest.warns(DCNv3Warning, match="gains nothing on cpu-"):
+        assert compiler.effective_dtype(dtype, resolve_target(target)) == effective
+
+
+@pytest.mark.parametrize("target", ["cpu-znver4", "cpu-graniterapids"])
+def test_float16_on_cpus(target):
+    with pytest.raises(TargetError, match="float32 and bfloat16 on CPUs; float16 on GPUs"):
+        compiler.effective_dtype("float16", resolve_target(target))
 
 
 @pytest.mark.skipif(bool(gpu.devices()), reason="needs a machine without a GPU")

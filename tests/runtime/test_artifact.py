@@ -379,6 +379,9 @@ def test_amx_is_permitted_by_the_system(toy, tmp_path, monkeypatch):
     kernels = {"matmul": "tile_matmul"}
     with pytest.raises(TargetError, match=r'denies the use of AMX.*dtype="float32"'):
         runtime.load(toy.write(tmp_path / "x", target=target, kernels=kernels))
+    monkeypatch.setattr(machine, "cpu_features", frozenset)
+    with pytest.raises(TargetError, match=r"lacks amx-bf16, amx-tile\. Compile the model again"):
+        runtime.load(toy.write(tmp_path / "x", target=target, kernels=kernels))
 
 
 def test_features_of_this_machine_are_accepted(toy, tmp_path, image):
