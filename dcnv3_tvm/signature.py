@@ -7,8 +7,13 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
+from dcnv3_tvm.spec import DCNv3Params
+
 BATCH: Final = "n"
 """Name of a dynamic batch size."""
+
+OFFSETS: Final = "offsets"
+"""Name of the entry that returns the offset and the mask of each DCNv3, in order."""
 
 
 def parse_size(size: str) -> tuple[int, str]:
@@ -92,8 +97,24 @@ class TensorInfo:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExposedBlock:
+    """A DCNv3 whose offset and mask an entry returns.
+
+    Parameters
+    ----------
+    params : DCNv3Params
+        Its parameters; the mask that is returned holds weights, after the softmax.
+    size : tuple of int or None
+        Height and width of its input; None where dynamic, which needs a stride of 1.
+    """
+
+    params: DCNv3Params
+    size: tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
-    """One callable function of a model: ``main``, or ``features``.
+    """One callable function of a model: ``main``, ``features`` or ``offsets``.
 
     Parameters
     ----------
@@ -101,16 +122,22 @@ class Entry:
         In call order.
     weights : tuple of str
         Names of the weights that follow the inputs, in call order.
+    blocks : tuple of ExposedBlock
+        For ``offsets``, the DCNv3 whose offset and mask the outputs are, in turn.
     """
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     weights: tuple[str, ...] = ()
+    blocks: tuple[ExposedBlock, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``json.dumps``."""
-        return {
+        data: dict[str, Any] = {
             "inputs": [tensor.to_json() for tensor in self.inputs],
             "outputs": [tensor.to_json() for tensor in self.outputs],
             "weights": list(self.weights),
         }
+        if self.blocks:
+            data["blocks"] = [dataclasses.asdict(block) for block in self.blocks]
+        return data

@@ -19,6 +19,7 @@ from dcnv3_tvm.cli.model_arguments import (
 from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
+from dcnv3_tvm.signature import OFFSETS
 
 if TYPE_CHECKING:
     from dcnv3_tvm.imported_model import ImportedModel
@@ -62,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-cuda-graph",
         action="store_true",
         help="on a GPU, launch kernels one by one instead of as a CUDA graph",
+    )
+    parser.add_argument(
+        "--expose",
+        choices=[OFFSETS],
+        help="add an entry that returns the offset and mask of each DCNv3, for `visualize`",
     )
     add_shape(parser)
     parser.add_argument("--dynamic-batch", action="store_true", help="accept any batch size")
@@ -123,6 +129,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             dtype=arguments.dtype,
             database=arguments.database,
             cuda_graph=not arguments.no_cuda_graph,
+            expose=arguments.expose,
             debug_dump=arguments.debug_dump,
             on_phase=progress.step,
         )

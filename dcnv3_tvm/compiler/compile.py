@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import tvm
 from tvm import relax
@@ -25,6 +25,7 @@ from dcnv3_tvm.runtime import CompiledModel, load
 from dcnv3_tvm.runtime.loading import check_amx, check_target
 from dcnv3_tvm.runtime.metadata import AMX_RULE, ArtifactMetadata
 from dcnv3_tvm.schedules.records import find_records
+from dcnv3_tvm.signature import OFFSETS
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 """Element types of matmul operands that a model can be compiled for. Accumulators, the model's
@@ -38,6 +39,7 @@ def compile_model(
     dtype: str = "float32",
     database: str | os.PathLike[str] = "default",
     cuda_graph: bool = True,
+    expose: Literal["offsets"] | None = None,
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> CompiledModel:
@@ -61,6 +63,10 @@ def compile_model(
     cuda_graph : bool
         On a GPU, capture the kernels of a model with static shapes into a CUDA graph in the first
         call, and replay it afterwards.
+    expose : str, optional
+        ``"offsets"`` adds an entry that returns the offset and the mask of each DCNv3, for
+        `CompiledModel.offsets` and `dcnv3_tvm.visualize`. It shares the weights of the others,
+        which are not changed.
     debug_dump : path, optional
         Folder for the module after each phase of the pipeline, as TVMScript.
     on_phase : callable, optional
@@ -76,7 +82,8 @@ def compile_model(
     CompileError
         If the model has operators that cannot be compiled.
     InvalidArgumentError
-        If `dtype` is not supported on any target, or `debug_dump` cannot be written to.
+        If `dtype` is not supported on any target, `expose` is unknown, or `debug_dump` cannot be
+        written to.
     TargetError
         If the target is unknown, does not support `dtype`, or is not this machine
         (use `compile_artifact` for another machine).
@@ -98,6 +105,7 @@ def compile_model(
         dtype=dtype,
         database=database,
         cuda_graph=cuda_graph,
+        expose=expose,
         debug_dump=debug_dump,
         on_phase=on_phase,
     )
@@ -112,6 +120,7 @@ def compile_artifact(
     dtype: str = "float32",
     database: str | os.PathLike[str] = "default",
     cuda_graph: bool = True,
+    expose: Literal["offsets"] | None = None,
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> ArtifactMetadata:
@@ -119,7 +128,7 @@ def compile_artifact(
 
     Parameters
     ----------
-    imported, target, dtype, database, cuda_graph, debug_dump, on_phase
+    imported, target, dtype, database, cuda_graph, expose, debug_dump, on_phase
         As in `compile_model`.
     destination : path
         Folder to write. An artifact in it is replaced once the new one is complete.
@@ -142,6 +151,8 @@ def compile_artifact(
             got=type(imported).__name__,
             hint="Import it first: dcnv3_tvm.frontend.import_model(model, example=...).",
         )
+    if expose not in (None, OFFSETS):
+        raise InvalidArgumentError("expose is unknown", got=repr(expose), allowed=repr(OFFSETS))
     resolved = targets.resolve_target(target)
     check_buildable(resolved)
     dtype = effective_dtype(dtype, resolved)
@@ -150,6 +161,7 @@ def compile_artifact(
         imported,
         resolved,
         dtype=dtype,
+        expose=expose is not None,
         records=records,
         debug_dump=None if debug_dump is None else Path(debug_dump),
         on_phase=on_phase,

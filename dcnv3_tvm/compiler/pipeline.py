@@ -16,6 +16,7 @@ from dcnv3_tvm.schedules import ScheduledKernel
 from dcnv3_tvm.schedules.records import Records
 from dcnv3_tvm.targets import has_amx, is_gpu
 from dcnv3_tvm.transform.convert_layout import convert_layout
+from dcnv3_tvm.transform.expose_offsets import expose_offsets
 from dcnv3_tvm.transform.fold_weights import fold_weights
 from dcnv3_tvm.transform.fuse_center_feature import fuse_center_feature
 from dcnv3_tvm.transform.fuse_sampling import fuse_sampling
@@ -30,6 +31,7 @@ PHASES: Final = (
     "fold_weights",
     "fuse_sampling",
     "fuse_center_feature",
+    "expose_offsets",
     "lower_layers",
     "legalize",
     "fuse",
@@ -46,6 +48,7 @@ def run_pipeline(
     target: tvm.target.Target,
     *,
     dtype: str = "float32",
+    expose: bool = False,
     until: str = PHASES[-1],
     records: Records | None = None,
     debug_dump: Path | None = None,
@@ -61,6 +64,8 @@ def run_pipeline(
         Target to schedule for.
     dtype : str
         Element type of matmul operands: float32, bfloat16, or on GPUs float16.
+    expose : bool
+        Whether to add the entry that returns the offsets.
     until : str
         Last phase to run, one of `PHASES`.
     records : Records, optional
@@ -112,13 +117,15 @@ def run_pipeline(
         fuse_sampling,
         # 4. Center-feature scaling (InternImage-H and G) into DCNv3.
         fuse_center_feature,
-        # 5. Layers that this package has kernels for to the target's variant of these.
+        # 5. If asked for, an entry that returns the offsets.
+        expose_offsets if expose else lambda program: program,
+        # 6. Layers that this package has kernels for to the target's variant of these.
         lower,
-        # 6. The remaining operators to TVM's kernels.
+        # 7. The remaining operators to TVM's kernels.
         _legalize,
-        # 7. Elementwise kernels into their producers.
+        # 8. Elementwise kernels into their producers.
         _fuse,
-        # 8. Loops of every kernel, by rule and tuning record.
+        # 9. Loops of every kernel, by rule and tuning record.
         schedule,
     )
     program = Program.of(imported)

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 
 Array = npt.NDArray[Any]
 Float64Array = npt.NDArray[np.float64]
@@ -190,7 +190,7 @@ def sampling_corners(
         yield p, Corner(pixel, used, weight_y, weight_x, 2 * r - 1, 2 * s - 1)
 
 
-def sampling_positions(offset: Array, spec: DCNv3Spec) -> tuple[Float64Array, Float64Array]:
+def sampling_positions(offset: Array, spec: DCNv3Params) -> tuple[Float64Array, Float64Array]:
     """Return where the points sample x, along height and width; both (N, Ho, Wo, G, P)."""
     _, out_height, out_width, _ = offset.shape
     learned = offset.astype(np.float64).reshape(*offset.shape[:3], spec.group, spec.points, 2)
@@ -204,7 +204,7 @@ def sampling_positions(offset: Array, spec: DCNv3Spec) -> tuple[Float64Array, Fl
     return pos_y, pos_x
 
 
-def mask_weights(mask: Array, spec: DCNv3Spec) -> Float64Array:
+def mask_weights(mask: Array, spec: DCNv3Params) -> Float64Array:
     """Return the weights of the points, of shape (N, Ho, Wo, G, P), after a softmax of logits."""
     masks = mask.astype(np.float64).reshape(*mask.shape[:3], spec.group, spec.points)
     if spec.softmax:
@@ -213,7 +213,7 @@ def mask_weights(mask: Array, spec: DCNv3Spec) -> Float64Array:
     return masks
 
 
-def _positions(spec: DCNv3Spec, axis: int, size: int, grid: Float64Array) -> Float64Array:
+def _positions(spec: DCNv3Params, axis: int, size: int, grid: Float64Array) -> Float64Array:
     """Return where the undeformed points sample, along one axis (0: y, 1: x): shape (size, P)."""
     half = (spec.dilation[axis] * (spec.kernel_size[axis] - 1)) >> 1
     start = half - spec.pad[axis] + np.arange(size, dtype=np.float64) * spec.stride[axis]

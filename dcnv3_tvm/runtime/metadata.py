@@ -10,7 +10,7 @@ from typing import Any, Final, TypedDict
 from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.machine import AMX_FEATURES
-from dcnv3_tvm.signature import Entry, TensorInfo, is_input_size
+from dcnv3_tvm.signature import OFFSETS, Entry, TensorInfo, is_input_size
 
 SCHEMA_VERSION: Final = 3
 """Incremented when older readers can no longer load the folder."""
@@ -258,6 +258,8 @@ class ArtifactMetadata:
         for name, entry in metadata.entries.items():
             if not entry.inputs or not entry.outputs:
                 raise ValueError(f"entry {name!r} has no inputs, or no outputs")
+            if name == OFFSETS and len(entry.outputs) != 2 * len(entry.blocks):
+                raise ValueError(f"entry {name!r} has not two outputs for each of its blocks")
             sizes = [size for tensor in entry.inputs for size in tensor.shape]
             wrong = [size for size in sizes if isinstance(size, str) and not is_input_size(size)]
             if wrong:

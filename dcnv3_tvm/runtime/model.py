@@ -25,7 +25,7 @@ from dcnv3_tvm.runtime.metadata import (
 )
 from dcnv3_tvm.runtime.open_image import Source
 from dcnv3_tvm.runtime.profile import SET_INSTRUMENT, Profile
-from dcnv3_tvm.signature import Entry
+from dcnv3_tvm.signature import OFFSETS, Entry
 
 _MAX_CALLS: Final = 10_000
 
@@ -135,6 +135,35 @@ class CompiledModel:
                 "features_only=True).",
             )
         return self._run(name, inputs, named)
+
+    def offsets(self, *inputs: Any, **named: Any) -> list[tuple[Any, Any]]:
+        """Return offset and mask of each DCNv3, in the order in which they run.
+
+        Parameters
+        ----------
+        *inputs, **named : numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
+            As in a call.
+
+        Returns
+        -------
+        list of (array, array)
+            Offsets (N, Ho, Wo, group*P*2), x before y, in pixels before ``offset_scale``; and the
+            weights of the points after the softmax, (N, Ho, Wo, group*P).
+            ``metadata.entries["offsets"].blocks`` has their parameters.
+
+        Raises
+        ------
+        InvalidArgumentError, DeviceError
+            As in a call, and if the model was compiled without exposed offsets.
+        """
+        if OFFSETS not in self.metadata.entries:
+            raise InvalidArgumentError(
+                "the artifact does not expose its offsets",
+                got=f"entries {', '.join(self.metadata.entries)}",
+                hint='Compile with --expose offsets, or compile_model(..., expose="offsets").',
+            )
+        outputs = self._run(OFFSETS, inputs, named)
+        return list(zip(outputs[::2], outputs[1::2], strict=True))
 
     def profile(self, *inputs: Any, calls: int = 10, **named: Any) -> Profile:
         """Time the kernels within calls of the model, on the CPU.

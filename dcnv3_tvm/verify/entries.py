@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from dcnv3_tvm.runtime import CompiledModel
+from dcnv3_tvm.signature import OFFSETS
 
 
 def entry_outputs(compiled: CompiledModel, *inputs: Any) -> dict[str, list[Any]]:
-    """Call every entry of a model.
+    """Call the entries of a model that return what it computes, not how it samples.
 
     Parameters
     ----------
@@ -24,6 +25,8 @@ def entry_outputs(compiled: CompiledModel, *inputs: Any) -> dict[str, list[Any]]
     """
     found = {}
     for entry in compiled.metadata.entries:
+        if entry == OFFSETS:
+            continue
         outputs = compiled.features(*inputs) if entry == "features" else compiled(*inputs)
         if isinstance(outputs, dict):
             outputs = list(outputs.values())
