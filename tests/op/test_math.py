@@ -66,6 +66,10 @@ def test_special_values():
     np.testing.assert_array_equal(y[:9], np.float32(expected))
     y, _ = evaluate(fast.gelu, x[:7].repeat(16))
     np.testing.assert_array_equal(y[::16][[0, 1, 2, 3, 5, 6]], [0, 0, 100, 0, 0, np.nan])
+    y, _ = evaluate(functools.partial(fast.gelu, stored="bfloat16"), x[:7].repeat(16))
+    bound = fast.GELU_ABSOLUTE_ERROR_BFLOAT16
+    expected = np.float32([0, 0, 100, 0, 3e38, 0, np.nan])
+    np.testing.assert_allclose(y[::16], expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", ["exp", "gelu"])
