@@ -704,7 +704,5 @@ The tolerance is larger here: near position 256, float32 has steps of $2^{-15}$ 
 functions compute positions from the corner of the image. The library computes them relative to the
 output pixel, where they are small.
 
-Where to go from here: [the three equations side by side](../docs/equation.md), the
-[encoder](encoder_step_by_step.ipynb) that is made of this module, and what
-[the compiler](compiler_step_by_step.ipynb) makes of it.
+The [encoder](encoder_step_by_step.ipynb), which is made of this module, is the next notebook.
 """

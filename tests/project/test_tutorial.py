@@ -13,6 +13,7 @@ EXAMPLES = ROOT / "examples"
 
 SMALL = {
     "operator_step_by_step.py": {"SHAPE": (2, 20, 24, 64)},
+    "encoder_step_by_step.py": {"IMAGES": (1, 3, 40, 64)},
 }
 
 
