@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 
 class Progress:
-    """Print the current step of a job and the seconds since it started.
+    """Show the current step of a job, the seconds since it started, and the time left.
 
-    On a terminal the steps overwrite one line; elsewhere each is a separate line.
+    On a terminal a bar of `rich <https://rich.readthedocs.io>`_ shows them, in color unless the
+    environment variable ``NO_COLOR`` is set; elsewhere, and without rich, each step is a line.
 
     Parameters
     ----------
     title : str
         Name of the job, printed with its total time at the end.
+    steps : mapping of str to float, optional
+        Steps in their order, and how long they usually take, relative to each other. With it, the
+        time left is estimated.
     stream : text stream, optional
         Standard error by default.
     quiet : bool
-        Print nothing.
+        Print nothing but what `note` is given.
 
     Examples
     --------
@@ -29,39 +34,73 @@ class Progress:
     ...     progress.step("schedule")
     """
 
-    def __init__(self, title: str, *, stream: TextIO | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        title: str,
+        *,
+        steps: Mapping[str, float] | None = None,
+        stream: TextIO | None = None,
+        quiet: bool = False,
+    ) -> None:
         self._title = title
+        self._steps = {} if steps is None else dict(steps)
         self._stream = sys.stderr if stream is None else stream
         self._quiet = quiet
-        self._terminal = self._stream.isatty()
         self._start = time.monotonic()
-        self._interval = 0.2 if self._terminal else 5.0
-        self._shown = 0.0
+        self._counted = 0.0
+        self._step = ""
+        self._step_start = 0.0
+        self._before = 0.0
+        self._bar = None if quiet or not self._stream.isatty() else self._start_bar()
 
     def step(self, name: str) -> None:
         """Start a step."""
-        self._show(f"[{self.seconds:6.1f} s] {self._title}: {name}", last=False)
+        self._step, self._step_start = name, self.seconds
+        names = list(self._steps)
+        if name in self._steps:
+            self._before = sum(self._steps[earlier] for earlier in names[: names.index(name)])
+        self._show(name)
 
     def count(self, done: int, total: int) -> None:
         """Show how many items are done, their rate and the time left, at most every few seconds."""
         seconds = self.seconds
-        if done == 0 or (done < total and seconds - self._shown < self._interval):
+        interval = 5.0 if self._bar is None else 0.2
+        if done == 0 or (done < total and seconds - self._counted < interval):
             return
-        self._shown = seconds
-        rate = done / max(seconds, 1e-9)
-        left = (total - done) / rate
-        self.step(f"{done} of {total}, {rate:.1f}/s, {left:.0f} s left")
+        self._counted = seconds
+        self._steps, self._before = {"": float(total)}, float(done)
+        self._step_start = seconds
+        left = "" if self._bar is not None else f", {(total - done) * seconds / done:.0f} s left"
+        self._show(f"{done} of {total}, {done / max(seconds, 1e-9):.1f}/s{left}")
 
     def note(self, text: str) -> None:
         """Show a message, also if the progress is not shown."""
         with contextlib.suppress(OSError):
-            self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
-            self._stream.flush()
+            if self._bar is None:
+                self._stream.write(f"{text}\n")
+                self._stream.flush()
+            else:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @property
     def seconds(self) -> float:
         """Seconds since the job started."""
         return time.monotonic() - self._start
+
+    @property
+    def fraction(self) -> float | None:
+        """Part of the job that is done; None if unknown."""
+        total = sum(self._steps.values())
+        return self._before / total if total and self._step_start else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimate of the time left, from the time that earlier steps took; None if unknown."""
+        done = self.fraction
+        if not done:
+            return None
+        whole = self._step_start / done
+        return max(0.0, whole - self.seconds)
 
     def __enter__(self) -> Progress:
         return self
@@ -72,17 +111,51 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        outcome = "done" if kind is None else "stopped"
-        self._show(f"[{self.seconds:6.1f} s] {self._title}: {outcome}", last=True)
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        self._show("done" if kind is None else "stopped")
 
-    def _show(self, line: str, *, last: bool) -> None:
+    def _show(self, state: str) -> None:
         if self._quiet:
             return
         # A job does not fail because nobody can see its progress.
         with contextlib.suppress(OSError):
-            if self._terminal:
-                # Return to the start of the line and clear it.
-                self._stream.write(f"\r\x1b[K{line}" + ("\n" if last else ""))
+            if self._bar is None:
+                self._stream.write(f"[{self.seconds:6.1f} s] {self._title}: {state}\n")
+                self._stream.flush()
             else:
-                self._stream.write(f"{line}\n")
-            self._stream.flush()
+                done = self.fraction
+                self._bar.update(
+                    self._bar.task_ids[0],
+                    description=state,
+                    completed=done or 0,
+                    total=None if done is None else 1,
+                )
+
+    def _start_bar(self) -> Any:
+        """Return a running bar of rich; None if rich is not installed."""
+        try:
+            from rich import progress as rich
+            from rich.console import Console
+        except ImportError:
+            return None
+
+        class Times(rich.ProgressColumn):
+            def render(column, task: rich.Task) -> str:  # noqa: ARG002, N805
+                left = self.seconds_left
+                rest = "" if left is None else f", about {left:.0f} s left"
+                return f"{self.seconds:.0f} s{rest}"
+
+        bar = rich.Progress(
+            rich.SpinnerColumn(),
+            rich.TextColumn(self._title, style="bold", markup=False),
+            rich.BarColumn(bar_width=20),
+            Times(),
+            rich.TextColumn("{task.description}", markup=False),
+            console=Console(file=self._stream),
+            transient=True,
+        )
+        bar.add_task("", total=None)
+        bar.start()
+        return bar

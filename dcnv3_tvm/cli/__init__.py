@@ -36,6 +36,7 @@ VERBS: Final = (
     "extensions",
     "info",
     "env",
+    "completion",
 )
 _STDOUT: Final = "-"
 _INPUT_ERRORS: Final = (
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None, received: Sequence[int]) -> int:
-    verbs = {name: _load(name) for name in VERBS}
+    verbs = load_verbs()
     arguments = parser(verbs).parse_args(argv)
     program = f"dcnv3-tvm {arguments.verb}"
     try:
@@ -143,8 +144,9 @@ def _warnings_as_messages(program: str) -> Iterator[None]:
         yield
 
 
-def _load(name: str) -> _Verb:
-    return cast(_Verb, importlib.import_module(f"dcnv3_tvm.cli.{name}"))
+def load_verbs() -> dict[str, _Verb]:
+    """Return the modules of the subcommands."""
+    return {name: cast(_Verb, importlib.import_module(f"dcnv3_tvm.cli.{name}")) for name in VERBS}
 
 
 def parser(verbs: dict[str, _Verb]) -> Parser:
@@ -166,4 +168,17 @@ def parser(verbs: dict[str, _Verb]) -> Parser:
         # Some subcommands declare a --json of their own, which can also write to a file.
         with contextlib.suppress(argparse.ArgumentError):
             command.add_argument("--json", action="store_true", help="print JSON")
+        _add_quiet(command, default=False)
     return result
+
+
+def _add_quiet(command: argparse.ArgumentParser, *, default: bool | str) -> None:
+    """Declare --quiet, also of the subcommands of a subcommand."""
+    command.add_argument(
+        "-q", "--quiet", action="store_true", default=default, help="show no progress"
+    )
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for nested in action.choices.values():
+                # A default here would overwrite the option of the command itself.
+                _add_quiet(nested, default=argparse.SUPPRESS)

@@ -84,7 +84,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     if given is not None:
         # The operator reads its number of threads from here when it is first called.
         os.environ[TVM_NUM_THREADS.name] = str(threads)
-    with Progress(f"bench {arguments.what}") as progress:
+    with Progress(f"bench {arguments.what}", quiet=arguments.quiet) as progress:
         report = _BENCHMARKS[arguments.what].measure(arguments, threads, progress.step)
     data = report.to_json()
     if isinstance(arguments.json, str) and arguments.json != declare.STDOUT:

@@ -27,6 +27,23 @@ if TYPE_CHECKING:
 HELP: Final = "compile a model to an artifact, which runs without PyTorch"
 EXAMPLE: Final = "dcnv3-tvm compile internimage_t_1k_224.pth -o artifact"
 
+_STEPS: Final = {
+    "build PyTorch model": 8,
+    "import into Relax": 19,
+    "imported": 0,
+    "convert_layout": 3,
+    "fold_weights": 1,
+    "fuse_sampling": 0.6,
+    "fuse_center_feature": 0.6,
+    "lower_layers": 2.4,
+    "legalize": 0.3,
+    "fuse": 0.6,
+    "schedule": 2,
+    "build": 13,
+    "write": 1.5,
+}
+"""Seconds that the steps take for InternImage-T, roughly."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -113,7 +130,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     if not is_onnx:
         image_shape(arguments, model_config(name).resolution)
     _check_target(arguments)
-    with Progress(f"compile {name}") as progress:
+    with Progress(f"compile {name}", steps=_STEPS, quiet=arguments.quiet) as progress:
         if is_onnx:
             progress.step("import into Relax")
             imported = import_onnx_file(arguments)

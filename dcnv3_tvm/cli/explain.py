@@ -9,6 +9,7 @@ from typing import Any, Final
 from dcnv3_tvm.cli.arguments import add_shape, image_shape
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.progress import Progress
 
 HELP: Final = "show which schedule rule each kernel of a model gets, and why"
 EXAMPLE: Final = "dcnv3-tvm explain internimage_t --target cpu-znver4"
@@ -56,28 +57,32 @@ def execute(arguments: argparse.Namespace) -> Result:
     dtype = effective_dtype(arguments.dtype, target)
     image_shape(arguments, model_config(arguments.model).resolution)  # Raises if it is too large.
     case = encoder_case(arguments.model, batch=arguments.batch, size=arguments.size)
-    imported = frontend.import_model(
-        placeholder_model(case.variant, shorten=True),
-        example=(case.batch, 3, *case.size),
-        features="never",
-    )
     rows: list[dict[str, Any]] = []
     scheduled = []
-    for kernel in model_kernels(imported, target, dtype=dtype, scheduled=False):
-        found = schedules.apply_rules(kernel.function, target)
-        row: dict[str, Any] = {
-            "kernel": kernel.name,
-            "rule": found.rule,
-            "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts(found, target)],
-        }
-        if on_gpu:
-            row["launch"] = launch(found.function)
-        rows.append(row)
-        scheduled.append(found.function)
-    if arguments.report:
-        reports = report([tensorize(function) for function in scheduled], target)
-        for row, parts in zip(rows, reports, strict=True):
-            row["report"] = [dataclasses.asdict(part) for part in parts]
+    with Progress(f"explain {arguments.model}", quiet=arguments.quiet) as progress:
+        progress.step("import")
+        imported = frontend.import_model(
+            placeholder_model(case.variant, shorten=True),
+            example=(case.batch, 3, *case.size),
+            features="never",
+        )
+        progress.step("schedule")
+        for kernel in model_kernels(imported, target, dtype=dtype, scheduled=False):
+            found = schedules.apply_rules(kernel.function, target)
+            row: dict[str, Any] = {
+                "kernel": kernel.name,
+                "rule": found.rule,
+                "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts(found, target)],
+            }
+            if on_gpu:
+                row["launch"] = launch(found.function)
+            rows.append(row)
+            scheduled.append(found.function)
+        if arguments.report:
+            progress.step("compile for the GPU")
+            reports = report([tensorize(function) for function in scheduled], target)
+            for row, parts in zip(rows, reports, strict=True):
+                row["report"] = [dataclasses.asdict(part) for part in parts]
     return Result(rows, _text(rows))
 
 

@@ -17,6 +17,9 @@ EXAMPLE: Final = (
     "dcnv3-tvm export internimage_t_1k_224.pth -o internimage_t.onnx --form deform-conv"
 )
 
+_STEPS: Final = {"build PyTorch model": 4, "export": 18, "compare": 18}
+"""Seconds that the steps take for InternImage-T, roughly."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -52,7 +55,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     from dcnv3_tvm.frontend.onnx.export import export_onnx
 
     shape = image_shape(arguments, model_config(name).resolution)
-    with Progress(f"export {name}") as progress:
+    with Progress(f"export {name}", steps=_STEPS, quiet=arguments.quiet) as progress:
         progress.step("build PyTorch model")
         model = create_described(name, checkpoint, arguments)
         progress.step("export")

@@ -62,7 +62,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     from dcnv3_tvm import runtime
 
     model = runtime.load(arguments.artifact, threads=arguments.threads)
-    with Progress(f"profile {model.metadata.name}") as progress:
+    with Progress(f"profile {model.metadata.name}", quiet=arguments.quiet) as progress:
         inputs = _inputs(model, arguments)
         progress.step("measure the peak rates of the machine")
         peaks = _peaks(model.threads)

@@ -99,7 +99,8 @@ def run_batch(
         )
         done = set(filter(writer.has, images)) if arguments.skip_existing else set()
         wanted = [image for image in images if image not in done]
-        quiet = output is None and sys.stdout.isatty()  # Its lines show the progress.
+        # On a terminal, the lines of the results show the progress.
+        quiet = arguments.quiet or (output is None and sys.stdout.isatty())
         progress = stack.enter_context(Progress(f"run {model.metadata.name}", quiet=quiet))
         batch: list[tuple[_Image, np.ndarray]] = []
         for number, image in enumerate(wanted, 1):

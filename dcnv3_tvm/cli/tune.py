@@ -130,9 +130,11 @@ def execute(arguments: argparse.Namespace) -> Result:
         check_work_directory(arguments.work_dir)
     models = _models(arguments)
     if arguments.dry_run:
-        plan = estimate(models, config)
+        with Progress("time the default schedules", quiet=arguments.quiet):
+            plan = estimate(models, config)
         return Result(plan, _plan_text(plan))
-    summary = tune(models, arguments.work_dir, config, on_update=Display().show)
+    show = (lambda _: None) if arguments.quiet else Display().show
+    summary = tune(models, arguments.work_dir, config, on_update=show)
     return Result(summary, _summary_text(summary, arguments))
 
 
@@ -189,7 +191,7 @@ def _models(arguments: argparse.Namespace) -> list[ImportedModel | DCNv3Spec]:
         # Raises before any model is imported.
         image_shape(arguments, model_config(name).resolution)
     for name in models:
-        with Progress(f"import {name}"):
+        with Progress(f"import {name}", quiet=arguments.quiet):
             result.append(import_model(name, arguments))
     return result
 

@@ -55,7 +55,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     inputs = _inputs(compiled, arguments)
     dtype = compiled.metadata.dtype
     measure, tolerance = model_tolerance(dtype)
-    with Progress(f"verify {compiled.metadata.name}") as progress:
+    with Progress(f"verify {compiled.metadata.name}", quiet=arguments.quiet) as progress:
         progress.step("build PyTorch model")
         model = _model(compiled.metadata.config, arguments)
         from dcnv3_tvm.verify.compare import compare

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import importlib
-import io
 import json
 import os
 import random
@@ -20,7 +19,6 @@ from dcnv3_tvm import gpu, runtime
 from dcnv3_tvm.cli import VERBS, env, parser, verify
 from dcnv3_tvm.cli.arguments import in_options
 from dcnv3_tvm.cli.result import table
-from dcnv3_tvm.progress import Progress
 from helpers.toy import Toy
 
 ALL_VERBS = {name: importlib.import_module(f"dcnv3_tvm.cli.{name}") for name in VERBS}
@@ -485,30 +483,12 @@ def test_termination_and_interruption_clean_up(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
-def test_progress(kind):
-    stream = kind()
-    with Progress("job", stream=stream) as progress:
-        progress.step("first")
-        progress.step("second")
-    shown = stream.getvalue()
-    assert shown.count("\n") == (1 if kind is Terminal else 3)
-    assert ("\r" in shown) is (kind is Terminal)
-    assert "job: second" in shown
-    assert "job: done" in shown
-    with pytest.raises(KeyError), Progress("job", stream=stream):
-        raise KeyError
-    assert "job: stopped" in stream.getvalue()
-    quiet = io.StringIO()
-    with Progress("job", stream=quiet, quiet=True) as progress:
-        progress.step("first")
-    assert quiet.getvalue() == ""
-
-
 def test_table():
     assert table(["a", "b"], [["x", 1.5], ["yy", 22]]) == "a     b\nx   1.5\nyy   22"
+
+
+def test_completion(cli):
+    script = cli("completion", "bash").out
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for word in (*VERBS, "--dynamic-batch", "encoder", "--quiet"):
+        assert word in script
