@@ -63,9 +63,8 @@ def flops_per_output(kernel: Kernel) -> float:
         # The weight is (tiles, kh, kw, ...).
         return 2 * math.prod(kernel.inputs[1].shape[1:3]) * kernel.inputs[0].shape[-1]
     if kernel.kind == tile_convolution.KERNEL:
-        # The weight is (columns of blocks, kh * 3, ...), and windows are square.
-        side = kernel.inputs[1].shape[1] // tile_convolution.PRODUCTS
-        return 2 * side**2 * kernel.inputs[0].shape[-1]
+        # The weight is (columns of blocks, kh, ...), and windows are square.
+        return 2 * kernel.inputs[1].shape[1] ** 2 * kernel.inputs[0].shape[-1]
     if kernel.kind == gemm.KERNEL:
         return 2 * _gemm_depth(kernel)
     if kernel.kind == mlp.KERNEL:

@@ -1,7 +1,9 @@
 """Dense convolution in blocks of sums, its epilogue in the same kernel, for CPUs with AMX.
 
-An implicit GEMM: a row is an output pixel, and a row of its window is a run along the depth, which
-lies in order in the padded image. See `dcnv3_tvm.kernels.tile_matmul` for the blocks.
+A GEMM: a row is an output pixel, and a row of its window is a run along the depth, which lies in
+order in the padded image. Where few pixels of an output row would leave most of a tile empty, the
+windows are copied, so that tiles go on in the next output row. See `dcnv3_tvm.kernels.tile_matmul`
+for the blocks.
 
 Both operands are sums of two bfloat16 numbers, so that the result is nearly as accurate as in
 float32: no residual sum dilutes the errors of the convolutions between stages. Of the four products
@@ -11,7 +13,8 @@ of these numbers the smallest is left out.
 from __future__ import annotations
 
 import functools
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +23,7 @@ from tvm import tirx
 from dcnv3_tvm.dtypes import DTYPE_BYTES, numpy_dtype
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.convolution import output_extent
-from dcnv3_tvm.kernels.epilogue import Epilogue, declare_epilogue
+from dcnv3_tvm.kernels.epilogue import DeclaredEpilogue, Epilogue, declare_epilogue
 from dcnv3_tvm.kernels.packing import BLOCK, PAIR, TILE, pack_tile_weight
 from dcnv3_tvm.kernels.tile_matmul import (
     ACCUMULATOR,
@@ -38,8 +41,8 @@ from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 _BITS: Final = "uint16"
 """Element type of the padded image: the bits of bfloat16, which TVM would store as float32."""
 
-PRODUCTS: Final = 3
-"""Large part of x by large part of the weight, small by large, and large by small."""
+PARTS: Final = 2
+"""Large and small part of each operand."""
 
 KERNEL: Final = "tile_convolution"
 """Value of `dcnv3_tvm.op.expr.KERNEL_ATTR` of these kernels."""
@@ -98,13 +101,54 @@ def tile_convolution(
         output_extent(size, kernel_size[axis], stride[axis], pad[axis], 1)
         for axis, size in enumerate((height, width))
     )
-    # Two tiles are two output rows if these are short, otherwise parts of one.
+    with function(KERNEL) as builder:
+        x = argument("x", [batch, height, width, in_channels], ACCUMULATOR)
+        weight = argument(
+            "weight",
+            [
+                int64(-(-out_channels // BLOCK)),
+                kernel_size[0],
+                -(-depth // BLOCK),
+                PARTS,
+                2,
+                TILE,
+                TILE,
+                PAIR,
+            ],
+            OPERAND,
+        )
+        finish = declare_epilogue(
+            epilogue or Epilogue(),
+            [batch, out_height, out_width, out_channels],
+            ACCUMULATOR,
+            out_dtype,
+        )
+        window = _Window(kernel_size, stride, pad)
+        # Windows of less than half a tile's pixels in a row, and of whole steps, are copied.
+        narrow = 2 * (static(out_width) or TILE) <= TILE and depth % BLOCK == 0
+        add = _add_copied_windows if narrow else _add_lines
+        add(x, weight, window, finish)
+    return builder.get()
+
+
+class _Window(NamedTuple):
+    """(height, width) pairs of a convolution."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    pad: tuple[int, int]
+
+
+def _add_lines(x: Any, weight: Any, window: _Window, finish: DeclaredEpilogue) -> None:
+    """Add blocks of two output rows if these are short, otherwise of one, or of parts of one."""
+    batch, _, _, channels = x.shape
+    _, out_height, out_width, out_channels = finish.out.shape
+    kernel_size, stride, _ = window
     lines = 2 if (static(out_width) or BLOCK) <= TILE and (static(out_height) or 0) > 1 else 1
     columns = out_width if lines == 2 else block_rows(out_width)
     tile = columns if lines == 2 else (columns + 1) // 2
     second = columns if lines == 2 else columns - tile
     grid = [batch, count_blocks(out_height, int64(lines)), count_blocks(out_width, columns)]
-    blocks = [product(grid), int64(-(-out_channels // BLOCK))]
 
     def first(m: Any) -> tuple[Any, Any, Any]:
         """Return the image, row and column of a block's first pixel."""
@@ -117,75 +161,93 @@ def tile_convolution(
         pixel = [b, row + down, column + along] if lines == 2 else [b, row, column + i]
         return [*pixel, block_start(n, BLOCK, out_channels) + j]
 
-    with function(KERNEL) as builder:
-        x = argument("x", [batch, height, width, in_channels], ACCUMULATOR)
-        steps = -(-depth // BLOCK)
-        weight = argument(
-            "weight",
-            [blocks[1], kernel_size[0] * PRODUCTS, steps, 2, TILE, TILE, PAIR],
-            OPERAND,
-        )
-        finish = declare_epilogue(
-            epilogue or Epilogue(),
-            [batch, out_height, out_width, out_channels],
-            ACCUMULATOR,
-            out_dtype,
-        )
-        image = _split_image(x, (out_height, out_width), kernel_size, stride, pad)
-        pixel_bytes = in_channels * DTYPE_BYTES[OPERAND]
-        line_bytes = image.shape[3] * pixel_bytes
+    def position(m: Any) -> tuple[Any, ...]:
+        b, row, column = first(m)
+        return b, row * stride[0], 0, column * stride[1], 0
 
-        def position(m: Any) -> tuple[Any, ...]:
-            b, row, column = first(m)
-            return b, row * stride[0], 0, column * stride[1], 0
-
-        row_bytes = stride[1] * pixel_bytes
-        add_blocks(
-            blocks,
-            lines * columns,
-            BlockOperands(
-                image,
-                position,
-                weight,
-                row_bytes=row_bytes,
-                skip_bytes=(
-                    stride[0] * PRODUCTS * line_bytes if lines == 2 else second * row_bytes
-                ),
-                depth=depth,
-                tile_rows=tile,
-                second=second,
-                runs=kernel_size[0] * PRODUCTS,
-                pitch_bytes=line_bytes,
-            ),
-            finish,
-            at,
-        )
-    return builder.get()
-
-
-def _split_image(
-    x: Any,
-    outputs: tuple[Any, Any],
-    kernel_size: tuple[int, int],
-    stride: tuple[int, int],
-    pad: tuple[int, int],
-) -> Any:
-    """Add the block ``padded``: each row of x, zero-padded, once for each product."""
-    batch, height, width, channels = x.shape
-    rows, columns = (
-        (count - 1) * stride[axis] + kernel_size[axis] for axis, count in enumerate(outputs)
+    height, width = (
+        (count - 1) * stride[axis] + kernel_size[axis]
+        for axis, count in enumerate((out_height, out_width))
+    )
+    image = compute(
+        "padded",
+        [batch, height, PARTS, width, channels],
+        lambda b, i, part, j, c: _part(x, window, (b, i, j, c), part),
+        dtype=_BITS,
+    )
+    pixel_bytes = channels * DTYPE_BYTES[OPERAND]
+    row_bytes = stride[1] * pixel_bytes
+    line_bytes = PARTS * width * pixel_bytes
+    add_blocks(
+        [product(grid), weight.shape[0]],
+        lines * columns,
+        BlockOperands(
+            image,
+            position,
+            weight,
+            row_bytes=row_bytes,
+            skip_bytes=stride[0] * line_bytes if lines == 2 else second * row_bytes,
+            depth=int(kernel_size[1] * channels),
+            tile_rows=tile,
+            second=second,
+            runs=kernel_size[0],
+            pitch_bytes=line_bytes,
+            small_bytes=width * pixel_bytes,
+        ),
+        finish,
+        at,
     )
 
-    def pixel(b: Any, i: Any, part: Any, j: Any, c: Any) -> Any:
-        row, column = i - pad[0], j - pad[1]
-        inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
-        value = x[b, row, column, c]
-        large = _rounded(value)
-        small = _rounded(value - tirx.reinterpret(ACCUMULATOR, large))
-        bits = tirx.shift_right(tirx.Select(part == 1, small, large), _uint32(16))
-        return tirx.if_then_else(inside, cast(_BITS, bits), tirx.const(0, _BITS))
 
-    return compute("padded", [batch, rows, PRODUCTS, columns, channels], pixel, dtype=_BITS)
+def _add_copied_windows(x: Any, weight: Any, window: _Window, finish: DeclaredEpilogue) -> None:
+    """Add blocks of output pixels in order, whose windows are copied."""
+    channels = x.shape[-1]
+    *pixels, out_channels = finish.out.shape
+    kernel_size, stride, _ = window
+    rows = product(pixels)
+    height = block_rows(rows)
+    tile = (height + 1) // 2
+
+    def pixel(b: Any, i: Any, j: Any, part: Any, down: Any, along: Any, c: Any) -> Any:
+        return _part(x, window, (b, i * stride[0] + down, j * stride[1] + along, c), part)
+
+    copied = compute("padded", [*pixels, PARTS, *kernel_size, channels], pixel, dtype=_BITS)
+    run_bytes = int(kernel_size[1] * channels) * DTYPE_BYTES[OPERAND]
+    row_bytes = PARTS * kernel_size[0] * run_bytes
+    add_blocks(
+        [count_blocks(rows, height), weight.shape[0]],
+        height,
+        BlockOperands(
+            copied,
+            lambda m: (*unflatten(block_start(m, height, rows), pixels), 0, 0, 0, 0),
+            weight,
+            row_bytes=row_bytes,
+            skip_bytes=(height - tile) * row_bytes,
+            depth=int(kernel_size[1] * channels),
+            tile_rows=tile,
+            second=height - tile,
+            runs=kernel_size[0],
+            pitch_bytes=run_bytes,
+            small_bytes=kernel_size[0] * run_bytes,
+        ),
+        finish,
+        lambda m, n, i, j: [
+            *unflatten(block_start(m, height, rows) + i, pixels),
+            block_start(n, BLOCK, out_channels) + j,
+        ],
+    )
+
+
+def _part(x: Any, window: _Window, at: Sequence[Any], part: Any) -> Any:
+    """Return the bits of a part of an element of the zero-padded image."""
+    b, i, j, c = at
+    row, column = i - window.pad[0], j - window.pad[1]
+    inside = tirx.all(row >= 0, row < x.shape[1], column >= 0, column < x.shape[2])
+    value = x[b, row, column, c]
+    large = _rounded(value)
+    small = _rounded(value - tirx.reinterpret(ACCUMULATOR, large))
+    bits = tirx.shift_right(tirx.Select(part == 1, small, large), _uint32(16))
+    return tirx.if_then_else(inside, cast(_BITS, bits), tirx.const(0, _BITS))
 
 
 def _rounded(value: Any) -> Any:
@@ -209,18 +271,15 @@ def pack_tile_convolution_weight(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
     Returns
     -------
-    ndarray of shape (ceil(O/32), kh*3, ceil(kw*C/32), 2, 16, 16, 2)
-        In bfloat16. Each row of the window as `pack_tile_weight` packs a matrix, three times: its
-        large part twice, and what is left.
+    ndarray of shape (ceil(O/32), kh, ceil(kw*C/32), 2, 2, 16, 16, 2)
+        In bfloat16. Each row of the window as `pack_tile_weight` packs a matrix, in each step the
+        large part first, and then what is left.
     """
     rows = weight.reshape(*weight.shape[:2], -1)
     large = rows.astype(numpy_dtype(OPERAND))
     small = (rows - large.astype(rows.dtype)).astype(large.dtype)
-    return np.stack(
-        [
-            pack_tile_weight(part[:, row])
-            for row in range(rows.shape[1])
-            for part in (large, large, small)
-        ],
-        axis=1,
-    )
+    packed = [
+        np.stack([pack_tile_weight(part[:, row]) for part in (large, small)], axis=2)
+        for row in range(rows.shape[1])
+    ]
+    return np.stack(packed, axis=1)

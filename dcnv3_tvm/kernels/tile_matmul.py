@@ -21,7 +21,12 @@ from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import DeclaredEpilogue, Epilogue, declare_epilogue
 from dcnv3_tvm.kernels.packing import BLOCK, PAIR, TILE
-from dcnv3_tvm.kernels.tile_functions import IMPORT_CODE, PORTABLE_CODE, SUM_BLOCK
+from dcnv3_tvm.kernels.tile_functions import (
+    IMPORT_CODE,
+    PORTABLE_CODE,
+    SPLIT_SUM_BLOCK,
+    SUM_BLOCK,
+)
 from dcnv3_tvm.op.expr import cast, constant_factor, int64, product, static, unflatten
 from dcnv3_tvm.op.prim_func_builder import allocate, argument, compute, function
 
@@ -37,8 +42,8 @@ ACCUMULATOR: Final = "float32"
 _LINE: Final = 64
 """Bytes of a cache line."""
 
-_STEP_LINES: Final = BLOCK * BLOCK * DTYPE_BYTES[OPERAND] // _LINE
-"""Cache lines of the weights of a step."""
+_PART_LINES: Final = BLOCK * BLOCK * DTYPE_BYTES[OPERAND] // _LINE
+"""Cache lines of the weights of a step, or of one of their parts."""
 
 
 def supports_tiles(in_features: int, out_features: int) -> bool:
@@ -147,6 +152,8 @@ class BlockOperands(NamedTuple):
         Runs along the depth.
     pitch_bytes : expression
         Bytes of x from one run to the next.
+    small_bytes : expression, optional
+        Bytes of x from large parts to small ones, if both operands are split.
     """
 
     x: Any
@@ -159,6 +166,7 @@ class BlockOperands(NamedTuple):
     second: Any
     runs: int = 1
     pitch_bytes: Any = 0
+    small_bytes: Any = None
 
 
 def add_blocks(
@@ -187,7 +195,9 @@ def add_blocks(
     first = [0] * (len(weight.shape) - 1)
     last = (operands.depth - BLOCK) * DTYPE_BYTES[OPERAND]
     # All rows of blocks together prefetch the weights of a column.
-    lines = -(-_STEP_LINES // (static(blocks[0]) or _STEP_LINES))
+    split = operands.small_bytes is not None
+    step_lines = 2 * _PART_LINES if split else _PART_LINES
+    lines = -(-step_lines // (static(blocks[0]) or step_lines))
     sums = allocate("sums", [*blocks, BLOCK, BLOCK], ACCUMULATOR)
     imported = T.serial(blocks[0], annotations={IMPORT_CODE: PORTABLE_CODE})
     with imported as outer, T.serial(blocks[1]) as inner, T.sblock("sums"):
@@ -199,7 +209,7 @@ def add_blocks(
         T.evaluate(
             tirx.call_extern(
                 "int32",
-                SUM_BLOCK,
+                SPLIT_SUM_BLOCK if split else SUM_BLOCK,
                 tirx.address_of(sums[m, n, 0, 0]),
                 tirx.address_of(x[tuple(operands.position(m))]),
                 int64(operands.row_bytes),
@@ -214,6 +224,7 @@ def add_blocks(
                 tirx.address_of(weight[(tirx.min(n + 1, blocks[1] - 1), *first)]),
                 cast("int32", m),
                 int64(lines),
+                *([int64(operands.small_bytes)] if split else []),
             )
         )
     extents = [*blocks, height, BLOCK]
