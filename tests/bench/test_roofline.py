@@ -125,7 +125,11 @@ def test_rate_of_matrix_tiles():
     )
     assert kernel_roofline(matmul, peaks).arithmetic == pytest.approx(2 * 10 * 40 * 64 / 2e10)
     image = cpu_kernel(
-        "tile_convolution", (1, 8, 8, 16), (1, 9, 2, 2, 16, 16, 2), (1, 4, 4, 32), weight="bfloat16"
+        "tile_convolution",
+        (1, 8, 8, 16),
+        (1, 3, 2, 2, 2, 16, 16, 2),
+        (1, 4, 4, 32),
+        weight="bfloat16",
     )
     assert kernel_flops(image) == 2 * 4 * 4 * 32 * 9 * 16
 
