@@ -498,5 +498,6 @@ plt.show()
 r"""
 About two thirds of the arithmetic are the MLPs; the sampling, the part that gave the network its
 name, is below two percent. It is not below two percent of the *time*: it reads memory in an order
-that nobody knows in advance.
+that nobody knows in advance. What [the compiler](compiler_step_by_step.ipynb) makes of it is the
+next notebook.
 """

@@ -26,7 +26,9 @@ from typing import Any, Final, NamedTuple
 import matplotlib.pyplot as plt
 
 FOLDER: Final = Path(__file__).parent
-SOURCES: Final = tuple(FOLDER / f"{part}_step_by_step.py" for part in ("operator", "encoder"))
+SOURCES: Final = tuple(
+    FOLDER / f"{part}_step_by_step.py" for part in ("operator", "encoder", "compiler")
+)
 DOTS_PER_INCH: Final = 80
 METADATA: Final = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

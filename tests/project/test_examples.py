@@ -50,7 +50,8 @@ ARGUMENTS = {
 
 TESTED_ELSEWHERE = [
     *("digits.py", "fine_tune.py", "train_digits.py"),
-    *("encoder_step_by_step.py", "make_notebooks.py", "operator_step_by_step.py"),
+    *("compiler_step_by_step.py", "encoder_step_by_step.py", "operator_step_by_step.py"),
+    "make_notebooks.py",
 ]
 """By test_digits_examples.py, without compiling the trained models, and by test_tutorial.py."""
 

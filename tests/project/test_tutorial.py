@@ -8,12 +8,16 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from dcnv3_tvm.bench import cpu_peaks
+from dcnv3_tvm.bench.roofline import Peaks
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 SMALL = {
     "operator_step_by_step.py": {"SHAPE": (2, 20, 24, 64)},
     "encoder_step_by_step.py": {"IMAGES": (1, 3, 40, 64)},
+    "compiler_step_by_step.py": {"SHAPE": (1, 13, 10, 64)},
 }
 
 
@@ -47,14 +51,16 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def check_outputs(cells: list[dict]) -> None:
     outputs = [output for cell in cells for output in cell.get("outputs", ())]
     pictures = [output for output in outputs if output["output_type"] == "display_data"]
-    assert len(pictures) > 3
+    assert len(pictures) >= 2
     assert all(picture["metadata"]["alt"] for picture in pictures)
     assert any("relative difference" in "".join(output.get("text", ())) for output in outputs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_small(name: str, run):
+def test_small(name: str, run, monkeypatch: pytest.MonkeyPatch):
+    # Measuring takes seconds, and sets the number of threads of this process.
+    monkeypatch.setattr(cpu_peaks, "measure_peaks", lambda _: Peaks(1e11, 1e10, how="given"))
     check_outputs(run(name, SMALL[name]))
 
 
