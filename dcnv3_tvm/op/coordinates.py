@@ -48,14 +48,11 @@ class AxisCoordinates:
         0 for rows, 1 for columns.
     size : tvm.tirx.PrimExpr
         Extent of the image along the axis.
-    minmax_drops_nan : bool
-        Whether ``min`` and ``max`` return the number where the other argument is NaN, as on GPUs.
     """
 
     spec: DCNv3Spec
     axis: int
     size: Any
-    minmax_drops_nan: bool
 
     @property
     def _half(self) -> int:
@@ -106,11 +103,8 @@ class AxisCoordinates:
         low, high = (
             tirx.Cast(self.spec.accumulate_dtype, tirx.Cast("int32", end)) for end in (low, high)
         )
-        if self.minmax_drops_nan:
-            # No Select, which would become a branch on GPUs.
-            return tirx.floor(tirx.max(tirx.min(position, high), low))
-        # A comparison with NaN is false.
-        return tirx.floor(tirx.Select(position > low, tirx.min(position, high), low))
+        # In this order, the maximum of NaN and the lower end is that end on CPUs and GPUs.
+        return tirx.floor(tirx.min(tirx.max(position, low), high))
 
     def weight(self, position: Any, first: Any, corner: Any) -> Any:
         """Return the bilinear weight of pixel ``first + corner`` (0 or 1): ``max(0, 1 - |d|)``."""

@@ -32,7 +32,7 @@ from tvm.tirx.script import builder as T
 from dcnv3_tvm.op import vector_loads
 from dcnv3_tvm.op.expr import int64
 from dcnv3_tvm.op.prim_func_builder import allocate, block, compute
-from dcnv3_tvm.op.sampling import emit_index, emit_points, emit_weights, mask_at
+from dcnv3_tvm.op.sampling import emit_index, emit_points, emit_weights
 from dcnv3_tvm.op.sampling_kernel import Buffers, SamplingKernel
 from dcnv3_tvm.op.scalar_loads import patch_index, patch_pixel, pixel_sources
 
@@ -49,7 +49,7 @@ def emit_grad_x(kernel: SamplingKernel, grad: Any, offset: Any, mask: Any, out: 
     out : buffer
         The gradient of x, in the accumulation type, in which the terms of a pixel are added.
     """
-    buffers = Buffers.of(kernel, without=("total", "patch"))
+    buffers = Buffers.of(kernel, without=("total", "patch", "share"))
     emit_points(kernel, buffers, offset, mask)
     emit_weights(kernel, buffers, mask)
     emit_index(kernel, buffers)
@@ -73,7 +73,7 @@ def _emit_scatter(kernel: SamplingKernel, buffers: Buffers, grad: Any, image: An
     extents = (batch, group, out_height, out_width, points, 2, 2, kernel.channel_extents[-1])
     with block("scatter", extents, "SSRRRRRS") as (n, g, y, x, p, r, s, c):
         at, channel = (n, y, x, g, p), kernel.channel(g, c)
-        weight = buffers.weight[n, y, x, g, r, s, p]
+        weight = buffers.weight[kernel.weight_place(at, r, s)]
         # The pixels written depend on data: declare the whole image.
         region = image[n, 0:height, 0:width, channel]
         T.reads(weight, grad[n, y, x, g, c], *pixel_sources(kernel, buffers, at), region)
@@ -108,7 +108,7 @@ def emit_grad_offset_mask(
         to compute.
     """
     spec = kernel.spec
-    buffers = Buffers.of(kernel, without=("total", "weight"))
+    buffers = Buffers.of(kernel, without=("total", "weight", "share"))
     emit_points(kernel, buffers, offset, mask)
     emit_index(kernel, buffers)
     if kernel.vector_loads:
@@ -136,7 +136,7 @@ def emit_grad_offset_mask(
         if spec.softmax:
             factor = buffers.exp_logit[at] / buffers.exp_sum[at[:-1]]
         else:
-            factor = mask_at(kernel, mask, at)
+            factor = kernel.mask_at(mask, at)
         scale = factor * kernel.constant(spec.offset_scale)
         along_x = scale * over_corners(rows.weights, columns.slopes, at)
         along_y = scale * over_corners(rows.slopes, columns.weights, at)

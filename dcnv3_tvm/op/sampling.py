@@ -10,6 +10,8 @@ in these blocks (`dcnv3_tvm.op.reference` states the formula in full):
 block                     what it computes
 ========================= ========================================================================
 softmax_max, _exp, _sum   with ``spec.softmax``: the stable softmax of the logits, not yet divided
+softmax_shift, _share     the same without vector loads: logits minus the largest, 1 / sum
+offsets                   without vector loads: the offsets along x, then those along y
 coordinates               sampling position (y, x), relative to the anchor of the output pixel
 corners                   row and column of the first of the four pixels read, inside the image
 weights                   four bilinear weights, times the mask
@@ -27,7 +29,6 @@ store                     division of the softmax, blend, and the one rounding t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
@@ -57,6 +58,8 @@ def emit_sampling(kernel: SamplingKernel, x: Any, offset: Any, mask: Any, out: A
         vector_loads.emit_patch(kernel, buffers, x)
         vector_loads.emit_sum(kernel, buffers)
     else:
+        if kernel.spec.softmax:
+            scalar_loads.emit_share(kernel, buffers)
         scalar_loads.emit_sum(kernel, buffers, x)
     if kernel.center_feature:
         _emit_gate(kernel, buffers, mask)
@@ -65,16 +68,12 @@ def emit_sampling(kernel: SamplingKernel, x: Any, offset: Any, mask: Any, out: A
     _emit_store(kernel, buffers, x, out)
 
 
-def mask_at(kernel: SamplingKernel, mask: Any, at: Sequence[Any]) -> Any:
-    """Read the mask, or its logit, of the point at (n, ho, wo, g, p)."""
-    n, y, x, g, p = at
-    return kernel.cast(mask[n, y, x, kernel.mask_start + g * int64(kernel.spec.points) + p])
-
-
 def emit_points(kernel: SamplingKernel, buffers: Buffers, offset: Any, mask: Any) -> None:
     """Compute the softmax of the mask, if any, sampling positions and first pixels."""
     if kernel.spec.softmax:
         _emit_softmax(kernel, buffers, mask)
+    if not kernel.vector_loads:
+        scalar_loads.emit_offsets(kernel, buffers, offset)
     _emit_coordinates(kernel, buffers, offset)
     _emit_corners(kernel, buffers)
 
@@ -93,12 +92,17 @@ def _emit_softmax(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
     with block("softmax_max", kernel.point_extents, "SSSSR") as (*group, p):
         with T.init():
             T.buffer_store(peak, tirx.min_value(kernel.dtype), group)
-        logit = mask_at(kernel, mask, (*group, p))
+        logit = kernel.mask_at(mask, (*group, p))
         T.buffer_store(peak, tirx.max(peak[tuple(group)], logit), group)
+    shifted = None if kernel.vector_loads else scalar_loads.emit_shift(kernel, buffers, mask)
+
+    def exponent(*at: Any) -> Any:
+        return kernel.mask_at(mask, at) - peak[at[:-1]] if shifted is None else shifted[at]
+
     compute(
         "softmax_exp",
         kernel.point_extents,
-        lambda *at: kernel.exp(mask_at(kernel, mask, at) - peak[at[:-1]]),
+        lambda *at: kernel.exp(exponent(*at)),
         dtype=kernel.dtype,
         into=buffers.exp_logit,
     )
@@ -116,9 +120,12 @@ def _emit_coordinates(kernel: SamplingKernel, buffers: Buffers, offset: Any) -> 
     """Compute the sampling positions, relative to the anchors."""
     with block("coordinates", kernel.point_extents, "SSSSS") as at:
         n, y, x, g, p = at
-        channel = (g * int64(kernel.spec.points) + p) * int64(2)  # x before y
-        position_x = kernel.columns.position(p, offset[n, y, x, channel])
-        position_y = kernel.rows.position(p, offset[n, y, x, channel + 1])
+        if kernel.vector_loads:
+            along_x, along_y = (kernel.offset_at(offset, at, axis) for axis in (0, 1))
+        else:
+            along_x, along_y = (buffers.offset[n, y, x, axis, g, p] for axis in (0, 1))
+        position_x = kernel.columns.position(p, along_x)
+        position_y = kernel.rows.position(p, along_y)
         T.buffer_store(buffers.position_x, position_x, at)
         T.buffer_store(buffers.position_y, position_y, at)
 
@@ -135,18 +142,17 @@ def _emit_corners(kernel: SamplingKernel, buffers: Buffers) -> None:
 
 def emit_weights(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
     """Compute the bilinear weights, times the mask or the exponential of its logit."""
-
-    def weight(n: Any, y: Any, x: Any, g: Any, r: Any, s: Any, p: Any) -> Any:
+    with block("weights", kernel.weight_extents, "SSSSSSS") as place:
+        if kernel.vector_loads:
+            n, y, x, g, r, s, p = place
+        else:
+            n, y, x, r, s, g, p = place
         at = n, y, x, g, p
-        factor = buffers.exp_logit[at] if kernel.spec.softmax else mask_at(kernel, mask, at)
+        factor = buffers.exp_logit[at] if kernel.spec.softmax else kernel.mask_at(mask, at)
         weight_y = kernel.rows.weight(buffers.position_y[at], buffers.row[at], r)
         weight_x = kernel.columns.weight(buffers.position_x[at], buffers.column[at], s)
         # In this order, so that the product shared by both columns comes first.
-        return factor * weight_y * weight_x
-
-    *groups, points = kernel.point_extents
-    extents = (*groups, 2, 2, points)
-    compute("weights", extents, weight, dtype=kernel.dtype, into=buffers.weight)
+        T.buffer_store(buffers.weight, factor * weight_y * weight_x, place)
 
 
 def _emit_gate(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
@@ -163,9 +169,14 @@ def _emit_gate(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
 
 def _emit_store(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any, out: Any) -> None:
     def result(n: Any, y: Any, x: Any, g: Any, c: Any) -> Any:
-        value = buffers.total[n, y, x, g, c]
-        if kernel.spec.softmax:
-            value = value / buffers.exp_sum[n, y, x, g]
+        if kernel.vector_loads:
+            value = buffers.total[n, y, x, g, c]
+            if kernel.spec.softmax:
+                value = value / buffers.exp_sum[n, y, x, g]
+        else:
+            value = buffers.total[n, y, x, g, 0, c] + buffers.total[n, y, x, g, 1, c]
+            if kernel.spec.softmax:
+                value = value * buffers.share[n, y, x, g]
         if kernel.center_feature:
             source = x_tensor[n, y, x, kernel.channel(g, c)]
             center = kernel.cast(buffers.center[n, y, x, g, c] if kernel.vector_loads else source)

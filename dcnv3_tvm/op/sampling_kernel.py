@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any, Final
 
 from tvm import tirx
@@ -89,6 +89,20 @@ class SamplingKernel:
         """Extents (N, Ho, Wo, G, C'), with C' channels in a group."""
         return *self.group_extents, int64(self.spec.group_channels)
 
+    @property
+    def weight_extents(self) -> tuple[Any, ...]:
+        """Extents of the weights, in the order of `weight_place`."""
+        return self.weight_place(self.point_extents, 2, 2)
+
+    def weight_place(self, point: Sequence[Any], r: Any, s: Any) -> tuple[Any, ...]:
+        """Return the place of the weight of corner (r, s) of the point (n, ho, wo, g, p).
+
+        Without vector loads, the weights of all points of a pixel are contiguous, so that they are
+        computed in whole vectors.
+        """
+        n, y, x, g, p = point
+        return (n, y, x, g, r, s, p) if self.vector_loads else (n, y, x, r, s, g, p)
+
     @functools.cached_property
     def sizes(self) -> Sizes:
         """Extents of the problem."""
@@ -97,12 +111,12 @@ class SamplingKernel:
     @functools.cached_property
     def rows(self) -> AxisCoordinates:
         """Coordinates along the height of the image."""
-        return AxisCoordinates(self.spec, 0, self.sizes.height, minmax_drops_nan=self.vector_loads)
+        return AxisCoordinates(self.spec, 0, self.sizes.height)
 
     @functools.cached_property
     def columns(self) -> AxisCoordinates:
         """Coordinates along the width of the image."""
-        return AxisCoordinates(self.spec, 1, self.sizes.width, minmax_drops_nan=self.vector_loads)
+        return AxisCoordinates(self.spec, 1, self.sizes.width)
 
     def exp(self, value: Any) -> Any:
         """Return e**value: the target's function on GPUs, vectorizable arithmetic on CPUs."""
@@ -115,6 +129,16 @@ class SamplingKernel:
     def cast(self, value: Any) -> Any:
         """Convert a value to the accumulation type."""
         return tirx.Cast(self.dtype, value)
+
+    def offset_at(self, offset: Any, point: Sequence[Any], axis: Any) -> Any:
+        """Read the offset of the point (n, ho, wo, g, p): along x (axis 0) or y (axis 1)."""
+        n, y, x, g, p = point
+        return offset[n, y, x, (g * int64(self.spec.points) + p) * int64(2) + axis]
+
+    def mask_at(self, mask: Any, point: Sequence[Any]) -> Any:
+        """Read the mask, or its logit, of the point (n, ho, wo, g, p)."""
+        n, y, x, g, p = point
+        return self.cast(mask[n, y, x, self.mask_start + g * int64(self.spec.points) + p])
 
     def channel(self, group: Any, index: Any) -> Any:
         """Return the channel of x for a channel `index` of a group."""
@@ -129,14 +153,16 @@ class Buffers:
 
     Parameters
     ----------
+    offset : (N, Ho, Wo, 2, G, P)
+        Without vector loads: all offsets along x, then along y.
     position_y, position_x : (N, Ho, Wo, G, P)
         Sampling positions, relative to the anchor.
     row, column : (N, Ho, Wo, G, P)
         First pixel of the 2x2 patch, relative to the anchor.
-    weight : (N, Ho, Wo, G, 2, 2, P)
+    weight : (N, Ho, Wo, G, 2, 2, P), without vector loads (N, Ho, Wo, 2, 2, G, P)
         Bilinear weights times the mask.
-    total : (N, Ho, Wo, G, C')
-        Weighted sums.
+    total : (N, Ho, Wo, G, C'), without vector loads (N, Ho, Wo, G, 2, C')
+        Weighted sums; without vector loads, of the upper and of the lower pixels.
     index : (N, Ho, Wo, G, P)
         Place of the patch in x, with `SamplingKernel.has_pixel_index`.
     patch : (N, Ho, Wo, G, P, 2, 2, C')
@@ -145,12 +171,15 @@ class Buffers:
         With softmax: the largest logit, the sum of the exponentials.
     exp_logit : (N, Ho, Wo, G, P)
         With softmax: the exponentials, not yet divided by their sum.
+    share : (N, Ho, Wo, G)
+        With softmax and without vector loads: the reciprocal of the sum.
     gate : (N, Ho, Wo, G)
         With the center feature: share of x in the result.
     center : (N, Ho, Wo, G, C')
         With the center feature and vector loads: the pixel of x at the output pixel.
     """
 
+    offset: Any
     position_y: Any
     position_x: Any
     row: Any
@@ -162,6 +191,7 @@ class Buffers:
     max_logit: Any
     exp_logit: Any
     exp_sum: Any
+    share: Any
     gate: Any
     center: Any
 
@@ -183,19 +213,23 @@ class Buffers:
         def buffer(name: str, shape: tuple[Any, ...], dtype: str, needed: bool = True) -> Any:
             return allocate(name, shape, dtype) if needed and name not in without else None
 
-        points, channels = of_point[-1], of_channel[-1]
+        channels = of_channel[-1]
+        scalar = not kernel.vector_loads
+        pair = (2,) if scalar else ()
         return cls(
+            offset=buffer("offsets", (*of_group[:3], 2, *of_point[3:]), dtype, scalar),
             position_y=buffer("position_y", of_point, dtype),
             position_x=buffer("position_x", of_point, dtype),
             row=buffer("row", of_point, dtype),
             column=buffer("column", of_point, dtype),
-            weight=buffer("weight", (*of_group, 2, 2, points), dtype),
-            total=buffer("total", of_channel, dtype),
+            weight=buffer("weight", kernel.weight_extents, dtype),
+            total=buffer("total", (*of_group, *pair, channels), dtype),
             index=buffer("index", of_point, kernel.index_dtype, kernel.has_pixel_index),
             patch=buffer("patch", (*of_point, 2, 2, channels), spec.dtype, kernel.vector_loads),
             max_logit=buffer("max_logit", of_group, dtype, spec.softmax),
             exp_logit=buffer("exp_logit", of_point, dtype, spec.softmax),
             exp_sum=buffer("exp_sum", of_group, dtype, spec.softmax),
+            share=buffer("share", of_group, dtype, spec.softmax and scalar),
             gate=buffer("gate", of_group, dtype, kernel.center_feature),
             center=buffer(
                 "center", of_channel, spec.dtype, kernel.center_feature and kernel.vector_loads

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
@@ -11,8 +11,37 @@ from tvm.tirx.script import builder as T
 from dcnv3_tvm.op.prim_func_builder import block, compute
 from dcnv3_tvm.op.sampling_kernel import Buffers, SamplingKernel
 
-CORNERS: Final = ((0, 0), (0, 1), (1, 0), (1, 1))
-"""(row, column) of the pixels of a patch."""
+
+def emit_offsets(kernel: SamplingKernel, buffers: Buffers, offset: Any) -> None:
+    """Separate the offsets along x from those along y, which alternate."""
+    compute(
+        "offsets",
+        (*kernel.point_extents[:3], 2, *kernel.point_extents[3:]),
+        lambda n, y, x, axis, g, p: kernel.cast(kernel.offset_at(offset, (n, y, x, g, p), axis)),
+        dtype=kernel.dtype,
+        into=buffers.offset,
+    )
+
+
+def emit_shift(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> Any:
+    """Compute the logits relative to the largest of the group."""
+    return compute(
+        "softmax_shift",
+        kernel.point_extents,
+        lambda *at: kernel.mask_at(mask, at) - buffers.max_logit[at[:-1]],
+        dtype=kernel.dtype,
+    )
+
+
+def emit_share(kernel: SamplingKernel, buffers: Buffers) -> None:
+    """Compute the reciprocal of the sum of exponentials, for each group."""
+    compute(
+        "softmax_share",
+        kernel.group_extents,
+        lambda *at: kernel.constant(1) / buffers.exp_sum[at],
+        dtype=kernel.dtype,
+        into=buffers.share,
+    )
 
 
 def emit_pixel_index(kernel: SamplingKernel, buffers: Buffers) -> None:
@@ -37,27 +66,27 @@ def emit_sum(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any) -> None:
     """Add up the four weighted pixels of every point."""
     weight, total = buffers.weight, buffers.total
     height, width = kernel.sizes.height, kernel.sizes.width
-    extents = (*kernel.point_extents, kernel.channel_extents[-1])
-    with block("sum", extents, "SSSSRS") as (n, y, x, g, p, c):
+    extents = (*kernel.point_extents, 2, kernel.channel_extents[-1])
+    with block("sum", extents, "SSSSRSS") as (n, y, x, g, p, r, c):
         channel = kernel.channel(g, c)
         at = n, y, x, g, p
-        corners = [patch_pixel(kernel, buffers, at, r, s) for r, s in CORNERS]
+        first, second = (patch_pixel(kernel, buffers, at, r, s) for s in (0, 1))
+        weights = [weight[kernel.weight_place(at, r, s)] for s in (0, 1)]
         # The pixels read depend on data: declare the whole image.
         T.reads(
-            weight[n, y, x, g, 0:2, 0:2, p],
+            weight[n, y, x, r, 0:2, g, p],
             *pixel_sources(kernel, buffers, at),
             x_tensor[n, 0:height, 0:width, channel],
         )
-        T.writes(total[n, y, x, g, c])
+        T.writes(total[n, y, x, g, r, c])
         with T.init():
-            T.buffer_store(total, kernel.constant(0), [n, y, x, g, c])
-        first, *others = (
-            weight[n, y, x, g, r, s, p] * kernel.cast(x_tensor[n, row, column, channel])
-            for (r, s), (row, column) in zip(CORNERS, corners, strict=True)
-        )
-        # The four corners are added up first, which shortens the chain of dependent additions.
-        patch_sum = sum(others, start=first)
-        T.buffer_store(total, total[n, y, x, g, c] + patch_sum, [n, y, x, g, c])
+            T.buffer_store(total, kernel.constant(0), [n, y, x, g, r, c])
+        # One after the other, so that each is a multiply-add. Two sums per channel, because each
+        # waits for the one before it.
+        value = total[n, y, x, g, r, c]
+        for factor, (row, column) in zip(weights, (first, second), strict=True):
+            value = value + factor * kernel.cast(x_tensor[n, row, column, channel])
+        T.buffer_store(total, value, [n, y, x, g, r, c])
 
 
 def pixel_sources(kernel: SamplingKernel, buffers: Buffers, at: Sequence[Any]) -> list[Any]:

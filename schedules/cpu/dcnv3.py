@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from tvm import s_tir, tirx
@@ -11,6 +11,12 @@ from tvm.target import Target
 
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.blocks import block_names
+from dcnv3_tvm.schedules.cpu.point_lanes import (
+    LLVM_TYPES,
+    reduce_points,
+    separate_pairs,
+    subtract_from_points,
+)
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import num_cores, vector_lanes
@@ -23,8 +29,11 @@ _STAGES: Final = (
     "weights",
     "corners",
     "coordinates",
+    "offsets",
+    "softmax_share",
     "softmax_sum",
     "softmax_exp",
+    "softmax_shift",
     "softmax_max",
 )
 """Blocks before the sum, consumers before producers, the order that compute_at needs."""
@@ -32,8 +41,19 @@ _STAGES: Final = (
 _POINT_SUMS: Final = ("softmax_dot", "softmax_sum", "softmax_max")
 """Blocks that reduce over the points of a group."""
 
+_BY_SHUFFLES: Final[Mapping[str, Callable[[s_tir.Schedule, SBlockRV, int, str], None]]] = {
+    "offsets": separate_pairs,
+    "softmax_max": reduce_points,
+    "softmax_shift": subtract_from_points,
+    "softmax_sum": reduce_points,
+}
+"""Blocks for which there are functions of shuffles, where their element types allow it."""
+
 _MAX_UNROLLED_POINTS: Final = 16
 """Most points over which a loop is unrolled: 64 loads and multiply-adds."""
+
+_MAX_GROUPS: Final = 16
+"""Most groups whose points are computed in unrolled vectors: 9 of 16 lanes with a 3x3 kernel."""
 
 _MAX_VECTORS: Final = 4
 """Most vector registers of sums in one pass over the points, by default."""
@@ -61,6 +81,7 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
     # are enough for every core.
     *_, group, channel = sch.get_loops(store)
     task, pixel = pick_task(sch, store, target, space)
+    sch.parallel(task)
 
     # Step 2. Accumulate a tile of channels in registers over the points, for one or several groups.
     channels = static(sch.get(channel).extent) or 1
@@ -69,29 +90,24 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
     group_tile = space.pick("groups", [n for n in (1, 2, 4) if groups % n == 0], 1)
     group, _ = sch.split(group, [None, group_tile])
     sch.compute_at(total, group, preserve_unit_loops=True)
-    *_, inner_group, point, channel = sch.get_loops(total)
-    sch.reorder(point, inner_group)
+    *_, inner_group, point, row, channel = sch.get_loops(total)
+    sch.reorder(point, inner_group, row)
     sch.unroll(inner_group)
+    sch.unroll(row)
     if tile > 1:
         outer, channel = sch.split(channel, [None, tile])
-        sch.reorder(outer, point, inner_group, channel)
+        sch.reorder(outer, point, inner_group, row, channel)
         sch.vectorize(channel)
         sch.vectorize(sch.split(sch.get_loops(store)[-1], [None, tile])[1])
     unroll_points(sch, point)
 
-    # Step 3. Compute the stages before the sum for all groups of a pixel at once, or group by group
-    # into a smaller buffer.
-    stage = {"pixel": pixel, "group": group}[space.pick("stages", ["pixel", "group"], "pixel")]
-    for name in _STAGES:
-        if name in names:
-            compute_stage_at(sch, name, stage)
-    sch.parallel(task)
+    # Step 3. Compute the stages before the sum for all groups of a pixel at once.
+    compute_stages_at(sch, [name for name in _STAGES if name in names], pixel, lanes)
 
     # Step 4. Initialize sums ahead of their loops.
     init = sch.decompose_reduction(total, point)
     if tile > 1:
         sch.vectorize(sch.get_loops(init)[-1])
-    initialize_softmax(sch, names)
     return sch.mod["main"]
 
 
@@ -121,14 +137,6 @@ def pick_task(
     return sch.fuse(batch, row), column
 
 
-def initialize_softmax(sch: s_tir.Schedule, names: Container[str]) -> None:
-    """Initialize the sums and maxima of a softmax ahead of their loops."""
-    for name in _POINT_SUMS:
-        if name in names:
-            block = sch.get_sblock(name)
-            sch.decompose_reduction(block, sch.get_loops(block)[-1])
-
-
 def channel_tiles(channels: int, lanes: int) -> list[int]:
     """List the candidates for the channels in registers at once: whole vectors."""
     return [
@@ -156,18 +164,60 @@ def channel_tile(channels: int, lanes: int) -> int:
     return largest if largest == channels or 2 * largest >= lanes else 1
 
 
-def compute_stage_at(sch: s_tir.Schedule, name: str, loop: LoopRV) -> None:
-    """Compute a block at a loop, vectorized over its points or groups."""
+def compute_stages_at(sch: s_tir.Schedule, names: Sequence[str], loop: LoopRV, lanes: int) -> None:
+    """Compute blocks at a loop, consumers before producers, in vectors of points or groups."""
+    for name in names:
+        sch.compute_at(sch.get_sblock(name), loop, preserve_unit_loops=True)
+    for name in names:
+        _vectorize_stage(sch, name, lanes)
+
+
+def _vectorize_stage(sch: s_tir.Schedule, name: str, lanes: int) -> None:
     block = sch.get_sblock(name)
-    sch.compute_at(block, loop, preserve_unit_loops=True)
     loops = sch.get_loops(block)
+    several = all((static(sch.get(loop).extent) or 1) > 1 for loop in loops[-2:])
+    if name in _BY_SHUFFLES and several:
+        dtype = str(sch.get(block).writes[0].source.dtype)
+        same = all(str(region.source.dtype) == dtype for region in sch.get(block).reads)
+        if same and dtype in LLVM_TYPES:
+            _BY_SHUFFLES[name](sch, block, lanes, dtype)
+            return
     if name in _POINT_SUMS:
         unroll_points(sch, loops[-1])
-        return
-    sch.vectorize(loops[-1])
-    if name == "weights":
-        sch.unroll(loops[-2])
-        sch.unroll(loops[-3])
+        sch.decompose_reduction(block, loops[-1])
+    elif name in ("offsets", "softmax_share", "gate"):
+        sch.vectorize(loops[-1])
+    else:
+        _vectorize_points(sch, loops, lanes, corners=name == "weights")
+
+
+def _vectorize_points(
+    sch: s_tir.Schedule, loops: list[LoopRV], lanes: int, *, corners: bool
+) -> None:
+    """Vectorize the innermost loops, over groups and points, together."""
+    *_, group, point = loops
+    groups, points = (static(sch.get(loop).extent) or 1 for loop in (group, point))
+    outer, group = sch.split(group, [None, groups_at_once(groups, points, lanes)])
+    unrolled = loops[-4:-2] if corners else []
+    sch.reorder(outer, *unrolled, group, point)
+    for loop in unrolled:
+        sch.unroll(loop)
+    lane = sch.fuse(group, point)
+    if (static(sch.get(lane).extent) or 1) % lanes == 0:
+        vector, lane = sch.split(lane, [None, lanes])
+        sch.unroll(vector)
+    sch.vectorize(lane)
+
+
+def groups_at_once(groups: int, points: int, lanes: int) -> int:
+    """Choose how many groups to compute at once: those whose points fill whole vectors best."""
+
+    def vectors_per_group(size: int) -> float:
+        return -(-size * points // lanes) / size
+
+    most = min(groups, _MAX_GROUPS)
+    sizes = [size for size in range(1, most + 1) if groups % size == 0]
+    return min(sizes, key=lambda size: (vectors_per_group(size), size))
 
 
 def unroll_points(sch: s_tir.Schedule, point: LoopRV) -> None:

@@ -11,8 +11,7 @@ from tvm.target import Target
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.blocks import block_names
 from dcnv3_tvm.schedules.cpu.dcnv3 import (
-    compute_stage_at,
-    initialize_softmax,
+    compute_stages_at,
     pick_task,
     unroll_points,
 )
@@ -32,8 +31,10 @@ _STAGES: Final = (
     "axis_weights",
     "corners",
     "coordinates",
+    "offsets",
     "softmax_sum",
     "softmax_exp",
+    "softmax_shift",
     "softmax_max",
 )
 """Blocks before the sums, consumers before producers, the order that compute_at needs."""
@@ -62,21 +63,17 @@ def dcnv3_grad_offset_mask(
     sch.vectorize(point)
 
     # Step 2. Compute what follows the products of a group, consumers before producers.
-    for name in ("softmax_dot", "grad_mask"):
-        if name in names:
-            compute_stage_at(sch, name, group)
+    dtype = str(sch.get(dot).writes[0].source.dtype)
+    lanes = vector_lanes(target, dtype)
+    present = [name for name in ("softmax_dot", "grad_mask") if name in names]
+    compute_stages_at(sch, present, group, lanes)
 
     # Step 3. Multiply gradient and pixels of a point, in vectors of channels.
-    dtype = str(sch.get(dot).writes[0].source.dtype)
-    partial = split_lanes(sch, dot, vector_lanes(target, dtype))
+    partial = split_lanes(sch, dot, lanes)
     _sum_products(sch, dot, partial, group, task, dtype)
 
-    # Step 4. Compute the stages before, for all groups of a pixel at once or group by group.
-    stage = {"pixel": pixel, "group": group}[space.pick("stages", ["pixel", "group"], "pixel")]
-    for name in _STAGES:
-        if name in names:
-            compute_stage_at(sch, name, stage)
-    initialize_softmax(sch, names)
+    # Step 4. Compute the stages before, for all groups of a pixel at once.
+    compute_stages_at(sch, [name for name in _STAGES if name in names], pixel, lanes)
     return sch.mod["main"]
 
 
@@ -145,11 +142,8 @@ def dcnv3_grad_x(
     vectorize_innermost(sch, scatter, lanes)
 
     # Step 3. Compute the stages of a pixel.
-    for name in _STAGES:
-        if name in names:
-            compute_stage_at(sch, name, pixel)
+    compute_stages_at(sch, [name for name in _STAGES if name in names], pixel, lanes)
 
     # Step 4. Set the groups to zero ahead of the loops over pixels.
     vectorize_innermost(sch, sch.decompose_reduction(scatter, row), lanes)
-    initialize_softmax(sch, names)
     return sch.mod["main"]

@@ -148,6 +148,10 @@ def test_width_beyond_float32_integers_raises():
 
 SOFTMAX_BLOCKS = ["softmax_max", "softmax_exp", "softmax_sum"]
 WEIGHT_BLOCKS = ["coordinates", "corners", "weights"]
+SCALAR_BLOCKS = [
+    *("softmax_max", "softmax_shift", "softmax_exp", "softmax_sum", "offsets"),
+    *(*WEIGHT_BLOCKS, "pixels", "softmax_share"),
+]
 
 
 @pytest.mark.parametrize("vector_loads", [False, True], ids=["scalar", "vector"])
@@ -155,8 +159,8 @@ WEIGHT_BLOCKS = ["coordinates", "corners", "weights"]
 def test_name_blocks_and_attributes(build, vector_loads):
     spec = DCNv3Spec.of((1, 4, 5, 6), group=2, softmax=True)
     func = build(spec, vector_loads=vector_loads)
-    load = ["patch"] if vector_loads else []
-    expected = [*SOFTMAX_BLOCKS, *WEIGHT_BLOCKS, "pixels", *load, "sum", "store"]
+    before = [*SOFTMAX_BLOCKS, *WEIGHT_BLOCKS, "pixels", "patch"] if vector_loads else SCALAR_BLOCKS
+    expected = [*before, "sum", "store"]
     assert block_names(func)[1:] == expected  # after the root block
     assert func.attrs[KERNEL_ATTR] == build.__name__
     assert tensorir.spec_of(func) == spec
@@ -167,6 +171,8 @@ def test_name_blocks_and_attributes(build, vector_loads):
 def test_blocks_of_the_center_feature(vector_loads):
     spec = DCNv3Spec.of((1, 4, None, 6), group=2, softmax=True)
     func = tensorir.dcnv3_packed(spec, center_feature=True, vector_loads=vector_loads)
-    added = ["pixels", "patch", "center", "gate"] if vector_loads else ["gate"]
-    expected = {*SOFTMAX_BLOCKS, *WEIGHT_BLOCKS, "sum", "store", *added}
-    assert set(block_names(func)[1:]) == expected
+    if vector_loads:
+        added = [*SOFTMAX_BLOCKS, *WEIGHT_BLOCKS, "pixels", "patch", "center"]
+    else:  # no pixels, because the width is dynamic
+        added = [name for name in SCALAR_BLOCKS if name != "pixels"]
+    assert set(block_names(func)[1:]) == {*added, "gate", "sum", "store"}

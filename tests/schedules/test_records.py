@@ -187,7 +187,7 @@ def test_kernel_without_record():
 
 def test_compile_op_uses_records(tmp_path, rng):
     kernel = tensorir.dcnv3(SPEC)
-    Records.of(ABOUT, [record(kernel, {"task": "pixel", "stages": "group"})]).write(tmp_path / "r")
+    Records.of(ABOUT, [record(kernel, {"task": "pixel"})]).write(tmp_path / "r")
     tuned = dt.compile_op(SPEC, database=tmp_path / "r")
     plain = dt.compile_op(SPEC, database="none")
     assert (tuned.kernel.record, plain.kernel.record) == ("hit", "")

@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from dcnv3_tvm.op import tensorir
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.runtime import tensors
-from dcnv3_tvm.schedules.cpu.dcnv3 import channel_tile, dcnv3
+from dcnv3_tvm.schedules.cpu.dcnv3 import channel_tile, dcnv3, groups_at_once
 from dcnv3_tvm.schedules.rule import Refusal
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.spec import DCNv3Spec
@@ -40,16 +40,24 @@ def test_structure():
     loops = loops_of(
         dcnv3(tensorir.dcnv3_packed(spec), resolve_target("cpu-znver4"), SearchSpace())
     )
-    outer = [("PARALLEL", 112), ("SERIAL", 50), ("SERIAL", 4)]
+    pixel = [("PARALLEL", 112), ("SERIAL", 50)]
     unrolled = [("UNROLLED", 2), ("UNROLLED", 2)]
     for stage in ("coordinates", "corners", "pixels", "softmax_exp"):
-        assert loops[stage] == [*outer, ("VECTORIZED", 9)]
-    assert loops["weights"] == [*outer, *unrolled, ("VECTORIZED", 9)]
-    assert loops["softmax_max_update"] == [*outer, ("UNROLLED", 9)]
+        assert loops[stage] == [*pixel, ("VECTORIZED", 36)]
+    assert loops["weights"] == [*pixel, *unrolled, ("VECTORIZED", 36)]
+    outer = [*pixel, ("SERIAL", 4)]
     channels = [("VECTORIZED", 16)]
-    assert loops["sum_init"] == [*outer, *channels]
-    assert loops["sum_update"] == [*outer, ("UNROLLED", 9), *channels]
+    assert loops["sum_init"] == [*outer, ("UNROLLED", 2), *channels]
+    assert loops["sum_update"] == [*outer, ("UNROLLED", 9), ("UNROLLED", 2), *channels]
     assert loops["store"] == [*outer, *channels]
+
+
+@pytest.mark.parametrize(
+    ("groups", "points", "lanes", "size"),
+    [(4, 9, 16, 4), (16, 9, 16, 16), (32, 9, 16, 16), (40, 9, 16, 5), (7, 9, 16, 7), (6, 4, 8, 2)],
+)
+def test_groups_of_whole_vectors(groups, points, lanes, size):
+    assert groups_at_once(groups, points, lanes) == size
 
 
 def test_pixels_are_tasks_if_rows_are_few():
