@@ -26,7 +26,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-CODE_LINK: Final = re.compile(r'\[`([\w.]+)`\]\(\.\./([\w/]+)\.py "([^"]+)"\)')
+CODE_LINK: Final = re.compile(r'\[`([\w.]+)`\]\(\.\./([\w/]+)\.py\s+"([^"]+)"\)')
 FORMULA: Final = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -100,7 +100,8 @@ def code_link(name: str, path: str, code: str) -> str:
     holding = [number for number in numbers if code in lines[number - 1]]
     if len(holding) != 1:
         raise PluginError(f"{path}.py: {len(holding)} lines of {name} hold {code!r}")
-    return f'[`{name}`](source/{path}.md#line-{holding[0]} "{path}.py, line {holding[0]}")'
+    short = name.rpartition(".")[2]
+    return f'[`{short}`](source/{path}.md#line-{holding[0]} "{path}.py, line {holding[0]}")'
 
 
 def _assigned(node: ast.AST) -> list[str]:

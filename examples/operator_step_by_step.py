@@ -704,5 +704,7 @@ The tolerance is larger here: near position 256, float32 has steps of $2^{-15}$ 
 functions compute positions from the corner of the image. The library computes them relative to the
 output pixel, where they are small.
 
-The [encoder](encoder_step_by_step.ipynb), which is made of this module, is the next notebook.
+The [three equations](../docs/equation.md) have the paper's, the article's and this one side by
+side. The [encoder](encoder_step_by_step.ipynb), which is made of this module, is the next
+notebook.
 """
