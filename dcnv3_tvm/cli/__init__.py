@@ -28,6 +28,7 @@ VERBS: Final = (
     "run",
     "verify",
     "explain",
+    "visualize",
     "tune",
     "records",
     "worker",

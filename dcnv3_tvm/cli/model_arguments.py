@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from dcnv3_tvm.frontend.models.internimage import InternImage
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Declare the model and the options of its construction."""
+def add_model(parser: argparse.ArgumentParser, *, others: str = "") -> None:
+    """Declare the model and the options of its construction; `others` names further kinds."""
     parser.add_argument(
         "model",
-        help="name listed by `models`, or a checkpoint: a file, or a folder as from Hugging Face",
+        help="name listed by `models`, or a checkpoint: a file, or a folder as from Hugging Face"
+        f"{others}",
     )
     add_weights(parser)
     parser.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,6 +183,14 @@ def number_blocks(
             hint="Models whose DCNv3 `frontend.import_model` finds can be looked at.",
         )
     return tuple(blocks)
+
+
+def typical_block(blocks: Sequence[BlockSampling]) -> int:
+    """Return the index of the deepest block with four positions along each side, or of the first.
+
+    It looks far, and differs from position to position.
+    """
+    return max((i for i, each in enumerate(blocks) if min(each.output_size) >= 4), default=0)
 
 
 def _points(offset: npt.NDArray[Any], params: DCNv3Params) -> Float32Array:

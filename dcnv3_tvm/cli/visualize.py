@@ -1,0 +1,224 @@
+"""``dcnv3-tvm visualize``: show where a model samples an image."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dcnv3_tvm.cli.arguments import parse_natural, parse_path, parse_size
+from dcnv3_tvm.cli.model_arguments import add_model, create_described, find_model
+from dcnv3_tvm.cli.result import Result, table
+from dcnv3_tvm.cli.run import add_device, add_value_range
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.progress import Progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dcnv3_tvm.visualize import BlockSampling
+
+HELP: Final = "show where the DCNv3 of a model sample an image, as pictures or a page"
+EXAMPLE: Final = "dcnv3-tvm visualize internimage_t_1k_224.pth photo.jpg -o page.html"
+
+_PAGE: Final = (".html", ".htm")
+_PICTURE: Final = (".png", ".svg")
+_DEFAULT: Final = "points"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_model(parser, others=", or an artifact compiled with --expose offsets")
+    parser.add_argument("image", type=parse_path, help="image file of any size")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=parse_path,
+        required=True,
+        metavar="PATH",
+        help="page.html: a page on which the points follow the pointer; picture.png or .svg: one "
+        "picture; otherwise a folder for the page and all pictures",
+    )
+    parser.add_argument(
+        "--picture",
+        metavar="KIND",
+        help="picture to draw: points (default), field (receptive field), length (offset length), "
+        "arrows (offset field), groups or histogram",
+    )
+    parser.add_argument(
+        "--at", type=_parse_pixel, metavar="Y,X", help="pixel of the image (default: its middle)"
+    )
+    parser.add_argument(
+        "--block",
+        type=_parse_block,
+        metavar="S.B",
+        help="block to draw, such as 2.0 for the first of stage 2 (default: by kind of picture)",
+    )
+    parser.add_argument(
+        "--group", type=parse_natural, metavar="N", help="group to draw (default: all)"
+    )
+    parser.add_argument(
+        "--size", type=parse_size, metavar="HxW", help="image size (default: the model's own)"
+    )
+    add_device(parser)
+    add_value_range(parser)
+
+
+def execute(arguments: argparse.Namespace) -> Result:
+    """Run the model, and write the page or the pictures."""
+    from dcnv3_tvm import visualize
+
+    output: Path = arguments.output
+    suffix = output.suffix.lower()
+    kind = _kind(arguments, suffix, visualize.PICTURES)
+    with Progress(f"visualize {arguments.model}") as progress:
+        name, blocks, photo = _sampled(arguments, progress)
+        index = _index(blocks, arguments.block)
+        draw: dict[str, Any] = {"at": arguments.at, "index": index, "group": arguments.group}
+        written = [output]
+        progress.step("draw")
+        title = f"{name} on {arguments.image.name}"
+        if suffix in _PAGE:
+            _write(output, visualize.render_page(blocks, photo, title=title))
+        elif suffix in _PICTURE:
+            _draw(output, visualize.draw_picture(kind, blocks, photo, **draw))
+        else:
+            _make_folder(output)
+            written = [
+                output / "page.html",
+                *(output / f"{each}.png" for each in visualize.PICTURES),
+            ]
+            _write(written[0], visualize.render_page(blocks, photo, title=title))
+            for path in written[1:]:
+                _draw(path, visualize.draw_picture(path.stem, blocks, photo, **draw))
+    rows = [_row(block) for block in blocks]
+    lines = table(
+        ["stage", "block", "positions", "groups", "mean offset", "longest"],
+        [
+            (
+                row["stage"],
+                row["block"],
+                "{} x {}".format(*row["positions"]),
+                row["groups"],
+                f"{row['mean_offset']:.2f}",
+                f"{row['longest_offset']:.2f}",
+            )
+            for row in rows
+        ],
+    )
+    text = f"{lines}\n(offsets in pixels of the image)\n{', '.join(map(str, written))}"
+    return Result({"files": list(map(str, written)), "blocks": rows}, text)
+
+
+def _kind(arguments: argparse.Namespace, suffix: str, kinds: tuple[str, ...]) -> str:
+    """Return the picture to draw, after checking the options against the output."""
+    chosen = arguments.picture
+    if chosen is None:
+        return _DEFAULT
+    if suffix not in _PICTURE:
+        raise InvalidArgumentError(
+            "--picture needs a file for one picture",
+            got=f"--output {arguments.output}",
+            allowed="a file *.png or *.svg; a folder gets all pictures",
+        )
+    if chosen not in kinds:
+        raise InvalidArgumentError(
+            "there is no such picture", got=repr(chosen), allowed=", ".join(kinds)
+        )
+    return str(chosen)
+
+
+def _sampled(
+    arguments: argparse.Namespace, progress: Progress
+) -> tuple[str, tuple[BlockSampling, ...], np.ndarray]:
+    """Run the model; return its name, its blocks, and the image as it saw it."""
+    from dcnv3_tvm import visualize
+    from dcnv3_tvm.runtime.metadata import METADATA
+
+    model: Any
+    if (Path(arguments.model) / METADATA).is_file():
+        from dcnv3_tvm import runtime
+
+        model = runtime.load(arguments.model, device=arguments.device)
+        name, settings = model.metadata.name, model.metadata.preprocessing
+        image = model.preprocess(arguments.image, value_range=arguments.value_range)
+    else:
+        from dcnv3_tvm.frontend.models.variants import model_config
+        from dcnv3_tvm.runtime.image import preprocess
+
+        name, checkpoint = find_model(arguments)
+        progress.step("build PyTorch model")
+        model = create_described(name, checkpoint, arguments)
+        size = arguments.size or (model_config(name).resolution,) * 2
+        settings = model.config.preprocessing | {"crop": size, "resize": max(size)}
+        image = preprocess(arguments.image, settings, value_range=arguments.value_range)
+    progress.step("run")
+    return name, visualize.capture_sampling(model, image), visualize.photo_of(image, settings)
+
+
+def _index(blocks: tuple[BlockSampling, ...], wanted: tuple[int, int] | None) -> int | None:
+    if wanted is None:
+        return None
+    for index, block in enumerate(blocks):
+        if (block.stage, block.block) == wanted:
+            return index
+    last = {block.stage: block.block for block in blocks}
+    raise InvalidArgumentError(
+        "the model has no such block",
+        got="{}.{}".format(*wanted),
+        allowed=", ".join(f"{stage}.0 to {stage}.{block}" for stage, block in last.items()),
+    )
+
+
+def _row(block: BlockSampling) -> dict[str, Any]:
+    lengths = block.offset_length
+    return {
+        "stage": block.stage,
+        "block": block.block,
+        "positions": list(block.output_size),
+        "groups": block.params.group,
+        "mean_offset": float(lengths.mean()),
+        "longest_offset": float(lengths.max()),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgumentError(
+            "the page cannot be written", got=f"{error.strerror or error} ({path})"
+        ) from error
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError(
+            "the folder cannot be made", got=f"{error.strerror or error} ({path})"
+        ) from error
+
+
+def _draw(path: Path, figure: Any) -> None:
+    from dcnv3_tvm.visualize import save_picture
+
+    save_picture(figure, path)
+
+
+def _parse_pixel(text: str) -> tuple[float, float]:
+    try:
+        y, x = map(float, text.split(","))
+    except ValueError:
+        y = x = math.nan
+    if not (math.isfinite(y) and math.isfinite(x)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers such as 112,80")
+    return y, x
+
+
+def _parse_block(text: str) -> tuple[int, int]:
+    stage, dot, block = text.partition(".")
+    if not (dot and stage.isdecimal() and block.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not stage.block such as 2.0")
+    return int(stage), int(block)
