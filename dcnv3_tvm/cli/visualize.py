@@ -72,7 +72,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     output: Path = arguments.output
     suffix = output.suffix.lower()
     kind = _kind(arguments, suffix, visualize.PICTURES)
-    with Progress(f"visualize {arguments.model}") as progress:
+    with Progress(f"visualize {arguments.model}", quiet=arguments.quiet) as progress:
         name, blocks, photo = _sampled(arguments, progress)
         index = _index(blocks, arguments.block)
         draw: dict[str, Any] = {"at": arguments.at, "index": index, "group": arguments.group}

@@ -234,7 +234,7 @@
       !broken && x > -1 && x < block.size[1] && y > -1 && y < block.size[0]).length;
     const group = state.group === ALL ? "all groups" : `group ${state.group}`;
     find("status").textContent = `Stage ${block.stage}, block ${block.block}, ${group}: row ${state.y}, `
-      + `column ${state.x} of ${block.output[0]} × ${block.output[1]}; mean offset `
+      + `column ${state.x} of ${block.output[0]} x ${block.output[1]}; mean offset `
       + `${format(mean)} pixels, longest ${format(Math.max(...lengths))}.`;
     const facts = [
       ["Pixel of the image", `${format(centre[0], 0)}, ${format(centre[1], 0)}`],

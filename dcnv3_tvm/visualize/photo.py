@@ -34,4 +34,5 @@ def photo_of(image: npt.NDArray[Any], preprocessing: Mapping[str, Any]) -> npt.N
     settings = check_settings(preprocessing)
     pixels = image[0].transpose(1, 2, 0) if settings["layout"] == "NCHW" else image[0]
     values = 255 * (pixels.astype(np.float64) * settings["std"] + settings["mean"])
-    return values.round().clip(0, 255).astype(np.uint8)
+    photo: npt.NDArray[np.uint8] = values.round().clip(0, 255).astype(np.uint8)
+    return photo

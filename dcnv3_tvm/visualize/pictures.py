@@ -165,12 +165,12 @@ def _show(panel: Any, photo: Photo, *, dim: bool = False, margin: float = 0.0) -
 
 def _margin(photo: Photo, points: Sequence[Any]) -> float:
     """Return the margin in which the points lie, within bounds, as a part of the larger side."""
-    side = max(photo.shape[:2])
+    side = max(photo.shape[0], photo.shape[1])
     places = np.concatenate(points)
     places = places[np.isfinite(places).all(axis=-1)]
     limits = np.array([photo.shape[1], photo.shape[0]]) - 1
-    beyond = max(float((-places).max(initial=0)), float((places - limits).max(initial=0)))
-    return min(max(beyond / side + 0.04, _MARGIN), _LARGEST_MARGIN)
+    beyond = float(np.maximum(-places, places - limits).max(initial=0))
+    return min(max(beyond / float(side) + 0.04, _MARGIN), _LARGEST_MARGIN)
 
 
 def _title(block: BlockSampling) -> str:
@@ -283,8 +283,9 @@ def _heat(panel: Any, stride: tuple[float, float], values: Any, norm: Any, alpha
     """Draw a map over the photo: its pixel i has its centre on pixel i*stride of the image."""
     limits = panel.get_xlim(), panel.get_ylim()
     height, width = values.shape
-    extent = ((-0.5) * stride[1], (width - 0.5) * stride[1])
-    extent += ((height - 0.5) * stride[0], (-0.5) * stride[0])
+    left, right = -0.5 * stride[1], (width - 0.5) * stride[1]
+    top, bottom = -0.5 * stride[0], (height - 0.5) * stride[0]
+    extent = (left, right, bottom, top)
     options = {"extent": extent, "interpolation": "nearest", "cmap": _COLOURS, "norm": norm}
     panel.imshow(values, alpha=0.15 + 0.85 * np.minimum(1, 1.4 * alpha), **options)
     drawn = panel.imshow(values, visible=False, **options)  # for an opaque colour bar

@@ -10,10 +10,12 @@ from torch import Generator, nn
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.pytorch import DCNv3
+from dcnv3_tvm.verify.compare import ReferenceOperator
 from dcnv3_tvm.verify.pytorch_reference import with_sampling
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WEIGHTS = EXAMPLES / "digits_internimage.safetensors"
+GALLERY = EXAMPLES.parent / "docs" / "images"
 
 
 @pytest.fixture
@@ -58,6 +60,16 @@ def test_shipped_weights_classify_and_deform(example):
     _, held_out = digits.load()
     assert digits.accuracy(model, held_out, digits.cluttered) > 80
     assert offsets[0].abs().mean() > 0.1  # pixels
+
+
+@pytest.mark.slow
+def test_gallery_is_drawn(example, monkeypatch, tmp_path):
+    with ReferenceOperator():
+        monkeypatch.setattr("sys.argv", ["example", "--output", str(tmp_path)])
+        example("visualize_digits").main()
+    drawn = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert drawn.keys() == {path.name for path in GALLERY.iterdir()}
+    assert max(size for name, size in drawn.items() if name.endswith(".png")) < 60e3
 
 
 @pytest.mark.slow

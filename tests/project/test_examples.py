@@ -49,7 +49,7 @@ ARGUMENTS = {
 }
 
 TESTED_ELSEWHERE = [
-    *("digits.py", "fine_tune.py", "train_digits.py"),
+    *("digits.py", "fine_tune.py", "train_digits.py", "visualize_digits.py"),
     *("compiler_step_by_step.py", "encoder_step_by_step.py", "operator_step_by_step.py"),
     "make_notebooks.py",
 ]

@@ -84,12 +84,13 @@ def test_every_folder_with_modules_is_a_package():
     assert {f"{folder}/__init__.py" for folder in folders} <= files
 
 
-def test_wheel_holds_modules_records_and_class_names_only(wheel: zipfile.ZipFile):
+def test_wheel_holds_modules_and_data_files_only(wheel: zipfile.ZipFile):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     targets = {path.name for path in (ROOT / "schedules" / "records").iterdir()}
     assert targets
     names_of_classes = "dcnv3_tvm/frontend/models/imagenet_classes.txt"
-    data = {"dcnv3_tvm/py.typed", names_of_classes} | {
+    page = {f"dcnv3_tvm/visualize/page.{suffix}" for suffix in ("css", "html", "js")}
+    data = {"dcnv3_tvm/py.typed", names_of_classes, *page} | {
         f"dcnv3_tvm/schedules/records/{target}/{file}"
         for target in targets
         for file in ("about.json", "records.jsonl")

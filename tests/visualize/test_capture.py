@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+import json
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import nn
 
 import dcnv3_tvm as dt
 from dcnv3_tvm import frontend, visualize
+from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler import pipeline
 from dcnv3_tvm.errors import CompileError, InvalidArgumentError
 from dcnv3_tvm.op.reference import dcnv3_loops
@@ -17,7 +20,7 @@ from dcnv3_tvm.pytorch import DCNv3
 from dcnv3_tvm.signature import ExposedBlock
 from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
-from dcnv3_tvm.verify.compare import compare
+from dcnv3_tvm.verify.compare import ReferenceOperator, compare
 from dcnv3_tvm.verify.entries import entry_outputs
 from dcnv3_tvm.verify.random_weights import randomize_
 from dcnv3_tvm.visualize.capture import input_size
@@ -59,14 +62,19 @@ def image():
 
 @pytest.fixture(scope="module")
 def compiled(model):
-    return dt.compile_model(
-        frontend.import_model(model, example=(1, 3, *SIZE), features="never"), expose="offsets"
+    imported = frontend.import_model(
+        model,
+        example=(1, 3, *SIZE),
+        features="never",
+        preprocessing={"mean": [0] * 3, "std": [1] * 3},
     )
+    return dt.compile_model(imported, expose="offsets")
 
 
 @pytest.fixture(scope="module")
 def blocks(model, image):
-    return visualize.capture_sampling(model, image)
+    with ReferenceOperator():
+        return visualize.capture_sampling(model, image)
 
 
 def bilinear(x: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -84,7 +92,9 @@ def bilinear(x: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def test_weighted_samples_at_the_points_are_the_operator(model, image, blocks, rng):
-    for sampled, block in zip(from_module(model, image), blocks, strict=True):
+    with ReferenceOperator():
+        sampled_blocks = from_module(model, image)
+    for sampled, block in zip(sampled_blocks, blocks, strict=True):
         x = rng.standard_normal((1, *sampled.size, 4 * sampled.params.group))
         spec = DCNv3Spec.of(x.shape, **sampled.params.keywords())
         expected = dcnv3_loops(x, sampled.offset, sampled.mask, spec)[0]
@@ -137,6 +147,21 @@ def test_exposing_changes_neither_outputs_nor_weights(model, image, compiled):
     assert all(row.within("float32") for row in compare(compiled, model, image))
     with pytest.raises(InvalidArgumentError, match=r"entries main.*--expose offsets"):
         visualize.capture_sampling(plain, image)
+
+
+def test_command_takes_an_artifact(compiled, tmp_path, capsys):
+    pixels = np.random.default_rng(2).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "photo.png")
+    compiled.save(tmp_path / "artifact")
+    words = ["visualize", "artifact", "photo.png", "-o", "page.html", "--json"]
+    paths = [str(tmp_path / word) if "." in word or word == "artifact" else word for word in words]
+    assert main(paths) == 0
+    sampled = visualize.capture_sampling(compiled, compiled.preprocess(tmp_path / "photo.png"))
+    rows = json.loads(capsys.readouterr().out)["blocks"]
+    assert [row["mean_offset"] for row in rows] == [
+        float(each.offset_length.mean()) for each in sampled
+    ]
+    assert "<title>blocks on photo.png</title>" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("core", [DCNv3Pytorch, DCNv3Cuda])

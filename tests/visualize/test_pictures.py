@@ -1,0 +1,63 @@
+"""Pictures of each kind."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.visualize import PICTURES, draw_picture, photo_of, save_picture
+from helpers.toy import PREPROCESSING
+
+
+def panels(figure):
+    """Return the panels of a figure, without colour bars and empty ones."""
+    return [axes for axes in figure.axes if axes.get_label() != "<colorbar>" and axes.axison]
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("points", 3), ("field", 2), ("length", 3), ("arrows", 3), ("groups", 4), ("histogram", 3)],
+)
+def test_each_kind_is_drawn(kind, count, blocks, photo, tmp_path):
+    figure = draw_picture(kind, blocks, photo)
+    assert len(panels(figure)) == count
+    save_picture(figure, tmp_path / "picture.png")
+    assert PIL.Image.open(tmp_path / "picture.png").width > 300
+    assert kind in PICTURES
+
+
+def test_points_are_where_the_block_samples(blocks, photo):
+    figure = draw_picture("points", blocks, photo, at=(24, 40), index=2, group=3)
+    (panel,) = panels(figure)
+    (drawn,) = panel.collections
+    expected = blocks[2].points_in_image[3, 5, 3]
+    np.testing.assert_allclose(
+        np.sort(np.asarray(drawn.get_offsets()), axis=0), np.sort(expected, axis=0), rtol=1e-6
+    )
+    areas = drawn.get_sizes()[np.argsort(drawn.get_array())]
+    assert (np.diff(areas) > 0).all(), "the area grows with the weight"
+
+
+def test_svg(blocks, photo, tmp_path):
+    path = tmp_path / "picture.svg"
+    save_picture(draw_picture("groups", blocks, photo, index=3, group=7), path)
+    assert "<svg" in path.read_text(encoding="utf-8")
+
+
+def test_photo_is_the_image_before_normalisation(rng):
+    photo = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    mean, std = (np.array(PREPROCESSING[name]) for name in ("mean", "std"))
+    image = ((photo / 255 - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
+    np.testing.assert_array_equal(photo_of(image, PREPROCESSING), photo)
+
+
+def test_wrong_arguments(blocks, photo, tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"'pie'; allowed: points, field"):
+        draw_picture("pie", blocks, photo)
+    for wrong in ({"index": 4}, {"index": 3, "group": 8}, {"group": 2}):
+        with pytest.raises(InvalidArgumentError):
+            draw_picture("points", blocks, photo, **wrong)
+    figure = draw_picture("histogram", blocks, photo)
+    for name in ("missing/picture.png", "picture.xyz"):
+        with pytest.raises(InvalidArgumentError, match="cannot be written"):
+            save_picture(figure, tmp_path / name)
