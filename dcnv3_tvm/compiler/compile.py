@@ -18,6 +18,7 @@ from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
 from dcnv3_tvm.compiler.kernel_checks import UNCHECKED_KERNELS
 from dcnv3_tvm.compiler.kernel_work import module_work
+from dcnv3_tvm.compiler.schedule_checks import check_rules
 from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.errors import CompileError, DCNv3Warning, InvalidArgumentError, TargetError
 from dcnv3_tvm.imported_model import ImportedModel
@@ -166,6 +167,7 @@ def compile_artifact(
         debug_dump=None if debug_dump is None else Path(debug_dump),
         on_phase=on_phase,
     )
+    check_rules(kernels, on_gpu=targets.is_gpu(resolved))
     if on_phase is not None:
         on_phase("build")
     planned, activation_bytes = pipeline.plan_memory(program, resolved)

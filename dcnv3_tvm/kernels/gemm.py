@@ -210,7 +210,7 @@ def _gemm(
         residual = argument("residual", out_shape, residual_dtype) if epilogue.residual else None
         out = argument("out", out_shape, out_dtype)
         operand = add_operand(
-            product(lead), depth, padding, lambda row, k: gather(x, row, k), dtype
+            count_rows(lead), depth, padding, lambda row, k: gather(x, row, k), dtype
         )
         sums = compute(
             "sums",
@@ -224,6 +224,16 @@ def _gemm(
         )
         add_store(sums, lead, epilogue.activation, bias, residual, out)
     return builder.get()
+
+
+def count_rows(lead: Sequence[Any]) -> Any:
+    """Return the number of rows, all of whose sizes are at least one.
+
+    A dynamic number is hidden in a maximum with one. TVM would reduce the fraction of rows and rows
+    of a tile by their common divisor, and could no longer prove that the tiles cover the rows.
+    """
+    rows = product(lead)
+    return rows if static(rows) is not None else tirx.max(rows, int64(1))
 
 
 def add_operand(
@@ -264,7 +274,7 @@ def add_store(
 
     # Both loop over rows and columns: from indices of more dimensions TVM does not see which
     # elements belong to a thread.
-    extents = [product(lead), out.shape[-1]]
+    extents = [count_rows(lead), out.shape[-1]]
 
     def value(m: Any, n: Any) -> Any:
         total = sums[m, n] if bias is None else sums[m, n] + bias[n]

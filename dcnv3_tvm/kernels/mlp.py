@@ -26,8 +26,15 @@ from tvm import tirx
 
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.activations import activate
-from dcnv3_tvm.kernels.gemm import ACCUMULATOR, GemmPadding, add_operand, add_store, round_up
-from dcnv3_tvm.op.expr import cast, int64, product, unflatten
+from dcnv3_tvm.kernels.gemm import (
+    ACCUMULATOR,
+    GemmPadding,
+    add_operand,
+    add_store,
+    count_rows,
+    round_up,
+)
+from dcnv3_tvm.op.expr import cast, int64, unflatten
 from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 KERNEL: Final = "mlp"
@@ -102,7 +109,7 @@ def mlp(
         def element(row: Any, k: Any) -> tuple[Any, None]:
             return x[(*unflatten(row, lead), k)], None
 
-        operand = add_operand(product(lead), inputs, padding, element, dtype)
+        operand = add_operand(count_rows(lead), inputs, padding, element, dtype)
         rows, depth = operand.shape
         hidden_sums = compute(
             "hidden_sums",

@@ -49,6 +49,8 @@ DEFECTS: Final[Mapping[str, str]] = {
     "tail-guards": "Where the last thread block is partial, every statement of a kernel gets a "
     "guard of its own with the same condition, and no pass merges them. nvcc does not always; "
     "then loads wait for the branch before them.",
+    "copy-offset": "The function that copies asynchronously from global memory takes the offset "
+    "of the source as int, so elements beyond 2**31 are read from a negative address.",
     "cuda-source": "CUDA source is compiled at build time only if TVM's runtime finds a GPU, and "
     "for that GPU. Otherwise the library holds source that is compiled when it is loaded. There "
     "is no option to compile for the target's architecture.",

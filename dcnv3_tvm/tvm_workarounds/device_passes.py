@@ -8,6 +8,8 @@ import tvm
 import tvm_ffi
 from tvm import ir, tirx
 
+from dcnv3_tvm.op.expr import int64
+
 
 @tvm.transform.module_pass(opt_level=0, name="dcnv3_tvm.LowerWarpMemory")
 def lower_warp_memory(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
@@ -23,6 +25,24 @@ def _count_warp_buffers(func: tirx.PrimFunc) -> int:
         func.body, (tirx.AllocBuffer, lambda allocation: scopes.append(allocation.buffer.scope()))
     )
     return scopes.count("warp")
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="dcnv3_tvm.AddCopyOffsets")
+def add_copy_offsets(func: tirx.PrimFunc, _module: Any, _context: Any) -> tirx.PrimFunc:
+    """Pass the source of an asynchronous copy as an address, with an offset of zero.
+
+    See tvm_workarounds: copy-offset.
+    """
+    return func.with_body(tvm_ffi.structural_map(func.body, (ir.Call, _add_copy_offset)))
+
+
+def _add_copy_offset(call: ir.Call) -> ir.Expr:
+    if not isinstance(call.op, ir.Op) or call.op.name != "tirx.s_tir.cp_async_raw":
+        return call
+    to, to_offset, source, offset, *rest = call.args
+    dtype = source.ty.element_type.dtype
+    address = tirx.tvm_access_ptr(tirx.type_annotation(dtype), source, offset, 1, 1)
+    return tirx.call_intrin(call.ty, call.op, to, to_offset, address, int64(0), *rest)
 
 
 @tirx.transform.prim_func_pass(opt_level=0, name="dcnv3_tvm.MergeConditionals")

@@ -12,7 +12,11 @@ from tvm.tirx import compilation_pipeline
 
 from dcnv3_tvm.compiler.kernel_checks import UNCHECKED_KERNELS
 from dcnv3_tvm.tvm_workarounds.device_code import keep_cuda_source
-from dcnv3_tvm.tvm_workarounds.device_passes import lower_warp_memory, merge_conditionals
+from dcnv3_tvm.tvm_workarounds.device_passes import (
+    add_copy_offsets,
+    lower_warp_memory,
+    merge_conditionals,
+)
 
 PIPELINE: Final = "dcnv3_tvm.cuda"
 """Name of the pipeline, for the `tir_pipeline` of ``tvm.compile`` and ``relax.build``."""
@@ -59,6 +63,7 @@ def _device_passes() -> tvm.transform.Pass:
     return tvm.transform.Sequential(
         [
             lower_warp_memory,
+            add_copy_offsets,
             merge_conditionals,
             tirx.transform.StmtSimplify(),
             tirx.transform.LowerIntrin(),

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import tvm
@@ -113,15 +115,18 @@ def test_convolution(check_together, dtype, rng):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_dynamic_rows(check_together, dtype, rng):
     n = tvm.tirx.Var("n", "int64")
-    kernel = gemm_kernel((n, 5), 64, 48, epilogue=GELU, dtype=dtype)
-    scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
     weight, bias = random_array(rng, 48, 64, dtype=dtype), random_array(rng, 48)
     problems = {}
-    for rows in (1, 26, 77):
-        x = random_array(rng, rows, 5, 64, dtype=dtype)
-        expected = layers.finish(GELU, x.astype(np.float64) @ weight.astype(np.float64).T, bias)
-        inputs = [x, pack_gemm_weight(weight), bias]
-        problems[f"of_{rows}"] = (scheduled, inputs, (expected.shape, dtype), expected)
+    # Six has a common divisor with the rows of a tile.
+    for pixels, batches in ((5, (1, 26, 77)), (6, (1, 43))):
+        kernel = gemm_kernel((n, pixels), 64, 48, epilogue=GELU, dtype=dtype)
+        scheduled = tensorize(gemm(kernel, TARGET, SearchSpace()))
+        for rows in batches:
+            x = random_array(rng, rows, pixels, 64, dtype=dtype)
+            expected = layers.finish(GELU, x.astype(np.float64) @ weight.astype(np.float64).T, bias)
+            inputs = [x, pack_gemm_weight(weight), bias]
+            name = f"of_{rows}_{pixels}"
+            problems[name] = (scheduled, inputs, (expected.shape, dtype), expected)
     check_together(TARGET, problems)
 
 
@@ -149,3 +154,14 @@ def test_refuses_other_kernels():
     assert gemm(layer_norm((8,), 16, eps=1e-6), TARGET, SearchSpace()) == Refusal(
         "schedules kernel 'gemm'; this is 'layer_norm'"
     )
+
+
+def test_asynchronous_copies_have_no_offset_of_32_bits(cuda_code):
+    """The offset that TVM's function for copies takes is an int."""
+    n = tvm.tirx.Var("n", "int64")
+    kernel = gemm_kernel((n, 6), 64, 48, dtype="float16")
+    code = cuda_code(gemm(kernel, TARGET, SearchSpace()), TARGET)
+    copies = [line for line in code.splitlines() if "ptx_cp_async_legacy" in line]
+    assert len(copies) > 4
+    for copy in copies:
+        assert re.search(r"\(&\((x|weight)_ptr\[.*\]\)\), \(int64_t\)0[,)]", copy)
