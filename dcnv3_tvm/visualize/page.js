@@ -202,7 +202,7 @@
   function render() {
     const block = data.blocks[state.index];
     const centre = [state.x * block.step[1] * block.stride[1], state.y * block.step[0] * block.stride[0]];
-    const unit = WIDTH / 60;
+    const unit = WIDTH / 60; // of the cross; points are smaller where there are many
     const points = groupsOf(block, state.group)
       .flatMap((group) => pointsOf(block, state.y, state.x, group));
     const most = Math.max(...points.map((point) => Math.abs(point.weight)), 1e-12);
@@ -211,7 +211,8 @@
     picture.classList.toggle("dim", state.view !== "points");
     let total = null;
     if (state.view === "points") {
-      drawPoints(overlay, points, unit, (place) => toImage(block, place), most);
+      const size = unit * Math.max(Math.min(Math.sqrt(36 / points.length), 1), 0.4);
+      drawPoints(overlay, points, size, (place) => toImage(block, place), most);
       legend("weight of a point", "0", format(most, 2));
     } else if (state.view === "field") {
       const field = receptiveField();

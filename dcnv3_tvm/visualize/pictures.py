@@ -56,7 +56,8 @@ def draw_picture(
     kind            shows
     =============== ==============================================================================
     ``"points"``    sampling points of the position nearest to `at`, one panel for each stage
-    ``"field"``     receptive field of that position, on the input of each stage up to its own
+    ``"field"``     receptive field of that position: its points, and their pixels on the input of
+                    each stage up to its own
     ``"length"``    mean offset length of each position, one panel for each stage
     ``"arrows"``    mean displacement of each position, one panel for each stage
     ``"groups"``    sampling points of each group of one block, one panel for each group
@@ -265,14 +266,20 @@ def _draw_field(
     fields = receptive_field(blocks, index, y, x, group=group)
     # On the input of the first block of each stage, the deepest first.
     first = list({field.block.stage: field for field in fields}.values())
-    figure, panels = _photo_figure(photo, len(first), extra=0.5)
-    for panel, field in zip(panels, first, strict=True):
+    figure, panels = _photo_figure(photo, 1 + len(first), columns=5, extra=0.5)
+    position, points, weights = _at_position(start, at, group)
+    _show(panels[0], photo)
+    drawn = _scatter(panels[0], points, weights, float(np.abs(weights).max()) or 1.0)
+    _cross(panels[0], *position)
+    panels[0].set_title("sampling points", fontsize="medium")
+    _colour_bar(figure, panels[0], drawn, "weight of a point")
+    for panel, field in zip(panels[1:], first, strict=True):
         _show(panel, photo, dim=True)
         share = 100 * field.contribution
         most = float(share.max()) or 1.0
         norm = PowerNorm(0.5, vmin=0, vmax=most)
         drawn = _heat(panel, field.block.stride, share, norm, alpha=np.sqrt(share.clip(0) / most))
-        _cross(panel, *start.position_in_image(y, x))
+        _cross(panel, *position)
         panel.set_title(f"input of stage {field.block.stage}", fontsize="medium")
         _colour_bar(figure, panel, drawn, "% of the weight", ticks=(0, most / 4, most))
     figure.suptitle(f"Receptive field of one position of {_title(start)}", fontsize="medium")

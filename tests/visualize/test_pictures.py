@@ -16,7 +16,7 @@ def panels(figure):
 
 @pytest.mark.parametrize(
     ("kind", "count"),
-    [("points", 3), ("field", 2), ("length", 3), ("arrows", 3), ("groups", 4), ("histogram", 3)],
+    [("points", 3), ("field", 3), ("length", 3), ("arrows", 3), ("groups", 4), ("histogram", 3)],
 )
 def test_each_kind_is_drawn(kind, count, blocks, photo, tmp_path):
     figure = draw_picture(kind, blocks, photo)
