@@ -35,6 +35,7 @@ def test_page_of_a_checkpoint(visualize, tmp_path):
     assert "<title>digits_internimage on china.jpg</title>" in page
 
 
+@pytest.mark.slow
 def test_folder_and_one_picture(visualize, tmp_path):
     assert visualize(WEIGHTS, "out").code == 0
     expected = {"page.html", *(f"{kind}.png" for kind in PICTURES)}

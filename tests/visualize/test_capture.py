@@ -125,6 +125,7 @@ def test_stages_strides_and_displacement(blocks):
     assert blocks[3].nearest_position(-5, 100) == (0, 6)
 
 
+@pytest.mark.slow
 def test_module_and_artifact_agree(image, blocks, compiled):
     exposed = visualize.capture_sampling(compiled, torch.from_numpy(image))
     assert len(exposed) == len(blocks)
@@ -137,6 +138,7 @@ def test_module_and_artifact_agree(image, blocks, compiled):
                 assert found == expected, field.name
 
 
+@pytest.mark.slow
 def test_exposing_changes_neither_outputs_nor_weights(model, image, compiled):
     plain = dt.compile_model(frontend.import_model(model, example=(1, 3, *SIZE), features="never"))
     np.testing.assert_array_equal(compiled(image), plain(image))
@@ -149,6 +151,7 @@ def test_exposing_changes_neither_outputs_nor_weights(model, image, compiled):
         visualize.capture_sampling(plain, image)
 
 
+@pytest.mark.slow
 def test_command_takes_an_artifact(compiled, tmp_path, capsys):
     pixels = np.random.default_rng(2).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "photo.png")
