@@ -87,7 +87,6 @@ def _sum_products(
 ) -> None:
     """Compute the sums over channels of a group: in vectors, then over the lanes."""
     sch.compute_at(dot, group, preserve_unit_loops=True)
-    sch.set_scope(dot, 0, "local")
     if partial is None:
         *_, point, row, column, channel = sch.get_loops(dot)
         unroll_points(sch, point)
@@ -100,7 +99,6 @@ def _sum_products(
     sch.unroll(row)
     sch.unroll(column)
     sch.compute_at(partial, column, preserve_unit_loops=True)
-    sch.set_scope(partial, 0, "local")
     *_, own_point, _, _, own_lane, step = sch.get_loops(partial)
     unroll_points(sch, own_point)
     sch.reorder(step, own_lane)

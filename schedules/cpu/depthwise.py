@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from tvm import s_tir, tirx
 from tvm.target import Target
 
@@ -19,13 +21,23 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
+_PIXELS: Final = 8
+"""Most neighbouring pixels whose sums are in registers."""
+
+_FEWEST_PIXELS: Final = 4
+"""Fewest neighbouring pixels with an input of their own."""
+
+_SLICE_VECTORS: Final = 4
+"""Vectors of channels whose input is padded at once."""
+
 
 def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule depthwise convolutions.
 
-    A task is an output row and pads the input rows that it reads. It sums a run of neighbouring
-    pixels at a time and normalizes them while they are in cache. The window is unrolled, so that
-    each input vector is loaded once for all pixels of the run that read it.
+    A task is an output row. It sums a run of neighbouring pixels at a time and normalizes them
+    while they are in cache. The input pixels of a run are padded and converted a slice of channels
+    at a time, into a buffer that stays in the L1 cache. The window is unrolled, so that each input
+    vector is loaded once for all pixels of the run that read it.
     """
     if refusal := refuse_other_kernels(func, "depthwise"):
         return refusal
@@ -37,7 +49,8 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
 
     # Step 1. Run output rows in parallel, each in runs of pixels.
     batch, line, pixel, _ = sch.get_loops(epilogue)
-    run, _ = sch.split(pixel, [None, pick_rows(sch.get(pixel).extent, space)])
+    pixels = pick_rows(sch.get(pixel).extent, _PIXELS, space)
+    run, _ = sch.split(pixel, [None, pixels])
     task = sch.fuse(batch, line)
     sch.parallel(task)
 
@@ -54,12 +67,13 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
     channels = static(sch.get(channel).extent)
     widths = [vector_width(channels, vectors * lanes) for vectors in (1, 2, 4)]
     width = space.pick("channels", widths, widths[0])
-    channel, vector = sch.split(channel, [None, width])
-    sch.reorder(channel, high, wide, tile_pixel, vector)
+    size = vector_width(channels, _SLICE_VECTORS * lanes)
+    part, channel, vector = sch.split(channel, [None, size // width, width])
+    sch.reorder(part, channel, high, wide, tile_pixel, vector)
     sch.unroll(high)
     sch.unroll(wide)
     accumulate_tile(sch, window, [tile_pixel, vector], high)
 
-    # Step 4. Pad the input rows of a task.
-    copy_in_task(sch, sch.get_sblock("padded"), task, lanes)
+    # Step 4. Pad the input of a slice; short runs share too much of it with the next one.
+    copy_in_task(sch, sch.get_sblock("padded"), part if pixels >= _FEWEST_PIXELS else task, lanes)
     return sch.mod["main"]

@@ -65,7 +65,7 @@ def sum_lanes(sch: s_tir.Schedule, total: SBlockRV, row: LoopRV, task: LoopRV, d
     sch : Schedule
         Schedule to change.
     total : SBlockRV
-        Reduction block in local memory.
+        Reduction block.
     row : LoopRV
         Loop over the vectors; the loop over the 2, 4, 8 or 16 lanes of a vector is inside it.
     task : LoopRV
@@ -139,8 +139,8 @@ def _intrinsic(rows: int, width: int, dtype: str) -> str:
 
     @T.prim_func(s_tir=True)
     def description(a: T.handle, b: T.handle) -> None:
-        A = T.match_buffer(a, (rows, width), dtype, offset_factor=1, scope="local")
-        B = T.match_buffer(b, (rows,), dtype, offset_factor=1, scope="local")
+        A = T.match_buffer(a, (rows, width), dtype, offset_factor=1)
+        B = T.match_buffer(b, (rows,), dtype, offset_factor=1)
         with T.sblock("root"):
             T.reads(B[0:rows], A[0:rows, 0:width])
             T.writes(B[0:rows])
@@ -151,8 +151,8 @@ def _intrinsic(rows: int, width: int, dtype: str) -> str:
 
     @T.prim_func(s_tir=True)
     def description_of_one(a: T.handle, b: T.handle) -> None:
-        A = T.match_buffer(a, (1, width), dtype, offset_factor=1, scope="local")
-        B = T.match_buffer(b, (1,), dtype, offset_factor=1, scope="local")
+        A = T.match_buffer(a, (1, width), dtype, offset_factor=1)
+        B = T.match_buffer(b, (1,), dtype, offset_factor=1)
         with T.sblock("root"):
             T.reads(B[0:1], A[0:1, 0:width])
             T.writes(B[0:1])
@@ -163,8 +163,8 @@ def _intrinsic(rows: int, width: int, dtype: str) -> str:
 
     @T.prim_func(s_tir=True)
     def implementation(a: T.handle, b: T.handle) -> None:
-        A = T.match_buffer(a, (rows, width), dtype, offset_factor=1, scope="local")
-        B = T.match_buffer(b, (rows,), dtype, offset_factor=1, scope="local")
+        A = T.match_buffer(a, (rows, width), dtype, offset_factor=1)
+        B = T.match_buffer(b, (rows,), dtype, offset_factor=1)
         with T.sblock("root"):
             T.reads(B[0:rows], A[0:rows, 0:width])
             T.writes(B[0:rows])

@@ -18,8 +18,15 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
-_ROWS: Final = 8
-"""Most rows normalized together: their sums are independent, which hides latency."""
+_ROWS: Final = 14
+"""Most rows normalized together: their sums are independent, which hides latency.
+
+The sums by lane of 14 rows take less than 1 KiB, up to which TVM allocates on the stack: a
+workspace costs more than the sums. It does so in the scope global alone.
+"""
+
+_MAX_ROWS: Final = 16
+"""Most rows that the search space offers."""
 
 
 def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
@@ -35,17 +42,17 @@ def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, _ = sch.get_loops(epilogue)
-    task, _ = sch.split(row, [None, pick_rows(sch.get(row).extent, space)])
+    task, _ = sch.split(row, [None, pick_rows(sch.get(row).extent, _ROWS, space)])
     sch.parallel(task)
     normalize_rows(sch, task, lanes, dtype)
     return sch.mod["main"]
 
 
-def pick_rows(rows: Any, space: SearchSpace) -> int:
-    """Decide how many rows to normalize together: a divisor of `rows`, or one."""
+def pick_rows(rows: Any, most: int, space: SearchSpace) -> int:
+    """Decide how many rows to compute together: a divisor of `rows` up to `most`, or one."""
     known = static(rows)
-    default = whole_tile(known if known is not None else constant_factor(rows), _ROWS) or 1
-    divisors = [size for size in range(1, 2 * _ROWS + 1) if (known or 0) % size == 0]
+    default = whole_tile(known if known is not None else constant_factor(rows), most) or 1
+    divisors = [size for size in range(1, _MAX_ROWS + 1) if (known or 0) % size == 0]
     return space.pick("rows", divisors if known is not None else [], default)
 
 
@@ -65,7 +72,6 @@ def normalize_rows(sch: s_tir.Schedule, task: LoopRV, lanes: int, dtype: str) ->
     """
     scale = sch.get_sblock("scale")
     sch.compute_at(scale, task, preserve_unit_loops=True)
-    sch.set_scope(scale, 0, "local")
     for name in ("square", "total"):
         sum_channels(sch, sch.get_sblock(name), task, lanes, dtype)
     epilogue = sch.get_sblock("epilogue")
@@ -93,7 +99,6 @@ def sum_channels(
     partial = split_lanes(sch, total, lanes)
     for stage in [total] if partial is None else [total, partial]:
         sch.compute_at(stage, task, preserve_unit_loops=True)
-        sch.set_scope(stage, 0, "local")
     if partial is not None:
         *_, row, lane, step = sch.get_loops(partial)
         sch.reorder(step, row, lane)
