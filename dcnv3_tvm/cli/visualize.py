@@ -85,13 +85,11 @@ def execute(arguments: argparse.Namespace) -> Result:
             _draw(output, visualize.draw_picture(kind, blocks, photo, **draw))
         else:
             _make_folder(output)
-            written = [
-                output / "page.html",
-                *(output / f"{each}.png" for each in visualize.PICTURES),
-            ]
-            _write(written[0], visualize.render_page(blocks, photo, title=title))
-            for path in written[1:]:
+            pictures = [output / f"{each}.png" for each in visualize.PICTURES]
+            for path in pictures:
                 _draw(path, visualize.draw_picture(path.stem, blocks, photo, **draw))
+            written = [*pictures, output / "page.html"]
+            _write(written[-1], visualize.render_page(blocks, photo, title=title))
     rows = [_row(block) for block in blocks]
     lines = table(
         ["stage", "block", "positions", "groups", "mean offset", "longest"],
@@ -114,6 +112,13 @@ def execute(arguments: argparse.Namespace) -> Result:
 def _kind(arguments: argparse.Namespace, suffix: str, kinds: tuple[str, ...]) -> str:
     """Return the picture to draw, after checking the options against the output."""
     chosen = arguments.picture
+    given = [name for name in ("at", "block", "group") if getattr(arguments, name) is not None]
+    if suffix in _PAGE and given:
+        raise InvalidArgumentError(
+            "the page has choices of its own",
+            got=f"--{given[0]}",
+            allowed="--at, --block and --group for pictures: *.png, *.svg, or a folder",
+        )
     if chosen is None:
         return _DEFAULT
     if suffix not in _PICTURE:
@@ -140,6 +145,12 @@ def _sampled(
     if (Path(arguments.model) / METADATA).is_file():
         from dcnv3_tvm import runtime
 
+        options = ("checkpoint", "random_weights", "num_classes", "size")
+        given = [name for name in options if getattr(arguments, name) is not None]
+        if given:
+            raise InvalidArgumentError(
+                "an artifact has its weights and its size", got=f"--{given[0].replace('_', '-')}"
+            )
         model = runtime.load(arguments.model, device=arguments.device)
         name, settings = model.metadata.name, model.metadata.preprocessing
         image = model.preprocess(arguments.image, value_range=arguments.value_range)
@@ -147,6 +158,8 @@ def _sampled(
         from dcnv3_tvm.frontend.models.variants import model_config
         from dcnv3_tvm.runtime.image import preprocess
 
+        if arguments.device is not None:
+            raise InvalidArgumentError("--device is for artifacts", got=arguments.device)
         name, checkpoint = find_model(arguments)
         progress.step("build PyTorch model")
         model = create_described(name, checkpoint, arguments)

@@ -260,6 +260,8 @@ class ArtifactMetadata:
                 raise ValueError(f"entry {name!r} has no inputs, or no outputs")
             if name == OFFSETS and len(entry.outputs) != 2 * len(entry.blocks):
                 raise ValueError(f"entry {name!r} has not two outputs for each of its blocks")
+            if any(len(block.size) != 2 for block in entry.blocks):
+                raise ValueError(f"a block of entry {name!r} has not two sizes")
             sizes = [size for tensor in entry.inputs for size in tensor.shape]
             wrong = [size for size in sizes if isinstance(size, str) and not is_input_size(size)]
             if wrong:

@@ -55,6 +55,8 @@ def test_folder_and_one_picture(visualize, tmp_path):
         (["a.png", "--block", "1"], "stage.block such as 2.0"),
         (["a.png", "--at", "1"], "two numbers such as 112,80"),
         (["missing/a.html"], "page cannot be written"),
+        (["a.html", "--group", "1"], "choices of its own; got --group"),
+        (["a.html", "--device", "cpu"], "--device is for artifacts"),
     ],
 )
 def test_wrong_options(options, message, visualize):
@@ -64,6 +66,8 @@ def test_wrong_options(options, message, visualize):
 
 
 def test_artifact_without_offsets(visualize, artifact_path):
+    done = visualize(artifact_path, "page.html", "--size", "8")
+    assert (done.code, "got --size" in done.err) == (2, True)
     done = visualize(artifact_path, "page.html")
     assert done.code == 2
     assert "Compile with --expose offsets" in done.err

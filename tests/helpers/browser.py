@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-PROGRAM: Final = shutil.which("chromium") or shutil.which("google-chrome")
+_PROGRAMS: Final = ("chromium-headless-shell", "chromium", "google-chrome")
+PROGRAM: Final = next(filter(None, map(shutil.which, _PROGRAMS)), None)
 """The browser; None if there is none."""
 
 _FLAGS: Final = (

@@ -1,6 +1,7 @@
 """Malformed metadata: each ends in an error of this library."""
 
 import copy
+import dataclasses
 import json
 import random
 
@@ -11,6 +12,7 @@ from dcnv3_tvm import runtime
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error
 from dcnv3_tvm.runtime import metadata as metadata_file
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata
+from dcnv3_tvm.spec import DCNv3Params
 
 FILLED = {
     "verification": {"ok": True, "reference": "PyTorch", "outputs": [{"max_error": 1e-7}]},
@@ -99,9 +101,26 @@ def test_mutated_metadata(artifact_path, data, image):
     assert min(outcomes.values()) > 20
 
 
+BLOCK = {"params": dataclasses.asdict(DCNv3Params(group=2)), "size": [8, 8]}
+TENSOR = {"name": "offset_0", "shape": [1, 8, 8, 36], "dtype": "float32"}
+
+
+def offsets(**changes):
+    return {"inputs": [TENSOR], "outputs": [TENSOR, TENSOR], "blocks": [BLOCK | changes]}
+
+
+def test_entry_of_offsets(data):
+    data["entries"]["offsets"] = offsets()
+    (block,) = ArtifactMetadata.loads(sealed(data)).entries["offsets"].blocks
+    assert (block.params, block.size) == (DCNv3Params(group=2), (8, 8))
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        (("entries", "offsets"), offsets() | {"blocks": []}, "not two outputs for each"),
+        (("entries", "offsets"), offsets(size=[8]), "has not two sizes"),
+        (("entries", "offsets"), offsets(params={"group": 0}), "params has no kernel_size"),
         (("name",), 5, "metadata.name is of type int, not str"),
         (("target",), [], "target is of type list, not dict"),
         (("target", "features"), "avx2", r"metadata\.target\.features is of type str, not list"),

@@ -69,7 +69,9 @@ BOX = "(({left, top, width, height}) => [left, top, width, height])"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(browser.PROGRAM is None, reason="no browser: apt-get install chromium")
+@pytest.mark.skipif(
+    browser.PROGRAM is None, reason="no browser: apt-get install chromium-headless-shell"
+)
 def test_page_in_a_browser(blocks, photo, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(render_page(blocks, photo, title="blocks"), encoding="utf-8")
