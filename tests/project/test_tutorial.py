@@ -38,6 +38,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Execute a source elsewhere, without windows and without changing PyTorch's settings."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(notebooks, "DOTS_PER_INCH", 20)
+    # Measuring takes seconds, and sets the number of threads of this process.
+    monkeypatch.setattr(cpu_peaks, "measure_peaks", lambda _: Peaks(1e11, 1e10, how="given"))
     plt.switch_backend("Agg")
 
     def execute(name: str, parameters: dict):
@@ -58,9 +60,7 @@ def check_outputs(cells: list[dict]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_small(name: str, run, monkeypatch: pytest.MonkeyPatch):
-    # Measuring takes seconds, and sets the number of threads of this process.
-    monkeypatch.setattr(cpu_peaks, "measure_peaks", lambda _: Peaks(1e11, 1e10, how="given"))
+def test_small(name: str, run):
     check_outputs(run(name, SMALL[name]))
 
 
