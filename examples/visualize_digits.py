@@ -55,7 +55,7 @@ def main() -> None:
         path = folder / f"{kind}.png"
         visualize.save_picture(figure, path)
         # A palette halves the file.
-        Image.open(path).convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE).save(
+        Image.open(path).convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=3).save(
             path, optimize=True
         )
     page = visualize.render_page(blocks, photo, title="digits_internimage on four digits")

@@ -16,7 +16,7 @@ from dcnv3_tvm.visualize.receptive_fields import receptive_field
 
 Photo = npt.NDArray[np.uint8]
 
-_PANEL: Final = 2.7
+_PANEL: Final = 2.1
 """Width of a panel, in inches."""
 
 _COLOURS: Final = "viridis"
@@ -176,7 +176,7 @@ def _margin(photo: Photo, points: Sequence[Any]) -> float:
 
 def _title(block: BlockSampling) -> str:
     height, width = block.output_size
-    return f"stage {block.stage}, block {block.block} ({height} x {width})"
+    return f"stage {block.stage}, block {block.block}\n{height} x {width} positions"
 
 
 def _chosen(blocks: Sequence[BlockSampling], index: int | None) -> list[BlockSampling]:
@@ -194,7 +194,7 @@ def _cross(panel: Any, y: float, x: float) -> None:
 def _scatter(panel: Any, points: Any, weights: Any, most: float) -> Any:
     """Draw points with area and colour by weight, the heaviest first."""
     order = np.argsort(-weights)
-    size = 330 / np.sqrt(len(weights))
+    size = 220 / np.sqrt(len(weights))
     return panel.scatter(
         points[order, 0],
         points[order, 1],
@@ -282,7 +282,10 @@ def _draw_field(
         _cross(panel, *position)
         panel.set_title(f"input of stage {field.block.stage}", fontsize="medium")
         _colour_bar(figure, panel, drawn, "% of the weight", ticks=(0, most / 4, most))
-    figure.suptitle(f"Receptive field of one position of {_title(start)}", fontsize="medium")
+    figure.suptitle(
+        f"Receptive field of one position of stage {start.stage}, block {start.block}",
+        fontsize="medium",
+    )
     return figure
 
 
@@ -319,7 +322,7 @@ def _draw_length(
         _show(panel, photo, dim=True)
         drawn = _heat(panel, block.output_stride, mean, Normalize(0, most), alpha=mean / most)
         panel.set_title(_title(block), fontsize="medium")
-        _colour_bar(figure, panel, drawn, "mean offset length, pixels of the image")
+        _colour_bar(figure, panel, drawn, "mean length (pixels)")
     return figure
 
 
@@ -355,7 +358,8 @@ def _draw_arrows(
             scale_units="xy",
             scale=1 / factor,
         )
-        panel.set_title(f"{_title(block)}\narrows {factor:.2g} times as long", fontsize="medium")
+        title = f"stage {block.stage}, block {block.block}\narrows {factor:.2g} times as long"
+        panel.set_title(title, fontsize="medium")
     figure.suptitle("Mean displacement of the points, weighted by the mask", fontsize="medium")
     return figure
 
@@ -382,7 +386,10 @@ def _draw_groups(
         panel.set_title(f"group {each}", fontsize="medium")
     figure.colorbar(drawn, ax=list(panels), label="weight of a point", aspect=30, pad=0.02)
     note = f"; {left_out} more groups are left out" if left_out else ""
-    figure.suptitle(f"Groups of one position of {_title(block)}{note}", fontsize="medium")
+    figure.suptitle(
+        f"Groups of one position of stage {block.stage}, block {block.block}{note}",
+        fontsize="medium",
+    )
     return figure
 
 
@@ -403,7 +410,7 @@ def _draw_histogram(
     joined = {stage: values[np.isfinite(values)] for stage, values in joined.items()}
     longest = float(np.quantile(np.concatenate(list(joined.values())), 0.995))
     edges = np.linspace(0, max(longest, 1e-3), 41)
-    figure, panels = _figure(len(joined), 1, height=1.2, width=6.4)
+    figure, panels = _figure(len(joined), 1, height=1.1, width=6.4)
     for panel, (stage, values) in zip(panels[:, 0], joined.items(), strict=True):
         counts, _ = np.histogram(values, edges)
         panel.stairs(100 * counts / values.size, edges, fill=True, color=_BARS)
