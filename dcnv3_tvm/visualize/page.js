@@ -208,7 +208,8 @@
   function render() {
     const block = data.blocks[state.index];
     const centre = [state.x * block.step[1] * block.stride[1], state.y * block.step[0] * block.stride[0]];
-    const unit = WIDTH / 60; // of the cross; points are smaller where there are many
+    // Of the cross, in pixels of the image; points are smaller where there are many.
+    const unit = WIDTH * (4 / picture.clientWidth + 1 / 90);
     const points = groupsOf(block, state.group)
       .flatMap((group) => pointsOf(block, state.y, state.x, group));
     const most = Math.max(...points.map((point) => Math.abs(point.weight)), 1e-12);
@@ -244,7 +245,7 @@
       + `column ${state.x} of ${block.output[0]} x ${block.output[1]}; mean offset `
       + `${format(mean)} pixels, longest ${format(Math.max(...lengths))}.`;
     const facts = [
-      ["Pixel of the image", `${format(centre[0], 0)}, ${format(centre[1], 0)}`],
+      ["Pixel of the image (y, x)", `${format(centre[0], 0)}, ${format(centre[1], 0)}`],
       ["Stride to the image", format(block.stride[0] * block.step[0], 0)],
       ["Points", `${points.length}`],
       ["Points on the map", `${inside}`],
@@ -348,6 +349,7 @@
   document.documentElement.style.setProperty("--aspect", WIDTH / HEIGHT);
   overlay.setAttribute("viewBox", `${-MARGIN - 0.5} ${-MARGIN - 0.5} ${WIDTH} ${HEIGHT}`);
   find("about").textContent = data.about;
+  new ResizeObserver(() => render()).observe(picture);
   const { output } = data.blocks[data.start];
   state.y = output[0] >> 1;
   state.x = output[1] >> 1;
