@@ -5,9 +5,8 @@ order in the padded image. Where few pixels of an output row would leave most of
 windows are copied, so that tiles go on in the next output row. See `dcnv3_tvm.kernels.tile_matmul`
 for the blocks.
 
-Both operands are sums of two bfloat16 numbers, so that the result is nearly as accurate as in
-float32: no residual sum dilutes the errors of the convolutions between stages. Of the four products
-of these numbers the smallest is left out.
+x is the sum of two bfloat16 numbers, of which each is multiplied by the weight: no residual sum
+dilutes the errors of the convolutions between stages.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import tirx
 
-from dcnv3_tvm.dtypes import DTYPE_BYTES, numpy_dtype
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.convolution import output_extent
 from dcnv3_tvm.kernels.epilogue import DeclaredEpilogue, Epilogue, declare_epilogue
@@ -42,7 +41,7 @@ _BITS: Final = "uint16"
 """Element type of the padded image: the bits of bfloat16, which TVM would store as float32."""
 
 PARTS: Final = 2
-"""Large and small part of each operand."""
+"""Large and small part of x."""
 
 KERNEL: Final = "tile_convolution"
 """Value of `dcnv3_tvm.op.expr.KERNEL_ATTR` of these kernels."""
@@ -109,7 +108,6 @@ def tile_convolution(
                 int64(-(-out_channels // BLOCK)),
                 kernel_size[0],
                 -(-depth // BLOCK),
-                PARTS,
                 2,
                 TILE,
                 TILE,
@@ -267,19 +265,12 @@ def pack_tile_convolution_weight(weight: npt.NDArray[Any]) -> npt.NDArray[Any]:
     Parameters
     ----------
     weight : ndarray of shape (O, kh, kw, C)
-        In float32.
+        In bfloat16.
 
     Returns
     -------
-    ndarray of shape (ceil(O/32), kh, ceil(kw*C/32), 2, 2, 16, 16, 2)
-        In bfloat16. Each row of the window as `pack_tile_weight` packs a matrix, in each step the
-        large part first, and then what is left.
+    ndarray of shape (ceil(O/32), kh, ceil(kw*C/32), 2, 16, 16, 2)
+        Each row of the window as `pack_tile_weight` packs a matrix.
     """
     rows = weight.reshape(*weight.shape[:2], -1)
-    large = rows.astype(numpy_dtype(OPERAND))
-    small = (rows - large.astype(rows.dtype)).astype(large.dtype)
-    packed = [
-        np.stack([pack_tile_weight(part[:, row]) for part in (large, small)], axis=2)
-        for row in range(rows.shape[1])
-    ]
-    return np.stack(packed, axis=1)
+    return np.stack([pack_tile_weight(rows[:, row]) for row in range(rows.shape[1])], axis=1)

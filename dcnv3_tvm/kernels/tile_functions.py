@@ -17,10 +17,7 @@ SUM_BLOCK: Final = "dcnv3_tvm_tiles_sum"
 """Stores the sums of a block of two tiles by two."""
 
 SPLIT_SUM_BLOCK: Final = "dcnv3_tvm_tiles_split_sum"
-"""The same, of operands that are sums of a large and a small part.
-
-The product of the small parts is left out.
-"""
+"""The same, where x is the sum of a large and a small part."""
 
 END: Final = "dcnv3_tvm_tiles_end"
 """Called after others."""
@@ -36,8 +33,7 @@ tile; rows of the sums from the first tile to the second, which may overlap; wei
 column of blocks, which part of them to prefetch, and cache lines to prefetch in each step."""
 
 SPLIT_PARAMETERS: Final = f"{PARAMETERS}, i64 %small"
-"""Of `SPLIT_SUM_BLOCK`: in addition, bytes of x from large parts to small ones. The small parts of
-the weights of a step follow the large ones."""
+"""Of `SPLIT_SUM_BLOCK`: in addition, bytes of x from large parts to small ones."""
 
 TILE_BYTES: Final = 64 * TILE
 
@@ -45,13 +41,12 @@ IMPORT_CODE: Final = "pragma_import_llvm"
 """Annotation of a loop with the code of the functions that are called in it."""
 
 
-def _portable_sums(name: str, parameters: str, products: Sequence[tuple[int, int]]) -> str:
-    """Return the code of a function that sums products of parts (0 or 1) of x and of the weight."""
-    parts = 1 + max(part for _, part in products)
+def _portable_sums(name: str, parameters: str, offsets: Sequence[str]) -> str:
+    """Return the code of a function that sums products of parts of x and the weight."""
     total = "%sum1"
-    terms = ""
-    for number, (x_part, weight_part) in enumerate(products):
-        terms += _portable_product(number, "%small" if x_part else "0", weight_part, total)
+    products = ""
+    for number, offset in enumerate(offsets):
+        products += _portable_product(number, offset, total)
         total = f"%total{number}"
     return f"""
 define i32 @{name}({parameters}) {{
@@ -87,13 +82,19 @@ step:
   %start = call i64 @llvm.smin.i64(i64 %whole, i64 %last)
   %xstep = getelementptr i8, ptr %xrun, i64 %start
   %number = add i64 %before, %s
-  %tile = mul i64 %number, {2 * parts * TILE_BYTES}
+  %tile = mul i64 %number, {2 * TILE_BYTES}
   %wstep = getelementptr i8, ptr %columns, i64 %tile
   br label %pair
 pair:
   %p = phi i64 [0, %step], [%p1, %pair]
   %sum1 = phi <16 x float> [%sum0, %step], [{total}, %pair]
-{terms}
+  %wpair = getelementptr <16 x i32>, ptr %wstep, i64 %p
+  %w = load <16 x i32>, ptr %wpair, align 4
+  %w0 = shl <16 x i32> %w, splat (i32 16)
+  %w1 = and <16 x i32> %w, splat (i32 -65536)
+  %wf0 = bitcast <16 x i32> %w0 to <16 x float>
+  %wf1 = bitcast <16 x i32> %w1 to <16 x float>
+{products}
   %p1 = add i64 %p, 1
   %pdone = icmp eq i64 %p1, {TILE}
   br i1 %pdone, label %paired, label %pair
@@ -123,10 +124,10 @@ exit:
 """
 
 
-def _portable_product(n: int, x_offset: str, part: int, total: str) -> str:
-    """Return the code that adds the product of two pairs of columns to a total."""
+def _portable_product(n: int, offset: str, total: str) -> str:
+    """Return the code that adds the product of a pair of columns to a total."""
     return f"""
-  %xpart{n} = getelementptr i8, ptr %xstep, i64 {x_offset}
+  %xpart{n} = getelementptr i8, ptr %xstep, i64 {offset}
   %xpair{n} = getelementptr i32, ptr %xpart{n}, i64 %p
   %both{n} = load i32, ptr %xpair{n}, align 2
   %low{n} = shl i32 %both{n}, 16
@@ -137,21 +138,11 @@ def _portable_product(n: int, x_offset: str, part: int, total: str) -> str:
   %xs1{n} = shufflevector <16 x i32> %x1{n}, <16 x i32> poison, <16 x i32> zeroinitializer
   %xf0{n} = bitcast <16 x i32> %xs0{n} to <16 x float>
   %xf1{n} = bitcast <16 x i32> %xs1{n} to <16 x float>
-  %wpart{n} = getelementptr i8, ptr %wstep, i64 {part * 2 * TILE_BYTES}
-  %wpair{n} = getelementptr <16 x i32>, ptr %wpart{n}, i64 %p
-  %w{n} = load <16 x i32>, ptr %wpair{n}, align 4
-  %w0{n} = shl <16 x i32> %w{n}, splat (i32 16)
-  %w1{n} = and <16 x i32> %w{n}, splat (i32 -65536)
-  %wf0{n} = bitcast <16 x i32> %w0{n} to <16 x float>
-  %wf1{n} = bitcast <16 x i32> %w1{n} to <16 x float>
   %first{n} = call <16 x float> @llvm.fmuladd.v16f32(
-      <16 x float> %xf0{n}, <16 x float> %wf0{n}, <16 x float> {total})
+      <16 x float> %xf0{n}, <16 x float> %wf0, <16 x float> {total})
   %total{n} = call <16 x float> @llvm.fmuladd.v16f32(
-      <16 x float> %xf1{n}, <16 x float> %wf1{n}, <16 x float> %first{n})"""
+      <16 x float> %xf1{n}, <16 x float> %wf1, <16 x float> %first{n})"""
 
-
-SPLIT_PRODUCTS: Final = ((1, 0), (0, 0), (0, 1))
-"""Parts of x and of the weight, 0 large and 1 small, that `SPLIT_SUM_BLOCK` multiplies."""
 
 PORTABLE_CODE: Final = f"""
 declare i64 @llvm.smin.i64(i64, i64)
@@ -164,5 +155,5 @@ define i32 @{BEGIN}(i64 %rows) {{
 define i32 @{END}() {{
   ret i32 0
 }}
-{_portable_sums(SUM_BLOCK, PARAMETERS, [(0, 0)])}
-{_portable_sums(SPLIT_SUM_BLOCK, SPLIT_PARAMETERS, SPLIT_PRODUCTS)}"""
+{_portable_sums(SUM_BLOCK, PARAMETERS, ["0"])}
+{_portable_sums(SPLIT_SUM_BLOCK, SPLIT_PARAMETERS, ["%small", "0"])}"""

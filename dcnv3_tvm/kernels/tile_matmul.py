@@ -42,8 +42,8 @@ ACCUMULATOR: Final = "float32"
 _LINE: Final = 64
 """Bytes of a cache line."""
 
-_PART_LINES: Final = BLOCK * BLOCK * DTYPE_BYTES[OPERAND] // _LINE
-"""Cache lines of the weights of a step, or of one of their parts."""
+_STEP_LINES: Final = BLOCK * BLOCK * DTYPE_BYTES[OPERAND] // _LINE
+"""Cache lines of the weights of a step."""
 
 
 def supports_tiles(in_features: int, out_features: int) -> bool:
@@ -153,7 +153,7 @@ class BlockOperands(NamedTuple):
     pitch_bytes : expression
         Bytes of x from one run to the next.
     small_bytes : expression, optional
-        Bytes of x from large parts to small ones, if both operands are split.
+        Bytes of x from large parts to small ones, if x is split.
     """
 
     x: Any
@@ -195,9 +195,8 @@ def add_blocks(
     first = [0] * (len(weight.shape) - 1)
     last = (operands.depth - BLOCK) * DTYPE_BYTES[OPERAND]
     # All rows of blocks together prefetch the weights of a column.
+    lines = -(-_STEP_LINES // (static(blocks[0]) or _STEP_LINES))
     split = operands.small_bytes is not None
-    step_lines = 2 * _PART_LINES if split else _PART_LINES
-    lines = -(-step_lines // (static(blocks[0]) or step_lines))
     sums = allocate("sums", [*blocks, BLOCK, BLOCK], ACCUMULATOR)
     imported = T.serial(blocks[0], annotations={IMPORT_CODE: PORTABLE_CODE})
     with imported as outer, T.serial(blocks[1]) as inner, T.sblock("sums"):

@@ -146,7 +146,9 @@ def _lower_tile_convolution(context: LayerContext) -> relax.Var:
         **context.window,
         epilogue=context.epilogue,
     )
-    packed = context.packed(pack_tile_convolution_weight, weight, kernel.params[1])
+    packed = context.packed(
+        pack_tile_convolution_weight, weight.astype("bfloat16"), kernel.params[1]
+    )
     arguments = [context.source, packed, context.layer.bias, context.layer.residual]
     return context.call(kernel, f"tile_convolution_{inputs}_{outputs}", arguments)
 

@@ -59,7 +59,7 @@ def _products(upper: str, lower: str) -> tuple[str, ...]:
 
 _STEP: Final = _products("%upper", "%lower")
 
-# Eight loads for twelve multiplications: small by large, large by large, large by small.
+# Small parts first; the columns of the weight are loaded once.
 _SPLIT_STEP: Final = (
     *_products("%upper_small", "%lower_small"),
     _load(4, "%upper", "%row"),
@@ -68,25 +68,17 @@ _SPLIT_STEP: Final = (
     _load(5, "%lower", "%row"),
     _multiply(2, 5, 6),
     _multiply(3, 5, 7),
-    _load(6, "%left_small", "64"),
-    _multiply(0, 4, 6),
-    _multiply(2, 5, 6),
-    _load(7, "%right_small", "64"),
-    _multiply(1, 4, 7),
-    _multiply(3, 5, 7),
 )
 
-_SMALL: Final = f"""
+_SMALL: Final = """
   %upper_small = getelementptr i8, ptr %upper, i64 %small
-  %lower_small = getelementptr i8, ptr %lower, i64 %small
-  %left_small = getelementptr i8, ptr %left, i64 {2 * TILE_BYTES}
-  %right_small = getelementptr i8, ptr %left, i64 {3 * TILE_BYTES}"""
+  %lower_small = getelementptr i8, ptr %lower, i64 %small"""
 
 
 def _sums(name: str, parameters: str, *, split: bool) -> str:
     """Return the code of `SUM_BLOCK` or `SPLIT_SUM_BLOCK`."""
-    parts, small = (2, _SMALL) if split else (1, "")
-    operations = "\n".join(f"  {line}\n  {_APART}" for line in (_SPLIT_STEP if split else _STEP))
+    step, small = (_SPLIT_STEP, _SMALL) if split else (_STEP, "")
+    operations = "\n".join(f"  {line}\n  {_APART}" for line in step)
     return f"""
 define i32 @{name}({parameters}) {{
 entry:
@@ -114,7 +106,7 @@ step:
   %upper = getelementptr i8, ptr %xrun, i64 %start
   %lower = getelementptr i8, ptr %upper, i64 %skip
   %number = add i64 %before, %s
-  %tile = mul i64 %number, {2 * parts * TILE_BYTES}
+  %tile = mul i64 %number, {2 * TILE_BYTES}
   %left = getelementptr i8, ptr %weight, i64 %tile
   %right = getelementptr i8, ptr %left, i64 {TILE_BYTES}{small}
 {operations}

@@ -127,7 +127,7 @@ def test_rate_of_matrix_tiles():
     image = cpu_kernel(
         "tile_convolution",
         (1, 8, 8, 16),
-        (1, 3, 2, 2, 2, 16, 16, 2),
+        (1, 3, 2, 2, 16, 16, 2),
         (1, 4, 4, 32),
         weight="bfloat16",
     )
