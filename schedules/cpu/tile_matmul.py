@@ -9,6 +9,7 @@ from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV
 from tvm.target import Target
 
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.kernels import tile_convolution
 from dcnv3_tvm.kernels import tile_matmul as definition
 from dcnv3_tvm.kernels.tile_functions import BEGIN, END, IMPORT_CODE, PORTABLE_CODE
@@ -30,13 +31,20 @@ _TASK_STEPS: Final = 28
 _TASKS: Final = 8
 """Tasks, at least, so that threads get about the same number."""
 
+_CACHED_BYTES: Final = 1 << 20
+"""Of an operand that stays in the L2 cache of a core, about half of it."""
+
+_REUSE: Final = 8
+"""Blocks of a task that share what they read of an operand that does not stay in the cache."""
+
 
 def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule matmuls and convolutions in blocks of sums.
 
     A block of sums stays in tile registers over the whole of K, and in the L1 cache until its
     epilogue is done. A task is one row or column of blocks, or several: of the direction of which
-    there are more. The image of a convolution is padded first.
+    there are more. The blocks of a task that share an operand are next to each other. The image of
+    a convolution is padded first.
     """
     if refusal := refuse_other_kernels(func, definition.KERNEL, tile_convolution.KERNEL):
         return refusal
@@ -60,16 +68,21 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     sizes = [size for size in range(1, _MAX_TOGETHER + 1) if outer % size == 0]
     fitting = [size for size in sizes if size == 1 or outer >= _TASKS * size]
     wanted = [size for size in fitting if size * inner * steps >= _TASK_STEPS]
-    together = space.pick("together", sizes, min(wanted, default=fitting[-1]))
-    task, _ = sch.split(loops[0], [None, together])
+    usual = min(wanted, default=fitting[-1])
+    # Each row or column of blocks reads the other operand whole.
+    if _bytes(func.params[order == "rows"]) > _CACHED_BYTES:
+        usual = max(usual, *(size for size in fitting if size <= _REUSE))
+    together = space.pick("together", sizes, usual)
+    task, loops[0] = sch.split(loops[0], [None, together])
+    sch.reorder(loops[1], loops[0])
     sch.parallel(task)
 
     # Step 2. Apply the epilogue to each block, and round a row at a time.
     rounded = "finished" in block_names(sch)
     if rounded:
         finished = sch.get_sblock("finished")
-        sch.reverse_compute_at(finished, loops[1], preserve_unit_loops=True)
-    sch.reverse_compute_at(epilogue, loops[1], preserve_unit_loops=True)
+        sch.reverse_compute_at(finished, loops[0], preserve_unit_loops=True)
+    sch.reverse_compute_at(epilogue, loops[0], preserve_unit_loops=True)
     *_, line, lane = sch.get_loops(epilogue)
     if rounded:
         sch.compute_at(finished, line, preserve_unit_loops=True)
@@ -90,6 +103,11 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     sch.annotate(task, IMPORT_CODE, AMX_CODE if has_amx(target) else PORTABLE_CODE)
     _surround(sch, task, (height + 1) // 2)
     return sch.mod["main"]
+
+
+def _bytes(param: tirx.Var) -> int:
+    """Return the bytes of a tensor of static shape; 0 for others."""
+    return math.prod(static(size) or 0 for size in param.shape) * DTYPE_BYTES[param.dtype]
 
 
 def _vectorize(sch: s_tir.Schedule, loop: LoopRV) -> None:

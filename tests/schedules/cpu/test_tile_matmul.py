@@ -101,6 +101,14 @@ def test_decisions(rng, assert_close, order):
     assert_close(out.checked(), x.astype("float64") @ weight.T.astype("float64"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "together"), [(576, 640, 640, 1), (576, 2560, 640, 2)]
+)
+def test_blocks_share_operands_that_exceed_the_cache(rows, inner, columns, together):
+    space = schedule(tile_matmul((rows,), inner, columns), resolve_target(AMX)).space
+    assert space["together"][0] == together
+
+
 def test_sums_stay_in_tiles():
     func = tile_matmul((3136,), 2048, 32).with_attr("global_symbol", "main")
     target = resolve_target(AMX)
