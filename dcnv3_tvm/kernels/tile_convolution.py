@@ -4,15 +4,11 @@ A GEMM: a row is an output pixel, and a row of its window is a run along the dep
 order in the padded image. Where few pixels of an output row would leave most of a tile empty, the
 windows are copied, so that tiles go on in the next output row. See `dcnv3_tvm.kernels.tile_matmul`
 for the blocks.
-
-x is the sum of two bfloat16 numbers, of which each is multiplied by the weight: no residual sum
-dilutes the errors of the convolutions between stages.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -39,9 +35,6 @@ from dcnv3_tvm.op.prim_func_builder import argument, compute, function
 
 _BITS: Final = "uint16"
 """Element type of the padded image: the bits of bfloat16, which TVM would store as float32."""
-
-PARTS: Final = 2
-"""Large and small part of x."""
 
 KERNEL: Final = "tile_convolution"
 """Value of `dcnv3_tvm.op.expr.KERNEL_ATTR` of these kernels."""
@@ -161,7 +154,7 @@ def _add_lines(x: Any, weight: Any, window: _Window, finish: DeclaredEpilogue) -
 
     def position(m: Any) -> tuple[Any, ...]:
         b, row, column = first(m)
-        return b, row * stride[0], 0, column * stride[1], 0
+        return b, row * stride[0], column * stride[1], 0
 
     height, width = (
         (count - 1) * stride[axis] + kernel_size[axis]
@@ -169,13 +162,13 @@ def _add_lines(x: Any, weight: Any, window: _Window, finish: DeclaredEpilogue) -
     )
     image = compute(
         "padded",
-        [batch, height, PARTS, width, channels],
-        lambda b, i, part, j, c: _part(x, window, (b, i, j, c), part),
+        [batch, height, width, channels],
+        functools.partial(_padded, x, window.pad),
         dtype=_BITS,
     )
     pixel_bytes = channels * DTYPE_BYTES[OPERAND]
     row_bytes = stride[1] * pixel_bytes
-    line_bytes = PARTS * width * pixel_bytes
+    line_bytes = width * pixel_bytes
     add_blocks(
         [product(grid), weight.shape[0]],
         lines * columns,
@@ -190,7 +183,6 @@ def _add_lines(x: Any, weight: Any, window: _Window, finish: DeclaredEpilogue) -
             second=second,
             runs=kernel_size[0],
             pitch_bytes=line_bytes,
-            small_bytes=width * pixel_bytes,
         ),
         finish,
         at,
@@ -206,18 +198,18 @@ def _add_copied_windows(x: Any, weight: Any, window: _Window, finish: DeclaredEp
     height = block_rows(rows)
     tile = (height + 1) // 2
 
-    def pixel(b: Any, i: Any, j: Any, part: Any, down: Any, along: Any, c: Any) -> Any:
-        return _part(x, window, (b, i * stride[0] + down, j * stride[1] + along, c), part)
+    def element(b: Any, i: Any, j: Any, down: Any, along: Any, c: Any) -> Any:
+        return _padded(x, window.pad, b, i * stride[0] + down, j * stride[1] + along, c)
 
-    copied = compute("padded", [*pixels, PARTS, *kernel_size, channels], pixel, dtype=_BITS)
+    copied = compute("padded", [*pixels, *kernel_size, channels], element, dtype=_BITS)
     run_bytes = int(kernel_size[1] * channels) * DTYPE_BYTES[OPERAND]
-    row_bytes = PARTS * kernel_size[0] * run_bytes
+    row_bytes = kernel_size[0] * run_bytes
     add_blocks(
         [count_blocks(rows, height), weight.shape[0]],
         height,
         BlockOperands(
             copied,
-            lambda m: (*unflatten(block_start(m, height, rows), pixels), 0, 0, 0, 0),
+            lambda m: (*unflatten(block_start(m, height, rows), pixels), 0, 0, 0),
             weight,
             row_bytes=row_bytes,
             skip_bytes=(height - tile) * row_bytes,
@@ -226,7 +218,6 @@ def _add_copied_windows(x: Any, weight: Any, window: _Window, finish: DeclaredEp
             second=height - tile,
             runs=kernel_size[0],
             pitch_bytes=run_bytes,
-            small_bytes=kernel_size[0] * run_bytes,
         ),
         finish,
         lambda m, n, i, j: [
@@ -236,23 +227,14 @@ def _add_copied_windows(x: Any, weight: Any, window: _Window, finish: DeclaredEp
     )
 
 
-def _part(x: Any, window: _Window, at: Sequence[Any], part: Any) -> Any:
-    """Return the bits of a part of an element of the zero-padded image."""
-    b, i, j, c = at
-    row, column = i - window.pad[0], j - window.pad[1]
+def _padded(x: Any, pad: tuple[int, int], b: Any, i: Any, j: Any, c: Any) -> Any:
+    """Return the bits of an element of the zero-padded image, rounded to bfloat16."""
+    row, column = i - pad[0], j - pad[1]
     inside = tirx.all(row >= 0, row < x.shape[1], column >= 0, column < x.shape[2])
-    value = x[b, row, column, c]
-    large = _rounded(value)
-    small = _rounded(value - tirx.reinterpret(ACCUMULATOR, large))
-    bits = tirx.shift_right(tirx.Select(part == 1, small, large), _uint32(16))
-    return tirx.if_then_else(inside, cast(_BITS, bits), tirx.const(0, _BITS))
-
-
-def _rounded(value: Any) -> Any:
-    """Return the bits of a float32 value rounded to bfloat16."""
-    bits = tirx.reinterpret("uint32", value)
+    bits = tirx.reinterpret("uint32", x[b, row, column, c])
     odd = tirx.bitwise_and(tirx.shift_right(bits, _uint32(16)), _uint32(1))
-    return tirx.bitwise_and(bits + odd + _uint32(0x7FFF), _uint32(0xFFFF0000))
+    rounded = tirx.shift_right(bits + odd + _uint32(0x7FFF), _uint32(16))
+    return tirx.if_then_else(inside, cast(_BITS, rounded), tirx.const(0, _BITS))
 
 
 def _uint32(value: int) -> Any:

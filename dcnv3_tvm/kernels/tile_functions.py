@@ -5,7 +5,6 @@ Schedules for processors with AMX replace the code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 from dcnv3_tvm.kernels.packing import BLOCK, TILE
@@ -15,9 +14,6 @@ BEGIN: Final = "dcnv3_tvm_tiles_begin"
 
 SUM_BLOCK: Final = "dcnv3_tvm_tiles_sum"
 """Stores the sums of a block of two tiles by two."""
-
-SPLIT_SUM_BLOCK: Final = "dcnv3_tvm_tiles_split_sum"
-"""The same, where x is the sum of a large and a small part."""
 
 END: Final = "dcnv3_tvm_tiles_end"
 """Called after others."""
@@ -32,24 +28,24 @@ the next; weights of the block; steps of a run, and bytes of x from the first to
 tile; rows of the sums from the first tile to the second, which may overlap; weights of the next
 column of blocks, which part of them to prefetch, and cache lines to prefetch in each step."""
 
-SPLIT_PARAMETERS: Final = f"{PARAMETERS}, i64 %small"
-"""Of `SPLIT_SUM_BLOCK`: in addition, bytes of x from large parts to small ones."""
-
 TILE_BYTES: Final = 64 * TILE
 
 IMPORT_CODE: Final = "pragma_import_llvm"
 """Annotation of a loop with the code of the functions that are called in it."""
 
+PORTABLE_CODE: Final = f"""
+declare i64 @llvm.smin.i64(i64, i64)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)
 
-def _portable_sums(name: str, parameters: str, offsets: Sequence[str]) -> str:
-    """Return the code of a function that sums products of parts of x and the weight."""
-    total = "%sum1"
-    products = ""
-    for number, offset in enumerate(offsets):
-        products += _portable_product(number, offset, total)
-        total = f"%total{number}"
-    return f"""
-define i32 @{name}({parameters}) {{
+define i32 @{BEGIN}(i64 %rows) {{
+  ret i32 0
+}}
+
+define i32 @{END}() {{
+  ret i32 0
+}}
+
+define i32 @{SUM_BLOCK}({PARAMETERS}) {{
 entry:
   %height = add i64 %second, %rows
   br label %line
@@ -70,14 +66,14 @@ half:
   br label %run
 run:
   %r = phi i64 [0, %half], [%r1, %ran]
-  %sum3 = phi <16 x float> [zeroinitializer, %half], [{total}, %ran]
+  %sum3 = phi <16 x float> [zeroinitializer, %half], [%sum2, %ran]
   %before = mul i64 %r, %steps
   %down = mul i64 %r, %pitch
   %xrun = getelementptr i8, ptr %xrow, i64 %down
   br label %step
 step:
   %s = phi i64 [0, %run], [%s1, %paired]
-  %sum0 = phi <16 x float> [%sum3, %run], [{total}, %paired]
+  %sum0 = phi <16 x float> [%sum3, %run], [%sum2, %paired]
   %whole = mul i64 %s, {2 * BLOCK}
   %start = call i64 @llvm.smin.i64(i64 %whole, i64 %last)
   %xstep = getelementptr i8, ptr %xrun, i64 %start
@@ -87,14 +83,27 @@ step:
   br label %pair
 pair:
   %p = phi i64 [0, %step], [%p1, %pair]
-  %sum1 = phi <16 x float> [%sum0, %step], [{total}, %pair]
+  %sum1 = phi <16 x float> [%sum0, %step], [%sum2, %pair]
+  %xpair = getelementptr i32, ptr %xstep, i64 %p
+  %both = load i32, ptr %xpair, align 2
+  %x0 = shl i32 %both, 16
+  %x1 = and i32 %both, -65536
+  %xs0 = insertelement <16 x i32> poison, i32 %x0, i64 0
+  %xv0 = shufflevector <16 x i32> %xs0, <16 x i32> poison, <16 x i32> zeroinitializer
+  %xf0 = bitcast <16 x i32> %xv0 to <16 x float>
+  %xs1 = insertelement <16 x i32> poison, i32 %x1, i64 0
+  %xv1 = shufflevector <16 x i32> %xs1, <16 x i32> poison, <16 x i32> zeroinitializer
+  %xf1 = bitcast <16 x i32> %xv1 to <16 x float>
   %wpair = getelementptr <16 x i32>, ptr %wstep, i64 %p
   %w = load <16 x i32>, ptr %wpair, align 4
   %w0 = shl <16 x i32> %w, splat (i32 16)
-  %w1 = and <16 x i32> %w, splat (i32 -65536)
   %wf0 = bitcast <16 x i32> %w0 to <16 x float>
+  %w1 = and <16 x i32> %w, splat (i32 -65536)
   %wf1 = bitcast <16 x i32> %w1 to <16 x float>
-{products}
+  %first = call <16 x float> @llvm.fmuladd.v16f32(
+      <16 x float> %xf0, <16 x float> %wf0, <16 x float> %sum1)
+  %sum2 = call <16 x float> @llvm.fmuladd.v16f32(
+      <16 x float> %xf1, <16 x float> %wf1, <16 x float> %first)
   %p1 = add i64 %p, 1
   %pdone = icmp eq i64 %p1, {TILE}
   br i1 %pdone, label %paired, label %pair
@@ -110,7 +119,7 @@ summed:
   %index = mul i64 %i, 2
   %place = add i64 %index, %h
   %address = getelementptr <16 x float>, ptr %sums, i64 %place
-  store <16 x float> {total}, ptr %address, align 4
+  store <16 x float> %sum2, ptr %address, align 4
   %h1 = add i64 %h, 1
   %hdone = icmp eq i64 %h1, 2
   br i1 %hdone, label %stored, label %half
@@ -122,38 +131,3 @@ exit:
   ret i32 0
 }}
 """
-
-
-def _portable_product(n: int, offset: str, total: str) -> str:
-    """Return the code that adds the product of a pair of columns to a total."""
-    return f"""
-  %xpart{n} = getelementptr i8, ptr %xstep, i64 {offset}
-  %xpair{n} = getelementptr i32, ptr %xpart{n}, i64 %p
-  %both{n} = load i32, ptr %xpair{n}, align 2
-  %low{n} = shl i32 %both{n}, 16
-  %high{n} = and i32 %both{n}, -65536
-  %x0{n} = insertelement <16 x i32> poison, i32 %low{n}, i64 0
-  %x1{n} = insertelement <16 x i32> poison, i32 %high{n}, i64 0
-  %xs0{n} = shufflevector <16 x i32> %x0{n}, <16 x i32> poison, <16 x i32> zeroinitializer
-  %xs1{n} = shufflevector <16 x i32> %x1{n}, <16 x i32> poison, <16 x i32> zeroinitializer
-  %xf0{n} = bitcast <16 x i32> %xs0{n} to <16 x float>
-  %xf1{n} = bitcast <16 x i32> %xs1{n} to <16 x float>
-  %first{n} = call <16 x float> @llvm.fmuladd.v16f32(
-      <16 x float> %xf0{n}, <16 x float> %wf0, <16 x float> {total})
-  %total{n} = call <16 x float> @llvm.fmuladd.v16f32(
-      <16 x float> %xf1{n}, <16 x float> %wf1, <16 x float> %first{n})"""
-
-
-PORTABLE_CODE: Final = f"""
-declare i64 @llvm.smin.i64(i64, i64)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>)
-
-define i32 @{BEGIN}(i64 %rows) {{
-  ret i32 0
-}}
-
-define i32 @{END}() {{
-  ret i32 0
-}}
-{_portable_sums(SUM_BLOCK, PARAMETERS, ["0"])}
-{_portable_sums(SPLIT_SUM_BLOCK, SPLIT_PARAMETERS, ["%small", "0"])}"""

@@ -21,12 +21,7 @@ from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import DeclaredEpilogue, Epilogue, declare_epilogue
 from dcnv3_tvm.kernels.packing import BLOCK, PAIR, TILE
-from dcnv3_tvm.kernels.tile_functions import (
-    IMPORT_CODE,
-    PORTABLE_CODE,
-    SPLIT_SUM_BLOCK,
-    SUM_BLOCK,
-)
+from dcnv3_tvm.kernels.tile_functions import IMPORT_CODE, PORTABLE_CODE, SUM_BLOCK
 from dcnv3_tvm.op.expr import cast, constant_factor, int64, product, static, unflatten
 from dcnv3_tvm.op.prim_func_builder import allocate, argument, compute, function
 
@@ -152,8 +147,6 @@ class BlockOperands(NamedTuple):
         Runs along the depth.
     pitch_bytes : expression
         Bytes of x from one run to the next.
-    small_bytes : expression, optional
-        Bytes of x from large parts to small ones, if x is split.
     """
 
     x: Any
@@ -166,7 +159,6 @@ class BlockOperands(NamedTuple):
     second: Any
     runs: int = 1
     pitch_bytes: Any = 0
-    small_bytes: Any = None
 
 
 def add_blocks(
@@ -196,7 +188,6 @@ def add_blocks(
     last = (operands.depth - BLOCK) * DTYPE_BYTES[OPERAND]
     # All rows of blocks together prefetch the weights of a column.
     lines = -(-_STEP_LINES // (static(blocks[0]) or _STEP_LINES))
-    split = operands.small_bytes is not None
     sums = allocate("sums", [*blocks, BLOCK, BLOCK], ACCUMULATOR)
     imported = T.serial(blocks[0], annotations={IMPORT_CODE: PORTABLE_CODE})
     with imported as outer, T.serial(blocks[1]) as inner, T.sblock("sums"):
@@ -208,7 +199,7 @@ def add_blocks(
         T.evaluate(
             tirx.call_extern(
                 "int32",
-                SPLIT_SUM_BLOCK if split else SUM_BLOCK,
+                SUM_BLOCK,
                 tirx.address_of(sums[m, n, 0, 0]),
                 tirx.address_of(x[tuple(operands.position(m))]),
                 int64(operands.row_bytes),
@@ -223,7 +214,6 @@ def add_blocks(
                 tirx.address_of(weight[(tirx.min(n + 1, blocks[1] - 1), *first)]),
                 cast("int32", m),
                 int64(lines),
-                *([int64(operands.small_bytes)] if split else []),
             )
         )
     extents = [*blocks, height, BLOCK]

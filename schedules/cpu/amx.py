@@ -7,15 +7,7 @@ from tvm.s_tir import TensorIntrin
 from tvm.script import tirx as T
 
 from dcnv3_tvm.kernels.packing import BLOCK, TILE
-from dcnv3_tvm.kernels.tile_functions import (
-    BEGIN,
-    END,
-    PARAMETERS,
-    SPLIT_PARAMETERS,
-    SPLIT_SUM_BLOCK,
-    SUM_BLOCK,
-    TILE_BYTES,
-)
+from dcnv3_tvm.kernels.tile_functions import BEGIN, END, PARAMETERS, SUM_BLOCK, TILE_BYTES
 
 # Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 columns of the weight.
 _TILE_ROWS: Final = ("%count",) * 6 + (str(TILE),) * 2
@@ -34,53 +26,37 @@ _CONFIGURATION: Final = "".join(
 # times as long as with others between them (Emerald Rapids); alone, a core hides the latter.
 _APART: Final = f'call void asm sideeffect "{"nop;" * 8}", ""()'
 
+AMX_CODE: Final = f"""
+define <16 x i16> @dcnv3_tvm_round_bf16(<16 x float> %values) {{
+  %rounded = fptrunc <16 x float> %values to <16 x bfloat>
+  %result = bitcast <16 x bfloat> %rounded to <16 x i16>
+  ret <16 x i16> %result
+}}
 
-def _load(tile: int, address: str, stride: str) -> str:
-    return f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {address}, i64 {stride})"
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.tilezero(i8 immarg)
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
+declare i64 @llvm.smin.i64(i64, i64)
+declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)
 
+define i32 @{BEGIN}(i64 %rows) {{
+  %configuration = alloca [64 x i8], align 64
+  store <64 x i8> zeroinitializer, ptr %configuration, align 64
+  store i8 1, ptr %configuration
+  %count = trunc i64 %rows to i8{_CONFIGURATION}
+  call void @llvm.x86.ldtilecfg(ptr %configuration)
+  ret i32 0
+}}
 
-def _multiply(sums: int, x: int, weight: int) -> str:
-    return f"call void @llvm.x86.tdpbf16ps(i8 {sums}, i8 {x}, i8 {weight})"
+define i32 @{END}() {{
+  call void @llvm.x86.tilerelease()
+  ret i32 0
+}}
 
-
-def _products(upper: str, lower: str) -> tuple[str, ...]:
-    """Return the operations that load and multiply the operands of a step."""
-    return (
-        _load(6, "%left", "64"),
-        _load(4, upper, "%row"),
-        _multiply(0, 4, 6),
-        _load(7, "%right", "64"),
-        _multiply(1, 4, 7),
-        _load(5, lower, "%row"),
-        _multiply(2, 5, 6),
-        _multiply(3, 5, 7),
-    )
-
-
-_STEP: Final = _products("%upper", "%lower")
-
-# Small parts first; the columns of the weight are loaded once.
-_SPLIT_STEP: Final = (
-    *_products("%upper_small", "%lower_small"),
-    _load(4, "%upper", "%row"),
-    _multiply(0, 4, 6),
-    _multiply(1, 4, 7),
-    _load(5, "%lower", "%row"),
-    _multiply(2, 5, 6),
-    _multiply(3, 5, 7),
-)
-
-_SMALL: Final = """
-  %upper_small = getelementptr i8, ptr %upper, i64 %small
-  %lower_small = getelementptr i8, ptr %lower, i64 %small"""
-
-
-def _sums(name: str, parameters: str, *, split: bool) -> str:
-    """Return the code of `SUM_BLOCK` or `SPLIT_SUM_BLOCK`."""
-    step, small = (_SPLIT_STEP, _SMALL) if split else (_STEP, "")
-    operations = "\n".join(f"  {line}\n  {_APART}" for line in step)
-    return f"""
-define i32 @{name}({parameters}) {{
+define i32 @{SUM_BLOCK}({PARAMETERS}) {{
 entry:
   %part0 = sext i32 %part to i64
   %part1 = mul i64 %part0, %runs
@@ -108,8 +84,23 @@ step:
   %number = add i64 %before, %s
   %tile = mul i64 %number, {2 * TILE_BYTES}
   %left = getelementptr i8, ptr %weight, i64 %tile
-  %right = getelementptr i8, ptr %left, i64 {TILE_BYTES}{small}
-{operations}
+  %right = getelementptr i8, ptr %left, i64 {TILE_BYTES}
+  call void @llvm.x86.tileloadd64(i8 6, ptr %left, i64 64)
+  {_APART}
+  call void @llvm.x86.tileloadd64(i8 4, ptr %upper, i64 %row)
+  {_APART}
+  call void @llvm.x86.tdpbf16ps(i8 0, i8 4, i8 6)
+  {_APART}
+  call void @llvm.x86.tileloadd64(i8 7, ptr %right, i64 64)
+  {_APART}
+  call void @llvm.x86.tdpbf16ps(i8 1, i8 4, i8 7)
+  {_APART}
+  call void @llvm.x86.tileloadd64(i8 5, ptr %lower, i64 %row)
+  {_APART}
+  call void @llvm.x86.tdpbf16ps(i8 2, i8 5, i8 6)
+  {_APART}
+  call void @llvm.x86.tdpbf16ps(i8 3, i8 5, i8 7)
+  {_APART}
   %number0 = mul i64 %number, %lines
   br label %line
 line:
@@ -141,39 +132,6 @@ exit:
   ret i32 0
 }}
 """
-
-
-AMX_CODE: Final = f"""
-define <16 x i16> @dcnv3_tvm_round_bf16(<16 x float> %values) {{
-  %rounded = fptrunc <16 x float> %values to <16 x bfloat>
-  %result = bitcast <16 x bfloat> %rounded to <16 x i16>
-  ret <16 x i16> %result
-}}
-
-declare void @llvm.x86.ldtilecfg(ptr)
-declare void @llvm.x86.tilerelease()
-declare void @llvm.x86.tilezero(i8 immarg)
-declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
-declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
-declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
-declare i64 @llvm.smin.i64(i64, i64)
-declare void @llvm.prefetch.p0(ptr, i32 immarg, i32 immarg, i32 immarg)
-
-define i32 @{BEGIN}(i64 %rows) {{
-  %configuration = alloca [64 x i8], align 64
-  store <64 x i8> zeroinitializer, ptr %configuration, align 64
-  store i8 1, ptr %configuration
-  %count = trunc i64 %rows to i8{_CONFIGURATION}
-  call void @llvm.x86.ldtilecfg(ptr %configuration)
-  ret i32 0
-}}
-
-define i32 @{END}() {{
-  call void @llvm.x86.tilerelease()
-  ret i32 0
-}}
-{_sums(SUM_BLOCK, PARAMETERS, split=False)}
-{_sums(SPLIT_SUM_BLOCK, SPLIT_PARAMETERS, split=True)}"""
 
 
 ROUND: Final = "dcnv3_tvm.round_bf16_16"
