@@ -34,16 +34,21 @@ _DRIVER_RELEASE: Final = 580
 _FREE_MEMORY: Final = 15
 """TVM's number of the device attribute."""
 
+_MEMORY_ALLOCATION: Final = 2
+"""CUDA's number of the error."""
+
 _OUT_OF_MEMORY: Final = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY")
 
 _lock = fork_safe_lock()
 _gpus: dict[int, Gpu] = {}
+_call_lock = threading.RLock()
+"""Held during calls on any GPU: no thread may allocate memory while another captures a graph."""
 
 
 class Gpu:
     """A GPU of this machine. Use `of`, which returns one object per GPU.
 
-    Calls on a GPU are serialized across all models, because no thread may allocate memory while
+    Calls are serialized across all models and GPUs, because no thread may allocate memory while
     another captures a CUDA graph. Models reuse memory of their earlier calls and of freed results;
     therefore a call on another stream waits for the work on the previous one.
 
@@ -59,7 +64,6 @@ class Gpu:
         ffi = library.tvm_ffi()
         self.device = ffi.device("cuda", index)
         self._select = ffi.get_global_func("__tvm_set_device")
-        self._lock = threading.RLock()
         self._process = os.getpid()
         self._last_stream: int | None = None
 
@@ -92,7 +96,7 @@ class Gpu:
         """Run kernels called by this thread on `stream`, a CUDA stream handle."""
         self.check_process()
         raw_stream = library.tvm_ffi().use_raw_stream
-        with self._lock, _torch_device(self.index), raw_stream(self.device, stream):
+        with _call_lock, _torch_device(self.index), raw_stream(self.device, stream):
             # See tvm_workarounds: cuda-current-device.
             self._select(DEVICE_TYPE, self.index)
             yield
@@ -116,6 +120,18 @@ class Gpu:
                     order(self.device, self._last_stream, stream)
             self._last_stream = stream
             yield
+            _forget_retried_allocation()
+
+    def is_usable(self) -> bool:
+        """Return whether the GPU works: not after a fault, such as an illegal access."""
+        if os.getpid() != self._process:
+            return False
+        try:
+            with _call_lock, _torch_device(self.index):
+                self._synchronize(self._last_stream or 0)
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        return True
 
     def stream_of(self, tensor: Any) -> int:
         """Return the current stream of the framework that a tensor on this GPU belongs to."""
@@ -134,7 +150,7 @@ class Gpu:
         DeviceError
             If the GPU has too little free memory, or fails.
         """
-        with self._lock, _torch_device(self.index):
+        with _call_lock, _torch_device(self.index):
             try:
                 (machine,) = library.open_executables(code, (DEVICE_TYPE, self.index))
             except ArtifactError as error:
@@ -154,7 +170,7 @@ class Gpu:
             If the GPU has too little free memory, or fails.
         """
         needed = f"{format_bytes(total_bytes(tensors.values()))} for weights"
-        with self._lock, _torch_device(self.index), self.translate_errors(needed):
+        with _call_lock, _torch_device(self.index), self.translate_errors(needed):
             return {name: self._copy_in(tensor, None) for name, tensor in tensors.items()}
 
     def upload(self, host: Any, into: Any = None) -> Any:
@@ -172,7 +188,7 @@ class Gpu:
         DeviceError
             If the GPU has too little free memory, or fails.
         """
-        with self._lock, _torch_device(self.index), self.translate_errors():
+        with _call_lock, _torch_device(self.index), self.translate_errors():
             return self._copy_in(host, into)
 
     def _copy_in(self, host: Any, into: Any) -> Any:
@@ -192,7 +208,7 @@ class Gpu:
             If the GPU fails.
         """
         ffi = library.tvm_ffi()
-        with self._lock, _torch_device(self.index), self.translate_errors():
+        with _call_lock, _torch_device(self.index), self.translate_errors():
             self._synchronize(stream)
             copy = ffi.get_global_func("runtime.TVMTensorCopyToBytes")
             copy(tensor, ctypes.c_void_p(buffer.ctypes.data), buffer.nbytes)
@@ -202,13 +218,13 @@ class Gpu:
 
     def release_unused(self) -> None:
         """Free the memory that models keep for later calls and that is not in use."""
-        with self._lock, _torch_device(self.index):
+        with _call_lock, _torch_device(self.index):
             library.tvm_ffi().get_global_func("vm.builtin.memory_manager.clear")()
 
     def free_bytes(self) -> int | None:
         """Return the free memory; None if the GPU does not report it."""
         ffi = library.tvm_ffi()
-        with self._lock, _torch_device(self.index):
+        with _call_lock, _torch_device(self.index):
             try:
                 self._select(DEVICE_TYPE, self.index)
                 attribute = ffi.get_global_func("runtime.GetDeviceAttr")
@@ -239,9 +255,8 @@ class Gpu:
         needed : str, optional
             Description of the memory that was needed.
         """
-        text = str(error)
-        if not any(word in text for word in _OUT_OF_MEMORY):
-            if "CUDA" not in text:
+        if not is_out_of_memory(error):
+            if "CUDA" not in str(error):
                 return None
             return DeviceError(
                 f"the GPU {self.name} failed",
@@ -260,6 +275,11 @@ class Gpu:
             hint="Close other models and programs that use it (torch.cuda.empty_cache() frees "
             "PyTorch's cache), or compile for a smaller batch.",
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of TVM says that a GPU has too little free memory."""
+    return any(word in str(error) for word in _OUT_OF_MEMORY)
 
 
 def needed_memory(weights: int, activations: int | None) -> str:
@@ -335,6 +355,16 @@ def _torch_device(index: int) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     device: contextlib.AbstractContextManager[Any] = torch.cuda.device(index)
     return device
+
+
+def _forget_retried_allocation() -> None:
+    """Clear the error of an allocation that TVM retried with success.
+
+    See tvm_workarounds: cuda-last-error.
+    """
+    cudart = cuda_toolkit.load_cudart()
+    if cudart.cudaPeekAtLastError() == _MEMORY_ALLOCATION:
+        cudart.cudaGetLastError()
 
 
 def _check_not_capturing() -> None:

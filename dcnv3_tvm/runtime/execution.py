@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.runtime import profile
+from dcnv3_tvm.runtime import cuda, profile
 from dcnv3_tvm.runtime.arguments import Arguments
 from dcnv3_tvm.runtime.call_threads import Contexts, closed_error
-from dcnv3_tvm.runtime.cuda import Gpu
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata
 
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
@@ -78,18 +79,32 @@ class GpuExecution:
         The GPU.
     """
 
-    def __init__(self, functions: Functions, gpu: Gpu) -> None:
-        self._functions: Functions | None = functions
+    def __init__(self, functions: Functions, gpu: cuda.Gpu) -> None:
         self._gpu = gpu
-        self._buffers: list[Any] = []
+        self._held = _Held(functions)
+        self._captured: set[str] = set()
         self._lock = threading.Lock()
+        # Also of a model that is not closed, and when the process exits.
+        self._release = weakref.finalize(self, _release, self._held, gpu)
 
     def run(self, entry: str, arguments: Arguments, threads: int) -> Any:  # noqa: ARG002, D102
         self._gpu.check_process()  # Before the lock, which a thread of the parent may have held.
         with self._lock, self._gpu.model_call(arguments.stream):
-            if self._functions is None:
+            if self._held.functions is None:
                 raise closed_error()
-            return self._functions[entry](*arguments.to_kernel(self._buffers))
+            function = self._held.functions[entry]
+            inputs = arguments.to_kernel(self._held.buffers)
+            try:
+                result = function(*inputs)
+            except (RuntimeError, ValueError, TypeError) as error:
+                # Another thread may have invalidated the capture of the first call.
+                if entry in self._captured or cuda.is_out_of_memory(error):
+                    raise
+                if not self._gpu.is_usable():
+                    raise
+                result = function(*inputs)
+            self._captured.add(entry)
+            return result
 
     def profile(  # noqa: D102
         self,
@@ -107,6 +122,23 @@ class GpuExecution:
 
     def close(self) -> None:  # noqa: D102
         with self._lock:
-            self._functions = None
-            self._buffers.clear()
-            self._gpu.release_unused()
+            self._release()
+
+
+class _Held:
+    """What a model on a GPU keeps: functions with their weights and graphs, and input buffers."""
+
+    def __init__(self, functions: Functions) -> None:
+        self.functions: Functions | None = functions
+        self.buffers: list[Any] = []
+
+
+def _release(held: _Held, gpu: cuda.Gpu) -> None:
+    """Free memory and graphs, but not after a fault. See tvm_workarounds: cuda-teardown."""
+    kept = (held.functions, held.buffers)
+    held.functions, held.buffers = None, []
+    if gpu.is_usable():
+        del kept
+        gpu.release_unused()
+    else:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))

@@ -32,6 +32,7 @@ def load(
     device: str | None = None,
     threads: int | None = None,
     workers: int = 1,
+    warm_up: bool = False,
     owner: object | None = None,
 ) -> CompiledModel:
     """Load a compiled model. Neither PyTorch nor TVM's compiler is needed or imported.
@@ -55,6 +56,9 @@ def load(
     workers : int
         Number of calls from different threads that run side by side. They share the weights; each
         needs memory for intermediate results. On a GPU it is 1.
+    warm_up : bool
+        Call the model once (`CompiledModel.warm_up`), so that the first call is as fast as later
+        ones. On a GPU this captures its graphs.
     owner : object, optional
         Kept alive as long as the model, for example a temporary folder that holds `path`.
 
@@ -84,6 +88,7 @@ def load(
         threads = checks.integer("threads", threads, low=1, high=library.MAX_THREADS)
     workers = checks.integer("workers", workers, low=1, high=library.MAX_THREADS)
     verify_digests = checks.boolean("verify_digests", verify_digests)
+    warm_up = checks.boolean("warm_up", warm_up)
     folder = checks.path("path", path)
     try:
         metadata = read_metadata(folder, verify_digest=verify_digests)
@@ -114,18 +119,26 @@ def load(
         if device_gpu is None
         else [device_gpu.open_executable(code)]
     )
-    return CompiledModel(
+    model = CompiledModel(
         machines,
         tensors if device_gpu is None else device_gpu.upload_all(tensors),
         metadata,
         folder=folder.absolute(),
         threads=max(1, library.default_threads() // workers) if threads is None else threads,
         reload=functools.partial(
-            load, verify_digests=verify_digests, device=device, threads=threads, workers=workers
+            load,
+            verify_digests=verify_digests,
+            device=device,
+            threads=threads,
+            workers=workers,
+            warm_up=warm_up,
         ),
         gpu=device_gpu,
         owner=owner,
     )
+    if warm_up:
+        model.warm_up()
+    return model
 
 
 def read_metadata(path: str | os.PathLike[str], *, verify_digest: bool = True) -> ArtifactMetadata:

@@ -12,6 +12,7 @@ import numpy as np
 
 from dcnv3_tvm import checks, files
 from dcnv3_tvm.digests import digest_of_file
+from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
 from dcnv3_tvm.runtime import cuda, image, library, tensors
 from dcnv3_tvm.runtime.arguments import Arguments, in_order
@@ -25,7 +26,7 @@ from dcnv3_tvm.runtime.metadata import (
 )
 from dcnv3_tvm.runtime.open_image import Source
 from dcnv3_tvm.runtime.profile import SET_INSTRUMENT, Profile
-from dcnv3_tvm.signature import OFFSETS, Entry
+from dcnv3_tvm.signature import BATCH, OFFSETS, Entry
 
 _MAX_CALLS: Final = 10_000
 
@@ -164,6 +165,24 @@ class CompiledModel:
             )
         outputs = self._run(OFFSETS, inputs, named)
         return list(zip(outputs[::2], outputs[1::2], strict=True))
+
+    def warm_up(self) -> None:
+        """Call each entry once with zeros, as `load` does with ``warm_up=True``.
+
+        Then the first call of the caller is as fast as later ones: kernels are loaded, memory is
+        allocated, and on a GPU graphs are captured. A dynamic batch is one image; entries with
+        other dynamic sizes are left out.
+        """
+        for name, entry in self.metadata.entries.items():
+            shapes = [
+                [1 if size == BATCH else size for size in info.shape] for info in entry.inputs
+            ]
+            if all(isinstance(size, int) for shape in shapes for size in shape):
+                zeros = [
+                    np.zeros(tuple(map(int, shape)), numpy_dtype(info.dtype))
+                    for shape, info in zip(shapes, entry.inputs, strict=True)
+                ]
+                self._run(name, zeros, {})
 
     def profile(self, *inputs: Any, calls: int = 10, **named: Any) -> Profile:
         """Time the kernels within calls of the model, on the CPU.

@@ -69,6 +69,8 @@ DEFECTS: Final[Mapping[str, str]] = {
     "thread, which may run on a worker's core while another core is idle, for up to 0.5 s.",
     "cuda-last-error": "After a failed CUDA call, TVM does not clear the error that CUDA keeps for "
     "the thread; the next caller of cudaGetLastError, such as PyTorch, takes it for its own.",
+    "cuda-teardown": "After a fault on a GPU, the destructors of captured graphs and of device "
+    "memory throw, which ends the process.",
     "cuda-current-device": "TVM changes the thread's current CUDA device and does not restore it; "
     "and launching a captured CUDA graph does not select its device.",
 }

@@ -17,7 +17,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { OK, INVALID = 1, OUT_OF_MEMORY, NOT_FOUND = 500, FAILED = 700, NOT_IN_CAPTURE = 900 };
+enum { OK, INVALID = 1, OUT_OF_MEMORY, NOT_FOUND = 500, FAILED = 700, NOT_IN_CAPTURE = 900, INVALIDATED };
 enum { LOG_BYTES = 1 << 16, PAGE = 4096, MARGIN = 1 << 16, ALIGNMENT = 256, STATIC_SHARED = 48 << 10 };
 enum { MOST_PARAMETERS = 32, MOST_LAUNCHES = 4096 };
 
@@ -56,6 +56,8 @@ typedef struct Block {
 } Block;
 
 static char log_text[LOG_BYTES], failure[512];
+static int fault;                   /* Error of all later operations, after a fault on the device. */
+static __thread int last_error;     /* As cudaGetLastError returns it. */
 static size_t log_size, used;
 static Block *blocks;
 static __thread int current_device;
@@ -75,6 +77,15 @@ static size_t setting(const char *name, size_t otherwise) {
   return text ? strtoull(text, NULL, 10) : otherwise;
 }
 
+/* Return the result of an operation of the runtime, or the fault that an earlier one left. */
+static int outcome(int error) {
+  if (fault) error = fault;
+  if (error) last_error = error;
+  return error;
+}
+
+/* Act as after a fault. Wrong accesses that the emulator finds let the process go on. */
+void fake_fault(void) { fault = FAILED; }
 const char *fake_log(void) { return log_text; }
 void fake_clear(void) { log_size = log_text[0] = 0; }
 size_t fake_used(void) { return used; }
@@ -190,7 +201,7 @@ int cuLaunchKernelEx(const Config *config, Function *function, void **parameters
     return OK;
   }
   say("launch %s gpu=%d stream=%td\n", function->name, current_device, (intptr_t)config->stream);
-  return compute(&launch);
+  return fault ? fault : compute(&launch);
 }
 
 /* The runtime. */
@@ -202,8 +213,12 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) {
   return cuDeviceGetAttribute(value, attribute, device);
 }
 int cudaGetDeviceProperties(void *properties, int device) { return 1; }
-int cudaGetLastError(void) { return say("forget error\n"), OK; }
-int cudaPeekAtLastError(void) { return OK; }
+int cudaPeekAtLastError(void) { return fault ? fault : last_error; }
+int cudaGetLastError(void) {
+  int error = cudaPeekAtLastError();
+  last_error = OK;
+  return say("forget error\n"), error;
+}
 
 const char *cudaGetErrorName(int error) {
   return error == OUT_OF_MEMORY ? "cudaErrorMemoryAllocation" : "cudaErrorUnknown";
@@ -218,9 +233,9 @@ int cudaMemGetInfo(size_t *unused, size_t *total) {
 
 int cudaMalloc(void **memory, size_t size) {
   size_t available, total;
-  if (captured) return NOT_IN_CAPTURE;
+  if (fault || captured) return outcome(NOT_IN_CAPTURE);
   cudaMemGetInfo(&available, &total);
-  if (size > available) return OUT_OF_MEMORY;
+  if (size > available) return say("no memory\n"), outcome(OUT_OF_MEMORY);
   size_t filled = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
   size_t mapped = (filled + PAGE - 1) / PAGE * PAGE;
   size_t reserved = mapped + 2 * MARGIN;
@@ -238,6 +253,7 @@ int cudaMalloc(void **memory, size_t size) {
 }
 
 int cudaFree(void *memory) {
+  if (fault) return outcome(OK);
   for (Block **link = &blocks; *link; link = &(*link)->next) {
     Block *block = *link;
     if (block->memory != memory) continue;
@@ -256,6 +272,7 @@ int cudaFreeHost(void *memory) { return free(memory), OK; }
 
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
   static const char *const names[] = {"h2h", "h2d", "d2h", "d2d"};
+  if (fault) return outcome(OK);
   say("copy %s %zu stream=%td\n", names[kind], size, (intptr_t)stream);
   memcpy(to, from, size);
   return OK;
@@ -270,7 +287,9 @@ int cudaStreamCreate(void **stream) {
 }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) { return cudaStreamCreate(stream); }
 int cudaStreamDestroy(void *stream) { return OK; }
-int cudaStreamSynchronize(void *stream) { return say("sync %td\n", (intptr_t)stream), OK; }
+int cudaStreamSynchronize(void *stream) {
+  return say("sync %td\n", (intptr_t)stream), outcome(OK);
+}
 
 int cudaEventCreate(void **event) { return *event = calloc(1, sizeof(void *)), OK; }
 int cudaEventDestroy(void *event) { return free(event), OK; }
@@ -283,23 +302,31 @@ int cudaStreamWaitEvent(void *stream, void *event, unsigned flags) {
 }
 
 int cudaStreamBeginCapture(void *stream, int mode) {
+  if (captured) return outcome(NOT_IN_CAPTURE);
   captured = calloc(1, sizeof *captured);
   captured_stream = stream;
   return OK;
 }
 int cudaStreamEndCapture(void *stream, void **graph) {
-  *graph = captured;
+  static int invalidated;
+  int fails = setting("FAKE_INVALID_CAPTURES", 0) > (size_t)invalidated;
+  invalidated += fails;
+  *graph = fails ? NULL : captured;
   captured = NULL;
-  return OK;
+  return fails ? outcome(INVALIDATED) : OK;
 }
 int cudaGraphInstantiate(void **executable, Graph *graph, unsigned long long flags) {
+  if (!graph) return outcome(INVALID);
   *executable = memcpy(malloc(sizeof *graph), graph, sizeof *graph);
   return OK;
 }
 int cudaGraphDestroy(void *graph) { return free(graph), OK; }
-int cudaGraphExecDestroy(void *executable) { return free(executable), OK; }
+int cudaGraphExecDestroy(void *executable) {
+  if (fault) return outcome(OK);
+  return say("graph destroyed\n"), free(executable), OK;
+}
 int cudaGraphLaunch(Graph *graph, void *stream) {
-  int result = OK;
+  int result = outcome(OK);
   say("graph of %d stream=%td\n", graph->count, (intptr_t)stream);
   for (int i = 0; i < graph->count && result == OK; ++i) result = compute(&graph->launches[i]);
   return result;

@@ -338,3 +338,58 @@ def test_command_line(run, tmp_path):
     lines = {" ".join(line.split()) for line in out.splitlines()}
     assert {"NVIDIA driver CUDA 13.0", "runs here yes", "architecture sm_90"} <= lines
     assert "2 calls, on cuda:1, with copies between host and device" in out
+
+
+def test_retried_allocation_leaves_no_error(run, make_toy, tmp_path):
+    """PyTorch's next check would raise it: the pool of TVM frees memory and tries again."""
+    large = make_toy(40, arch="sm_90").write(tmp_path / "large")
+    run(
+        """
+    import os
+    first, second = runtime.load(os.environ["LARGE"]), runtime.load(path)
+    for _ in range(2):  # The pool keeps the memory of the first result.
+        first(np.zeros((40, 3, 8, 8), np.float32))
+    os.environ["FAKE_BYTES"] = str(fake.fake_used() + 1000)
+    log()
+    assert np.array_equal(second(image), logits(image))
+    assert log_of("no memory", "forget") == ["no memory", "forget error"]
+    assert ctypes.CDLL("libcudart.so.13").cudaPeekAtLastError() == 0
+    """,
+        LARGE=str(large),
+    )
+
+
+@pytest.mark.parametrize("end", ["model.close()", "del model", "pass"])
+def test_model_ends_after_a_fault(run, end):
+    """Destructors of graphs and memory would throw, which ends the process."""
+    run(f"""
+    model = runtime.load(path)
+    model(image)
+    fake.fake_fault()
+    assert "DeviceError: the GPU cuda:0 failed" in error_of(lambda: model(image))
+    log()
+    {end}
+    import gc; gc.collect()
+    assert not [line for line in log() if line.startswith(("free", "graph"))]
+    """)
+
+
+def test_invalidated_capture_is_tried_again(run):
+    run(
+        """
+    model = runtime.load(path)
+    assert np.array_equal(model(image), logits(image))
+    assert np.array_equal(model(image + 1), logits(image + 1))
+    assert log_of("graph of")
+    """,
+        FAKE_INVALID_CAPTURES="1",
+    )
+
+
+def test_warm_up_captures_graphs(run):
+    run("""
+    model = runtime.load(path, warm_up=True)
+    assert log_of("capture")
+    assert np.array_equal(model(image), logits(image)) and model.features(image)
+    assert not log_of("capture", "load")
+    """)

@@ -272,6 +272,19 @@ def test_wrong_number_of_inputs(model, image):
         model()
 
 
+def test_warm_up(make_toy, toy, tmp_path, image, monkeypatch):
+    called = []
+    run = runtime.CompiledModel._run
+    monkeypatch.setattr(
+        runtime.CompiledModel, "_run", lambda *given: called.append(given[1]) or run(*given)
+    )
+    model = runtime.load(make_toy("n").write(tmp_path / "dynamic"), warm_up=True)
+    assert called == ["main", "features"]
+    np.testing.assert_array_equal(model(image), toy.main(image))
+    with pytest.raises(InvalidArgumentError, match="warm_up"):
+        runtime.load(tmp_path / "dynamic", warm_up="yes")
+
+
 def test_thread_count(artifact_path, toy, image):
     for threads in (1, 2, 1):
         model = runtime.load(artifact_path, threads=threads)
