@@ -25,8 +25,8 @@ _LANES: Final = 16
 
 _MAX_TOGETHER: Final = 16
 
-_TASK_STEPS: Final = 28
-"""Steps of a task, at least, so that loading the tile configuration takes a small part of it."""
+_TASK_STEPS: Final = 100
+"""Steps of a task, at least, so that tile configuration and workspaces take a small part of it."""
 
 _TASKS: Final = 8
 """Tasks, at least, so that threads get about the same number."""
