@@ -18,6 +18,7 @@ from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.measure import median_of_bursts
 from dcnv3_tvm.bench.roofline import Peaks, kernel_bytes, kernel_flops, kernel_roofline
 from dcnv3_tvm.bench.runners import Array
+from dcnv3_tvm.compiler import cpu_pipeline
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument, model_kernels
 from dcnv3_tvm.compiler.kernel_work import MATMUL_KINDS
@@ -266,7 +267,9 @@ def _time_each(kernels: list[Kernel], target: tvm.target.Target) -> Iterable[tup
     module = {
         kernel.name: kernel.function.with_attr("global_symbol", kernel.name) for kernel in kernels
     }
-    executable = tvm.compile(tvm.IRModule(module), target=target)
+    executable = tvm.compile(
+        tvm.IRModule(module), target=target, tir_pipeline=cpu_pipeline.PIPELINE
+    )
     machine.enable_amx()
     rng = np.random.default_rng(0)
     for kernel in kernels:

@@ -13,7 +13,7 @@ import tvm
 from tvm import relax
 
 from dcnv3_tvm import files, machine, targets
-from dcnv3_tvm.compiler import artifact, pipeline
+from dcnv3_tvm.compiler import artifact, cpu_pipeline, pipeline
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
 from dcnv3_tvm.compiler.kernel_checks import UNCHECKED_KERNELS
@@ -301,7 +301,7 @@ def build_library(
                 module,
                 target,
                 relax_pipeline=pipeline.lower_to_vm(),
-                tir_pipeline=device_pipeline.PIPELINE if on_gpu else "default",
+                tir_pipeline=(device_pipeline if on_gpu else cpu_pipeline).PIPELINE,
             )
     except RuntimeError as error:
         raise CompileError(

@@ -130,6 +130,7 @@ def _build(module: Any, target: Target) -> Any:
     """Compile scheduled kernels to a library; without a linker, for a CPU, to code in memory."""
     import tvm
 
+    from dcnv3_tvm.compiler import cpu_pipeline
     from dcnv3_tvm.compiler.cuda.export import export_module
 
     with files.temporary_folder("op-") as folder:
@@ -137,7 +138,7 @@ def _build(module: Any, target: Target) -> Any:
         if targets.is_gpu(target):
             export_module(module, target, path, linker=link if find_linker() else None)
             return KernelLibrary(path.read_bytes(), on_gpu=True)
-        executable = tvm.compile(module, target=target)
+        executable = tvm.compile(module, target=target, tir_pipeline=cpu_pipeline.PIPELINE)
         try:
             executable.mod.export_library(str(path), fcompile=link)
         except RuntimeError:

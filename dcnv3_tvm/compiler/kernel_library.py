@@ -9,6 +9,7 @@ import tvm
 from tvm import tirx
 from tvm.target import Target
 
+from dcnv3_tvm.compiler import cpu_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_module
 from dcnv3_tvm.targets import is_gpu
 
@@ -41,4 +42,5 @@ def export_kernel(
     if is_gpu(target):
         export_module(module, target, path)
     else:
-        tvm.compile(module, target=target).export_library(str(path))
+        executable = tvm.compile(module, target=target, tir_pipeline=cpu_pipeline.PIPELINE)
+        executable.export_library(str(path))

@@ -1,10 +1,11 @@
 """Defects of TVM, and the code that exists only because of them.
 
 `DEFECTS` describes those seen in apache-tvm 0.27.0.post1 with apache-tvm-ffi 0.1.14. The modules
-of this package hold the workarounds that are functions: `device_passes` and `device_code` need
-TVM's compiler, `process` does not. A workaround that has to stay where it is, such as a line of a
-schedule, has a comment ``See tvm_workarounds: NAME``. Converters of the PyTorch importer that TVM
-lacks or gets wrong are in `dcnv3_tvm.frontend.torch.converters`, one comment each.
+of this package hold the workarounds that are functions: `device_passes`, `device_code` and
+`host_passes` need TVM's compiler, `process` does not. A workaround that has to stay where it is,
+such as a line of a schedule, has a comment ``See tvm_workarounds: NAME``. Converters of the PyTorch
+importer that TVM lacks or gets wrong are in `dcnv3_tvm.frontend.torch.converters`, one comment
+each.
 
 When the TVM version changes, check each entry and delete what is fixed.
 """
@@ -28,6 +29,9 @@ DEFECTS: Final[Mapping[str, str]] = {
     "constant-comparison": "Code generation fails on a vector of comparisons of constants.",
     "dynamic-extents": "With dynamic extents, TVM cannot prove how much of a buffer a thread "
     "accesses, or that a block is a plain reduction.",
+    "stack-buffers": "LowerTVMBuiltin allocates buffers of CPU kernels on the stack only below "
+    "1 KiB and in the scope global. For the others each task calls the runtime, which may take "
+    "longer than its work.",
     "unit-extent-guard": "If the extent of an axis is 1, the guard of threads beyond it is "
     "removed; they would store as well.",
     "transformed-layout": "A block with a transformed layout is not recognized as complete, and "

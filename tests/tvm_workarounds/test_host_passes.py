@@ -1,0 +1,27 @@
+import pytest
+import tvm
+from tvm.script import tirx as T
+
+from dcnv3_tvm.compiler.cpu_pipeline import PIPELINE
+from dcnv3_tvm.targets import resolve_target
+from dcnv3_tvm.tvm_workarounds.host_passes import STACK_BYTES
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize(("size", "in_workspace"), [(STACK_BYTES, False), (STACK_BYTES + 4, True)])
+def test_small_buffers_are_on_the_stack(scope, size, in_workspace):
+    count = size // 4
+
+    @T.prim_func(s_tir=True)
+    def func(a: T.Buffer((8, count), "float32"), b: T.Buffer((8, count), "float32")):
+        for i in T.parallel(T.int64(8)):
+            with T.sblock("task"):
+                copy = T.sblock_alloc_buffer((count,), "float32", scope=scope)
+                for j in range(T.int64(count)):
+                    copy[j] = a[i, T.int64(count - 1) - j]
+                for j in range(T.int64(count)):
+                    b[i, j] = copy[j] + copy[T.int64(count - 1) - j]
+
+    module = tvm.IRModule({"main": func})
+    code = tvm.compile(module, target=resolve_target(), tir_pipeline=PIPELINE).mod.inspect_source()
+    assert ("TVMBackendAllocWorkspace" in code) == in_workspace
