@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_figure(size: tuple[float, float], *, extra: str) -> Figure:
+def new_figure(size: tuple[float, float], *, extra: str, instead: str = "") -> Figure:
     """Return an empty figure that needs no display.
 
     Parameters
@@ -20,6 +20,8 @@ def new_figure(size: tuple[float, float], *, extra: str) -> Figure:
         Width and height in inches.
     extra : str
         Extra of this package that installs matplotlib for the caller.
+    instead : str
+        A sentence about what works without.
 
     Raises
     ------
@@ -32,15 +34,15 @@ def new_figure(size: tuple[float, float], *, extra: str) -> Figure:
     except ImportError as error:
         raise MissingDependencyError(
             "the picture needs matplotlib, which is not installed",
-            hint=f"Run: pip install 'dcnv3-tvm[{extra}]'",
+            hint=f"Run: pip install 'dcnv3-tvm[{extra}]'" + (f". {instead}" if instead else ""),
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure to a file, whose suffix selects the format.
+def save_figure(figure: Figure, path: str | os.PathLike[str], **options: Any) -> None:
+    """Write a figure to a file, whose suffix selects the format; options as of ``savefig``.
 
     Raises
     ------
@@ -48,6 +50,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
         If the file cannot be written.
     """
     try:
-        figure.savefig(path)
+        figure.savefig(path, **options)
     except (OSError, ValueError) as error:
         raise InvalidArgumentError("the picture cannot be written", got=error) from error

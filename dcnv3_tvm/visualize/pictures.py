@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dcnv3_tvm import checks
-from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
+from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.plotting import new_figure, save_figure
 from dcnv3_tvm.visualize.block_sampling import BlockSampling, typical_block
 from dcnv3_tvm.visualize.receptive_fields import receptive_field
 
@@ -116,22 +117,16 @@ def save_picture(figure: Any, path: str | os.PathLike[str]) -> None:
     InvalidArgumentError
         If the file cannot be written.
     """
-    try:
-        figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.06)
-    except (OSError, ValueError) as error:
-        raise InvalidArgumentError("the picture cannot be written", got=error) from error
+    save_figure(figure, path, dpi=110, bbox_inches="tight", pad_inches=0.06)
 
 
 def _figure(rows: int, columns: int, *, height: float, width: float = _PANEL) -> tuple[Any, Any]:
     """Return a figure and its panels, as an array of (rows, columns)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "pictures need matplotlib, which is not installed",
-            hint="Run: pip install 'dcnv3-tvm[visualize]'. The page (.html) does without.",
-        ) from error
-    figure = Figure(figsize=(width * columns, height * rows + 0.35), layout="constrained")
+    figure = new_figure(
+        (width * columns, height * rows + 0.35),
+        extra="visualize",
+        instead="The page (.html) does without.",
+    )
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
