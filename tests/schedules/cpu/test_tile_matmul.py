@@ -110,7 +110,7 @@ def test_blocks_share_operands_that_exceed_the_cache(rows, inner, columns, toget
 
 
 def test_sums_stay_in_tiles():
-    func = tile_matmul((3136,), 2048, 32).with_attr("global_symbol", "main")
+    func = tile_matmul((3136,), 4096, 32).with_attr("global_symbol", "main")
     target = resolve_target(AMX)
     assert has_amx(target)
     assert not has_amx(resolve_target(PORTABLE))
