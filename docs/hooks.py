@@ -57,8 +57,10 @@ def on_page_content(content: str, **_: object) -> str:
     """Convert formulas to MathML."""
 
     def formula(match: re.Match[str]) -> str:
-        display = "block" if match[1] == "div" else "inline"
-        return convert(html.unescape(match[3]), display=display)
+        latex = html.unescape(match[3])
+        if match[1] == "span":
+            return convert(latex)
+        return f'<div style="overflow-x: auto">{convert(latex, display="block")}</div>'
 
     return FORMULA.sub(formula, content)
 
