@@ -60,7 +60,7 @@ def on_page_content(content: str, **_: object) -> str:
         latex = html.unescape(match[3])
         if match[1] == "span":
             return convert(latex)
-        return f'<div style="overflow-x: auto">{convert(latex, display="block")}</div>'
+        return f'<div style="overflow-x: auto; padding: 0.4em 0">{convert(latex, display="block")}</div>'
 
     return FORMULA.sub(formula, content)
 
