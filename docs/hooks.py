@@ -14,7 +14,7 @@ import html
 import json
 import re
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -60,7 +60,8 @@ def on_page_content(content: str, **_: object) -> str:
         latex = html.unescape(match[3])
         if match[1] == "span":
             return convert(latex)
-        return f'<div style="overflow-x: auto; padding: 0.4em 0">{convert(latex, display="block")}</div>'
+        style = "overflow-x: auto; padding: 0.4em 0"
+        return f'<div style="{style}">{convert(latex, display="block")}</div>'
 
     return FORMULA.sub(formula, content)
 
@@ -87,18 +88,13 @@ def notebook_files(path: Path) -> dict[str, str | bytes]:
 def code_link(name: str, path: str, code: str) -> str:
     """Return a link to the line of a file that holds `code` in the definition of `name`."""
     lines = (ROOT / f"{path}.py").read_text(encoding="utf-8").splitlines()
-    node: ast.AST = ast.parse("\n".join(lines))
+    scope: Any = ast.parse("\n".join(lines))
     for part in name.split("."):
-        found = [
-            child
-            for child in ast.iter_child_nodes(node)
-            if part == getattr(child, "name", None) or part in _assigned(child)
-        ]
+        found = [child for child in scope.body if part in _names(child)]
         if len(found) != 1:
             raise PluginError(f"{path}.py: no definition of {name}")
-        node = found[0]
-    assert isinstance(node, ast.stmt)
-    numbers = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        scope = found[0]
+    numbers = range(scope.lineno, scope.end_lineno + 1)
     holding = [number for number in numbers if code in lines[number - 1]]
     if len(holding) != 1:
         raise PluginError(f"{path}.py: {len(holding)} lines of {name} hold {code!r}")
@@ -106,9 +102,11 @@ def code_link(name: str, path: str, code: str) -> str:
     return f'[`{short}`](source/{path}.md#line-{holding[0]} "{path}.py, line {holding[0]}")'
 
 
-def _assigned(node: ast.AST) -> list[str]:
-    """Return the names that an assignment assigns."""
-    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+def _names(statement: Any) -> list[str]:
+    """Return the names that a statement defines or assigns."""
+    if hasattr(statement, "name"):
+        return [statement.name]
+    targets = getattr(statement, "targets", [getattr(statement, "target", None)])
     return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
