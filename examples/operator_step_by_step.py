@@ -196,8 +196,7 @@ Offsets and mask come from the features around each pixel:
 4. two linear layers give $2GK$ offsets and $GK$ logits of the mask.
 
 The published code builds 2 and 3 with `build_norm_layer` and `build_act_layer`. The offsets depend
-on the input of the *module*, not on $x = W_\text{in} \cdot \text{input}$, which is what they
-sample.
+on the input of the *module*, not on the projected $x$, which is what they sample.
 
 **In the equation:** the $(p)$ of $\Delta p_{gk}(p)$ and $m_{gk}(p)$: both are functions of the
 input around $p$.
@@ -626,10 +625,11 @@ check("dt.dcnv3 with logits", y, dt.dcnv3(x, offset, logits, group=G, softmax=Tr
 r"""
 ## 9. The module
 
-The steps in a row, with a projection before and one after:
+The steps in a row, with a projection before and one after, both with a bias:
 
 $$
-\operatorname{DCNv3}(\text{input}) = W_\text{out} \cdot y, \qquad x = W_\text{in} \cdot \text{input}
+\operatorname{DCNv3}(\text{input}) = W_\text{out} \cdot y + b_\text{out}, \qquad
+x = W_\text{in} \cdot \text{input} + b_\text{in}
 $$
 
 No norm comes between the sum and $W_\text{out}$.
@@ -700,9 +700,9 @@ check("one image of the batch", dcnv3_module(large, last), outputs[-1:], toleran
 
 # %% [markdown]
 r"""
-The tolerance is larger here: near position 256, float32 has steps of $2^{-15}$ of a pixel, and our
-functions compute positions from the corner of the image. The library computes them relative to the
-output pixel, where they are small.
+The tolerance is larger here: at positions up to 256, float32 has steps of $2^{-16}$ of a pixel,
+and our functions compute positions from the corner of the image. The library computes them
+relative to the output pixel, where they are small.
 
 The [three equations](../docs/equation.md) have the paper's, the article's and this one side by
 side. The [encoder](encoder_step_by_step.ipynb), which is made of this module, is the next
