@@ -18,7 +18,8 @@
 #include <unistd.h>
 
 enum { OK, INVALID = 1, OUT_OF_MEMORY, NOT_FOUND = 500, FAILED = 700, NOT_IN_CAPTURE = 900, INVALIDATED };
-enum { LOG_BYTES = 1 << 16, PAGE = 4096, MARGIN = 1 << 16, ALIGNMENT = 256, STATIC_SHARED = 48 << 10 };
+enum { LOG_BYTES = 1 << 16, PAGE = 4096, MARGIN = 1 << 16, ALIGNMENT = 256 };
+enum { STATIC_SHARED = 48 << 10, MOST_SHARED = 227 << 10 }; /* Most of sm_90. */
 enum { MOST_PARAMETERS = 32, MOST_LAUNCHES = 4096 };
 
 typedef struct {
@@ -189,8 +190,21 @@ static int compute(Launch *launch) {
   return wrong ? FAILED : OK;
 }
 
+/* Return what is wrong with the sizes of a launch, for any GPU from sm_75 on; else NULL. */
+static const char *wrong_size(const Config *config) {
+  const unsigned *grid = config->grid, *block = config->block;
+  for (int i = 0; i < 3; ++i) {
+    if (!grid[i] || !block[i]) return "an empty launch";
+  }
+  if (grid[0] > 0x7fffffff || grid[1] > 65535 || grid[2] > 65535) return "too many blocks";
+  if ((uint64_t)block[0] * block[1] * block[2] > 1024 || block[2] > 64) return "too many threads";
+  return config->shared > MOST_SHARED ? "too much shared memory" : NULL;
+}
+
 int cuLaunchKernelEx(const Config *config, Function *function, void **parameters, void **more) {
   Launch launch = {.function = function};
+  const char *wrong = wrong_size(config);
+  if (wrong) return snprintf(failure, sizeof failure, "%s: %s", function->name, wrong), INVALID;
   memcpy(launch.config, config, sizeof launch.config);
   const int *bytes = function->parameter_bytes;
   for (int i = 0; bytes && bytes[i]; ++i) memcpy(&launch.values[i], parameters[i], bytes[i]);

@@ -139,3 +139,23 @@ def test_write_outside_an_output_raises(gpu):
 
     with pytest.raises(RuntimeError, match="main_kernel: write outside"):
         gpu.run(write_outside, TARGET, [np.zeros(64, "float32")], [((60,), "float32")])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "threads", "message"),
+    [(70000, 1, "too many blocks"), (1, 2048, "too many threads")],
+)
+def test_launch_beyond_the_limits_raises(gpu, blocks, threads, message):
+    @T.prim_func(s_tir=True)
+    def copy(x: T.handle, out: T.handle):
+        X = T.match_buffer(x, (blocks, threads), "float32")
+        Out = T.match_buffer(out, (blocks, threads), "float32")
+        for i in T.thread_binding(blocks, "blockIdx.y"):
+            for j in T.thread_binding(threads, "threadIdx.x"):
+                with T.sblock("store"):
+                    row, column = T.axis.remap("SS", [i, j])
+                    Out[row, column] = X[row, column]
+
+    shape = (blocks, threads)
+    with pytest.raises(RuntimeError, match=f"main_kernel: {message}"):
+        gpu.run(copy, TARGET, [np.zeros(shape, "float32")], [(shape, "float32")])
