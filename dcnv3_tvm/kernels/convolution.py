@@ -61,8 +61,11 @@ def convolution(
     epilogue = epilogue or Epilogue()
     batch, height, width = int64(batch), int64(height), int64(width)
     out_height, out_width = (
-        output_extent(size, kernel_size[axis], stride[axis], pad[axis], dilation[axis])
-        for axis, size in enumerate((height, width))
+        _as_variable(
+            output_extent(size, kernel_size[axis], stride[axis], pad[axis], dilation[axis]),
+            f"out_{name}",
+        )
+        for axis, (name, size) in enumerate((("height", height), ("width", width)))
     )
     wide = out_width + row_slack if row_slack else out_width
     shape = [batch, out_height, out_width, out_channels]
@@ -100,6 +103,11 @@ def output_extent(size: Any, kernel: int, stride: int, pad: int, dilation: int) 
     if known is not None:
         return int64((known + 2 * pad - span) // stride + 1)
     return Analyzer().simplify(tirx.floordiv(size + (2 * pad - span), int64(stride)) + 1)
+
+
+def _as_variable(size: Any, name: str) -> Any:
+    """Replace an expression by a variable; see tvm_workarounds: dynamic-extents."""
+    return size if isinstance(size, tirx.IntImm | tirx.Var) else tirx.Var(name, "int64")
 
 
 def pad_image(

@@ -21,6 +21,7 @@ def layer_norm(
     eps: float,
     activation: str | None = None,
     residual: bool = False,
+    row_slack: int = 0,
     dtype: str = "float32",
     x_dtype: str | None = None,
     residual_dtype: str | None = None,
@@ -42,6 +43,9 @@ def layer_norm(
         One of `dcnv3_tvm.kernels.activations.ACTIVATIONS`.
     residual : bool
         Whether a tensor of the output's shape is added last.
+    row_slack : int
+        Rows normalized beyond the last, which repeat it and are not stored, as for
+        `dcnv3_tvm.kernels.matmul.matmul`.
     dtype : str
         Element type of the computation and of all tensors.
     x_dtype, residual_dtype, out_dtype : str, optional
@@ -75,7 +79,8 @@ def layer_norm(
             )
 
         def value(m: Any, c: Any) -> Any:
-            return x[(*unflatten(m, lead), c)] if converted is None else converted[m, c]
+            row = tirx.min(m, rows - 1) if row_slack else m
+            return x[(*unflatten(row, lead), c)] if converted is None else converted[row, c]
 
         def finish(m: Any, c: Any, normal: Any) -> Any:
             result = activate(activation, normal, stored=stored)
@@ -84,7 +89,7 @@ def layer_norm(
             return cast(stored, result)
 
         normalize(
-            [rows],
+            [rows + row_slack if row_slack else rows],
             channels,
             value,
             gamma,
@@ -94,6 +99,7 @@ def layer_norm(
             dtype=dtype,
             into=out,
             at=lambda m, c: [*unflatten(m, lead), c],
+            rows=[rows],
         )
     return builder.get()
 

@@ -14,6 +14,7 @@ from dcnv3_tvm.kernels.depthwise import depthwise
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.layer_norm import layer_norm
 from dcnv3_tvm.op import relax_packed_op
+from dcnv3_tvm.op.expr import int64, product
 from dcnv3_tvm.transform.find_layers import Layer
 from dcnv3_tvm.transform.ir import Rebuilder, dimensions, element_type
 from dcnv3_tvm.transform.lazy_array import LazyArray
@@ -170,8 +171,18 @@ def call_depthwise(context: LayerContext, kernel: tvm.tirx.PrimFunc) -> relax.Va
     return context.call(kernel, f"depthwise_{context.sizes[-1]}", arguments)
 
 
-def lower_layer_norm(context: LayerContext) -> relax.Var:
-    """Lower a LayerNorm with its activation and residual."""
+def lower_layer_norm(
+    context: LayerContext, row_slack: Callable[[Any], int] = lambda _: 0
+) -> relax.Var:
+    """Lower a LayerNorm with its activation and residual.
+
+    Parameters
+    ----------
+    context : LayerContext
+        The layer.
+    row_slack : callable
+        Extra rows to compute, for a number of rows.
+    """
     layer = context.layer
     *lead, channels = context.sizes
     kernel = layer_norm(
@@ -180,6 +191,7 @@ def lower_layer_norm(context: LayerContext) -> relax.Var:
         eps=float(layer.root.attrs.epsilon),
         activation=layer.activation,
         residual=layer.residual is not None,
+        row_slack=row_slack(product([int64(size) for size in lead])),
         x_dtype=context.dtype,
         residual_dtype=context.residual_dtype,
         out_dtype=context.out_dtype,

@@ -104,7 +104,7 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
             return _lower_convolution(context, tiling, tiles=tiles)
         if layer.kind == "depthwise":
             return call_depthwise(context, depthwise_kernel(context))
-        return lower_layer_norm(context)
+        return lower_layer_norm(context, tiling.row_slack)
 
     return program.rebuilt(visit)
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 from tvm import s_tir, tirx
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target import Target
+from tvm_ffi import structural_equal
 
 from dcnv3_tvm.op.expr import constant_factor, static
 from dcnv3_tvm.schedules.cpu.lane_sum import split_lanes, sum_lanes
@@ -42,14 +43,22 @@ def layer_norm(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.
     sch = s_tir.Schedule(func)
     epilogue = sch.get_sblock("epilogue")
     row, _ = sch.get_loops(epilogue)
-    task, _ = sch.split(row, [None, pick_rows(sch.get(row).extent, _ROWS, space)])
+    extent = sch.get(row).extent
+    summed = sch.get(sch.get_loops(sch.get_sblock("total"))[0]).extent
+    slack = not structural_equal(extent, summed)
+    task, _ = sch.split(row, [None, pick_rows(extent, _ROWS, space, slack=slack)])
     sch.parallel(task)
     normalize_rows(sch, task, lanes, dtype)
     return sch.mod["main"]
 
 
-def pick_rows(rows: Any, most: int, space: SearchSpace) -> int:
-    """Decide how many rows to compute together: a divisor of `rows` up to `most`, or one."""
+def pick_rows(rows: Any, most: int, space: SearchSpace, *, slack: bool = False) -> int:
+    """Decide how many rows to compute together: a divisor of `rows` up to `most`, or one.
+
+    With `slack`, the sums of rows beyond the last are computed: any number will do.
+    """
+    if slack:
+        return space.pick("rows", range(1, _MAX_ROWS + 1), most)
     known = static(rows)
     default = whole_tile(known if known is not None else constant_factor(rows), most) or 1
     divisors = [size for size in range(1, _MAX_ROWS + 1) if (known or 0) % size == 0]

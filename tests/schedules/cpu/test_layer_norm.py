@@ -52,6 +52,16 @@ def test_dynamic_sizes(rng, assert_close, host, shape):
     n, h = tirx.Var("n", "int64"), tirx.Var("h", "int64")
     check(rng, assert_close, host, shape, lead=(n, shape[1]))
     check(rng, assert_close, host, shape, lead=(n, h))
+    check(rng, assert_close, host, shape, lead=(n, h), row_slack=15)
+
+
+def test_rows_beyond_the_last(rng, assert_close, host):
+    check(rng, assert_close, host, (37, 48), activation="gelu", residual=True, row_slack=15)
+    func = layer_norm_kernel((tirx.Var("n", "int64"),), 64, eps=1e-6, row_slack=15)
+    lines = schedule(func, host).function.script().splitlines()
+    # Several rows are summed together, without a guard.
+    assert any("T.unroll(T.int64(14))" in line for line in lines)
+    assert sum("T.where(" in line for line in lines) == 1
 
 
 def test_other_instruction_sets(rng, assert_close, target):
