@@ -24,6 +24,7 @@ from dcnv3_tvm.transform.ir import Program
 from dcnv3_tvm.transform.legalize import LEGALIZATIONS
 from dcnv3_tvm.transform.lower_cpu import CpuTiling, lower_cpu
 from dcnv3_tvm.transform.lower_gpu import lower_gpu
+from dcnv3_tvm.transform.share_storage import share_storage
 
 PHASES: Final = (
     "imported",
@@ -219,6 +220,9 @@ def plan_memory(program: Program, target: tvm.target.Target) -> tuple[tvm.IRModu
     with target:
         module = passes(program.module)
     sizes = {name: _storage_bytes(module[name]) for name in program.entries}
+    for name, size in sizes.items():
+        if size is None and not is_gpu(target):
+            module.update_func(module.get_global_var(name), share_storage(module[name]))
     return module, {name: size for name, size in sizes.items() if size is not None}
 
 

@@ -18,9 +18,9 @@ from dcnv3_tvm.targets import vector_bits
 MAX_ROWS: Final = 16
 """Most rows of a register tile."""
 
-_MAX_PARTIAL_ROWS: Final = 10
-"""Most rows of a register tile of which the last may be partial. Each row has an address register,
-because the last row stands for those beyond it, and more do not fit; and fewer rows are wasted."""
+_PARTIAL_TILE_VECTORS: Final = 14
+"""Most vectors of sums in a register tile of which the last may be partial. Each row has an address
+register then, because the last row stands for those beyond it; and fewer rows are wasted."""
 
 _L2_WEIGHT_BYTES: Final = 512 * 1024
 """Bytes of weights that stay in the L2 cache."""
@@ -128,8 +128,10 @@ def row_tile(
         return known
     factor = known if known is not None else constant_factor(rows)
     larger = (size for size in range(most + 1, MAX_ROWS + 1) if factor % size == 0)
+    vectors = -(-columns // unit.lanes(dtype))
+    partial = min(most, max(1, _PARTIAL_TILE_VECTORS // vectors))
     # Spilling a few sums is faster than tiles of two sizes.
-    return whole_tile(factor, most) or next(larger, min(most, _MAX_PARTIAL_ROWS))
+    return whole_tile(factor, most) or next(larger, partial)
 
 
 def unspilled_rows(columns: int, unit: VectorUnit, dtype: str) -> int:

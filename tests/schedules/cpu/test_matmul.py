@@ -90,7 +90,7 @@ def test_row_tile_fills_registers_and_divides_rows():
     n = tirx.Var("n", "int64")
     assert row_tile(product([n, 56, 56]), 32, wide, "float32") == 14
     assert row_tile(3, 32, wide, "float32") == 3
-    assert row_tile(n, 32, wide, "float32") == 10
+    assert row_tile(n, 32, wide, "float32") == 7
 
 
 def test_row_tile_fits_a_cache_set():
