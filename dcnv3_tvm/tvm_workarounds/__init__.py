@@ -24,6 +24,8 @@ DEFECTS: Final[Mapping[str, str]] = {
     "libm-calls": "For LLVM targets, exp and erf become one call of the C library per element.",
     "bfloat16-operands": "BF16ComputeLegalize converts the bfloat16 operands of an LLVM intrinsic "
     "to float32.",
+    "bfloat16-rounding": "A conversion to bfloat16 becomes six integer instructions, even where "
+    "the processor has one for it.",
     "vector-sum": "No operation adds the elements of a vector; halving it goes through memory. A "
     "call of an LLVM intrinsic cannot set the flag reassoc.",
     "constant-comparison": "Code generation fails on a vector of comparisons of constants.",

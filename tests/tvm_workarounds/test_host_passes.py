@@ -25,3 +25,18 @@ def test_small_buffers_are_on_the_stack(scope, size, in_workspace):
     module = tvm.IRModule({"main": func})
     code = tvm.compile(module, target=resolve_target(), tir_pipeline=PIPELINE).mod.inspect_source()
     assert ("TVMBackendAllocWorkspace" in code) == in_workspace
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("cpu", ["sapphirerapids", "skylake-avx512"])
+def test_vectors_are_rounded_to_bfloat16_by_instructions(cpu, lanes):
+    @T.prim_func(s_tir=True)
+    def func(a: T.Buffer((lanes,), "float32"), b: T.Buffer((lanes,), "bfloat16")):
+        for i in T.vectorized(T.int64(lanes)):
+            with T.sblock("round"):
+                lane = T.axis.spatial(lanes, i)
+                b[lane] = T.cast(a[lane] * T.float32(2), "bfloat16")
+
+    module, target = tvm.IRModule({"main": func}), resolve_target(f"cpu-{cpu}")
+    code = tvm.compile(module, target=target, tir_pipeline=PIPELINE).mod.inspect_source("asm")
+    assert ("vcvtneps2bf16" in code) == (cpu == "sapphirerapids" and lanes >= 8)
