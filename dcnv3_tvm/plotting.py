@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dcnv3_tvm import files
 from dcnv3_tvm.errors import InvalidArgumentError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -42,14 +44,28 @@ def new_figure(size: tuple[float, float], *, extra: str, instead: str = "") -> F
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], **options: Any) -> None:
-    """Write a figure to a file, whose suffix selects the format; options as of ``savefig``.
+    """Write a figure to a file, whose suffix selects the format.
+
+    Parameters
+    ----------
+    figure : Figure
+        The figure.
+    path : path
+        The file; unchanged if anything fails.
+    **options
+        As of the figure's method `savefig`.
 
     Raises
     ------
     InvalidArgumentError
         If the file cannot be written.
     """
+    path = Path(path)
     try:
-        figure.savefig(path, **options)
+        with files.atomic_file(path) as temporary:
+            figure.savefig(temporary, **options)
     except (OSError, ValueError) as error:
-        raise InvalidArgumentError("the picture cannot be written", got=error) from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InvalidArgumentError(
+            "the picture cannot be written", got=f"{reason} ({path})"
+        ) from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dcnv3_tvm import files
 from dcnv3_tvm.cli.arguments import parse_natural, parse_path, parse_size
 from dcnv3_tvm.cli.model_arguments import add_model, create_described, find_model
 from dcnv3_tvm.cli.result import Result, table
@@ -75,21 +77,32 @@ def execute(arguments: argparse.Namespace) -> Result:
     with Progress(f"visualize {arguments.model}", quiet=arguments.quiet) as progress:
         name, blocks, photo = _sampled(arguments, progress)
         index = _index(blocks, arguments.block)
-        draw: dict[str, Any] = {"at": arguments.at, "index": index, "group": arguments.group}
-        written = [output]
+        _report_not_finite(blocks, progress)
         progress.step("draw")
-        title = f"{name} on {arguments.image.name}"
+        page = functools.partial(
+            visualize.render_page, blocks, photo, title=f"{name} on {arguments.image.name}"
+        )
+        draw = functools.partial(
+            visualize.draw_picture,
+            blocks=blocks,
+            photo=photo,
+            at=arguments.at,
+            index=index,
+            group=arguments.group,
+        )
+        # Everything is drawn before anything is written.
+        drawn: dict[Path, Any]
         if suffix in _PAGE:
-            _write(output, visualize.render_page(blocks, photo, title=title))
+            drawn = {output: page()}
         elif suffix in _PICTURE:
-            _draw(output, visualize.draw_picture(kind, blocks, photo, **draw))
+            drawn = {output: draw(kind)}
         else:
+            drawn = {output / f"{each}.png": draw(each) for each in visualize.PICTURES}
+            drawn[output / "page.html"] = page()
             _make_folder(output)
-            pictures = [output / f"{each}.png" for each in visualize.PICTURES]
-            for path in pictures:
-                _draw(path, visualize.draw_picture(path.stem, blocks, photo, **draw))
-            written = [*pictures, output / "page.html"]
-            _write(written[-1], visualize.render_page(blocks, photo, title=title))
+        for path, content in drawn.items():
+            _write(path, content)
+    written = list(drawn)
     rows = [_row(block) for block in blocks]
     lines = table(
         ["stage", "block", "positions", "groups", "mean offset", "longest"],
@@ -99,8 +112,10 @@ def execute(arguments: argparse.Namespace) -> Result:
                 row["block"],
                 "{} x {}".format(*row["positions"]),
                 row["groups"],
-                f"{row['mean_offset']:.2f}",
-                f"{row['longest_offset']:.2f}",
+                *(
+                    "" if row[length] is None else f"{row[length]:.2f}"
+                    for length in ("mean_offset", "longest_offset")
+                ),
             )
             for row in rows
         ],
@@ -112,6 +127,13 @@ def execute(arguments: argparse.Namespace) -> Result:
 def _kind(arguments: argparse.Namespace, suffix: str, kinds: tuple[str, ...]) -> str:
     """Return the picture to draw, after checking the options against the output."""
     chosen = arguments.picture
+    if suffix and suffix not in (*_PAGE, *_PICTURE) and not arguments.output.is_dir():
+        raise InvalidArgumentError(
+            "the output has an unknown suffix",
+            got=f"--output {arguments.output}",
+            allowed=f"{', '.join((*_PAGE, *_PICTURE))}, a name without a suffix for a new folder, "
+            "or an existing folder",
+        )
     given = [name for name in ("at", "block", "group") if getattr(arguments, name) is not None]
     if suffix in _PAGE and given:
         raise InvalidArgumentError(
@@ -185,20 +207,40 @@ def _index(blocks: tuple[BlockSampling, ...], wanted: tuple[int, int] | None) ->
 
 
 def _row(block: BlockSampling) -> dict[str, Any]:
+    import numpy as np
+
     lengths = block.offset_length
+    lengths = lengths[np.isfinite(lengths)]
     return {
         "stage": block.stage,
         "block": block.block,
         "positions": list(block.output_size),
         "groups": block.params.group,
-        "mean_offset": float(lengths.mean()),
-        "longest_offset": float(lengths.max()),
+        "mean_offset": float(lengths.mean()) if lengths.size else None,
+        "longest_offset": float(lengths.max()) if lengths.size else None,
     }
 
 
-def _write(path: Path, text: str) -> None:
+def _report_not_finite(blocks: tuple[BlockSampling, ...], progress: Progress) -> None:
+    import numpy as np
+
+    count = sum(int((~np.isfinite(block.offset_length)).sum()) for block in blocks)
+    if count:
+        progress.note(
+            f"{count} sampling points are at no finite place (NaN or infinity). They are left out."
+        )
+
+
+def _write(path: Path, content: Any) -> None:
+    """Write a page or a picture, or leave what is there."""
+    if not isinstance(content, str):
+        from dcnv3_tvm.visualize import save_picture
+
+        save_picture(content, path)
+        return
     try:
-        path.write_text(text, encoding="utf-8")
+        with files.atomic_file(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError(
             "the page cannot be written", got=f"{error.strerror or error} ({path})"
@@ -212,12 +254,6 @@ def _make_folder(path: Path) -> None:
         raise InvalidArgumentError(
             "the folder cannot be made", got=f"{error.strerror or error} ({path})"
         ) from error
-
-
-def _draw(path: Path, figure: Any) -> None:
-    from dcnv3_tvm.visualize import save_picture
-
-    save_picture(figure, path)
 
 
 def _parse_pixel(text: str) -> tuple[float, float]:

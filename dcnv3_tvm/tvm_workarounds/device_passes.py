@@ -8,8 +8,6 @@ import tvm
 import tvm_ffi
 from tvm import ir, tirx
 
-from dcnv3_tvm.op.expr import int64
-
 
 @tvm.transform.module_pass(opt_level=0, name="dcnv3_tvm.LowerWarpMemory")
 def lower_warp_memory(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
@@ -42,7 +40,9 @@ def _add_copy_offset(call: ir.Call) -> ir.Expr:
     to, to_offset, source, offset, *rest = call.args
     dtype = source.ty.element_type.dtype
     address = tirx.tvm_access_ptr(tirx.type_annotation(dtype), source, offset, 1, 1)
-    return tirx.call_intrin(call.ty, call.op, to, to_offset, address, int64(0), *rest)
+    return tirx.call_intrin(
+        call.ty, call.op, to, to_offset, address, tirx.IntImm("int64", 0), *rest
+    )
 
 
 @tirx.transform.prim_func_pass(opt_level=0, name="dcnv3_tvm.MergeConditionals")

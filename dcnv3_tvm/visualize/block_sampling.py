@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from dcnv3_tvm.op.reference import mask_weights, sampling_positions
 from dcnv3_tvm.spec import DCNv3Params
 
 Float32Array = npt.NDArray[np.float32]
+
+_FARTHEST: Final = 1e15
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +41,8 @@ class BlockSampling:
         Pixels of the image per pixel of the input, along height and width.
     points : numpy.ndarray
         Shape (Ho, Wo, group, P, 2), float32: x and y of the sampling points, in pixels of the
-        input. They may be outside of it, where the operator samples zeros.
+        input. They may be outside of it, where the operator samples zeros. NaN stands for places
+        that are no numbers, infinite, or beyond 1e15.
     weights : numpy.ndarray
         Shape (Ho, Wo, group, P), float32: weights of the points, after the softmax.
     """
@@ -63,11 +66,16 @@ class BlockSampling:
         return self.stride[0] * self.params.stride[0], self.stride[1] * self.params.stride[1]
 
     @property
-    def displacement(self) -> Float32Array:
-        """How far the points are from the regular grid, (Ho, Wo, group, P, 2), in input pixels."""
+    def regular_points(self) -> Float32Array:
+        """Where the points would be without offsets, as `points`."""
         height, width = self.output_size
         shape = (1, height, width, self.params.offset_channels)
-        return self.points - _points(np.zeros(shape, np.float32), self.params)
+        return _points(np.zeros(shape, np.float32), self.params)
+
+    @property
+    def displacement(self) -> Float32Array:
+        """How far the points are from the regular grid, (Ho, Wo, group, P, 2), in input pixels."""
+        return self.points - self.regular_points
 
     @property
     def offset_length(self) -> Float32Array:
@@ -195,7 +203,10 @@ def typical_block(blocks: Sequence[BlockSampling]) -> int:
 
 def _points(offset: npt.NDArray[Any], params: DCNv3Params) -> Float32Array:
     pos_y, pos_x = sampling_positions(offset, params)
-    return np.stack([pos_x[0], pos_y[0]], axis=-1).astype(np.float32)
+    points = np.stack([pos_x[0], pos_y[0]], axis=-1)
+    # The operator samples nothing there, and lengths would overflow.
+    points[~(np.abs(points) < _FARTHEST)] = np.nan
+    return points.astype(np.float32)
 
 
 def _stride(image: int, size: int) -> float:

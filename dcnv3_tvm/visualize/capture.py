@@ -36,8 +36,8 @@ def capture_sampling(model: CompiledModel | nn.Module, image: Any) -> tuple[Bloc
     Raises
     ------
     InvalidArgumentError
-        If the image is not one image, the artifact does not expose its offsets, or the model has no
-        DCNv3.
+        If the image is not one image of floats, the artifact does not expose its offsets, or the
+        model has no DCNv3.
     ModelImportError
         If a PyTorch model cannot be imported.
 
@@ -61,13 +61,19 @@ def capture_sampling(model: CompiledModel | nn.Module, image: Any) -> tuple[Bloc
     size = (shape[2], shape[3]) if shape[1] == 3 else (shape[1], shape[2])
     if isinstance(model, CompiledModel):
         return number_blocks(_from_artifact(model, pixels), size)
+    if pixels.dtype.kind != "f":
+        raise InvalidArgumentError(
+            "the image is not preprocessed", got=pixels.dtype, allowed="an array of floats"
+        )
     from dcnv3_tvm.visualize.capture_module import from_module
 
-    return number_blocks(from_module(model, pixels), size)
+    return number_blocks(from_module(model, np.ascontiguousarray(pixels, np.float32)), size)
 
 
 def _from_artifact(model: CompiledModel, image: npt.NDArray[Any]) -> list[SampledBlock]:
-    outputs = model.offsets(image)
+    batch = model.metadata.entries["main"].inputs[0].shape[0]
+    # In a batch of fixed size, all images are this one.
+    outputs = model.offsets(image.repeat(batch, axis=0) if isinstance(batch, int) else image)
     return [
         SampledBlock(block.params, input_size(block, offset.shape[1:3]), offset, mask)
         for block, (offset, mask) in zip(

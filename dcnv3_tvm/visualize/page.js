@@ -165,7 +165,7 @@
     heat.width = size[1];
     const context = heat.getContext("2d"), pixels = context.createImageData(size[1], size[0]);
     values.forEach((value, i) => {
-      const part = bend(value / most);
+      const part = bend(Math.max(value, 0) / most);
       pixels.data.set([...colour(part), 60 + 195 * Math.min(1, 1.4 * part)], 4 * i);
       if (!value) pixels.data[4 * i + 3] = 0;
     });

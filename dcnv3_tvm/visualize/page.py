@@ -7,6 +7,7 @@ import html
 import importlib.resources
 import io
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ _NOT_A_NUMBER: Final = -32768
 _LARGEST: Final = 32767
 _BYTES_OF_POINT: Final = 6
 _LOSSLESS_PIXELS: Final = 128 * 128
+_LONGEST: Final = 8
+"""Longest offset in a page, in sizes of the map: one that is far off leaves others their digits."""
 
 
 def render_page(
@@ -35,7 +38,8 @@ def render_page(
 ) -> str:
     """Return the page: HTML with the image, the points and all code inside; it loads nothing.
 
-    Offsets and weights are stored as 16-bit integers, to 1/32767 of the largest of a block. Where
+    Offsets and weights are stored as 16-bit integers, to 1/32767 of the largest of a block; longer
+    offsets than eight times the map are shortened to that. Where
     all blocks take more than `max_bytes`, the last block of each stage comes first, the deepest
     stage before the others; the page says which blocks are left out, and takes them for
     identities in receptive fields.
@@ -67,16 +71,15 @@ def render_page(
         "blocks": [_encoded(block) for block in kept],
     }
     parts = {
-        "title": html.escape(title),
+        # File names may hold bytes that are no text.
+        "title": html.escape(title.encode("utf-8", "backslashreplace").decode("utf-8")),
         "style": _text("page.css"),
         "script": _text("page.js"),
         # Nothing in it may end the script element.
-        "data": json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
+        "data": json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     }
-    page = _text("page.html")
-    for name, value in parts.items():
-        page = page.replace(f"{{{{{name}}}}}", value)
-    return page
+    # In one pass: a title may hold {{data}}.
+    return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], _text("page.html"))
 
 
 def _text(name: str) -> str:
@@ -117,8 +120,8 @@ def _about(blocks: Sequence[BlockSampling], kept: Sequence[BlockSampling]) -> st
 
 def _encoded(block: BlockSampling) -> dict[str, Any]:
     displacement = block.displacement
-    grid = (block.points - displacement)[0, 0, 0]
-    shifts, scale = _rounded(displacement)
+    longest = _LONGEST * max(block.size)
+    shifts, scale = _rounded(displacement.clip(-longest, longest))
     weights, weight_scale = _rounded(block.weights)
     # As the operator does, the page ignores points that are nowhere.
     shifts[~np.isfinite(displacement).all(axis=-1)] = _NOT_A_NUMBER
@@ -130,7 +133,9 @@ def _encoded(block: BlockSampling) -> dict[str, Any]:
         "output": block.output_size,
         "stride": block.stride,
         "step": block.params.stride,
-        "grid": [[round(float(value), 4) for value in point] for point in grid],
+        "grid": [
+            [round(float(value), 4) for value in point] for point in block.regular_points[0, 0, 0]
+        ],
         "scale": scale,
         "displacement": _base64(shifts.tobytes()),
         "weight_scale": weight_scale,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -115,7 +116,7 @@ def save_picture(figure: Any, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     InvalidArgumentError
-        If the file cannot be written.
+        If the file cannot be written; an existing one is unchanged then.
     """
     save_figure(figure, path, dpi=110, bbox_inches="tight", pad_inches=0.06)
 
@@ -186,9 +187,11 @@ def _cross(panel: Any, y: float, x: float) -> None:
         panel.plot([x], [y], "+", color=colour, markersize=size, markeredgewidth=width, zorder=5)
 
 
-def _scatter(panel: Any, points: Any, weights: Any, most: float) -> Any:
+def _scatter(panel: Any, points: Any, weights: Any, most: float | None = None) -> Any:
     """Draw points with area and colour by weight, the heaviest first."""
+    weights = np.abs(np.nan_to_num(weights))
     order = np.argsort(-weights)
+    most = (weights.max() if most is None else most) or 1.0
     size = 220 / np.sqrt(len(weights))
     return panel.scatter(
         points[order, 0],
@@ -212,6 +215,11 @@ def _at_position(
     groups = slice(None) if group is None else slice(group, group + 1)
     points = block.points_in_image[y, x, groups].reshape(-1, 2)
     return block.position_in_image(y, x), points, block.weights[y, x, groups].reshape(-1)
+
+
+def _finite(values: Any) -> Any:
+    """Replace what is no number, where the operator samples zeros, by no displacement."""
+    return np.where(np.isfinite(values), values, 0)
 
 
 def _colour_bar(
@@ -239,7 +247,7 @@ def _draw_points(
     margin = _margin(photo, [points for _, points, _ in found])
     for panel, block, (position, points, weights) in zip(panels, chosen, found, strict=True):
         _show(panel, photo, margin=margin)
-        drawn = _scatter(panel, points, weights, float(np.abs(weights).max()) or 1.0)
+        drawn = _scatter(panel, points, weights)
         _cross(panel, *position)
         panel.set_title(_title(block), fontsize="medium")
         _colour_bar(figure, panel, drawn, "weight of a point")
@@ -264,16 +272,16 @@ def _draw_field(
     figure, panels = _photo_figure(photo, 1 + len(first), columns=5, extra=0.5)
     position, points, weights = _at_position(start, at, group)
     _show(panels[0], photo)
-    drawn = _scatter(panels[0], points, weights, float(np.abs(weights).max()) or 1.0)
+    drawn = _scatter(panels[0], points, weights)
     _cross(panels[0], *position)
     panels[0].set_title("sampling points", fontsize="medium")
     _colour_bar(figure, panels[0], drawn, "weight of a point")
     for panel, field in zip(panels[1:], first, strict=True):
         _show(panel, photo, dim=True)
-        share = 100 * field.contribution
+        share = np.nan_to_num(100 * field.contribution.clip(0))
         most = float(share.max()) or 1.0
         norm = PowerNorm(0.5, vmin=0, vmax=most)
-        drawn = _heat(panel, field.block.stride, share, norm, alpha=np.sqrt(share.clip(0) / most))
+        drawn = _heat(panel, field.block.stride, share, norm, alpha=np.sqrt(share / most))
         _cross(panel, *position)
         panel.set_title(f"input of stage {field.block.stage}", fontsize="medium")
         _colour_bar(figure, panel, drawn, "% of the weight", ticks=(0, most / 4, most))
@@ -312,7 +320,7 @@ def _draw_length(
     figure, panels = _photo_figure(photo, len(chosen), extra=0.75)
     for panel, block in zip(panels, chosen, strict=True):
         lengths = block.offset_length if group is None else block.offset_length[:, :, group, None]
-        mean = lengths.mean(axis=(2, 3))
+        mean = _finite(lengths).mean(axis=(2, 3))
         most = float(mean.max()) or 1.0
         _show(panel, photo, dim=True)
         drawn = _heat(panel, block.output_stride, mean, Normalize(0, most), alpha=mean / most)
@@ -332,8 +340,8 @@ def _draw_arrows(
     figure, panels = _photo_figure(photo, len(chosen))
     for panel, block in zip(panels, chosen, strict=True):
         groups = slice(None) if group is None else slice(group, group + 1)
-        weights = block.weights[:, :, groups, :, None]
-        shift = (block.displacement[:, :, groups] * weights).sum(axis=(2, 3))
+        weights = np.nan_to_num(block.weights[:, :, groups, :, None])
+        shift = (_finite(block.displacement[:, :, groups]) * weights).sum(axis=(2, 3))
         shift *= np.array(block.stride[::-1]) / np.maximum(weights.sum(axis=(2, 3)), 1e-12)
         step = -(-max(block.output_size) // _MOST_ARROWS)
         longest = float(np.linalg.norm(shift[::step, ::step], axis=-1).max()) or 1.0
@@ -372,7 +380,7 @@ def _draw_groups(
     shown = shown[:_MOST_PANELS]
     figure, panels = _photo_figure(photo, len(shown), extra=0.05)
     found = [_at_position(block, at, each) for each in shown]
-    most = max(float(np.abs(weights).max()) for _, _, weights in found) or 1.0
+    most = max(float(np.abs(np.nan_to_num(weights)).max()) for _, _, weights in found)
     margin = _margin(photo, [points for _, points, _ in found])
     for panel, each, (position, points, weights) in zip(panels, shown, found, strict=True):
         _show(panel, photo, margin=margin)
@@ -403,13 +411,15 @@ def _draw_histogram(
         lengths.setdefault(block.stage, []).append(length.reshape(-1))
     joined = {stage: np.concatenate(parts) for stage, parts in lengths.items()}
     joined = {stage: values[np.isfinite(values)] for stage, values in joined.items()}
-    longest = float(np.quantile(np.concatenate(list(joined.values())), 0.995))
+    every = np.concatenate(list(joined.values()))
+    longest = float(np.quantile(every, 0.995)) if every.size else 0.0
     edges = np.linspace(0, max(longest, 1e-3), 41)
     figure, panels = _figure(len(joined), 1, height=1.1, width=6.4)
     for panel, (stage, values) in zip(panels[:, 0], joined.items(), strict=True):
         counts, _ = np.histogram(values, edges)
-        panel.stairs(100 * counts / values.size, edges, fill=True, color=_BARS)
-        label = f"stage {stage}: mean {values.mean():.2f}, {values.size:,} points"
+        panel.stairs(100 * counts / max(values.size, 1), edges, fill=True, color=_BARS)
+        mean = values.mean() if values.size else math.nan
+        label = f"stage {stage}: mean {mean:.2f}, {values.size:,} points"
         panel.set_title(label, fontsize="medium", loc="right", pad=2)
         panel.set_xlim(0, edges[-1])
         panel.locator_params(axis="y", nbins=3)

@@ -54,15 +54,18 @@ def test_folder_and_one_picture(visualize, tmp_path):
         (["a.png", "--block", "1.1"], r"got 1\.1; allowed: 0\.0 to 0\.0"),
         (["a.png", "--block", "1"], "stage.block such as 2.0"),
         (["a.png", "--at", "1"], "two numbers such as 112,80"),
+        (["a.pdf"], r"unknown suffix; got --output .*a\.pdf; allowed: \.html"),
+        (["out", "--group", "99"], "group is out of range"),
         (["missing/a.html"], "page cannot be written"),
         (["a.html", "--group", "1"], "choices of its own; got --group"),
         (["a.html", "--device", "cpu"], "--device is for artifacts"),
     ],
 )
-def test_wrong_options(options, message, visualize):
+def test_wrong_options(options, message, visualize, tmp_path):
     done = visualize(WEIGHTS, *options)
     assert done.code == 2
     assert re.search(message, done.err)
+    assert not list(tmp_path.glob(f"{options[0]}*"))
 
 
 def test_artifact_without_offsets(visualize, artifact_path):

@@ -1,6 +1,7 @@
 """The page: what is in it, and how it behaves in a browser."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -55,6 +56,27 @@ def test_page_is_bounded_and_says_what_is_left_out(blocks, photo):
     with pytest.raises(InvalidArgumentError, match="smaller image"):
         render_page(blocks, photo, title="", max_bytes=sizes[-1] - 1)
     assert MAX_BYTES * 4 / 3 < 11e6
+
+
+def test_titles_are_text(blocks, photo):
+    page = render_page(blocks, photo, title='{{data}} "><!--<script> \udcff')
+    title = "{{data}} &quot;&gt;&lt;!--&lt;script&gt; \\udcff"
+    assert page.count(title) == 2
+    page.encode("utf-8")
+    assert page_data(page)["blocks"]
+
+
+def test_points_that_are_far_off_leave_others_their_digits(blocks, photo):
+    points = blocks[0].points.copy()
+    points[0, 0, 0, 0] = np.nan
+    points[1, 2, 0, 0] = 1e9
+    (stored,) = page_data(
+        render_page([dataclasses.replace(blocks[0], points=points)], photo, title="")
+    )["blocks"]
+    assert stored["grid"][0] == [-1, -1]
+    shifts = decoded(stored["displacement"], stored["scale"]).reshape(points.shape)
+    np.testing.assert_allclose(shifts[2:], blocks[0].displacement[2:], atol=2e-3)
+    assert shifts[1, 2, 0, 0, 0] == pytest.approx(8 * 16)
 
 
 def test_large_photos_are_compressed(blocks):

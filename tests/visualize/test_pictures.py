@@ -1,10 +1,14 @@
 """Pictures of each kind."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.spec import DCNv3Params
 from dcnv3_tvm.visualize import PICTURES, draw_picture, photo_of, save_picture
+from dcnv3_tvm.visualize.block_sampling import SampledBlock, number_blocks
 from helpers.toy import PREPROCESSING
 
 
@@ -33,6 +37,20 @@ def test_points_are_where_the_block_samples(blocks, photo):
     )
     areas = drawn.get_sizes()[np.argsort(drawn.get_array())]
     assert (np.diff(areas) > 0).all(), "the area grows with the weight"
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_values_that_are_not_finite(kind, photo, tmp_path):
+    params = DCNv3Params(group=1)
+    offset = np.zeros((1, 3, 4, params.offset_channels), np.float32)
+    offset[0, 1] = [[np.nan], [np.inf], [3e38], [1e9]]
+    mask = np.ones((1, 3, 4, params.mask_channels), np.float32)
+    mask[0, 2] = [[np.nan], [-1], [0], [1]]
+    broken = number_blocks([SampledBlock(params, (3, 4), offset, mask)], (12, 16))
+    # Matplotlib checks values when it draws; warnings fail tests.
+    save_picture(draw_picture(kind, broken, photo, at=(8, 4)), tmp_path / "broken.png")
+    nowhere = [dataclasses.replace(broken[0], points=np.full_like(broken[0].points, np.nan))]
+    draw_picture(kind, nowhere, photo)
 
 
 def test_svg(blocks, photo, tmp_path):
