@@ -102,7 +102,7 @@ def _emit_softmax(kernel: SamplingKernel, buffers: Buffers, mask: Any) -> None:
     compute(
         "softmax_exp",
         kernel.point_extents,
-        lambda *at: kernel.exp(exponent(*at)),
+        lambda *at: kernel.exp_of_nonpositive(exponent(*at)),
         dtype=kernel.dtype,
         into=buffers.exp_logit,
     )

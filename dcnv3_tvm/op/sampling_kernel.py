@@ -12,7 +12,7 @@ from tvm import tirx
 from dcnv3_tvm import gpu
 from dcnv3_tvm.op.coordinates import AxisCoordinates
 from dcnv3_tvm.op.expr import int64
-from dcnv3_tvm.op.math import exp
+from dcnv3_tvm.op.math import exp, exp_of_nonpositive
 from dcnv3_tvm.op.prim_func_builder import allocate
 from dcnv3_tvm.op.sizes import Sizes
 from dcnv3_tvm.spec import DCNv3Spec
@@ -121,6 +121,10 @@ class SamplingKernel:
     def exp(self, value: Any) -> Any:
         """Return e**value: the target's function on GPUs, vectorizable arithmetic on CPUs."""
         return tirx.exp(value) if self.vector_loads else exp(value)
+
+    def exp_of_nonpositive(self, value: Any) -> Any:
+        """Return e**value for a value that is not positive."""
+        return tirx.exp(value) if self.vector_loads else exp_of_nonpositive(value)
 
     def constant(self, value: float) -> Any:
         """Return a constant of the accumulation type."""

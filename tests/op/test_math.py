@@ -50,6 +50,17 @@ def test_exp_error_bound():
     assert error.max() < fast.EXP_RELATIVE_ERROR
 
 
+def test_exp_of_nonpositive_error_bound():
+    x = np.linspace(-87.0, 0.0, COUNT, dtype=np.float32)
+    y, _ = evaluate(fast.exp_of_nonpositive, x)
+    error = np.abs(y / np.exp(x.astype(np.float64)) - 1.0)
+    assert error.max() < fast.EXP_RELATIVE_ERROR
+    limits, _ = evaluate(fast.exp_of_nonpositive, np.float32([0, -90, -np.inf, np.nan] * 4))
+    assert limits[0] == 1
+    assert np.all(limits[1:3] == y[0])
+    assert np.isnan(limits[3])
+
+
 def test_gelu_error_bound():
     x = np.linspace(-8.0, 8.0, COUNT, dtype=np.float32)
     y, _ = evaluate(fast.gelu, x)
