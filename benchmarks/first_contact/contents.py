@@ -1,0 +1,121 @@
+"""Layout of the folder that `prepare` writes and the checks read. Imports no compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dcnv3_tvm.dtypes import numpy_dtype
+from dcnv3_tvm.json_values import decode
+from dcnv3_tvm.runtime.metadata import TargetInfo
+
+ENCODERS: Final = ("encoder-plain", "encoder-graph")
+"""The same small encoder without and with a CUDA graph."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """A compiled kernel of the operator.
+
+    Parameters
+    ----------
+    name : str
+        Name of its files.
+    kind : str
+        Name of its function.
+    inputs, outputs : tuple of str
+        Element types of its arguments.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What is in the folder.
+
+    Parameters
+    ----------
+    target : TargetInfo
+        The GPU it was compiled for.
+    tvm : str
+        Version of TVM.
+    operators : tuple of Operator
+        Kernels of the operator.
+    models : dict of str to str
+        Large encoders by name, with the digest of their weights.
+    """
+
+    target: TargetInfo
+    tvm: str
+    operators: tuple[Operator, ...]
+    models: dict[str, str]
+
+
+class Contents:
+    """The folder.
+
+    Parameters
+    ----------
+    root : Path
+        Its path.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest_path = root / "manifest.json"
+        self.libraries = root / "lib"
+        self.toy = root / "toy"
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        """The manifest."""
+        data = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        found: Manifest = decode(Manifest, data, "manifest")
+        return found
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        """Write the manifest."""
+        text = json.dumps(dataclasses.asdict(manifest), indent=2) + "\n"
+        self.manifest_path.write_text(text, encoding="utf-8")
+
+    def code(self, operator: str) -> Path:
+        """Return the path of a kernel's library."""
+        return self.root / "operators" / f"{operator}.so"
+
+    def model(self, name: str) -> Path:
+        """Return the path of a large encoder, without its weights."""
+        return self.root / "models" / name
+
+    def packed_weights(self, digest: str) -> Path:
+        """Return the path of compressed weights, which encoders may share."""
+        return self.root / "models" / f"{digest[:16]}.xz"
+
+    def save(self, name: str, **arrays: np.ndarray) -> None:
+        """Write inputs and expected outputs; types that NumPy's format lacks become float32."""
+        path = self.root / "expected" / f"{name}.npz"
+        path.parent.mkdir(exist_ok=True)
+        np.savez_compressed(path, **{key: _storable(array) for key, array in arrays.items()})
+
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Read inputs and expected outputs."""
+        with np.load(self.root / "expected" / f"{name}.npz") as stored:
+            return dict(stored)
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype == numpy_dtype("bfloat16") else array
+
+
+def numbered(arrays: dict[str, Any], name: str) -> list[np.ndarray]:
+    """Return the arrays ``name0``, ``name1``, ..."""
+    count = sum(key.rstrip("0123456789") == name for key in arrays)
+    return [arrays[f"{name}{index}"] for index in range(count)]

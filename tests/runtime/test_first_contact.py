@@ -1,0 +1,95 @@
+"""The checks of a new GPU, without TVM's Python package and PyTorch, on the emulated GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_first_contact.py"
+BLOCK_IMPORTS = """
+import importlib.abc, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "tvm"}:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+FIRST_OPERATOR = "dcnv3-n2-h13-w11-c64-g4-k3-s1-p1-d1-softmax-f32"
+
+
+@pytest.fixture(scope="module")
+def call(emulated, tmp_path_factory):
+    blocked = tmp_path_factory.mktemp("blocked")
+    (blocked / "sitecustomize.py").write_text(BLOCK_IMPORTS)
+
+    def start(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, SCRIPT, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env=os.environ | emulated | {"FAKE_BYTES": str(2**26)} | environment,
+            check=False,
+        )
+
+    def run(folder, *arguments):
+        (folder / "records.jsonl").unlink(missing_ok=True)
+        done = start("run", folder, *arguments, PYTHONPATH=str(blocked))
+        lines = (folder / "records.jsonl").read_text().splitlines()
+        records = {record["name"]: record for record in map(json.loads, lines)}
+        assert len(done.stdout.splitlines()) == len(records), done.stderr
+        return done.returncode, records
+
+    return start, run
+
+
+@pytest.fixture(scope="module")
+def folder(call, tmp_path_factory):
+    start, _ = call
+    path = tmp_path_factory.mktemp("contact") / "folder"
+    done = start("prepare", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_checks_of_a_new_gpu(call, folder):
+    _, run = call
+    code, records = run(folder)
+    assert code == 0, records
+    not_run = {name: record["error"] for name, record in records.items() if record["ok"] is None}
+    missing = "compute-sanitizer is not installed"
+    assert not_run == {
+        "toy, then PyTorch": "PyTorch is not installed",
+        "PyTorch, then toy": "PyTorch is not installed",
+        "toy on PyTorch's tensors": "PyTorch is not installed",
+        **dict.fromkeys(
+            (f"compute-sanitizer {tool}" for tool in ("memcheck", "racecheck", "synccheck")),
+            missing,
+        ),
+    }
+    passed = {name for name, record in records.items() if record["ok"]}
+    assert passed >= {"device", "toy", FIRST_OPERATOR, "encoder-plain", "encoder-graph"}
+    assert passed >= {"two streams", "out of memory", "two threads"}
+
+    # A failed check is reported, and the others go on.
+    expected = folder / "expected" / f"{FIRST_OPERATOR}.npz"
+    arrays = dict(np.load(expected))
+    arrays["expected0"][1, 2, 3, 4] += 1e-3
+    np.savez(expected, **arrays)
+    code, records = run(folder, "--only", "dcnv3-*")
+    assert code == 1
+    failed = records.pop(FIRST_OPERATOR)
+    assert not failed["ok"]
+    assert "1 of 18304 elements are outside of their bounds" in failed["error"]
+    assert len(records) == 3
+    assert all(record["ok"] for record in records.values())
+
+    code, records = run(folder, "--only", "toy", "--seconds", "0.01")
+    assert code == 1
+    assert records["toy"]["error"].startswith("stopped after 0.01 s")
