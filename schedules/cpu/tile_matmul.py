@@ -43,8 +43,7 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
 
     A block of sums stays in tile registers over the whole of K, and in the L1 cache until its
     epilogue is done. A task is one row or column of blocks, or several: of the direction of which
-    there are more. The blocks of a task that share an operand are next to each other. The image of
-    a convolution is padded first.
+    there are more. The image of a convolution is padded first.
     """
     if refusal := refuse_other_kernels(func, definition.KERNEL, tile_convolution.KERNEL):
         return refusal
@@ -70,19 +69,22 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     wanted = [size for size in fitting if size * inner * steps >= _TASK_STEPS]
     usual = min(wanted, default=fitting[-1])
     # Each row or column of blocks reads the other operand whole.
-    if _bytes(func.params[order == "rows"]) > _CACHED_BYTES:
+    exceeds = _bytes(func.params[order == "rows"]) > _CACHED_BYTES
+    if exceeds:
         usual = max(usual, *(size for size in fitting if size <= _REUSE))
     together = space.pick("together", sizes, usual)
-    task, loops[0] = sch.split(loops[0], [None, together])
-    sch.reorder(loops[1], loops[0])
+    task, group = sch.split(loops[0], [None, together])
+    # Columns are innermost, so that rows of x stay in the L1 cache, unless the weight exceeds L2.
+    loops = [loops[1], group] if exceeds or order == "columns" else [group, loops[1]]
+    sch.reorder(*loops)
     sch.parallel(task)
 
     # Step 2. Apply the epilogue to each block, and round a row at a time.
     rounded = "finished" in block_names(sch)
     if rounded:
         finished = sch.get_sblock("finished")
-        sch.reverse_compute_at(finished, loops[0], preserve_unit_loops=True)
-    sch.reverse_compute_at(epilogue, loops[0], preserve_unit_loops=True)
+        sch.reverse_compute_at(finished, loops[1], preserve_unit_loops=True)
+    sch.reverse_compute_at(epilogue, loops[1], preserve_unit_loops=True)
     *_, line, lane = sch.get_loops(epilogue)
     if rounded:
         sch.compute_at(finished, line, preserve_unit_loops=True)
