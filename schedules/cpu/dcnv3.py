@@ -17,6 +17,7 @@ from dcnv3_tvm.schedules.cpu.point_lanes import (
     separate_pairs,
     subtract_from_points,
 )
+from dcnv3_tvm.schedules.cpu.register_tiles import vector_unit
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import num_cores, vector_lanes
@@ -87,7 +88,11 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
     channels = static(sch.get(channel).extent) or 1
     tile = space.pick("channels", channel_tiles(channels, lanes), channel_tile(channels, lanes))
     groups = static(sch.get(group).extent) or 1
-    group_tile = space.pick("groups", [n for n in (1, 2, 4) if groups % n == 0], 1)
+    group_tiles = [size for size in (1, 2, 4) if groups % size == 0]
+    # Two groups at once wait less for each other's loads, if their sums, of two rows, fit half of
+    # the registers.
+    fit = 2 in group_tiles and 1 < tile <= vector_unit(target).registers // 8 * lanes
+    group_tile = space.pick("groups", group_tiles, 2 if fit else 1)
     group, _ = sch.split(group, [None, group_tile])
     sch.compute_at(total, group, preserve_unit_loops=True)
     *_, inner_group, point, row, channel = sch.get_loops(total)

@@ -45,11 +45,11 @@ def test_structure():
     for stage in ("coordinates", "corners", "pixels", "softmax_exp"):
         assert loops[stage] == [*pixel, ("VECTORIZED", 36)]
     assert loops["weights"] == [*pixel, *unrolled, ("VECTORIZED", 36)]
-    outer = [*pixel, ("SERIAL", 4)]
+    pair = [*pixel, ("SERIAL", 2)]
     channels = [("VECTORIZED", 16)]
-    assert loops["sum_init"] == [*outer, ("UNROLLED", 2), *channels]
-    assert loops["sum_update"] == [*outer, ("UNROLLED", 9), ("UNROLLED", 2), *channels]
-    assert loops["store"] == [*outer, *channels]
+    assert loops["sum_init"] == [*pair, *unrolled, *channels]
+    assert loops["sum_update"] == [*pair, ("UNROLLED", 9), *unrolled, *channels]
+    assert loops["store"] == [*pair, ("SERIAL", 2), *channels]
 
 
 @pytest.mark.parametrize(
