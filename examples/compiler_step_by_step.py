@@ -17,8 +17,8 @@ machine code for a processor and CUDA source for a GPU. At each step we run it, 
 | 6 | a point under a roofline | |
 
 The times are measured as the notebook runs. Those that you see here are of a virtual machine with
-two cores, on which other programs ran at the same time: read ratios, not milliseconds, and run it
-on your machine.
+two cores, on which other programs kept both busy: read ratios, not milliseconds, and run it on
+your machine.
 """
 
 # %%
@@ -41,6 +41,7 @@ from dcnv3_tvm import machine
 from dcnv3_tvm.bench.cpu_peaks import measure_peaks
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.op import relax_op, tensorir
+from dcnv3_tvm.runtime import library
 from dcnv3_tvm.schedules.apply import schedule
 from dcnv3_tvm.targets import resolve_target, vector_bits
 
@@ -55,7 +56,9 @@ offset = 2 * rng.standard_normal(spec.offset_shape, np.float32)
 mask = rng.random(spec.mask_shape, np.float32)
 expected = dt.dcnv3(x, offset, mask, group=4)
 target = resolve_target("auto")
-print(f"{machine.cpu_name()}, {len(machine.usable_cores())} threads")
+threads = library.default_threads()
+library.use_threads(threads)  # TVM alone may take half as many
+print(f"{machine.cpu_name()}, {threads} threads")
 print(f"target: {target}")
 
 
@@ -248,7 +251,8 @@ steps["points in vectors"] = compiled(sch.mod["main"])
 
 # %% [markdown]
 r"""
-**Step 4: rows in parallel.** Each core takes rows of the image.
+**Step 4: rows in parallel.** Each core takes rows of the image. That gains as much as the machine
+has idle cores.
 
 **Step 5: start sums outside.** In TensorIR, a sum sets its result to zero in its first iteration,
 which is a question in each iteration. We take it out of the loop. (Last, because TVM can no longer
@@ -338,8 +342,8 @@ with a weight that one load spreads over all lanes.
 
 # %%
 scheduled = found.function.with_attr("global_symbol", "dcnv3")
-library = tvm.compile(scheduled, target=target).mod
-llvm, assembly = library.inspect_source("ll"), library.inspect_source("s")
+module = tvm.compile(scheduled, target=target).mod
+llvm, assembly = module.inspect_source("ll"), module.inspect_source("s")
 print(f"{len(llvm.splitlines())} lines of LLVM, {len(assembly.splitlines())} of assembly\n")
 
 vectors = [line for line in llvm.splitlines() if re.search(r"f(mul|add).*<16 x float>", line)]
@@ -449,7 +453,6 @@ caches.
 """
 
 # %%
-threads = len(machine.usable_cores())
 peaks = measure_peaks(threads)
 F, B = spec.flops, spec.bytes
 assert 8 * 9 * expected.size == F
