@@ -7,14 +7,18 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
+
+_NARROW: Final = 70
+"""Columns of a terminal below which the bar and the name of the job are left out."""
 
 
 class Progress:
     """Show the current step of a job, the seconds since it started, and the time left.
 
     On a terminal a bar of `rich <https://rich.readthedocs.io>`_ shows them, in color unless the
-    environment variable ``NO_COLOR`` is set; elsewhere, and without rich, each step is a line.
+    environment variable ``NO_COLOR`` is set; elsewhere, with ``TERM=dumb``, and without rich, each
+    step is a line.
 
     Parameters
     ----------
@@ -134,27 +138,41 @@ class Progress:
                 )
 
     def _start_bar(self) -> Any:
-        """Return a running bar of rich; None if rich is not installed."""
+        """Return a running bar of rich; None without rich, or if the cursor cannot be moved."""
         try:
             from rich import progress as rich
             from rich.console import Console
+            from rich.table import Column
+            from rich.text import Text
         except ImportError:
+            return None
+        console = Console(file=self._stream)
+        if not console.is_interactive:
             return None
 
         class Times(rich.ProgressColumn):
-            def render(column, task: rich.Task) -> str:  # noqa: ARG002, N805
+            def render(column, task: rich.Task) -> Text:  # noqa: ARG002, N805
                 left = self.seconds_left
                 rest = "" if left is None else f", about {left:.0f} s left"
-                return f"{self.seconds:.0f} s{rest}"
+                return Text(f"{self.seconds:.0f} s{rest}")
 
-        bar = rich.Progress(
-            rich.SpinnerColumn(),
-            rich.TextColumn(self._title, style="bold", markup=False),
+        def whole() -> Column:
+            return Column(no_wrap=True, min_width=4)
+
+        # On a narrow terminal the step and its time matter most.
+        name = (
+            rich.TextColumn(self._title, style="bold", markup=False, table_column=whole()),
             rich.BarColumn(bar_width=20),
-            Times(),
-            rich.TextColumn("{task.description}", markup=False),
-            console=Console(file=self._stream),
+        )
+        bar = rich.Progress(
+            rich.SpinnerColumn(table_column=Column(min_width=1)),
+            *(name if console.width >= _NARROW else ()),
+            Times(table_column=whole()),
+            rich.TextColumn("{task.description}", markup=False, table_column=whole()),
+            console=console,
             transient=True,
+            # Results go to stdout, also while they are redirected to a file.
+            redirect_stdout=sys.stdout.isatty(),
         )
         bar.add_task("", total=None)
         bar.start()

@@ -14,6 +14,11 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """The time, which a test sets."""
@@ -56,6 +61,32 @@ def test_no_color(monkeypatch):
         shown.step("first")
     for color in ("\x1b[3", "\x1b[9", "\x1b[38;"):
         assert color not in stream.getvalue()
+
+
+def test_dumb_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with Progress("job", stream=stream) as shown:
+        shown.step("first")
+    assert stream.getvalue() == "[   0.0 s] job: first\n[   0.0 s] job: done\n"
+
+
+def test_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = Terminal()
+    with Progress("a long name of the job", stream=stream) as shown:
+        shown.step("first")
+    bar = stream.getvalue().partition("job: done")[0]
+    assert "0 s" in bar
+    assert "first" in bar
+
+
+def test_redirected_stdout_keeps_results(capsys):
+    stream = Terminal()
+    with Progress("job", stream=stream):
+        print("a result")
+    assert capsys.readouterr().out == "a result\n"
+    assert "a result" not in stream.getvalue()
 
 
 def test_quiet():

@@ -94,10 +94,11 @@ def _run(argv: Sequence[str] | None, received: Sequence[int]) -> int:
             result = _execute(verbs[arguments.verb], arguments, program)
         if result.data is None:
             return 0 if result.ok else 1
-        if arguments.json in (True, _STDOUT):
-            write(json.dumps(result.data, indent=2))
-        else:
-            write(result.text)
+        printed = arguments.json in (True, _STDOUT)
+        try:
+            write(json.dumps(result.data, indent=2) if printed else result.text)
+        finally:  # Also if nobody reads what is printed.
+            result.save()
     except errors.DCNv3Error as error:
         if received:
             raise

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, example: str = "", **options: Any) -> None:
         super().__init__(**options)
         self._example = example
-        self._list: argparse.Action | None = None
+        self._last: argparse.Action | None = None
 
     def format_help(self) -> str:
         """Return the help."""
@@ -45,26 +45,30 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Declare an argument."""
         action = super().add_argument(*names, **options)
-        if not action.option_strings and action.nargs in ("*", "+"):
-            self._list = action
+        if not action.option_strings and action.nargs in ("*", "+", "?"):
+            self._last = action
         return action
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse arguments; those of a list may be interrupted by options.
+        """Parse arguments; options may stand before and within a list, or an optional argument.
 
         argparse ends a list at the first option, and leaves the rest of it over.
         """
         parsed, rest = super().parse_known_args(args, namespace)
-        if self._list is None or any(text.startswith("-") for text in rest):
+        if self._last is None or not rest or any(text.startswith("-") for text in rest):
             return parsed, rest
-        convert: Any = self._list.type or str
+        given = getattr(parsed, self._last.dest)
+        single = self._last.nargs == "?"
+        if single and (given != self._last.default or len(rest) > 1):
+            return parsed, rest
+        convert: Any = self._last.type or str
         try:
-            values = [*getattr(parsed, self._list.dest), *map(convert, rest)]
+            values = [convert(text) for text in rest]
         except (argparse.ArgumentTypeError, ValueError) as error:
-            self.error(f"argument {self._list.dest}: {error}")
-        setattr(parsed, self._list.dest, values)
+            self.error(f"argument {self._last.dest}: {error}")
+        setattr(parsed, self._last.dest, values[0] if single else [*given, *values])
         return parsed, []
 
 

@@ -87,13 +87,16 @@ def execute(arguments: argparse.Namespace) -> Result:
     with Progress(f"bench {arguments.what}", quiet=arguments.quiet) as progress:
         report = _BENCHMARKS[arguments.what].measure(arguments, threads, progress.step)
     data = report.to_json()
-    if isinstance(arguments.json, str) and arguments.json != declare.STDOUT:
-        _write(Path(arguments.json), json.dumps(data, indent=2) + "\n")
-    if getattr(arguments, "plot", None) is not None:
-        from dcnv3_tvm.bench.plot import save_plot
 
-        save_plot(report, arguments.plot)
-    return Result(data, report_text(report), ok=report.ok)
+    def save() -> None:
+        if isinstance(arguments.json, str) and arguments.json != declare.STDOUT:
+            _write(Path(arguments.json), json.dumps(data, indent=2) + "\n")
+        if getattr(arguments, "plot", None) is not None:
+            from dcnv3_tvm.bench.plot import save_plot
+
+            save_plot(report, arguments.plot)
+
+    return Result(data, report_text(report), ok=report.ok, save=save)
 
 
 def _operator(arguments: argparse.Namespace, threads: int, on_step: _OnStep) -> Report:

@@ -71,12 +71,15 @@ def execute(arguments: argparse.Namespace) -> Result:
         progress.step(f"time {arguments.calls} calls")
         found = model.profile(*inputs, calls=arguments.calls)
     rooflines = {kernel: _roofline(kernel, peaks) for kernel in found.kernels}
-    if arguments.trace is not None:
-        _write_trace(found, arguments.trace)
-    if arguments.plot is not None:
-        from dcnv3_tvm.bench.profile_plot import save_profile_plot
 
-        save_profile_plot(found, list(rooflines.values()), model.metadata.name, arguments.plot)
+    def save() -> None:
+        if arguments.trace is not None:
+            _write_trace(found, arguments.trace)
+        if arguments.plot is not None:
+            from dcnv3_tvm.bench.profile_plot import save_profile_plot
+
+            save_profile_plot(found, list(rooflines.values()), model.metadata.name, arguments.plot)
+
     kernels = [
         dataclasses.asdict(kernel) | {"roofline_seconds": rooflines[kernel]}
         for kernel in found.kernels
@@ -89,7 +92,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         "threads": found.threads,
         "kernels": kernels,
     }
-    return Result(data, _text(found, rooflines))
+    return Result(data, _text(found, rooflines), save=save)
 
 
 def _inputs(model: CompiledModel, arguments: argparse.Namespace) -> list[np.ndarray]:

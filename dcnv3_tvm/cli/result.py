@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -19,11 +19,14 @@ class Result:
         Text, printed otherwise.
     ok : bool
         Whether the exit code is 0.
+    save : callable
+        Writes files; called after the results are printed, so that they are not lost if it fails.
     """
 
     data: Any
     text: str
     ok: bool = True
+    save: Callable[[], None] = lambda: None
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dcnv3_tvm import gpu, runtime
-from dcnv3_tvm.cli import VERBS, env, parser, verify
+from dcnv3_tvm.cli import VERBS, env, parser, profile, verify
 from dcnv3_tvm.cli.arguments import in_options
 from dcnv3_tvm.cli.result import table
 from helpers.toy import Toy
@@ -403,6 +403,16 @@ def test_lists_may_be_interrupted_by_options():
     for wrong in (["a", "--speed", "1", "b"], ["a", "--seed", "1", ""]):
         with pytest.raises(SystemExit):
             whole.parse_args(["verify", *wrong])
+
+
+def test_an_optional_argument_may_follow_options():
+    whole = parser({"profile": profile})
+    for order in (["a", "b", "--calls", "2"], ["a", "--calls", "2", "b"]):
+        found = whole.parse_args(["profile", *order])
+        assert (str(found.artifact), str(found.image)) == ("a", "b")
+    assert whole.parse_args(["profile", "a", "--calls", "2"]).image is None
+    with pytest.raises(SystemExit):
+        whole.parse_args(["profile", "a", "b", "--calls", "2", "c"])
 
 
 def random_command_line(generator, words):

@@ -106,5 +106,6 @@ def test_errors(cli, artifact, photo, tmp_path):
     outcome = cli("profile", artifact, photo, "--calls", 1, "--trace", tmp_path / "no" / "t.json")
     assert outcome.code == 2
     assert "the trace cannot be written" in outcome.err
+    assert "A call takes" in outcome.out, "what was measured is lost"
     with pytest.raises(InvalidArgumentError, match=r"on cuda:0.*nsys profile"):
         GpuExecution({}, SimpleNamespace(name="cuda:0")).profile(None, None, calls=1, threads=1)
