@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "image",
         type=parse_path,
         nargs="?",
-        help="image file (default: random values, where the shape of the input is fixed)",
+        help="image file (default: random values, and zeros for integers, where shapes are fixed)",
     )
     parser.add_argument(
         "--calls", type=parse_count, default=10, metavar="N", help="calls to time (default: 10)"
@@ -68,6 +68,12 @@ def execute(arguments: argparse.Namespace) -> Result:
         peaks = _peaks(model.threads)
         if peaks is None:
             progress.note(f"without rooflines, which need TVM's compiler. {INSTALL_TVM}")
+        if not model.metadata.work:
+            peaks = None
+            progress.note(
+                "without GFLOP and rooflines: the artifact is of an earlier version, which left "
+                "out the operations of kernels. Compile it again."
+            )
         progress.step(f"time {arguments.calls} calls")
         found = model.profile(*inputs, calls=arguments.calls)
     rooflines = {kernel: _roofline(kernel, peaks) for kernel in found.kernels}
@@ -118,6 +124,8 @@ def _inputs(model: CompiledModel, arguments: argparse.Namespace) -> list[np.ndar
     generator = np.random.default_rng(0)
     return [
         generator.standard_normal(shape, np.float32).astype(numpy_dtype(info.dtype))
+        if "float" in info.dtype
+        else np.zeros(shape, info.dtype)  # Integers may be indices, of which 0 exists.
         for info, shape in zip(infos, shapes, strict=True)
     ]
 

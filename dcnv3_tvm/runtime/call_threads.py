@@ -41,7 +41,9 @@ class Contexts(Generic[ContextT]):
         self.closed = False
         _calls.register(self)
 
-    def run(self, function: Callable[[ContextT], ResultT], threads: int) -> ResultT:
+    def run(
+        self, function: Callable[[ContextT], ResultT], threads: int, *, rotate: bool = False
+    ) -> ResultT:
         """Call a function with a context, in a thread of this module.
 
         Ctrl-C interrupts the wait for the result; the function still runs to its end.
@@ -52,6 +54,9 @@ class Contexts(Generic[ContextT]):
             Runs compiled code.
         threads : int
             CPU threads of the call.
+        rotate : bool
+            Use the context again after the other free ones. By default it is the first, because its
+            memory is in the cache.
 
         Raises
         ------
@@ -60,7 +65,7 @@ class Contexts(Generic[ContextT]):
         DeviceError
             If the system starts no more threads.
         """
-        call = _Call(function, threads)
+        call = _Call(function, threads, rotate)
         _calls.submit(self, call)
         value, error = call.reply.get()
         if error is None:
@@ -95,9 +100,10 @@ def call_here(function: Callable[..., None], arguments: Sequence[Any]) -> None:
 
 
 class _Call:
-    def __init__(self, function: Callable[[Any], Any], threads: int) -> None:
+    def __init__(self, function: Callable[[Any], Any], threads: int, rotate: bool) -> None:
         self.function = function
         self.threads = threads
+        self.rotate = rotate
         self.caller = threading.get_ident()
         # An attribute of the module, because gevent replaces it together with Thread.
         self.reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
@@ -180,7 +186,7 @@ class _Calls:
             self._running.remove(call)
             self._idle.append(thread)
             if not contexts.closed:
-                contexts.free.append(context)
+                contexts.free.insert(0 if call.rotate else len(contexts.free), context)
             call.reply.put(outcome)
             if contexts.waiting:
                 self._start(contexts)

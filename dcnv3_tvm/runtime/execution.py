@@ -21,8 +21,11 @@ Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 class Execution(Protocol):
     """Calls functions of a model, and releases them."""
 
-    def run(self, entry: str, arguments: Arguments, threads: int) -> Any:
-        """Return what the function of an entry returns: TVM tensors."""
+    def run(self, entry: str, arguments: Arguments, threads: int, *, rotate: bool = False) -> Any:
+        """Return what the function of an entry returns: TVM tensors.
+
+        With `rotate`, as many calls as there are workers use each of them, if no other call runs.
+        """
 
     def profile(
         self, metadata: ArtifactMetadata, arguments: Arguments, *, calls: int, threads: int
@@ -45,24 +48,28 @@ class CpuExecution:
     def __init__(self, workers: Sequence[Functions]) -> None:
         self._workers = Contexts(workers)
 
-    def run(self, entry: str, arguments: Arguments, threads: int) -> Any:  # noqa: D102
+    def run(  # noqa: D102
+        self, entry: str, arguments: Arguments, threads: int, *, rotate: bool = False
+    ) -> Any:
         inputs = arguments.to_kernel([])
-        return self._workers.run(lambda functions: functions[entry](*inputs), threads)
+        return self._workers.run(
+            lambda functions: functions[entry](*inputs), threads, rotate=rotate
+        )
 
     def profile(  # noqa: D102
         self, metadata: ArtifactMetadata, arguments: Arguments, *, calls: int, threads: int
     ) -> profile.Profile:
         inputs = arguments.to_kernel([])
-        return self._workers.run(
-            lambda functions: profile.profile(
-                lambda: functions["main"](*inputs),
-                functions[profile.SET_INSTRUMENT],
-                metadata,
-                calls=calls,
-                threads=threads,
-            ),
-            threads,
-        )
+
+        def run(job: profile.Job) -> Any:
+            return self._workers.run(
+                lambda functions: job(
+                    lambda: functions["main"](*inputs), functions[profile.SET_INSTRUMENT]
+                ),
+                threads,
+            )
+
+        return profile.profile(run, metadata, calls=calls, threads=threads)
 
     def close(self) -> None:  # noqa: D102
         self._workers.close()
@@ -87,7 +94,14 @@ class GpuExecution:
         # Also of a model that is not closed, and when the process exits.
         self._release = weakref.finalize(self, _release, self._held, gpu)
 
-    def run(self, entry: str, arguments: Arguments, threads: int) -> Any:  # noqa: ARG002, D102
+    def run(  # noqa: D102
+        self,
+        entry: str,
+        arguments: Arguments,
+        threads: int,  # noqa: ARG002
+        *,
+        rotate: bool = False,  # noqa: ARG002
+    ) -> Any:
         self._gpu.check_process()  # Before the lock, which a thread of the parent may have held.
         with self._lock, self._gpu.model_call(arguments.stream):
             if self._held.functions is None:

@@ -170,8 +170,8 @@ class CompiledModel:
         """Call each entry once with zeros, as `load` does with ``warm_up=True``.
 
         Then the first call of the caller is as fast as later ones: kernels are loaded, memory is
-        allocated, and on a GPU graphs are captured. A dynamic batch is one image; entries with
-        other dynamic sizes are left out.
+        allocated for each of the `workers` that is free, and on a GPU graphs are captured. A
+        dynamic batch is one image; entries with other dynamic sizes are left out.
         """
         for name, entry in self.metadata.entries.items():
             shapes = [
@@ -182,13 +182,14 @@ class CompiledModel:
                     np.zeros(tuple(map(int, shape)), numpy_dtype(info.dtype))
                     for shape, info in zip(shapes, entry.inputs, strict=True)
                 ]
-                self._run(name, zeros, {})
+                for _ in range(self.workers):
+                    self._run(name, zeros, {}, rotate=True)
 
     def profile(self, *inputs: Any, calls: int = 10, **named: Any) -> Profile:
         """Time the kernels within calls of the model, on the CPU.
 
         Whole calls alternate with calls in which the virtual machine reports each kernel, which
-        takes some 10 us more a kernel. Other calls of the model may run meanwhile.
+        takes some 10 us more a kernel. Other calls of the model may run in between.
 
         Parameters
         ----------
@@ -311,12 +312,14 @@ class CompiledModel:
                 allowed=", ".join(self.metadata.entries),
             ) from None
 
-    def _run(self, name: str, inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+    def _run(
+        self, name: str, inputs: Sequence[Any], named: Mapping[str, Any], *, rotate: bool = False
+    ) -> list[Any]:
         entry = self._entry(name)
         ordered = in_order(inputs, named, entry.inputs)
         arguments = Arguments(ordered, entry.inputs, self._gpu)
         try:
-            result = self._execution.run(name, arguments, self.threads)
+            result = self._execution.run(name, arguments, self.threads, rotate=rotate)
         except DCNv3Error:
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.runtime import library
@@ -19,6 +20,9 @@ SET_INSTRUMENT: Final = "set_instrument"
 
 _NO_INSTRUMENT: Final = "dcnv3_tvm.no_instrument"
 _WARM_UP: Final = 2
+
+Job: TypeAlias = Callable[[Callable[[], Any], Callable[[Any], Any]], Any]
+"""Takes a function that calls the model, and `SET_INSTRUMENT` of its virtual machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +119,7 @@ class _Recorder:
 
 
 def profile(
-    function: Callable[[], Any],
-    set_instrument: Callable[[Any], Any],
+    run: Callable[[Job], Any],
     metadata: ArtifactMetadata,
     *,
     calls: int,
@@ -126,10 +129,9 @@ def profile(
 
     Parameters
     ----------
-    function : callable
-        Calls the model.
-    set_instrument : callable
-        The function `SET_INSTRUMENT` of its virtual machine.
+    run : callable
+        Runs a job with a virtual machine of the model. Between jobs, other calls of the model may
+        run, the process may fork, and Ctrl-C ends the profile.
     metadata : ArtifactMetadata
         Metadata of the model.
     calls : int
@@ -139,35 +141,42 @@ def profile(
     """
     library.tvm_ffi().register_global_func(_NO_INSTRUMENT, lambda: None, override=True)
     for _ in range(_WARM_UP):
-        function()
+        run(lambda function, _: function())
     whole: list[float] = []
     sums: dict[tuple[str, Any], list[float]] = collections.defaultdict(list)
     counts: collections.Counter[tuple[str, Any]] = collections.Counter()
     timeline: tuple[KernelEvent, ...] = ()
-    try:
-        for _ in range(calls):
-            start = time.perf_counter()
-            function()
-            whole.append(time.perf_counter() - start)
-            recorder = _Recorder(list(metadata.kernels))
-            set_instrument(recorder)
-            function()
-            set_instrument(_NO_INSTRUMENT)
-            total: dict[Any, float] = collections.defaultdict(float)
-            for key, event in recorder.events:
-                total[key] += event.seconds
-            counts = collections.Counter(key for key, _ in recorder.events)
-            for key, seconds in total.items():
-                sums[key].append(seconds)
-            timeline = tuple(event for _, event in recorder.events)
-    finally:
-        set_instrument(_NO_INSTRUMENT)
+    for _ in range(calls):
+        recorder = _Recorder(list(metadata.kernels))
+        whole.append(run(functools.partial(_time, recorder)))
+        total: dict[Any, float] = collections.defaultdict(float)
+        for key, event in recorder.events:
+            total[key] += event.seconds
+        counts = collections.Counter(key for key, _ in recorder.events)
+        for key, seconds in total.items():
+            sums[key].append(seconds)
+        timeline = tuple(event for _, event in recorder.events)
     kernels = [
         _kernel(*key, counts[key], statistics.median(seconds), metadata)
         for key, seconds in sums.items()
     ]
     kernels.sort(key=lambda kernel: -kernel.seconds)
     return Profile(tuple(kernels), statistics.median(whole), calls, threads, timeline)
+
+
+def _time(
+    recorder: _Recorder, function: Callable[[], Any], set_instrument: Callable[[Any], Any]
+) -> float:
+    """Record the kernels of a call, after measuring the seconds of another."""
+    start = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - start
+    set_instrument(recorder)
+    try:
+        function()
+    finally:
+        set_instrument(_NO_INSTRUMENT)
+    return seconds
 
 
 def _kernel(

@@ -1,7 +1,9 @@
 """Profiles of an artifact: the table, the picture and the trace."""
 
+import dataclasses
 import itertools
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ from dcnv3_tvm.bench import cpu_peaks
 from dcnv3_tvm.bench.roofline import Peaks
 from dcnv3_tvm.compiler.compile import compile_artifact
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.runtime import profile
 from dcnv3_tvm.runtime.execution import GpuExecution
 from dcnv3_tvm.verify.random_weights import randomize_
 
@@ -68,6 +71,15 @@ def test_profile_of_a_model(artifact):
             np.testing.assert_array_equal(left, right)
         with pytest.raises(InvalidArgumentError, match="calls"):
             model.profile(image, calls=0)
+        # Each call is a job of its own: other calls, forks and Ctrl-C wait for one only.
+        jobs = []
+
+        def run(job):
+            jobs.append(job)
+            return job(lambda: None, lambda _: None)
+
+        profile.profile(run, model.metadata, calls=3, threads=1)
+        assert len(jobs) == 2 + 3
 
 
 def test_command(cli, artifact, photo, tmp_path):
@@ -99,6 +111,15 @@ def test_without_the_compiler(cli, artifact, photo, monkeypatch):
     assert "roofline" not in outcome.out
 
 
+def test_artifact_without_operations(cli, artifact, photo, tmp_path):
+    old = shutil.copytree(artifact, tmp_path / "old")
+    metadata = dataclasses.replace(runtime.read_metadata(old), work={})
+    (old / "metadata.json").write_text(metadata.dumps())
+    outcome = cli("profile", old, photo, "--calls", 1)
+    assert "the artifact is of an earlier version" in outcome.err
+    assert "roofline" not in outcome.out
+
+
 def test_errors(cli, artifact, photo, tmp_path):
     outcome = cli("profile", artifact)
     assert outcome.code == 2
@@ -107,5 +128,6 @@ def test_errors(cli, artifact, photo, tmp_path):
     assert outcome.code == 2
     assert "the trace cannot be written" in outcome.err
     assert "A call takes" in outcome.out, "what was measured is lost"
+    gpu = SimpleNamespace(name="cuda:0", is_usable=lambda: True, release_unused=lambda: None)
     with pytest.raises(InvalidArgumentError, match=r"on cuda:0.*nsys profile"):
-        GpuExecution({}, SimpleNamespace(name="cuda:0")).profile(None, None, calls=1, threads=1)
+        GpuExecution({}, gpu).profile(None, None, calls=1, threads=1)

@@ -17,7 +17,7 @@ import torch
 
 from dcnv3_tvm import runtime
 from dcnv3_tvm.errors import ArtifactError, DeviceError, InvalidArgumentError
-from dcnv3_tvm.runtime import library
+from dcnv3_tvm.runtime import call_threads, library
 from dcnv3_tvm.runtime.tensors import ALIGNMENT, aligned_bytes, aligned_copy
 
 TASKS = "/proc/self/task"
@@ -276,13 +276,23 @@ def test_warm_up(make_toy, toy, tmp_path, image, monkeypatch):
     called = []
     run = runtime.CompiledModel._run
     monkeypatch.setattr(
-        runtime.CompiledModel, "_run", lambda *given: called.append(given[1]) or run(*given)
+        runtime.CompiledModel,
+        "_run",
+        lambda *given, **options: called.append(given[1]) or run(*given, **options),
     )
-    model = runtime.load(make_toy("n").write(tmp_path / "dynamic"), warm_up=True)
-    assert called == ["main", "features"]
+    model = runtime.load(make_toy("n").write(tmp_path / "dynamic"), warm_up=True, workers=2)
+    assert called == ["main", "main", "features", "features"]
     np.testing.assert_array_equal(model(image), toy.main(image))
     with pytest.raises(InvalidArgumentError, match="warm_up"):
         runtime.load(tmp_path / "dynamic", warm_up="yes")
+
+
+def test_calls_that_rotate_use_each_context():
+    contexts = call_threads.Contexts(["a", "b", "c"])
+    used = [contexts.run(lambda context: context, 1, rotate=True) for _ in range(6)]
+    assert sorted(used[:3]) == ["a", "b", "c"]
+    assert used[3:] == used[:3]
+    assert len({contexts.run(lambda context: context, 1) for _ in range(3)}) == 1
 
 
 def test_thread_count(artifact_path, toy, image):
