@@ -56,6 +56,9 @@ _MAX_UNROLLED_POINTS: Final = 16
 _MAX_GROUPS: Final = 16
 """Most groups whose points are computed in unrolled vectors: 9 of 16 lanes with a 3x3 kernel."""
 
+_PART_COST: Final = 0.5
+"""Cost of a part of a partial vector, next to that of a vector."""
+
 _MAX_VECTORS: Final = 4
 """Most vector registers of sums in one pass over the points, by default."""
 
@@ -215,14 +218,18 @@ def _vectorize_points(
 
 
 def groups_at_once(groups: int, points: int, lanes: int) -> int:
-    """Choose how many groups to compute at once: those whose points fill whole vectors best."""
+    """Choose how many groups to compute at once: those whose points fill vectors at least cost.
 
-    def vectors_per_group(size: int) -> float:
-        return -(-size * points // lanes) / size
+    A partial vector is loaded and stored in parts of 1, 2, 4 ... elements.
+    """
+
+    def cost(size: int) -> float:
+        vectors, rest = divmod(size * points, lanes)
+        return (vectors + (rest > 0) + _PART_COST * rest.bit_count()) / size
 
     most = min(groups, _MAX_GROUPS)
     sizes = [size for size in range(1, most + 1) if groups % size == 0]
-    return min(sizes, key=lambda size: (vectors_per_group(size), size))
+    return min(sizes, key=lambda size: (cost(size), size))
 
 
 def unroll_points(sch: s_tir.Schedule, point: LoopRV) -> None:

@@ -54,7 +54,7 @@ def test_structure():
 
 @pytest.mark.parametrize(
     ("groups", "points", "lanes", "size"),
-    [(4, 9, 16, 4), (16, 9, 16, 16), (32, 9, 16, 16), (40, 9, 16, 5), (7, 9, 16, 7), (6, 4, 8, 2)],
+    [(4, 9, 16, 4), (16, 9, 16, 16), (32, 9, 16, 16), (40, 9, 16, 8), (7, 9, 16, 7), (6, 4, 8, 2)],
 )
 def test_groups_of_whole_vectors(groups, points, lanes, size):
     assert groups_at_once(groups, points, lanes) == size
