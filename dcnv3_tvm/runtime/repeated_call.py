@@ -47,12 +47,12 @@ class RepeatedCall:
         """
         if self.kernel.on_gpu or type(offset) is not type(x) or type(mask) is not type(x):
             return None
+        if not self._fits(x.dtype, offset, mask):
+            return None
         given = out is not None
         if not given:
             out = tensors.empty_like(x, cast("tuple[int, ...]", self.spec.output_shape))
-        elif type(out) is not type(x) or getattr(out, "requires_grad", False):
-            return None
-        if not self._fits(x.dtype, offset, mask, out):
+        elif not self._takes(out, x):
             return None
         shared = tensors.share_all(x, offset, mask, out)
         if shared is None:
@@ -62,18 +62,27 @@ class RepeatedCall:
         self.kernel.run_on_cpu(shared)
         return out
 
-    def _fits(self, dtype: Any, offset: Any, mask: Any, out: Any) -> bool:
+    def _fits(self, dtype: Any, offset: Any, mask: Any) -> bool:
         spec = self.spec
         try:
             return bool(
                 offset.shape == spec.offset_shape
                 and mask.shape == spec.mask_shape
-                and out.shape == spec.output_shape
                 and offset.dtype == dtype
                 and mask.dtype == dtype
-                and out.dtype == dtype
             )
         except RuntimeError:  # A nested tensor of PyTorch has no shape.
+            return False
+
+    def _takes(self, out: Any, x: Any) -> bool:
+        try:
+            return bool(
+                type(out) is type(x)
+                and out.shape == self.spec.output_shape
+                and out.dtype == x.dtype
+                and not getattr(out, "requires_grad", False)
+            )
+        except RuntimeError:
             return False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, TypeVar, cast
 
 import numpy as np
@@ -148,18 +148,32 @@ def share_all(*given: Any) -> list[Any] | None:
     list of tvm_ffi.Tensor or None
         None unless all are of one kind, NumPy or PyTorch, in CPU memory, and need no copy.
     """
-    torch = sys.modules.get("torch")
     kind = type(given[0])
-    ordinary: Callable[[Any], bool]
+    torch = sys.modules.get("torch")
+    # Written out: calls of functions would take as long as the checks.
     if kind is np.ndarray:
-        ordinary = _is_ordinary_array
+        for tensor in given:
+            if type(tensor) is not kind or not tensor.flags.carray:
+                return None
+            dtype = tensor.dtype
+            if dtype.kind != "f" or not dtype.isnative:  # DLPack does not export bfloat16.
+                return None
     elif torch is not None and kind is torch.Tensor:
-        ordinary = _is_ordinary_torch
+        try:
+            for tensor in given:
+                if (
+                    type(tensor) is not kind
+                    or not tensor.is_cpu
+                    or tensor.is_nested
+                    or tensor.is_neg()
+                    or not tensor.is_contiguous()
+                    or not tensor.data_ptr()
+                ):
+                    return None
+        except RuntimeError:  # A sparse tensor, or one of torch.func.
+            return None
     else:
         return None
-    for tensor in given:
-        if type(tensor) is not kind or not ordinary(tensor):
-            return None
     convert = tvm_ffi().from_dlpack
     return [convert(tensor) for tensor in given]
 
@@ -200,7 +214,10 @@ def empty_like(tensor: TensorT, shape: Sequence[int]) -> TensorT:
         dtype = like.dtype
         result = np.empty(shape, dtype if dtype.isnative else dtype.newbyteorder("="))
     elif _is_torch(like):
-        result = like.new_empty(shape)
+        torch = sys.modules["torch"]
+        # The first takes half of the time.
+        same = like.shape == shape and like.is_contiguous()
+        result = torch.empty_like(like) if same else like.new_empty(shape)
     else:
         result = allocate(shape, like.dtype, like.device)
     return cast("TensorT", result)
@@ -256,25 +273,6 @@ def total_bytes(tensors: Iterable[Any]) -> int:
 def _is_torch(value: Any) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _is_ordinary_array(array: np.ndarray) -> bool:
-    dtype = array.dtype
-    # DLPack does not export bfloat16.
-    return array.flags.carray and dtype.kind == "f" and dtype.isnative
-
-
-def _is_ordinary_torch(tensor: Any) -> bool:
-    try:
-        return bool(
-            tensor.is_cpu
-            and not tensor.is_nested
-            and not tensor.is_neg()
-            and tensor.is_contiguous()
-            and tensor.data_ptr()
-        )
-    except RuntimeError:  # A sparse tensor, or one of torch.func.
-        return False
 
 
 def _has_data(tensor: Any) -> bool:
