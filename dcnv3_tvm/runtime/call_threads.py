@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import collections
 import os
-import queue
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -67,9 +66,10 @@ class Contexts(Generic[ContextT]):
         """
         call = _Call(function, threads, rotate)
         _calls.submit(self, call)
-        value, error = call.reply.get()
+        call.answered.acquire()
+        error = call.error
         if error is None:
-            result: ResultT = value
+            result: ResultT = call.value
             return result
         try:
             raise error
@@ -100,20 +100,31 @@ def call_here(function: Callable[..., None], arguments: Sequence[Any]) -> None:
 
 
 class _Call:
+    __slots__ = ("answered", "caller", "error", "function", "rotate", "threads", "value")
+
     def __init__(self, function: Callable[[Any], Any], threads: int, rotate: bool) -> None:
         self.function = function
         self.threads = threads
         self.rotate = rotate
         self.caller = threading.get_ident()
-        # An attribute of the module, because gevent replaces it together with Thread.
-        self.reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self.value: Any = None
+        self.error: BaseException | None = None
+        # An attribute of the module, because gevent replaces it together with Thread. A bare lock,
+        # because its hand-over is the fastest.
+        self.answered = threading.Lock()
+        self.answered.acquire()
 
-    def run(self, context: Any, pool_size: int) -> tuple[Any, BaseException | None]:
+    def run(self, context: Any, pool_size: int) -> None:
         try:
             library.use_threads(self.threads, pool_size=pool_size)
-            return self.function(context), None
+            self.value = self.function(context)
         except BaseException as error:  # Whatever it is, it belongs to the caller.
-            return None, error
+            self.error = error
+
+    def reject(self, error: BaseException) -> None:
+        """Raise an error in the caller instead of running."""
+        self.error = error
+        self.answered.release()
 
 
 class _CallThread:
@@ -127,18 +138,22 @@ class _CallThread:
 
     def __init__(self, pool_size: int) -> None:
         self.pool_size = pool_size
-        self._work: queue.SimpleQueue[tuple[Contexts[Any], Any, _Call]] = queue.SimpleQueue()
+        self._given = threading.Lock()
+        self._given.acquire()
+        self._work: Any = None  # Contexts, the context and the call.
         threading.Thread(target=self._loop, name="dcnv3-tvm", daemon=True).start()
 
     def start(self, contexts: Contexts[Any], context: Any, call: _Call) -> None:
-        self._work.put((contexts, context, call))
+        self._work = (contexts, context, call)
+        self._given.release()
 
     def _loop(self) -> None:
-        while True:
-            contexts, context, call = self._work.get()
-            outcome = call.run(context, self.pool_size)
-            _calls.finish(self, contexts, context, call, outcome)
-            del contexts, context, call, outcome  # Else they would live until the next call.
+        while self._given.acquire():
+            contexts, context, call = self._work
+            self._work = None
+            call.run(context, self.pool_size)
+            _calls.finish(self, contexts, context, call)
+            del contexts, context, call  # Else they would live until the next call.
 
 
 class _Calls:
@@ -180,18 +195,17 @@ class _Calls:
         contexts: Contexts[Any],
         context: Any,
         call: _Call,
-        outcome: tuple[Any, BaseException | None],
     ) -> None:
         with self._lock:
             self._running.remove(call)
             self._idle.append(thread)
             if not contexts.closed:
                 contexts.free.insert(0 if call.rotate else len(contexts.free), context)
-            call.reply.put(outcome)
             if contexts.waiting:
                 self._start(contexts)
             if self._forks or self._exiting:
                 self._state.notify_all()
+            call.answered.release()
 
     def begin_here(self) -> None:
         if self._process != os.getpid():
@@ -221,7 +235,7 @@ class _Calls:
             contexts.all.clear()
             contexts.free.clear()
             while contexts.waiting:
-                contexts.waiting.popleft().reply.put((None, closed_error()))
+                contexts.waiting.popleft().reject(closed_error())
 
     def _start(self, contexts: Contexts[Any]) -> None:
         """Start waiting calls for which a context is free."""
@@ -230,7 +244,7 @@ class _Calls:
             try:
                 thread = self._take_thread(call.threads)
             except RuntimeError as error:
-                call.reply.put((None, _thread_error(error)))
+                call.reject(_thread_error(error))
                 continue
             self._running.add(call)
             thread.start(contexts, contexts.free.pop(), call)
