@@ -12,6 +12,26 @@ from dcnv3_tvm.errors import MissingDependencyError
 HELP: Final = "print a script that completes commands, options and files in your shell"
 EXAMPLE: Final = "dcnv3-tvm completion zsh"
 
+_MODEL: Final = {
+    "bash": "_dcnv3_tvm_models_or_files",
+    "zsh": "_dcnv3_tvm_models_or_files",
+    "tcsh": "f",
+}
+"""How the argument ``model`` is completed, by shell: in bash, shtab takes ``_file`` for paths."""
+
+_FUNCTIONS: Final = {
+    "bash": """_dcnv3_tvm_models_or_files() {{
+  compgen -W "{names}" -- "$1"
+  compgen -f -- "$1"
+}}
+""",
+    "zsh": """_dcnv3_tvm_models_or_files() {{
+  _alternative "models:model:({names})" "files:file:_files"
+}}
+""",
+}
+"""Names of models, and files: checkpoints and artifacts."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -27,18 +47,23 @@ def execute(arguments: argparse.Namespace) -> Result:
             "shtab, which writes the script, is not installed", hint="Run: pip install shtab"
         ) from error
     from dcnv3_tvm import cli
+    from dcnv3_tvm.frontend import list_models
 
     whole = cli.parser(cli.load_verbs())
-    _complete_files(whole, shtab.FILE)
-    script = shtab.complete(whole, arguments.shell)
+    _complete_arguments(whole, shtab.FILE)
+    names = " ".join(list_models())
+    functions = {shell: text.format(names=names) for shell, text in _FUNCTIONS.items()}
+    script = shtab.complete(whole, arguments.shell, preamble=functions)
     return Result({"shell": arguments.shell, "script": script}, script)
 
 
-def _complete_files(parser: argparse.ArgumentParser, how: object) -> None:
-    """Mark the arguments of a parser, and of its subcommands, that are paths."""
+def _complete_arguments(parser: argparse.ArgumentParser, path: object) -> None:
+    """Mark the arguments of a parser, and of its subcommands, that are paths or models."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
-                _complete_files(command, how)
+                _complete_arguments(command, path)
         elif action.type is parse_path:
-            action.complete = how  # type: ignore[attr-defined]
+            action.complete = path  # type: ignore[attr-defined]
+        elif action.dest == "model":
+            action.complete = _MODEL  # type: ignore[attr-defined]

@@ -502,3 +502,13 @@ def test_completion(cli):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     for word in (*VERBS, "--dynamic-batch", "encoder", "--quiet"):
         assert word in script
+    # As bash does for: dcnv3-tvm compile internimage_x<TAB>
+    ask = "COMP_WORDS=(dcnv3-tvm compile internimage_x); COMP_CWORD=2; _shtab_dcnv3_tvm"
+    done = subprocess.run(
+        ["bash"],
+        input=f"{script}\n{ask}; echo ${{COMPREPLY[@]}}",
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == "internimage_xl\n"
