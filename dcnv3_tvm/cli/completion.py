@@ -51,8 +51,7 @@ def execute(arguments: argparse.Namespace) -> Result:
 
     whole = cli.parser(cli.load_verbs())
     _complete_arguments(whole, shtab.FILE)
-    names = " ".join(list_models())
-    functions = {shell: text.format(names=names) for shell, text in _FUNCTIONS.items()}
+    functions = _FUNCTIONS.get(arguments.shell, "").format(names=" ".join(list_models()))
     script = shtab.complete(whole, arguments.shell, preamble=functions)
     return Result({"shell": arguments.shell, "script": script}, script)
 
