@@ -32,6 +32,7 @@ def depthwise(
     x_dtype: str | None = None,
     out_dtype: str | None = None,
     run: int | None = None,
+    row_slack: int = 0,
 ) -> tirx.PrimFunc:
     """Build a depthwise convolution of channels-last tensors, with LayerNorm and activation.
 
@@ -57,6 +58,9 @@ def depthwise(
         Compute the rows of out in runs of so many neighbouring pixels, each from its own padded
         part of x: all sizes of a run are static, whatever the width. ``padded`` then has the type
         of x, so that whole vectors can be copied, and a block ``converted`` converts it.
+    row_slack : int
+        Without runs, pixels computed beyond the last of each output row, which are not stored, as
+        for `dcnv3_tvm.kernels.convolution.convolution`.
 
     Returns
     -------
@@ -81,8 +85,9 @@ def depthwise(
         stored = out_dtype or dtype
         out = argument("out", [batch, out_height, out_width, channels], stored)
         if run is None:
-            columns: list[Any] = [out_width]
-            image = pad_image(x, (out_height, out_width), kernel_size, stride, pad, (1, 1), dtype)
+            wide = out_width + row_slack if row_slack else out_width
+            columns: list[Any] = [wide]
+            image = pad_image(x, (out_height, wide), kernel_size, stride, pad, (1, 1), dtype)
         else:
             # ceil(width / run) in a form from which TVM sees, for a symbolic width, that the last
             # pixel has a run.

@@ -10,6 +10,7 @@ import tvm
 from tvm import relax
 
 from dcnv3_tvm.dtypes import numpy_dtype
+from dcnv3_tvm.kernels.convolution import output_extent
 from dcnv3_tvm.kernels.depthwise import depthwise
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.layer_norm import layer_norm
@@ -145,19 +146,39 @@ def _pair(values: Any) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def depthwise_kernel(context: LayerContext, *, run: int | None = None) -> tvm.tirx.PrimFunc:
-    """Build the kernel of a depthwise convolution with its LayerNorm and activation."""
-    layer = context.layer
+def depthwise_kernel(
+    context: LayerContext,
+    *,
+    run: int | None = None,
+    row_slack: Callable[[Any], int] = lambda _: 0,
+) -> tvm.tirx.PrimFunc:
+    """Build the kernel of a depthwise convolution with its LayerNorm and activation.
+
+    Parameters
+    ----------
+    context : LayerContext
+        The layer.
+    run : int, optional
+        As in `dcnv3_tvm.kernels.depthwise.depthwise`.
+    row_slack : callable
+        Extra pixels to compute, for the pixels of an output row.
+    """
+    layer, window = context.layer, context.window
+    kernel_size = context.weight.shape[1], context.weight.shape[2]
+    width = output_extent(
+        int64(context.sizes[2]), kernel_size[1], window["stride"][1], window["pad"][1], 1
+    )
     return depthwise(
         *context.sizes,
-        kernel_size=(context.weight.shape[1], context.weight.shape[2]),
-        **context.window,
+        kernel_size=kernel_size,
+        **window,
         bias=layer.bias is not None,
         norm_eps=None if layer.norm is None else float(layer.norm.attrs.epsilon),
         activation=layer.activation,
         x_dtype=context.dtype,
         out_dtype=context.out_dtype,
         run=run,
+        row_slack=row_slack(width),
     )
 
 

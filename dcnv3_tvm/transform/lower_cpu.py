@@ -103,7 +103,7 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
             tiles = dtype == "bfloat16" and tiling.matrix_tiles
             return _lower_convolution(context, tiling, tiles=tiles)
         if layer.kind == "depthwise":
-            return call_depthwise(context, depthwise_kernel(context))
+            return call_depthwise(context, depthwise_kernel(context, row_slack=tiling.row_slack))
         return lower_layer_norm(context, tiling.row_slack)
 
     return program.rebuilt(visit)

@@ -6,6 +6,7 @@ from typing import Final
 
 from tvm import s_tir, tirx
 from tvm.target import Target
+from tvm_ffi import structural_equal
 
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.layer_norm import normalize_rows, pick_rows
@@ -49,7 +50,9 @@ def depthwise(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.P
 
     # Step 1. Run output rows in parallel, each in runs of pixels.
     batch, line, pixel, _ = sch.get_loops(epilogue)
-    pixels = pick_rows(sch.get(pixel).extent, _PIXELS, space)
+    extent = sch.get(pixel).extent
+    slack = not structural_equal(extent, sch.get(sch.get_loops(window)[2]).extent)
+    pixels = pick_rows(extent, _PIXELS, space, slack=slack)
     run, _ = sch.split(pixel, [None, pixels])
     task = sch.fuse(batch, line)
     sch.parallel(task)

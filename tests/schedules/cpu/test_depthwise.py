@@ -20,6 +20,7 @@ def check(
     pad=(1, 1),
     normalized=True,
     activation="gelu",
+    row_slack=0,
 ):
     """Compare the scheduled kernel with float64; `given` are dynamic sizes."""
     *sizes, channels = shape
@@ -38,6 +39,7 @@ def check(
         bias=True,
         norm_eps=1e-6 if normalized else None,
         activation=activation,
+        row_slack=row_slack,
     )
     sums = layers.depthwise(x, weight, stride=stride, pad=pad) + bias
     normal = layers.layer_norm(sums, gamma, beta, 1e-6) if normalized else sums
@@ -67,6 +69,12 @@ def test_dynamic_sizes(rng, assert_close, host, shape):
     n, h, w = (tirx.Var(name, "int64") for name in "nhw")
     check(rng, assert_close, host, shape, given=(n, *shape[1:3]))
     check(rng, assert_close, host, shape, given=(n, h, w))
+    check(rng, assert_close, host, shape, given=(n, h, w), row_slack=15)
+
+
+def test_pixels_beyond_the_last(rng, assert_close, host):
+    check(rng, assert_close, host, (2, 3, 19, 24), row_slack=15, stride=(1, 2), kernel=(3, 5))
+    check(rng, assert_close, host, (1, 4, 17, 13), row_slack=15, normalized=False)
 
 
 def test_other_instruction_sets(rng, assert_close, target):
