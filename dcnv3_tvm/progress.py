@@ -84,7 +84,8 @@ class Progress:
                 self._stream.write(f"{text}\n")
                 self._stream.flush()
             else:
-                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+                options = {"markup": False, "highlight": False, "emoji": False}
+                self._bar.console.print(text, soft_wrap=True, **options)
 
     @property
     def seconds(self) -> float:
@@ -116,7 +117,8 @@ class Progress:
         traceback: TracebackType | None,
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # The terminal may be closed.
+                self._bar.stop()
             self._bar = None
         self._show("done" if kind is None else "stopped")
 

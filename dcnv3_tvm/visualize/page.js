@@ -82,7 +82,7 @@
   function follow(earlier, later, contribution) {
     const share = new Float64Array(earlier.output[0] * earlier.output[1]);
     const nearest = (place, axis) => Math.min(
-      Math.round(place * later.stride[axis] / (earlier.stride[axis] * earlier.step[axis])),
+      Math.ceil(place * later.stride[axis] / (earlier.stride[axis] * earlier.step[axis]) - 0.5),
       earlier.output[axis] - 1);
     contribution.forEach((value, i) => {
       const row = nearest(Math.floor(i / later.size[1]), 0), column = nearest(i % later.size[1], 1);

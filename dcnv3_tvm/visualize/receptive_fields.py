@@ -118,7 +118,8 @@ def _to_output_of(
     indices = []
     for axis in (0, 1):
         ratio = later.stride[axis] / earlier.output_stride[axis]
-        nearest = np.rint(np.arange(later.size[axis]) * ratio).astype(np.int64)
+        # Of two that are as near the first, as in upsampling to the nearest.
+        nearest = np.ceil(np.arange(later.size[axis]) * ratio - 0.5).astype(np.int64)
         indices.append(np.minimum(nearest, earlier.output_size[axis] - 1))
     rows, columns = indices
     share = np.zeros(earlier.output_size)

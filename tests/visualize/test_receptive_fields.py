@@ -43,6 +43,20 @@ def test_field_is_the_derivative_of_the_composed_operators(sampled, rng):
     np.testing.assert_allclose((fields[2].contribution * x).sum(), y[3, 1], rtol=1e-4)
 
 
+def test_field_through_an_upsampling(rng):
+    def block(height: int, width: int) -> SampledBlock:
+        shape = (1, height, width)
+        offset = rng.standard_normal((*shape, PARAMS.offset_channels))
+        return SampledBlock(PARAMS, (height, width), offset, rng.random((*shape, 18)))
+
+    small, large = block(3, 4), block(6, 8)
+    fields = receptive_field(number_blocks([small, large], (12, 16)), 1, 4, 5)
+    x = rng.standard_normal((3, 4))
+    upsampled = operator(small, x).repeat(2, axis=0).repeat(2, axis=1)
+    expected = operator(large, upsampled)[4, 5]
+    np.testing.assert_allclose((fields[1].contribution * x).sum(), expected, rtol=1e-4)
+
+
 def test_one_group(sampled, rng):
     blocks = number_blocks(sampled, (36, 28))
     both = [receptive_field(blocks, 0, 4, 3, group=group)[0].contribution for group in (0, 1)]
