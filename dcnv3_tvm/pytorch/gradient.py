@@ -17,6 +17,7 @@ from dcnv3_tvm.compiler import gradients
 from dcnv3_tvm.compiler.argument_checks import check_shapes, check_tensors
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.pytorch.registration import (
+    check_devices,
     check_dtypes,
     check_shape,
     computed_dtype,
@@ -42,7 +43,9 @@ def _prepare(
     **params: Unpack[DCNv3Keywords],
 ) -> tuple[DCNv3Spec, list[torch.Tensor]]:
     """Check a call; returns the problem, and its tensors in the type in which it is computed."""
-    check_dtypes(dict(zip(_ARGUMENTS, (grad, x, offset, mask), strict=True)))
+    arguments = dict(zip(_ARGUMENTS, (grad, x, offset, mask), strict=True))
+    check_dtypes(arguments)
+    check_devices(arguments)
     dtype = computed_dtype(x.dtype, offset.dtype, mask.dtype, softmax=params.get("softmax", False))
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in params.items()
@@ -90,6 +93,7 @@ def _check_fake(
     **params: Unpack[DCNv3Keywords],
 ) -> None:
     check_dtypes({"grad": grad})
+    check_devices({"grad": grad, "x": x})
     check_shape("grad", grad, output_shape(x, offset, mask, **params))
 
 

@@ -155,6 +155,7 @@ def output_shape(
         If a dtype, a shape or a parameter is not valid.
     """
     check_dtypes({"x": x, "offset": offset, "mask": mask})
+    check_devices({"x": x, "offset": offset, "mask": mask})
     sizes = [size if type(size) is int else None for size in x.shape[:-1]]
     spec = DCNv3Spec.of((*sizes, int(x.shape[-1])), **params)
     leading = [x.shape[0], *(spec.output_extent(x.shape[1 + axis], axis) for axis in range(2))]
@@ -171,6 +172,17 @@ def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
             f"{', '.join(dtypes)}: not all are of floating-point dtypes",
             got=", ".join(f"{name}: {dtype}" for name, dtype in dtypes.items()),
             allowed=", ".join(DTYPE_BYTES),
+        )
+
+
+def check_devices(tensors: dict[str, torch.Tensor]) -> None:
+    """Check that tensors are on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise InvalidArgumentError(
+            "the tensors are on different devices",
+            got=", ".join(f"{name}: {device}" for name, device in devices.items()),
+            allowed="the same for all",
         )
 
 

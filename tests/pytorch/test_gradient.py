@@ -230,6 +230,18 @@ def test_wrong_gradients_are_rejected(device):
         dcnv3_backward(tensors[0].int(), *tensors[1:], **SPEC.params.keywords())
 
 
+@pytest.mark.parametrize("argument", range(4))
+def test_tensors_on_two_devices_are_rejected(argument):
+    leaves, grad = inputs(SPEC)
+    tensors = [grad, *(leaf.detach() for leaf in leaves)]
+    tensors[argument] = tensors[argument].to("meta")
+    with pytest.raises(InvalidArgumentError, match=r"different devices; got .*meta"):
+        dcnv3_backward(*tensors, **SPEC.params.keywords())
+    if argument:
+        with pytest.raises(InvalidArgumentError, match=r"different devices; got .*meta"):
+            dcnv3(*tensors[1:], **SPEC.params.keywords())
+
+
 def test_many_widths_share_a_kernel(monkeypatch):
     """The first widths get kernels of their own; batch and height are always dynamic."""
     compiled = []
