@@ -41,8 +41,16 @@ _SANITIZER_TOOLS: Final = ("memcheck", "racecheck", "synccheck")
 _UNSUPPORTED: Final = "Device not supported"
 """The sanitizer's message on virtual machines without debugging of the GPU."""
 
+_SANITIZER_LINE: Final = "========="
+_LINES: Final = 6
+"""Lines of the output of a failed process in its record."""
+
 _SECONDS: Final = 60.0
-_SANITIZER_SECONDS: Final = 150.0
+_SANITIZER_SANITIZER_LINE: Final = "========="
+_LINES: Final = 6
+"""Lines of the output of a failed process in its record."""
+
+_SECONDS: Final = 150.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +95,7 @@ def run(contents: Contents, only: str, seconds: float) -> int:
     """Run the checks whose names match a pattern; return the exit code."""
     from first_contact.checks import checks
 
+    contents.unpack()
     names = [*checks(contents), *(f"{_SANITIZER} {tool}" for tool in _SANITIZER_TOOLS)]
     failed = 0
     for name in fnmatch.filter(names, only):
@@ -144,11 +153,12 @@ def _run_process(
     # A process may fail after it printed its result: when it frees memory.
     if not ended and process.returncode == 0 and said:
         return record
-    if not record.error or ended:
-        tail = " | ".join(output.strip().splitlines()[-5:])
-        reason = ended or f"exit code {process.returncode}"
-        record = dataclasses.replace(record, ok=False, error=f"{reason}: {tail}")
-    return record
+    reason = record.error or ended or f"exit code {process.returncode}"
+    lines = output.strip().splitlines()
+    shown = [line for line in lines if line.startswith(_SANITIZER_LINE)][:_LINES]
+    if not record.error:
+        shown = shown or lines[-_LINES:]
+    return dataclasses.replace(record, ok=False, error=" | ".join([reason, *shown]))
 
 
 def check(contents: Contents, name: str) -> int:

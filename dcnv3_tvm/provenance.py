@@ -112,7 +112,10 @@ def cpu_description() -> str:
     """Return the model name of the CPU and LLVM's name of it: virtual machines hide the model."""
     from dcnv3_tvm import targets
 
-    return f"{machine.cpu_name()} ({targets.host_cpu()})"
+    try:
+        return f"{machine.cpu_name()} ({targets.host_cpu()})"
+    except ImportError:  # TVM, which has LLVM, is not needed to run compiled code.
+        return machine.cpu_name()
 
 
 def git_commit() -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import lzma
 import platform
 import statistics
 import threading
@@ -17,10 +16,9 @@ import numpy as np
 from dcnv3_tvm import gpu, runtime
 from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.errors import DeviceError
-from dcnv3_tvm.runtime import CompiledModel, cuda, cuda_toolkit, library, tensors
+from dcnv3_tvm.runtime import CompiledModel, cuda_toolkit, kernel_runtime, library, tensors
 from dcnv3_tvm.runtime.cuda import Gpu, format_bytes
 from dcnv3_tvm.runtime.kernel import Kernel, KernelLibrary
-from dcnv3_tvm.runtime.metadata import CUDA_LIBRARY, RUNTIME_LIBRARY, WEIGHTS
 from dcnv3_tvm.verify.entries import entry_outputs
 from dcnv3_tvm.verify.tolerances import NORM_ERROR, model_tolerance
 from first_contact.contents import ENCODERS, Contents, Operator, numbered
@@ -170,9 +168,7 @@ def _operator(contents: Contents, operator: Operator) -> Details:
 def _run_operator(contents: Contents, operator: Operator) -> list[np.ndarray]:
     """Run a kernel, with NaN in the outputs beforehand."""
     manifest = contents.manifest
-    bundled = contents.libraries
-    library.load_runtime(version=manifest.tvm, bundled=bundled / RUNTIME_LIBRARY)
-    cuda.load_runtime(bundled / CUDA_LIBRARY)
+    kernel_runtime.load_runtime(contents.libraries)
     code = KernelLibrary(contents.code(operator.name).read_bytes(), on_gpu=True)
     kernel = Kernel(operator.kind, manifest.target, code)
     arrays = contents.arrays(operator.name)
@@ -348,10 +344,6 @@ def _two_threads(contents: Contents) -> Details:
 def _model(contents: Contents, name: str) -> Details:
     """Compare a large encoder with float64 and time its calls."""
     path = contents.model(name)
-    weights = path / WEIGHTS
-    if not weights.exists():
-        packed = contents.packed_weights(contents.manifest.models[name])
-        weights.write_bytes(lzma.decompress(packed.read_bytes()))
     stored = contents.arrays(name)
     with runtime.load(path) as model:
         entry = model.metadata.entries["main"].inputs[0]

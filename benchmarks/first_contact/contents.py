@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import lzma
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +14,13 @@ import numpy as np
 
 from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.json_values import decode
-from dcnv3_tvm.runtime.metadata import TargetInfo
+from dcnv3_tvm.runtime.metadata import (
+    CUDA_LIBRARY,
+    METADATA,
+    RUNTIME_LIBRARY,
+    WEIGHTS,
+    TargetInfo,
+)
 
 ENCODERS: Final = ("encoder-plain", "encoder-graph")
 """The same small encoder without and with a CUDA graph."""
@@ -46,8 +54,6 @@ class Manifest:
     ----------
     target : TargetInfo
         The GPU it was compiled for.
-    tvm : str
-        Version of TVM.
     operators : tuple of Operator
         Kernels of the operator.
     models : dict of str to str
@@ -55,7 +61,6 @@ class Manifest:
     """
 
     target: TargetInfo
-    tvm: str
     operators: tuple[Operator, ...]
     models: dict[str, str]
 
@@ -92,12 +97,38 @@ class Contents:
         return self.root / "operators" / f"{operator}.so"
 
     def model(self, name: str) -> Path:
-        """Return the path of a large encoder, without its weights."""
+        """Return the path of a large encoder."""
         return self.root / "models" / name
 
-    def packed_weights(self, digest: str) -> Path:
-        """Return the path of compressed weights, which encoders may share."""
+    def _packed_weights(self, digest: str) -> Path:
         return self.root / "models" / f"{digest[:16]}.xz"
+
+    def pack(self) -> None:
+        """Keep the runtime libraries and weights of artifacts once."""
+        for path in self._artifacts():
+            for name in (RUNTIME_LIBRARY, CUDA_LIBRARY):
+                (path / name).unlink()
+        for name, digest in self.manifest.models.items():
+            weights = self.model(name) / WEIGHTS
+            if not self._packed_weights(digest).exists():
+                packed = lzma.compress(weights.read_bytes(), preset=1)
+                self._packed_weights(digest).write_bytes(packed)
+            weights.unlink()
+
+    def unpack(self) -> None:
+        """Undo `pack`, unless that has been done."""
+        for path in self._artifacts():
+            for name in (RUNTIME_LIBRARY, CUDA_LIBRARY):
+                if not (path / name).exists():
+                    shutil.copyfile(self.libraries / name, path / name)
+        for name, digest in self.manifest.models.items():
+            weights = self.model(name) / WEIGHTS
+            if not weights.exists():
+                packed = self._packed_weights(digest).read_bytes()
+                weights.write_bytes(lzma.decompress(packed))
+
+    def _artifacts(self) -> list[Path]:
+        return [path.parent for path in self.root.rglob(METADATA)]
 
     def save(self, name: str, **arrays: np.ndarray) -> None:
         """Write inputs and expected outputs; types that NumPy's format lacks become float32."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import lzma
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,15 +12,15 @@ import numpy as np
 import torch
 
 from dcnv3_tvm import compile_artifact, frontend, targets
-from dcnv3_tvm.compiler.artifact import installed_versions
 from dcnv3_tvm.compiler.compile_kernel import DCNV3, GRAD_OFFSET_MASK, GRAD_X, compile_kernel
 from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.op.reference_gradient import dcnv3_gradients
-from dcnv3_tvm.runtime.library import installed_runtime
+from dcnv3_tvm.provenance import installed_version
+from dcnv3_tvm.runtime import kernel_runtime
 from dcnv3_tvm.runtime.loading import read_metadata
-from dcnv3_tvm.runtime.metadata import CUDA_LIBRARY, RUNTIME_LIBRARY, WEIGHTS
+from dcnv3_tvm.runtime.metadata import WEIGHTS
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.compare import reference_outputs
 from dcnv3_tvm.verify.random_weights import randomize_
@@ -90,10 +88,10 @@ def prepare(
         Called with a description of each step before it runs.
     """
     contents = Contents(root)
-    contents.libraries.mkdir(parents=True)
+    kernel_runtime.copy_runtime(contents.libraries)
     about = target_info(targets.resolve_gpu(target))
-    versions = installed_versions()
-    _copy_runtime(contents, versions)
+    needed = f"apache-tvm-ffi=={installed_version('apache-tvm-ffi')}\n"
+    (root / "requirements.txt").write_text(needed, encoding="utf-8")
     on_step("toy model")
     _toy(contents, about.arch)
     operators = []
@@ -109,17 +107,9 @@ def prepare(
             on_step(f"{variant}, batch {batch}")
             name = f"{variant}-n{batch}"
             models[name] = _model(contents, name, variant, batch, size, target)
-    contents.write_manifest(Manifest(about, versions["tvm"], tuple(operators), models))
+    contents.write_manifest(Manifest(about, tuple(operators), models))
+    contents.pack()
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
-
-
-def _copy_runtime(contents: Contents, versions: dict[str, str]) -> None:
-    runtime = installed_runtime()
-    assert runtime is not None, "TVM is imported"
-    for name in (RUNTIME_LIBRARY, CUDA_LIBRARY):
-        shutil.copyfile(runtime[0].with_name(name), contents.libraries / name)
-    needed = f"apache-tvm-ffi=={versions['tvm_ffi']}\n"
-    (contents.root / "requirements.txt").write_text(needed, encoding="utf-8")
 
 
 def _toy(contents: Contents, arch: str) -> None:
@@ -196,11 +186,8 @@ def _model(contents: Contents, name: str, variant: str, batch: int, size: int, t
     imported = frontend.import_model(model, example=(batch, 3, size, size))
     path = contents.model(name)
     compile_artifact(imported, path, target=target, dtype=_DTYPE)
-    contents.save(name, images=images, **_reference(model, images))
-    weights = path / WEIGHTS
-    digest = read_metadata(path).digests[WEIGHTS]
-    if not contents.packed_weights(digest).exists():
-        packed = lzma.compress(weights.read_bytes(), preset=1)
-        contents.packed_weights(digest).write_bytes(packed)
-    weights.unlink()
-    return digest
+    # Rounding the reference to float32 is nothing next to the tolerance of 16-bit types.
+    reference = _reference(model, images)
+    rounded = {key: output.astype(np.float32) for key, output in reference.items()}
+    contents.save(name, images=images, **rounded)
+    return read_metadata(path).digests[WEIGHTS]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dcnv3_tvm import files
-from dcnv3_tvm.frontend.onnx import FormName
-from dcnv3_tvm.frontend.onnx.export import export_onnx
+
+if TYPE_CHECKING:
+    from dcnv3_tvm.frontend.onnx import FormName
 
 
 class OnnxFile:
@@ -28,6 +29,9 @@ class OnnxFile:
     """
 
     def __init__(self, module: nn.Module, inputs: Mapping[str, Any], form: FormName) -> None:
+        # It needs TVM, which machines that run code compiled elsewhere do not have.
+        from dcnv3_tvm.frontend.onnx.export import export_onnx
+
         self._folder = files.temporary_folder("bench-")
         self.path = Path(self._folder.name) / "model.onnx"
         arguments = tuple(torch.from_numpy(array) for array in inputs.values())

@@ -11,13 +11,19 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dcnv3_tvm import machine, targets
 from dcnv3_tvm.bench.budget import OutOfTimeError
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.gpu_cases import CompileJob, GradientKernel, OperatorGroup, compile_jobs
 from dcnv3_tvm.bench.report import failure_text
+from dcnv3_tvm.runtime import kernel_runtime
+from dcnv3_tvm.runtime.kernel import Kernel, KernelLibrary
+from dcnv3_tvm.runtime.metadata import TargetInfo
+
+_RUNTIME: Final = "runtime"
+"""Folder of TVM's runtime libraries, next to the results."""
 
 
 def compiled_path(job: CompileJob, folder: Path) -> Path:
@@ -59,6 +65,24 @@ def compile_job(job: CompileJob, folder: Path, target: str) -> Path:
         imported = frontend.import_model(model, example=(job.batch, 3, *job.size))
         compile_artifact(imported, path, target=target, dtype=job.dtype)
     return path
+
+
+def load_kernel(kind: str, path: Path, target: str) -> Kernel:
+    """Load a kernel that `compile_job` compiled. TVM is not needed after `compile_ahead`.
+
+    Parameters
+    ----------
+    kind : str
+        Name of its function.
+    path : Path
+        The library.
+    target : str
+        The GPU, for example ``"cuda-sm90"``.
+    """
+    kernel_runtime.load_runtime(path.parent / _RUNTIME)
+    arch = target.replace("cuda-sm", "sm_")
+    code = KernelLibrary(path.read_bytes(), on_gpu=True)
+    return Kernel(kind, TargetInfo("cuda", arch=arch), code)
 
 
 def _use_one_thread() -> None:
@@ -166,6 +190,7 @@ def compile_ahead(
         If the target is not a supported GPU.
     """
     targets.resolve_gpu(target)
+    kernel_runtime.copy_runtime(artifacts / _RUNTIME)
     compiled, failed = [], {}
     jobs = compile_jobs(groups, cases)
     with CompilePool(artifacts, target, machine.physical_cores()) as pool:

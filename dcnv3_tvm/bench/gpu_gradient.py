@@ -13,17 +13,15 @@ from torch import Tensor
 from dcnv3_tvm.bench import extensions
 from dcnv3_tvm.bench.backends import OURS, Backend
 from dcnv3_tvm.bench.gpu_cases import GradientKernel
+from dcnv3_tvm.bench.gpu_compilation import load_kernel
 from dcnv3_tvm.bench.gpu_context import GpuContext
 from dcnv3_tvm.bench.gpu_operator import FLUSHES, PEER_TOLERANCES, PLAN, shape_of
 from dcnv3_tvm.bench.report import CaseResult
 from dcnv3_tvm.bench.roofline import Roofline
 from dcnv3_tvm.compiler.compile_kernel import GRAD_OFFSET_MASK, GRAD_X
-from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.op.reference_gradient import dcnv3_gradients
 from dcnv3_tvm.runtime import tensors
-from dcnv3_tvm.runtime.kernel import Kernel, KernelLibrary
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator
 from dcnv3_tvm.verify.tolerances import gradient_bounds
 
@@ -51,11 +49,7 @@ def gradient_inputs(spec: DCNv3Spec, device: torch.device, seed: int = 0) -> lis
 
 def load_gradients(spec: DCNv3Spec, paths: dict[str, Any], target: str) -> Gradients:
     """Load the kernels compiled by `dcnv3_tvm.bench.gpu_compilation.compile_job`, by kind."""
-    about = target_info(resolve_target(target))
-    kernels = {
-        kind: Kernel(kind, about, KernelLibrary(path.read_bytes(), on_gpu=True))
-        for kind, path in paths.items()
-    }
+    kernels = {kind: load_kernel(kind, path, target) for kind, path in paths.items()}
 
     def compute(grad: Tensor, x: Tensor, offset: Tensor, mask: Tensor) -> list[Tensor]:
         device = tensors.device_of(x)

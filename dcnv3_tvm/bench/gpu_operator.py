@@ -15,6 +15,7 @@ from torch import Tensor
 from dcnv3_tvm.bench.backends import OURS, Backend
 from dcnv3_tvm.bench.extensions import EXTENSIONS, Extension
 from dcnv3_tvm.bench.gpu_cases import OURS_ONLY, with_logits
+from dcnv3_tvm.bench.gpu_compilation import load_kernel
 from dcnv3_tvm.bench.gpu_context import GpuContext
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.problems import OFFSET_SPREAD
@@ -23,10 +24,7 @@ from dcnv3_tvm.bench.roofline import Roofline
 from dcnv3_tvm.bench.torch_gpu import TorchGpu
 from dcnv3_tvm.compiler.compile_kernel import DCNV3
 from dcnv3_tvm.compiler.operator import CompiledOperator
-from dcnv3_tvm.compiler.target_info import target_info
-from dcnv3_tvm.runtime.kernel import Kernel, KernelLibrary
 from dcnv3_tvm.spec import DCNv3Spec
-from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator
 from dcnv3_tvm.verify.tolerances import operator_bound
 
@@ -126,8 +124,7 @@ def tolerance(spec: DCNv3Spec, inputs: OperatorInputs) -> float:
 
 def load_operator(spec: DCNv3Spec, path: Path, target: str) -> Callable[..., Tensor]:
     """Load an operator compiled by `dcnv3_tvm.bench.gpu_compilation.compile_job`."""
-    code = KernelLibrary(path.read_bytes(), on_gpu=True)
-    return CompiledOperator(spec, Kernel(DCNV3, target_info(resolve_target(target)), code))
+    return CompiledOperator(spec, load_kernel(DCNV3, path, target))
 
 
 def measure_operator(spec: DCNv3Spec, context: GpuContext, seconds: float) -> CaseResult:

@@ -14,9 +14,10 @@ from dcnv3_tvm import frontend, machine, targets
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.cpu_peaks import measure_peaks
 from dcnv3_tvm.bench.gpu_models import GpuModel
+from dcnv3_tvm.bench.kernel_roofline import kernel_bytes, kernel_flops, kernel_roofline
 from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.measure import median_of_bursts
-from dcnv3_tvm.bench.roofline import Peaks, kernel_bytes, kernel_flops, kernel_roofline
+from dcnv3_tvm.bench.roofline import Peaks
 from dcnv3_tvm.bench.runners import Array
 from dcnv3_tvm.compiler import cpu_pipeline
 from dcnv3_tvm.compiler.compile import compile_model

@@ -20,6 +20,15 @@ class Block(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Block())
 """
+# Finds an error in whatever runs under the tool racecheck.
+SANITIZER = """#!/bin/sh
+tool=$2
+shift 4
+"$@"
+echo "========= ERROR SUMMARY"
+test $tool != racecheck || exit 99
+"""
+ENCODER = "test_internimage_pre_norm"
 FIRST_OPERATOR = "dcnv3-n2-h13-w11-c64-g4-k3-s1-p1-d1-softmax-f32"
 
 
@@ -38,9 +47,9 @@ def call(emulated, tmp_path_factory):
             check=False,
         )
 
-    def run(folder, *arguments):
+    def run(folder, *arguments, **environment):
         (folder / "records.jsonl").unlink(missing_ok=True)
-        done = start("run", folder, *arguments, PYTHONPATH=str(blocked))
+        done = start("run", folder, *arguments, PYTHONPATH=str(blocked), **environment)
         lines = (folder / "records.jsonl").read_text().splitlines()
         records = {record["name"]: record for record in map(json.loads, lines)}
         assert len(done.stdout.splitlines()) == len(records), done.stderr
@@ -53,12 +62,12 @@ def call(emulated, tmp_path_factory):
 def folder(call, tmp_path_factory):
     start, _ = call
     path = tmp_path_factory.mktemp("contact") / "folder"
-    done = start("prepare", path)
+    done = start("prepare", path, "--variant", ENCODER, "--batch", "5", "--size", "33")
     assert done.returncode == 0, done.stderr
     return path
 
 
-def test_checks_of_a_new_gpu(call, folder):
+def test_checks_of_a_new_gpu(call, folder, tmp_path):
     _, run = call
     code, records = run(folder)
     assert code == 0, records
@@ -75,7 +84,7 @@ def test_checks_of_a_new_gpu(call, folder):
     }
     passed = {name for name, record in records.items() if record["ok"]}
     assert passed >= {"device", "toy", FIRST_OPERATOR, "encoder-plain", "encoder-graph"}
-    assert passed >= {"two streams", "out of memory", "two threads"}
+    assert passed >= {"two streams", "out of memory", "two threads", f"{ENCODER}-n5"}
 
     # A failed check is reported, and the others go on.
     expected = folder / "expected" / f"{FIRST_OPERATOR}.npz"
@@ -89,6 +98,16 @@ def test_checks_of_a_new_gpu(call, folder):
     assert "1 of 18304 elements are outside of their bounds" in failed["error"]
     assert len(records) == 3
     assert all(record["ok"] for record in records.values())
+
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER)
+    tool.chmod(0o755)
+    search = f"{tmp_path}:{os.environ['PATH']}"
+    code, records = run(folder, "--only", "compute-sanitizer*", PATH=search)
+    assert code == 1
+    assert [record["ok"] for record in records.values()] == [True, False, True]
+    error = records["compute-sanitizer racecheck"]["error"]
+    assert error == "exit code 99 | ========= ERROR SUMMARY"
 
     code, records = run(folder, "--only", "toy", "--seconds", "0.01")
     assert code == 1
