@@ -46,11 +46,7 @@ _LINES: Final = 6
 """Lines of the output of a failed process in its record."""
 
 _SECONDS: Final = 60.0
-_SANITIZER_SANITIZER_LINE: Final = "========="
-_LINES: Final = 6
-"""Lines of the output of a failed process in its record."""
-
-_SECONDS: Final = 150.0
+_SANITIZER_SECONDS: Final = 150.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -173,14 +173,16 @@ def _reference(model: InternImage, image: np.ndarray) -> dict[str, np.ndarray]:
 def _model(contents: Contents, name: str, variant: str, batch: int, size: int, target: str) -> str:
     """Compile a large encoder for a batch in which a few images repeat; return its weights' digest.
 
-    Matrices hold one magnitude each and random signs, so that they compress to a fraction. They
+    Matrices hold one magnitude each and random signs, so that they compress to a fraction. The
+    magnitude is exact in 16-bit types: otherwise its rounding would scale whole outputs. Weights
     cannot be made from a seed where they are needed: the compiler rewrites them.
     """
     model = randomize_(frontend.create_model(variant), seed=0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.copy_(parameter.sign() * parameter.square().mean().sqrt())
+                magnitude = parameter.square().mean().sqrt().bfloat16()
+                parameter.copy_(parameter.sign() * magnitude)
     shape = (min(batch, _IMAGES), 3, size, size)
     images = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     imported = frontend.import_model(model, example=(batch, 3, size, size))

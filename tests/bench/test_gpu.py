@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 import types
 
@@ -9,22 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from dcnv3_tvm import gpu
+from dcnv3_tvm import gpu, machine
 from dcnv3_tvm.bench import gpu_encoder, gpu_gradient, gpu_operator
 from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.bench.budget import OutOfTimeError, TimeBudget
 from dcnv3_tvm.bench.cases import EncoderCase, encoder_case
 from dcnv3_tvm.bench.gpu import GpuBenchmark, GpuRun, result_name
 from dcnv3_tvm.bench.gpu_cases import OperatorGroup, with_logits
-from dcnv3_tvm.bench.gpu_compilation import compile_ahead, compile_job, compiled_path
+from dcnv3_tvm.bench.gpu_compilation import compile_ahead, compile_job, compiled_path, load_kernel
 from dcnv3_tvm.bench.gpu_operator import READY, operator_inputs, tolerance
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.roofline import Peaks
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.cli.bench_text import report_text
-from dcnv3_tvm.errors import TargetError
+from dcnv3_tvm.errors import MissingDependencyError, TargetError
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.op.reference_gradient import dcnv3_gradients
+from dcnv3_tvm.runtime import library
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator
 
@@ -374,6 +376,20 @@ def test_failed_compilation_is_listed(monkeypatch, tmp_path):
     assert found.failed == {with_logits(SPEC).slug: "RuntimeError: no nvcc"}
     assert not found.ok
     assert "1 compiled for cuda-sm90" in report_text(found)
+
+    copied = {path.name for path in (tmp_path / "runtime").iterdir()}
+    assert copied == {"libtvm_runtime.so", "libtvm_runtime_cuda.so", "version.txt"}
+    monkeypatch.setattr(library, "installed_runtime", lambda: None)
+    with pytest.raises(MissingDependencyError, match="not installed, and not in"):
+        load_kernel("dcnv3", tmp_path / "elsewhere" / "kernel.so", "cuda-sm90")
+
+
+def test_compiled_code_is_measured_without_tvm():
+    block = "import sys; sys.modules['tvm'] = None; "
+    use = "from dcnv3_tvm import provenance; print(provenance.cpu_description())"
+    command = [sys.executable, "-c", f"{block}import dcnv3_tvm.bench.gpu; {use}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == machine.cpu_name(), done.stderr
 
 
 def test_command_without_a_gpu(capsys, monkeypatch, tmp_path):

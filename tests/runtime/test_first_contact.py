@@ -62,7 +62,7 @@ def call(emulated, tmp_path_factory):
 def folder(call, tmp_path_factory):
     start, _ = call
     path = tmp_path_factory.mktemp("contact") / "folder"
-    done = start("prepare", path, "--variant", ENCODER, "--batch", "5", "--size", "33")
+    done = start("prepare", path, "--variant", ENCODER, "--batch", "5", "--size", "64")
     assert done.returncode == 0, done.stderr
     return path
 
