@@ -5,10 +5,9 @@ Public names are imported on first use, so ``import dcnv3_tvm`` imports neither 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dcnv3_tvm.errors import raise_if_tvm_is_missing
+from dcnv3_tvm.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from dcnv3_tvm.compiler.compile import compile_artifact, compile_model
@@ -48,17 +47,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(_MODULES[name])
-    except ModuleNotFoundError as error:
-        raise_if_tvm_is_missing(error, f"dcnv3_tvm.{name}")
-        raise
-    value = globals()[name] = getattr(module, name)  # Later uses do not come here.
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -5,10 +5,9 @@ Names are loaded on first use, so that importing this package imports neither to
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dcnv3_tvm.errors import MissingDependencyError
+from dcnv3_tvm.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from dcnv3_tvm.frontend.checkpoints.load import load_checkpoint
@@ -35,15 +34,6 @@ _MODULES = {
     "load_checkpoint": "dcnv3_tvm.frontend.checkpoints.load",
 }
 
-_EXTRAS = {
-    "torch": "torch",
-    "tvm": "torch",
-    "onnx": "onnx",
-    "onnx_ir": "onnx",
-    "onnxscript": "onnx",
-}
-"""Packages that a name may need, and what they are installed with."""
-
 __all__ = [
     "DCNv3",
     "InternImage",
@@ -58,21 +48,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(_MODULES[name])
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(str(error.name))
-        if extra is None:
-            raise
-        raise MissingDependencyError(
-            f"dcnv3_tvm.frontend.{name} needs {error.name}, which is not installed",
-            hint=f"Run: pip install 'dcnv3-tvm[{extra}]'",
-        ) from error
-    return getattr(module, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dcnv3_tvm.errors import MissingDependencyError
+from dcnv3_tvm.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from dcnv3_tvm.pytorch.dcnv3_module import DCNv3
@@ -18,20 +17,4 @@ _MODULES = {"DCNv3": "dcnv3_tvm.pytorch.dcnv3_module"}
 __all__ = ["DCNv3"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(_MODULES[name])
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise MissingDependencyError(
-            f"dcnv3_tvm.pytorch.{name} needs PyTorch, which is not installed",
-            hint="Run: pip install 'dcnv3-tvm[torch]'",
-        ) from error
-    return getattr(module, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)
