@@ -161,24 +161,35 @@ def _sampled(
 ) -> tuple[str, tuple[BlockSampling, ...], np.ndarray]:
     """Run the model; return its name, its blocks, and the image as it saw it."""
     from dcnv3_tvm import visualize
+    from dcnv3_tvm.runtime.image import preprocess
     from dcnv3_tvm.runtime.metadata import METADATA
 
     model: Any
     if (Path(arguments.model) / METADATA).is_file():
         from dcnv3_tvm import runtime
 
-        options = ("checkpoint", "random_weights", "num_classes", "size")
+        options = ("checkpoint", "random_weights", "num_classes")
         given = [name for name in options if getattr(arguments, name) is not None]
         if given:
             raise InvalidArgumentError(
-                "an artifact has its weights and its size", got=f"--{given[0].replace('_', '-')}"
+                "an artifact has its weights", got=f"--{given[0].replace('_', '-')}"
             )
         model = runtime.load(arguments.model, device=arguments.device)
         name, settings = model.metadata.name, model.metadata.preprocessing
-        image = model.preprocess(arguments.image, value_range=arguments.value_range)
+        info = model.metadata.entries["main"].inputs[0]
+        if arguments.size is not None:
+            if all(isinstance(size, int) for size in info.shape[1:]):
+                raise InvalidArgumentError(
+                    "the artifact has a fixed image size",
+                    got=f"--size {'x'.join(map(str, arguments.size))}",
+                    allowed=info.describe(),
+                )
+            settings = settings and settings | _resized(arguments.size)
+        image = preprocess(
+            arguments.image, settings, dtype=info.dtype, value_range=arguments.value_range
+        )
     else:
         from dcnv3_tvm.frontend.models.variants import model_config
-        from dcnv3_tvm.runtime.image import preprocess
 
         if arguments.device is not None:
             raise InvalidArgumentError("--device is for artifacts", got=arguments.device)
@@ -186,10 +197,15 @@ def _sampled(
         progress.step("build PyTorch model")
         model = create_described(name, checkpoint, arguments)
         size = arguments.size or (model_config(name).resolution,) * 2
-        settings = model.config.preprocessing | {"crop": size, "resize": max(size)}
+        settings = model.config.preprocessing | _resized(size)
         image = preprocess(arguments.image, settings, value_range=arguments.value_range)
     progress.step("run")
     return name, visualize.capture_sampling(model, image), visualize.photo_of(image, settings)
+
+
+def _resized(size: tuple[int, int]) -> dict[str, Any]:
+    """Return the settings of the preprocessing for an image size."""
+    return {"crop": size, "resize": max(size)}
 
 
 def _index(blocks: tuple[BlockSampling, ...], wanted: tuple[int, int] | None) -> int | None:
