@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import sys
 import time
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 _SCREEN_INTERVAL: Final = 0.2
 _LINE_INTERVAL: Final = 5.0
+_DUMB: Final = ("dumb", "unknown")
+"""Values of ``TERM`` of terminals that move no cursor."""
+
 _HOME: Final = "\x1b[H"
 _CLEAR: Final = "\x1b[2J"
 _CLEAR_LINE: Final = "\x1b[K"
@@ -38,7 +43,7 @@ class Display:
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
-        self._is_terminal = self._stream.isatty()
+        self._is_terminal = self._stream.isatty() and os.environ.get("TERM") not in _DUMB
         self._interval = _SCREEN_INTERVAL if self._is_terminal else _LINE_INTERVAL
         self._last = 0.0
         self._stage = ""
@@ -51,13 +56,24 @@ class Display:
         is_first = not self._stage
         self._last, self._stage = now, session.stage
         if not self._is_terminal:
-            self._stream.write(headline(session) + "\n")
+            text = headline(session) + "\n"
         else:
-            size = shutil.get_terminal_size()
-            lines = screen(session, size.columns, size.lines - 1)
+            columns, rows = self._size()
+            lines = screen(session, columns, rows - 1)
             text = "".join(f"{line}{_CLEAR_LINE}\n" for line in lines)
-            self._stream.write((_CLEAR if is_first else "") + _HOME + text + _CLEAR_BELOW)
-        self._stream.flush()
+            text = (_CLEAR if is_first else "") + _HOME + text + _CLEAR_BELOW
+        # The search goes on if nobody can see it, as after the terminal was closed.
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
+
+    def _size(self) -> tuple[int, int]:
+        """Return columns and lines of the terminal; stdout may be redirected."""
+        with contextlib.suppress(OSError):
+            size = os.get_terminal_size(self._stream.fileno())
+            if all(size):
+                return size
+        return shutil.get_terminal_size()
 
 
 def headline(session: TuningSession) -> str:

@@ -1,5 +1,6 @@
 """Display of a running session."""
 
+import errno
 import io
 
 import pytest
@@ -17,6 +18,7 @@ def run_displayed(session, simulated, monkeypatch):
     """Run a session with a display of which every update is due; return what it shows."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("LINES", "24")
+    monkeypatch.setenv("TERM", "xterm")
 
     def run(stream):
         times = iter(range(0, 10**6, 60))
@@ -45,6 +47,23 @@ def test_screen_is_refreshed_in_place_on_terminal(run_displayed):
     assert "tune for cpu-" in last
     assert last.count("matmul(") == 2
     assert "12/12" in last
+
+
+class Closed(Terminal):
+    def write(self, text):  # noqa: ARG002
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_the_search_goes_on_without_its_terminal(session):
+    Display(Closed(), clock=lambda: 60.0).show(session(24))
+
+
+def test_lines_on_a_dumb_terminal(session, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    Display(stream, clock=lambda: 60.0).show(session(24))
+    assert "\x1b" not in stream.getvalue()
+    assert "0 of 24 trials" in stream.getvalue()
 
 
 def test_updates_are_throttled_except_for_new_stages(session):
