@@ -176,3 +176,10 @@ def _metadata(batch: int | str, features_only: bool) -> ArtifactMetadata:
         preprocessing=PREPROCESSING,
         config={"variant": "toy", "depths": (1, 2)},
     )
+
+
+def flip(path: Path, position: int) -> None:
+    """Change a byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
