@@ -192,10 +192,14 @@ def main() -> int:
     parsers["check"].add_argument("name")
     arguments = parser.parse_args()
     contents = Contents(arguments.folder)
+    if arguments.command != "prepare" and not contents.manifest_path.is_file():
+        parser.error(f"{arguments.folder} is not a folder that `prepare` completed")
     if arguments.command == "run":
         return run(contents, arguments.only, arguments.seconds)
     if arguments.command == "check":
         return check(contents, arguments.name)
+    if arguments.folder.exists() and any(arguments.folder.iterdir()):
+        parser.error(f"{arguments.folder} is not empty; choose a new folder")
     from first_contact.prepare import LIMIT, prepare
 
     size = prepare(
