@@ -161,15 +161,18 @@ def _sampled(
 ) -> tuple[str, tuple[BlockSampling, ...], np.ndarray]:
     """Run the model; return its name, its blocks, and the image as it saw it."""
     from dcnv3_tvm import visualize
+    from dcnv3_tvm.frontend.models.variants import VARIANTS
     from dcnv3_tvm.runtime.image import preprocess
     from dcnv3_tvm.runtime.metadata import METADATA
 
     model: Any
-    if (Path(arguments.model) / METADATA).is_file():
+    options = ("checkpoint", "random_weights", "num_classes")
+    given = [name for name in options if getattr(arguments, name) is not None]
+    # With weights, a name is that of a model also where a folder has it.
+    named = given and arguments.model in VARIANTS
+    if (Path(arguments.model) / METADATA).is_file() and not named:
         from dcnv3_tvm import runtime
 
-        options = ("checkpoint", "random_weights", "num_classes")
-        given = [name for name in options if getattr(arguments, name) is not None]
         if given:
             raise InvalidArgumentError(
                 "an artifact has its weights", got=f"--{given[0].replace('_', '-')}"
