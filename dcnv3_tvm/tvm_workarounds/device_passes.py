@@ -7,6 +7,7 @@ from typing import Any
 import tvm
 import tvm_ffi
 from tvm import ir, tirx
+from tvm.sym import Analyzer
 
 
 @tvm.transform.module_pass(opt_level=0, name="dcnv3_tvm.LowerWarpMemory")
@@ -29,20 +30,41 @@ def _count_warp_buffers(func: tirx.PrimFunc) -> int:
 def add_copy_offsets(func: tirx.PrimFunc, _module: Any, _context: Any) -> tirx.PrimFunc:
     """Pass the source of an asynchronous copy as an address, with an offset of zero.
 
-    See tvm_workarounds: copy-offset.
+    Offsets that fit 32 bits stay, because addresses take more registers. See tvm_workarounds:
+    copy-offset.
     """
-    return func.with_body(tvm_ffi.structural_map(func.body, (ir.Call, _add_copy_offset)))
+    analyzer = Analyzer()
 
+    def bind(variable: Any, extent: Any) -> None:
+        if isinstance(extent, tirx.IntImm):
+            analyzer.bind(variable, ir.Range(0, extent.value))
 
-def _add_copy_offset(call: ir.Call) -> ir.Expr:
-    if not isinstance(call.op, ir.Op) or call.op.name != "tirx.s_tir.cp_async_raw":
-        return call
-    to, to_offset, source, offset, *rest = call.args
-    dtype = source.ty.element_type.dtype
-    address = tirx.tvm_access_ptr(tirx.type_annotation(dtype), source, offset, 1, 1)
-    return tirx.call_intrin(
-        call.ty, call.op, to, to_offset, address, tirx.IntImm("int64", 0), *rest
+    tvm_ffi.structural_walk(func.body, (tirx.For, lambda loop: bind(loop.loop_var, loop.extent)))
+    tvm_ffi.structural_walk(
+        func.body,
+        (
+            tirx.AttrStmt,
+            lambda attribute: (
+                bind(attribute.node.var, attribute.value)
+                if attribute.attr_key == "thread_extent"
+                else None
+            ),
+        ),
     )
+
+    def add(call: ir.Call) -> ir.Expr:
+        if not isinstance(call.op, ir.Op) or call.op.name != "tirx.s_tir.cp_async_raw":
+            return call
+        to, to_offset, source, offset, *rest = call.args
+        if analyzer.const_int_bound(offset).max_value < 2**31:
+            return call
+        dtype = source.ty.element_type.dtype
+        address = tirx.tvm_access_ptr(tirx.type_annotation(dtype), source, offset, 1, 1)
+        return tirx.call_intrin(
+            call.ty, call.op, to, to_offset, address, tirx.IntImm("int64", 0), *rest
+        )
+
+    return func.with_body(tvm_ffi.structural_map(func.body, (ir.Call, add)))
 
 
 @tirx.transform.prim_func_pass(opt_level=0, name="dcnv3_tvm.MergeConditionals")

@@ -156,12 +156,13 @@ def test_refuses_other_kernels():
     )
 
 
-def test_asynchronous_copies_have_no_offset_of_32_bits(cuda_code):
-    """The offset that TVM's function for copies takes is an int."""
-    n = tvm.tirx.Var("n", "int64")
-    kernel = gemm_kernel((n, 6), 64, 48, dtype="float16")
+@pytest.mark.parametrize(("rows", "wide"), [("n", True), (2**26, True), (2**20, False)], ids=str)
+def test_offsets_of_asynchronous_copies(cuda_code, rows, wide):
+    """TVM's function takes an int: offsets beyond are added to the address, in 64 bits."""
+    size = tvm.tirx.Var("n", "int64") if rows == "n" else rows
+    kernel = gemm_kernel((size, 6), 64, 48, dtype="float16")
     code = cuda_code(gemm(kernel, TARGET, SearchSpace()), TARGET)
-    copies = [line for line in code.splitlines() if "ptx_cp_async_legacy" in line]
-    assert len(copies) > 4
-    for copy in copies:
-        assert re.search(r"\(&\((x|weight)_ptr\[.*\]\)\), \(int64_t\)0[,)]", copy)
+    copies = [line for line in code.splitlines() if "cp_async_legacy" in line and "x_ptr" in line]
+    assert len(copies) > 2
+    added = [re.search(r"\(&\(x_ptr\[.*\]\)\), \(int64_t\)0[,)]", copy) for copy in copies]
+    assert all(added) if wide else not any(added)
