@@ -52,14 +52,13 @@ class Progress:
         self._quiet = quiet
         self._start = time.monotonic()
         self._counted = 0.0
-        self._step = ""
         self._step_start = 0.0
         self._before = 0.0
         self._bar = None if quiet or not self._stream.isatty() else self._start_bar()
 
     def step(self, name: str) -> None:
         """Start a step."""
-        self._step, self._step_start = name, self.seconds
+        self._step_start = self.seconds
         names = list(self._steps)
         if name in self._steps:
             self._before = sum(self._steps[earlier] for earlier in names[: names.index(name)])

@@ -5,8 +5,9 @@ Names are loaded on first use, so that artifacts are looked at without PyTorch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dcnv3_tvm.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from dcnv3_tvm.visualize.block_sampling import BlockSampling
@@ -38,12 +39,4 @@ __all__ = [
     "save_picture",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -41,6 +42,17 @@ _MOST_ARROWS: Final = 24
 
 _MOST_MAGNIFIED: Final = 4.0
 """How many times as long as the displacement an arrow may be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """What a picture shows; as the arguments of `draw_picture`."""
+
+    blocks: Sequence[BlockSampling]
+    photo: Photo
+    at: tuple[float, float]
+    index: int | None
+    group: int | None
 
 
 def draw_picture(
@@ -107,7 +119,7 @@ def draw_picture(
         groups = blocks[index].params.group
     if group is not None:
         group = checks.integer("group", group, low=0, high=groups - 1)
-    return _DRAW[kind](blocks, photo, at, index, group)
+    return _DRAW[kind](_View(blocks, photo, at, index, group))
 
 
 def save_picture(figure: Any, path: str | os.PathLike[str]) -> None:
@@ -212,9 +224,14 @@ def _at_position(
 ) -> tuple[tuple[float, float], Any, Any]:
     """Return position, points and weights of one position, in pixels of the image."""
     y, x = block.nearest_position(*at)
-    groups = slice(None) if group is None else slice(group, group + 1)
+    groups = _groups(group)
     points = block.points_in_image[y, x, groups].reshape(-1, 2)
     return block.position_in_image(y, x), points, block.weights[y, x, groups].reshape(-1)
+
+
+def _groups(group: int | None) -> slice:
+    """Return the one group that was asked for, or all."""
+    return slice(None) if group is None else slice(group, group + 1)
 
 
 def _finite(values: Any) -> Any:
@@ -234,13 +251,8 @@ def _colour_bar(
         bar.set_ticks(ticks, labels=[f"{value:.2g}" for value in ticks])
 
 
-def _draw_points(
-    blocks: Sequence[BlockSampling],
-    photo: Photo,
-    at: tuple[float, float],
-    index: int | None,
-    group: int | None,
-) -> Any:
+def _draw_points(view: _View) -> Any:
+    blocks, photo, at, index, group = view.blocks, view.photo, view.at, view.index, view.group
     chosen = _chosen(blocks, index)
     figure, panels = _photo_figure(photo, len(chosen), extra=0.75)
     found = [_at_position(block, at, group) for block in chosen]
@@ -254,13 +266,8 @@ def _draw_points(
     return figure
 
 
-def _draw_field(
-    blocks: Sequence[BlockSampling],
-    photo: Photo,
-    at: tuple[float, float],
-    index: int | None,
-    group: int | None,
-) -> Any:
+def _draw_field(view: _View) -> Any:
+    blocks, photo, at, index, group = view.blocks, view.photo, view.at, view.index, view.group
     from matplotlib.colors import PowerNorm
 
     index = typical_block(blocks) if index is None else index
@@ -307,20 +314,14 @@ def _heat(panel: Any, stride: tuple[float, float], values: Any, norm: Any, alpha
     return drawn
 
 
-def _draw_length(
-    blocks: Sequence[BlockSampling],
-    photo: Photo,
-    at: tuple[float, float],  # noqa: ARG001
-    index: int | None,
-    group: int | None,
-) -> Any:
+def _draw_length(view: _View) -> Any:
+    blocks, photo, index, group = view.blocks, view.photo, view.index, view.group
     from matplotlib.colors import Normalize
 
     chosen = _chosen(blocks, index)
     figure, panels = _photo_figure(photo, len(chosen), extra=0.75)
     for panel, block in zip(panels, chosen, strict=True):
-        lengths = block.offset_length if group is None else block.offset_length[:, :, group, None]
-        mean = _finite(lengths).mean(axis=(2, 3))
+        mean = _finite(block.offset_length[:, :, _groups(group)]).mean(axis=(2, 3))
         most = float(mean.max()) or 1.0
         _show(panel, photo, dim=True)
         drawn = _heat(panel, block.output_stride, mean, Normalize(0, most), alpha=mean / most)
@@ -329,17 +330,12 @@ def _draw_length(
     return figure
 
 
-def _draw_arrows(
-    blocks: Sequence[BlockSampling],
-    photo: Photo,
-    at: tuple[float, float],  # noqa: ARG001
-    index: int | None,
-    group: int | None,
-) -> Any:
+def _draw_arrows(view: _View) -> Any:
+    blocks, photo, index, group = view.blocks, view.photo, view.index, view.group
     chosen = _chosen(blocks, index)
     figure, panels = _photo_figure(photo, len(chosen))
     for panel, block in zip(panels, chosen, strict=True):
-        groups = slice(None) if group is None else slice(group, group + 1)
+        groups = _groups(group)
         weights = np.nan_to_num(block.weights[:, :, groups, :, None])
         shift = (_finite(block.displacement[:, :, groups]) * weights).sum(axis=(2, 3))
         shift *= np.array(block.stride[::-1]) / np.maximum(weights.sum(axis=(2, 3)), 1e-12)
@@ -367,13 +363,8 @@ def _draw_arrows(
     return figure
 
 
-def _draw_groups(
-    blocks: Sequence[BlockSampling],
-    photo: Photo,
-    at: tuple[float, float],
-    index: int | None,
-    group: int | None,
-) -> Any:
+def _draw_groups(view: _View) -> Any:
+    blocks, photo, at, index, group = view.blocks, view.photo, view.at, view.index, view.group
     block = blocks[typical_block(blocks) if index is None else index]
     shown = list(range(block.params.group)) if group is None else [group]
     left_out = len(shown[_MOST_PANELS:])
@@ -396,17 +387,12 @@ def _draw_groups(
     return figure
 
 
-def _draw_histogram(
-    blocks: Sequence[BlockSampling],
-    photo: Photo,  # noqa: ARG001
-    at: tuple[float, float],  # noqa: ARG001
-    index: int | None,
-    group: int | None,
-) -> Any:
+def _draw_histogram(view: _View) -> Any:
+    blocks, index, group = view.blocks, view.index, view.group
     chosen = blocks if index is None else [blocks[index]]
     lengths: dict[int, list[Any]] = {}
     for block in chosen:
-        groups = slice(None) if group is None else slice(group, group + 1)
+        groups = _groups(group)
         length = np.linalg.norm(block.displacement[:, :, groups], axis=-1)
         lengths.setdefault(block.stage, []).append(length.reshape(-1))
     joined = {stage: np.concatenate(parts) for stage, parts in lengths.items()}
@@ -433,7 +419,7 @@ def _draw_histogram(
     return figure
 
 
-_DRAW: Final[dict[str, Callable[..., Any]]] = {
+_DRAW: Final[dict[str, Callable[[_View], Any]]] = {
     "points": _draw_points,
     "field": _draw_field,
     "length": _draw_length,
