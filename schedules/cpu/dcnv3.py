@@ -12,12 +12,12 @@ from tvm.target import Target
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.blocks import block_names
 from dcnv3_tvm.schedules.cpu.point_lanes import (
-    LLVM_TYPES,
     reduce_points,
     separate_pairs,
     subtract_from_points,
 )
 from dcnv3_tvm.schedules.cpu.register_tiles import vector_unit
+from dcnv3_tvm.schedules.cpu.vector_function import LLVM_TYPES
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 from dcnv3_tvm.targets import num_cores, vector_lanes

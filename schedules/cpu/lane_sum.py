@@ -3,19 +3,15 @@
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import Final
 
 from tvm import s_tir, tirx
 from tvm.s_tir import TensorIntrin
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.script import tirx as T
 
-from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.loops import vector_width
-
-_LLVM_TYPES: Final = {"float32": "float", "float64": "double"}
+from dcnv3_tvm.schedules.cpu.vector_function import VectorFunction
 
 
 def split_lanes(sch: s_tir.Schedule, total: SBlockRV, lanes: int) -> SBlockRV | None:
@@ -91,45 +87,26 @@ def _code(rows: int, width: int, dtype: str) -> str:
     Two vectors become one of half sums, the halves of the first before those of the second, until
     each element is the sum of a vector: three instructions for two vectors, at every level.
     """
-    scalar = _LLVM_TYPES[dtype]
-    vector = f"<{width} x {scalar}>"
-    lines = [f"define i32 @{_name(rows, width, dtype)}(ptr %vectors, ptr %sums) alwaysinline {{"]
-    values = itertools.count()
-
-    def emit(instruction: str) -> str:
-        name = f"%v{next(values)}"
-        lines.append(f"  {name} = {instruction}")
-        return name
-
-    def load(pointer: str, index: int, kind: str) -> str:
-        place = emit(f"getelementptr {scalar}, ptr {pointer}, i64 {index}")
-        return emit(f"load {kind}, ptr {place}, align {DTYPE_BYTES[dtype]}")
-
-    def shuffle(first: str, second: str, lanes: Sequence[int]) -> str:
-        mask = ", ".join(f"i32 {lane}" for lane in lanes)
-        kinds = f"{vector} {first}, {vector} {second}"
-        return emit(f"shufflevector {kinds}, <{len(lanes)} x i32> <{mask}>")
+    function = VectorFunction(_name(rows, width, dtype), "ab", dtype)
 
     def add_halves(first: str, second: str, length: int) -> str:
         lower = [lane for lane in range(2 * width) if lane % length < length // 2]
         upper = [lane + length // 2 for lane in lower]
-        halves = shuffle(first, second, lower), shuffle(first, second, upper)
-        return emit(f"fadd {vector} {halves[0]}, {halves[1]}")
+        halves = (function.shuffle(first, second, width, picked) for picked in (lower, upper))
+        return function.calculate("fadd", width, *halves)
 
     for start in range(0, rows, width):
         count = min(width, rows - start)
-        level = [load("%vectors", (start + row) * width, vector) for row in range(count)]
+        level = [function.load("a", (start + row) * width, width, width) for row in range(count)]
         length = width  # elements that belong to one vector
         while length > 1:
             pairs = itertools.zip_longest(level[::2], level[1::2], fillvalue="poison")
             level = [add_halves(*pair, length) for pair in pairs]
             length //= 2
-        sums = shuffle(level[0], "poison", range(count))
-        kind = f"<{count} x {scalar}>"
-        total = emit(f"fadd {kind} {load('%sums', start, kind)}, {sums}")
-        place = emit(f"getelementptr {scalar}, ptr %sums, i64 {start}")
-        lines.append(f"  store {kind} {total}, ptr {place}, align {DTYPE_BYTES[dtype]}")
-    return "\n".join([*lines, "  ret i32 0", "}", ""])
+        sums = function.shuffle(level[0], "poison", width, range(count))
+        total = function.calculate("fadd", count, function.load("b", start, count, count), sums)
+        function.store(total, "b", start, count, count)
+    return function.code()
 
 
 @functools.cache

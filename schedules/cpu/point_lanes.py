@@ -6,9 +6,7 @@ TVM would load what is not contiguous element by element.
 
 # No `from __future__ import annotations`: the TVMScript parser evaluates the annotations.
 import functools
-import itertools
 from collections.abc import Sequence
-from typing import Final
 
 from tvm import s_tir
 from tvm.s_tir import TensorIntrin
@@ -17,9 +15,7 @@ from tvm.script import tirx as T
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.op.expr import static
-
-LLVM_TYPES: Final = {"float32": "float", "float64": "double"}
-"""Element types for which there are functions."""
+from dcnv3_tvm.schedules.cpu.vector_function import VectorFunction
 
 
 def separate_pairs(sch: s_tir.Schedule, block: SBlockRV, lanes: int, dtype: str) -> None:
@@ -34,7 +30,7 @@ def separate_pairs(sch: s_tir.Schedule, block: SBlockRV, lanes: int, dtype: str)
     lanes : int
         Elements of a vector register.
     dtype : str
-        Element type of A and B, a key of `LLVM_TYPES`.
+        Element type of A and B, a key of `vector_function.LLVM_TYPES`.
     """
     groups, points = _extents(sch, block)
     _replace(sch, block, 3, _pairs(groups, points, lanes, dtype))
@@ -88,77 +84,12 @@ def _replace(sch: s_tir.Schedule, block: SBlockRV, depth: int, intrinsic: tuple[
     sch.tensorize(loops[-depth], name)
 
 
-class _Function:
-    """An LLVM function that LLVM inlines, under construction.
-
-    Parameters
-    ----------
-    name : str
-        Its name.
-    pointers : str
-        Its arguments, one letter each.
-    dtype : str
-        Element type of the memory they point to.
-    """
-
-    def __init__(self, name: str, pointers: str, dtype: str) -> None:
-        self._scalar = LLVM_TYPES[dtype]
-        self._bytes = DTYPE_BYTES[dtype]
-        self._values = itertools.count()
-        arguments = ", ".join(f"ptr %{pointer}" for pointer in pointers)
-        self._lines = [f"define i32 @{name}({arguments}) alwaysinline {{"]
-
-    def emit(self, instruction: str) -> str:
-        """Add an instruction and return the name of its value."""
-        name = f"%v{next(self._values)}"
-        self._lines.append(f"  {name} = {instruction}")
-        return name
-
-    def load(self, pointer: str, index: int, count: int, lanes: int) -> str:
-        """Load `count` elements into a vector of `lanes`, the others of which are undefined."""
-        place = self._place(pointer, index)
-        value = self.emit(f"load <{count} x {self._scalar}>, ptr {place}, align {self._bytes}")
-        if count == lanes:
-            return value
-        return self.shuffle(value, "poison", count, [*range(count), *[None] * (lanes - count)])
-
-    def store(self, value: str, pointer: str, index: int, count: int, lanes: int) -> None:
-        """Store the first `count` elements of a vector of `lanes`."""
-        if count < lanes:
-            value = self.shuffle(value, "poison", lanes, range(count))
-        place = self._place(pointer, index)
-        kind = f"<{count} x {self._scalar}>"
-        self._lines.append(f"  store {kind} {value}, ptr {place}, align {self._bytes}")
-
-    def _place(self, pointer: str, index: int) -> str:
-        return self.emit(f"getelementptr {self._scalar}, ptr %{pointer}, i64 {index}")
-
-    def shuffle(self, first: str, second: str, lanes: int, picked: Sequence[int | None]) -> str:
-        """Pick elements of two vectors of `lanes`; None leaves one undefined."""
-        kind = f"<{lanes} x {self._scalar}>"
-        mask = ", ".join("i32 poison" if lane is None else f"i32 {lane}" for lane in picked)
-        indices = f"<{len(picked)} x i32> <{mask}>"
-        return self.emit(f"shufflevector {kind} {first}, {kind} {second}, {indices}")
-
-    def calculate(self, operation: str, lanes: int, first: str, second: str) -> str:
-        """Apply ``fadd``, ``fsub`` or ``max``; that of a number and NaN is the second."""
-        kind = f"<{lanes} x {self._scalar}>"
-        if operation != "max":
-            return self.emit(f"{operation} {kind} {first}, {second}")
-        larger = self.emit(f"fcmp ogt {kind} {first}, {second}")
-        return self.emit(f"select <{lanes} x i1> {larger}, {kind} {first}, {kind} {second}")
-
-    def code(self) -> str:
-        """Return the function."""
-        return "\n".join([*self._lines, "  ret i32 0", "}", ""])
-
-
 @functools.cache
 def _pairs(groups: int, points: int, lanes: int, dtype: str) -> tuple[str, str]:
     """Register the intrinsic of `separate_pairs`; returns its name and its LLVM code."""
     name = f"dcnv3_tvm_pairs_{dtype}x{groups}x{points}x{lanes}"
     count, align = groups * points, DTYPE_BYTES[dtype]
-    function = _Function(name, "ab", dtype)
+    function = VectorFunction(name, "ab", dtype)
     for start in range(0, count, lanes):
         width = min(lanes, count - start)
         first, second = (
@@ -199,7 +130,7 @@ def _reduction(largest: bool, groups: int, points: int, lanes: int, dtype: str) 
     operation = "max" if largest else "fadd"
     name = f"dcnv3_tvm_{operation}_{dtype}x{groups}x{points}x{lanes}"
     count, align = groups * points, DTYPE_BYTES[dtype]
-    function = _Function(name, "ab", dtype)
+    function = VectorFunction(name, "ab", dtype)
     for start in range(0, groups, lanes):
         rows = min(lanes, groups - start)
         vectors = _windows(function, operation, start * points, rows * points, points, lanes)
@@ -251,7 +182,7 @@ def _reduction(largest: bool, groups: int, points: int, lanes: int, dtype: str) 
 
 
 def _windows(
-    function: _Function, operation: str, first: int, count: int, points: int, lanes: int
+    function: VectorFunction, operation: str, first: int, count: int, points: int, lanes: int
 ) -> list[str]:
     """Reduce `points` elements from each of `count` on; the last ones are undefined.
 
@@ -291,7 +222,9 @@ def _windows(
         length *= 2
 
 
-def _every(function: _Function, vectors: Sequence[str], step: int, count: int, lanes: int) -> str:
+def _every(
+    function: VectorFunction, vectors: Sequence[str], step: int, count: int, lanes: int
+) -> str:
     """Pick every `step`-th of the elements of some vectors, `count` in all."""
     value = "poison"
     for place, vector in enumerate(vectors):
@@ -310,7 +243,7 @@ def _difference(groups: int, points: int, lanes: int, dtype: str) -> tuple[str, 
     """Register the intrinsic of `subtract_from_points`; returns its name and its LLVM code."""
     name = f"dcnv3_tvm_difference_{dtype}x{groups}x{points}x{lanes}"
     count, align = groups * points, DTYPE_BYTES[dtype]
-    function = _Function(name, "abc", dtype)
+    function = VectorFunction(name, "abc", dtype)
 
     def of_groups(start: int) -> str:
         return function.load("b", start, min(lanes, groups - start), lanes)
