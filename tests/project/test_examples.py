@@ -51,9 +51,10 @@ ARGUMENTS = {
 TESTED_ELSEWHERE = [
     *("digits.py", "fine_tune.py", "train_digits.py", "visualize_digits.py"),
     *("compiler_step_by_step.py", "encoder_step_by_step.py", "operator_step_by_step.py"),
-    "make_notebooks.py",
+    *("make_notebooks.py", "ray_batch.py"),
 ]
-"""By test_digits_examples.py, without compiling the trained models, and by test_tutorial.py."""
+"""By test_digits_examples.py, without compiling the trained models, by test_tutorial.py, and by
+tests/examples/."""
 
 
 def test_every_example_is_listed():
