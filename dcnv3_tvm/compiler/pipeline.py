@@ -219,10 +219,10 @@ def plan_memory(program: Program, target: tvm.target.Target) -> tuple[tvm.IRModu
     )
     with target:
         module = passes(program.module)
-    sizes = {name: _storage_bytes(module[name]) for name in program.entries}
-    for name, size in sizes.items():
-        if size is None and not is_gpu(target):
+    if not is_gpu(target):
+        for name in program.entries:
             module.update_func(module.get_global_var(name), share_storage(module[name]))
+    sizes = {name: _storage_bytes(module[name]) for name in program.entries}
     return module, {name: size for name, size in sizes.items() if size is not None}
 
 

@@ -40,6 +40,9 @@ _LINE: Final = 64
 _STEP_LINES: Final = BLOCK * BLOCK * DTYPE_BYTES[OPERAND] // _LINE
 """Cache lines of the weights of a step."""
 
+_MANY: Final = 16
+"""Blocks of which one more or less hardly matters to a thread."""
+
 
 def supports_tiles(in_features: int, out_features: int) -> bool:
     """Whether a matmul has at least one block of depth and of columns."""
@@ -89,7 +92,7 @@ def tile_matmul(
         )
     lead = [int64(size) for size in lead]
     rows = product(lead)
-    height = block_rows(rows)
+    height = _even_blocks(rows, block_rows(rows))
     tile = (height + 1) // 2
     steps = -(-in_features // BLOCK)
     blocks = [count_blocks(rows, height), int64(-(-out_features // BLOCK))]
@@ -251,6 +254,15 @@ def block_rows(rows: Any) -> Any:
         return tirx.min(rows, int64(BLOCK))
     divisors = (size for size in range(BLOCK, BLOCK - BLOCK // 8 - 1, -1) if least % size == 0)
     return int64(next(divisors, -(-least // -(-least // BLOCK))))
+
+
+def _even_blocks(rows: Any, height: Any) -> Any:
+    """Return the rows of a block such that an even number of threads gets the same number each."""
+    known = static(rows)
+    count = -(-(known or 0) // (static(height) or 1))
+    if known is None or count % 2 == 0 or not 1 < count < _MANY:
+        return height
+    return int64(-(-known // (count + 1)))
 
 
 def count_blocks(extent: Any, size: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Let intermediate results of dynamic sizes share storage, so that more of them stay in cache."""
+"""Let intermediate results of different sizes share storage, so that more stay in cache."""
 
 from __future__ import annotations
 
@@ -46,8 +46,10 @@ class _Storage:
 def share_storage(function: relax.Function) -> relax.Function:
     """Assign storage anew, to each tensor one whose earlier tensors are no longer read.
 
-    TVM plans storage of dynamic size for tensors of one size only. Here a storage has the largest
-    size of its tensors, whatever the dynamic sizes are.
+    TVM plans storage of dynamic size for tensors of one size only, and among static ones of equal
+    size takes turns, so that fewer stay in cache. Here a storage has the largest size of its
+    tensors, whatever the dynamic sizes are, and a tensor takes the smallest that holds it, of equal
+    ones always the same.
 
     Parameters
     ----------

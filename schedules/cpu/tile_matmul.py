@@ -60,7 +60,11 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     counts = {name: sch.get(loop).extent for name, loop in (("rows", row), ("columns", column))}
     rows, columns = map(static, counts.values())
     more = "columns" if rows is not None and rows < (columns or 0) else "rows"
-    order = space.pick("order", list(counts), more)
+    # With rows in order, a core reads most of what it wrote in the kernel before. With columns, it
+    # reads fewer weights.
+    cached = _bytes(func.params[1]) <= _CACHED_BYTES
+    default = "rows" if cached and (rows or 0) >= _TASKS else more
+    order = space.pick("order", list(counts), default)
     loops = [row, column] if order == "rows" else [column, row]
     sch.reorder(*loops)
     outer, inner = (constant_factor(sch.get(loop).extent) for loop in loops)
@@ -72,11 +76,18 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     exceeds = _bytes(func.params[order == "rows"]) > _CACHED_BYTES
     if exceeds:
         usual = max(usual, *(size for size in fitting if size <= _REUSE))
+    # Halves of few rows, each cut into tasks by columns.
+    halves = order == "rows" and rows is not None and rows < 2 * _TASKS and rows % 2 == 0
+    if halves:
+        usual = outer // 2
     together = space.pick("together", sizes, usual)
+    parts = _divisor(inner, _TASKS * together // outer) if halves else 1
     task, group = sch.split(loops[0], [None, together])
-    # Columns are innermost, so that rows of x stay in the L1 cache, unless the weight exceeds L2.
-    loops = [loops[1], group] if exceeds or order == "columns" else [group, loops[1]]
-    sch.reorder(*loops)
+    part, others = sch.split(loops[1], [parts, None])
+    # The operand that is cut into tasks stays in the L1 cache, unless the other exceeds L2.
+    loops = [others, group] if exceeds or halves else [group, others]
+    sch.reorder(task, part, *loops)
+    task = sch.fuse(task, part)
     sch.parallel(task)
 
     # Step 2. Apply the epilogue to each block, and round a row at a time.
@@ -105,6 +116,11 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     sch.annotate(task, IMPORT_CODE, AMX_CODE if has_amx(target) else PORTABLE_CODE)
     _surround(sch, task, (height + 1) // 2)
     return sch.mod["main"]
+
+
+def _divisor(number: int, least: int) -> int:
+    """Return the smallest divisor of a number that is at least `least`, or the number."""
+    return next((size for size in range(least, number) if number % size == 0), number)
 
 
 def _bytes(param: tirx.Var) -> int:

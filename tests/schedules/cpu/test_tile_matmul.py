@@ -109,6 +109,16 @@ def test_blocks_share_operands_that_exceed_the_cache(rows, inner, columns, toget
     assert space["together"][0] == together
 
 
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns", "order", "together"),
+    [(196, 256, 1024, "rows", 4), (196, 448, 1792, "columns", 1), (49, 512, 512, "columns", 2)],
+)
+def test_tasks_of_few_rows(rows, inner, columns, order, together):
+    """A task has half of the rows, an even number of blocks, unless it would read many weights."""
+    space = schedule(tile_matmul((rows,), inner, columns), resolve_target(AMX)).space
+    assert (space["order"][0], space["together"][0]) == (order, together)
+
+
 def test_sums_stay_in_tiles():
     func = tile_matmul((3136,), 4096, 32).with_attr("global_symbol", "main")
     target = resolve_target(AMX)
