@@ -35,6 +35,7 @@ VERBS: Final = (
     "bench",
     "profile",
     "extensions",
+    "bundle",
     "info",
     "env",
     "completion",

@@ -1,0 +1,120 @@
+"""Run the model of this folder on images, and print the most probable classes.
+
+An image is a file of any size, or an .npy file with the input itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dcnv3_tvm import runtime
+from dcnv3_tvm.errors import DCNv3Error
+
+if TYPE_CHECKING:
+    from dcnv3_tvm.runtime import CompiledModel
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the model on each image, and return the exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the script's name; by default those of the process.
+    """
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("image", nargs="+", type=Path, help="image file, or input as .npy")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes (default: 5)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each image")
+    arguments = parser.parse_args(argv)
+    try:
+        artifact = Path(__file__).resolve().with_name("artifact")
+        model = runtime.load(artifact, threads=arguments.threads)
+        for path in arguments.image:
+            result = describe(model, path, arguments.top)
+            print(json.dumps(result) if arguments.json else text(result), flush=True)
+    except DCNv3Error as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def describe(model: CompiledModel, path: Path, top: int) -> dict[str, Any]:
+    """Return the most probable classes of an image, or the shapes of other outputs.
+
+    Parameters
+    ----------
+    model : CompiledModel
+        The model.
+    path : Path
+        The image, or its input as ``.npy``.
+    top : int
+        Number of classes, at least 1.
+
+    Raises
+    ------
+    DCNv3Error
+        If the file cannot be read, or is not an input of the model.
+    """
+    image = read_array(path) if path.suffix == ".npy" else model.preprocess(path)
+    outputs = model(image)
+    if isinstance(outputs, dict) or outputs.ndim != 2:
+        named = outputs if isinstance(outputs, dict) else {model.output_names()[0]: outputs}
+        return {
+            "image": str(path),
+            "outputs": {name: list(values.shape) for name, values in named.items()},
+        }
+    classes, probabilities = runtime.top_k(outputs, k=min(top, outputs.shape[1]))
+    labels = model.metadata.labels
+    return {
+        "image": str(path),
+        "top": [
+            {"class": int(number), "probability": float(probability)}
+            | ({"label": labels[number]} if labels else {})
+            for number, probability in zip(classes[0], probabilities[0], strict=True)
+        ],
+    }
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Return the array of an ``.npy`` file.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+
+    Raises
+    ------
+    DCNv3Error
+        If it cannot be read, or holds something else.
+    """
+    try:
+        array: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DCNv3Error("the array cannot be read", got=f"{path} ({error})") from error
+    return array
+
+
+def text(result: dict[str, Any]) -> str:
+    """Return a result of `describe` as lines of text."""
+    if "top" not in result:
+        lines = [f"{name} {shape}" for name, shape in result["outputs"].items()]
+    else:
+        lines = [
+            f"{100 * row['probability']:6.2f} %  {row.get('label', row['class'])}"
+            for row in result["top"]
+        ]
+    return "\n".join([result["image"], *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Write a bundle: an artifact, the modules that run it, a script, and a Dockerfile."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+from dcnv3_tvm import checks, files
+from dcnv3_tvm.bundle import texts
+from dcnv3_tvm.bundle.modules import PACKAGE, runtime_modules
+from dcnv3_tvm.digests import digest_of_file
+from dcnv3_tvm.errors import ArtifactError
+from dcnv3_tvm.runtime.loading import read_metadata
+from dcnv3_tvm.runtime.metadata import CARD, LIBRARY, METADATA, WEIGHTS, ArtifactMetadata
+
+ARTIFACT: Final = "artifact"
+_SCRIPT: Final = "run.py"
+_REQUIREMENTS: Final = "requirements.txt"
+_DOCKERFILE: Final = "Dockerfile"
+_DOCKER_IGNORE: Final = ".dockerignore"
+_LICENSE: Final = "LICENSE"
+
+
+def write(path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> dict[str, int]:
+    """Write a folder with all that runs an artifact on a machine that has only Python.
+
+    Parameters
+    ----------
+    path : str or path
+        The artifact; it may be for another machine than this one.
+    destination : str or path
+        The folder. A bundle in it is replaced, and unchanged if writing fails.
+
+    Returns
+    -------
+    dict of str to int
+        Bytes of each part.
+
+    Raises
+    ------
+    ArtifactError
+        If the artifact is missing, damaged or incomplete; if `destination` holds something else or
+        cannot be written.
+    MissingDependencyError
+        If a package whose version the bundle would pin is not installed.
+    """
+    source, folder = checks.path("path", path), checks.path("destination", destination)
+    metadata = read_metadata(source)
+    _check_replaceable(folder)
+    requirements = texts.requirements(metadata)
+    try:
+        with files.atomic_folder(folder) as temporary:
+            _copy_artifact(source, temporary / ARTIFACT, metadata)
+            for name, file in runtime_modules().items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, temporary / name)
+            shutil.copyfile(Path(__file__).with_name(_SCRIPT), temporary / _SCRIPT)
+            licence = importlib.metadata.distribution("dcnv3-tvm").read_text(f"licenses/{_LICENSE}")
+            (temporary / PACKAGE / _LICENSE).write_text(licence or "", encoding="utf-8")
+            (temporary / _REQUIREMENTS).write_text(requirements, encoding="utf-8")
+            (temporary / _DOCKERFILE).write_text(texts.dockerfile(), encoding="utf-8")
+            (temporary / _DOCKER_IGNORE).write_text(".venv\n", encoding="utf-8")  # See the README.
+            sizes = {
+                **{
+                    f"{ARTIFACT}/{name}": _size(temporary / ARTIFACT / name)
+                    for name in (WEIGHTS, LIBRARY, *metadata.libraries)
+                },
+                PACKAGE: _size(temporary / PACKAGE),
+            }
+            (temporary / CARD).write_text(texts.readme(metadata, sizes), encoding="utf-8")
+            return sizes
+    except OSError as error:
+        raise ArtifactError(
+            "the bundle cannot be written",
+            got=f"{error.strerror or error} ({error.filename or folder})",
+            hint=f"{folder} is unchanged.",
+        ) from error
+
+
+def _copy_artifact(source: Path, destination: Path, metadata: ArtifactMetadata) -> None:
+    destination.mkdir()
+    for name in (*metadata.digests, CARD, METADATA):
+        if not (source / name).is_file():
+            raise ArtifactError(f"the artifact is incomplete: it has no {name}", got=source)
+        shutil.copyfile(source / name, destination / name)
+        digest = metadata.digests.get(name)
+        if digest is not None and digest_of_file(destination / name) != digest:
+            raise ArtifactError(
+                f"{name} was modified after it was written",
+                got=source,
+                hint="Copy the artifact again, or compile the model again.",
+            )
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if folder.is_dir() and not folder.is_symlink():
+        names = {entry.name for entry in folder.iterdir()}
+        if not names or {ARTIFACT, PACKAGE, _SCRIPT, _REQUIREMENTS} <= names:
+            return
+    raise ArtifactError(
+        "the destination exists and is not a bundle, so it is not replaced",
+        got=folder,
+        hint="Choose another folder, or remove it first.",
+    )
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
