@@ -66,6 +66,11 @@ CUDA_HOME: Final = Variable(
     "PyTorch and this library",
     "Folder of the CUDA toolkit, whose bin/nvcc compiles GPU kernels.",
 )
+CXX: Final = Variable(
+    "CXX",
+    "many programs and this library",
+    "C++ compiler that links compiled models, if it is for their system.",
+)
 DCNV3_TVM_CACHE: Final = Variable(
     "DCNV3_TVM_CACHE",
     "this library",
@@ -88,6 +93,7 @@ VARIABLES: Final = (
     OMP_WAIT_POLICY,
     TVM_LIBRARY_PATH,
     CUDA_HOME,
+    CXX,
     DCNV3_TVM_CACHE,
     XDG_CACHE_HOME,
     TVM_BACKTRACE,

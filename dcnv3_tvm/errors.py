@@ -18,6 +18,9 @@ INSTALL_FFI: Final = "Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
 INSTALL_TVM: Final = f"{INSTALL_FFI} apache-tvm==0.27.0.post1"
 """Hint where TVM's compiler is missing."""
 
+INSTALL_CROSS: Final = "Run: pip install 'dcnv3-tvm[cross]'"
+"""Hint where there is no linker for a system."""
+
 
 class DCNv3Error(Exception):
     """Base of all errors raised by this library.

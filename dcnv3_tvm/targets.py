@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm import gpu, machine
 from dcnv3_tvm.errors import TargetError
+from dcnv3_tvm.systems import SYSTEMS, System, system_of, this_system
 
 if TYPE_CHECKING:
     from tvm.target import Target
@@ -18,11 +19,14 @@ AUTO: Final = "auto"
 
 _ALLOWED: Final = (
     '"auto", "cpu" or "llvm" (this machine), "cpu-<name>" such as "cpu-znver4", '
+    f"{', '.join(SYSTEMS)} (such as linux-aarch64:neoverse-n1), "
     '"llvm -mcpu=<name>", "cuda" (this machine\'s GPU), "cuda-<arch>" such as "cuda-sm90", or a '
     "tvm.target.Target of kind llvm or cuda"
 )
 _STRING_OPTIONS: Final = ("mcpu", "mtriple", "mabi", "mfloat-abi")
 _INTEGER_OPTIONS: Final = ("num-cores", "opt-level")
+_UNLISTED_CPUS: Final = {"apple-a14": "apple-m1", "apple-a15": "apple-m2", "apple-a16": "apple-m3"}
+"""Names of processors that LLVM knows but does not list, by the name that it lists."""
 
 
 def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
@@ -33,7 +37,9 @@ def resolve_target(target: str | Mapping[str, Any] | Target = "auto") -> Target:
     target : str, mapping or tvm.target.Target
         ``"auto"``, ``"cpu"`` and ``"llvm"`` mean this machine's processor, as LLVM detects it.
         ``"cpu-znver4"`` and ``"llvm -mcpu=znver4"`` name another one; ``-mtriple``, ``-mattr``,
-        ``-mabi``, ``-num-cores`` and ``-opt-level`` are supported too. ``"cuda"`` means this
+        ``-mabi``, ``-num-cores`` and ``-opt-level`` are supported too. ``"linux-aarch64"`` and the
+        other names of `dcnv3_tvm.systems.SYSTEMS` mean another operating system, followed by
+        ``":neoverse-n1"`` or ``":v3"`` (x86-64-v3) for a processor. ``"cuda"`` means this
         machine's first GPU, ``"cuda-sm90"`` and ``"cuda -arch=sm_90"`` any GPU of that
         architecture. A mapping is TVM's own form, ``{"kind": "llvm", "mcpu": "znver4"}``.
 
@@ -159,10 +165,34 @@ def host_cpu() -> str:
 
 
 def target_slug(target: Target) -> str:
-    """Return a target's name for files, records and test ids, for example ``"cpu-znver4"``."""
+    """Return a target's name for records and test ids, for example ``"cpu-znver4"``.
+
+    It names the processor, whatever its operating system.
+    """
     if target.kind.name == "llvm":
         return f"cpu-{target.attrs.get('mcpu', 'generic')}"
     return gpu.target_name(str(target.attrs["arch"]))
+
+
+def target_system(target: Target) -> System | None:
+    """Return the system that runs a target's code, or its GPU's host; None if unknown."""
+    host = target.host if is_gpu(target) else target
+    triple = host.attrs.get("mtriple")
+    return this_system() if triple is None else system_of(str(triple))
+
+
+def artifact_slug(target: Target) -> str:
+    """Return a target's short name, which tells another system than this machine's.
+
+    Examples
+    --------
+    >>> artifact_slug(resolve_target("macos-arm64"))
+    'macos-arm64-apple-m1'
+    """
+    system = target_system(target)
+    if is_gpu(target) or system in (None, this_system()):
+        return target_slug(target)
+    return system.slug(str(target.attrs.get("mcpu", "generic")))
 
 
 def target_features(target: Target) -> frozenset[str]:
@@ -229,10 +259,18 @@ def gpu_architecture(target: Target) -> gpu.Architecture:
 
 
 def _cuda(config: Mapping[str, Any]) -> Target:
-    """Return a GPU target whose host code runs on any processor of this architecture."""
+    """Return a GPU target whose host code runs on any processor of this system."""
     from tvm.target import Target
 
     arch = _gpu_arch(config)
+    triple = str((config.get("host") or {}).get("mtriple", ""))
+    if triple and not this_system().runs(triple):
+        raise TargetError(
+            "GPU code for another system is not supported",
+            got=f"a host with mtriple {triple}",
+            allowed=f"{this_system().name} (this machine)",
+            hint="Compile on a machine of that system.",
+        )
     if arch not in gpu.ARCHITECTURES:
         raise TargetError(
             "the GPU architecture is not supported",
@@ -269,6 +307,10 @@ def _parse(text: str) -> dict[str, Any] | None:
         return None
     if kind.startswith("cpu-") and not options:
         return {"kind": "llvm", "mcpu": kind.removeprefix("cpu-")}
+    system, colon, processor = kind.partition(":")
+    if system in SYSTEMS and not options and bool(colon) == bool(processor):
+        found = SYSTEMS[system]
+        return {"kind": "llvm", "mtriple": found.triple, "mcpu": found.processor(processor)}
     if kind == "cuda" or kind.startswith("cuda-"):
         return _parse_cuda(text, kind, options)
     if kind != "llvm":
@@ -317,7 +359,8 @@ def _check_cpu(config: Mapping[str, Any]) -> None:
     base = {"kind": "llvm"}
     if "mtriple" in config:
         base["mtriple"] = config["mtriple"]
-    known = sorted(str(name) for name in codegen.llvm_get_cpu_archlist(Target(base)))
+    listed = {str(name) for name in codegen.llvm_get_cpu_archlist(Target(base))}
+    known = sorted(listed.union(_UNLISTED_CPUS[name] for name in listed & _UNLISTED_CPUS.keys()))
     if config["mcpu"] not in known:
         raise TargetError(
             "LLVM does not know the processor",

@@ -60,8 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
         default="auto",
-        help="auto (this machine's CPU), cuda (its GPU), cpu-znver4, cuda-sm90, ... "
-        "(default: %(default)s)",
+        help="auto (this machine's CPU), cuda (its GPU), cpu-znver4, cuda-sm90, ..., or another "
+        "system: linux-x86_64, linux-aarch64, macos-arm64 or windows-x86_64, also with a processor "
+        "of it, such as linux-aarch64:neoverse-n1 (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",
@@ -85,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--expose",
         choices=[OFFSETS],
         help="add an entry that returns the offset and mask of each DCNv3, for `visualize`",
+    )
+    parser.add_argument(
+        "--runtime-wheel",
+        type=parse_path,
+        metavar="WHEEL",
+        help="wheel of apache-tvm for another system, whose runtime library the artifact gets "
+        "(default: pip downloads it)",
     )
     add_shape(parser)
     parser.add_argument("--dynamic-batch", action="store_true", help="accept any batch size")
@@ -147,6 +155,7 @@ def execute(arguments: argparse.Namespace) -> Result:
             database=arguments.database,
             cuda_graph=not arguments.no_cuda_graph,
             expose=arguments.expose,
+            runtime_wheel=arguments.runtime_wheel,
             debug_dump=arguments.debug_dump,
             on_phase=progress.step,
         )

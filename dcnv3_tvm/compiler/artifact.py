@@ -13,10 +13,10 @@ from typing import Any
 
 from dcnv3_tvm import files
 from dcnv3_tvm.compiler import artifact_readme
+from dcnv3_tvm.compiler.runtime_wheel import runtime_libraries
 from dcnv3_tvm.digests import digest_of_file
-from dcnv3_tvm.errors import INSTALL_TVM, ArtifactError, MissingDependencyError
+from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.runtime import weights as weights_file
-from dcnv3_tvm.runtime.library import installed_runtime
 from dcnv3_tvm.runtime.loading import read_metadata
 from dcnv3_tvm.runtime.metadata import (
     CARD,
@@ -26,6 +26,7 @@ from dcnv3_tvm.runtime.metadata import (
     ArtifactMetadata,
 )
 from dcnv3_tvm.runtime.model import check_replaceable
+from dcnv3_tvm.systems import this_system
 
 
 def write(
@@ -34,6 +35,7 @@ def write(
     library: Path | bytes,
     weights: Mapping[str, weights_file.Weight],
     metadata: ArtifactMetadata,
+    runtime: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write an artifact.
 
@@ -47,6 +49,8 @@ def write(
         By the names that the entries use: arrays of any memory layout, or lazy ones.
     metadata : ArtifactMetadata
         Digests are filled in, and versions and date if empty.
+    runtime : mapping of str to bytes, optional
+        From `runtime_libraries`; by default the installed ones.
 
     Raises
     ------
@@ -57,26 +61,21 @@ def write(
     destination = Path(destination)
     check_replaceable(destination)
     _check_weights(weights, metadata)
-    runtime = installed_runtime()
     if runtime is None:
-        raise MissingDependencyError(
-            "apache-tvm, whose runtime library is copied into the artifact, is not installed",
-            hint=INSTALL_TVM,
-        )
+        runtime = runtime_libraries(this_system(), on_gpu=metadata.target.kind == "cuda")
     try:
         with files.atomic_folder(destination) as folder:
             if isinstance(library, bytes):
                 (folder / LIBRARY).write_bytes(library)
             else:
                 shutil.copyfile(library, folder / LIBRARY)
-            for name in metadata.libraries:
-                shutil.copyfile(runtime[0].with_name(name), folder / name)
+            for name, content in runtime.items():
+                (folder / name).write_bytes(content)
             weights_file.write(folder / WEIGHTS, weights)
             complete = dataclasses.replace(
                 metadata,
                 digests={
-                    name: digest_of_file(folder / name)
-                    for name in (LIBRARY, WEIGHTS, *metadata.libraries)
+                    name: digest_of_file(folder / name) for name in (LIBRARY, WEIGHTS, *runtime)
                 },
                 versions=metadata.versions or installed_versions(),
                 created=metadata.created or _now(),

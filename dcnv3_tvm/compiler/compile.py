@@ -12,12 +12,14 @@ from typing import Any, Final, Literal
 import tvm
 from tvm import relax
 
-from dcnv3_tvm import files, machine, targets
+from dcnv3_tvm import checks, files, targets
 from dcnv3_tvm.compiler import artifact, cpu_pipeline, pipeline
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
 from dcnv3_tvm.compiler.kernel_checks import UNCHECKED_KERNELS
 from dcnv3_tvm.compiler.kernel_work import module_work
+from dcnv3_tvm.compiler.linker import find_linker, system_to_build
+from dcnv3_tvm.compiler.runtime_wheel import runtime_libraries
 from dcnv3_tvm.compiler.schedule_checks import check_rules
 from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.errors import CompileError, DCNv3Warning, InvalidArgumentError, TargetError
@@ -122,6 +124,7 @@ def compile_artifact(
     database: str | os.PathLike[str] = "default",
     cuda_graph: bool = True,
     expose: Literal["offsets"] | None = None,
+    runtime_wheel: str | os.PathLike[str] | None = None,
     debug_dump: str | os.PathLike[str] | None = None,
     on_phase: Callable[[str], None] | None = None,
 ) -> ArtifactMetadata:
@@ -133,6 +136,9 @@ def compile_artifact(
         As in `compile_model`.
     destination : path
         Folder to write. An artifact in it is replaced once the new one is complete.
+    runtime_wheel : path, optional
+        For another system: the wheel of ``apache-tvm`` for it, whose runtime library the artifact
+        gets. By default pip downloads it once; if it cannot, the artifact has none.
 
     Returns
     -------
@@ -145,6 +151,13 @@ def compile_artifact(
         As in `compile_model`, but the target may be another machine.
     ArtifactError
         If the folder cannot be written.
+    MissingDependencyError
+        If there is no linker for the target.
+
+    Warns
+    -----
+    DCNv3Warning
+        If the artifact gets no runtime library.
     """
     if not isinstance(imported, ImportedModel):
         raise InvalidArgumentError(
@@ -157,6 +170,11 @@ def compile_artifact(
     resolved = targets.resolve_target(target)
     check_buildable(resolved)
     dtype = effective_dtype(dtype, resolved)
+    runtime = runtime_libraries(
+        system_to_build(resolved),
+        on_gpu=targets.is_gpu(resolved),
+        wheel=None if runtime_wheel is None else checks.path("runtime_wheel", runtime_wheel),
+    )
     records = find_records(resolved, database)
     program, kernels = pipeline.run_pipeline(
         imported,
@@ -192,7 +210,13 @@ def compile_artifact(
         build_library(planned, resolved, library, cuda_graph=cuda_graph and static)
         if on_phase is not None:
             on_phase("write")
-        artifact.write(destination, library=library, weights=program.weights, metadata=metadata)
+        artifact.write(
+            destination,
+            library=library,
+            weights=program.weights,
+            metadata=metadata,
+            runtime=runtime,
+        )
     return metadata
 
 
@@ -201,17 +225,12 @@ def check_buildable(target: tvm.target.Target) -> None:
 
     Raises
     ------
+    MissingDependencyError
+        If there is no linker for the target's system.
     TargetError
-        If the target is, or its GPU's host has, another CPU architecture or operating system.
+        If its system is unknown.
     """
-    triple = target_info(target).triple
-    if triple.partition("-")[0] != machine.architecture() or "linux" not in triple:
-        raise TargetError(
-            "artifacts for another CPU architecture or system cannot be built on this machine",
-            got=triple,
-            allowed=f"{machine.architecture()} and Linux",
-            hint="A C++ compiler and TVM's runtime library for it are missing: compile there.",
-        )
+    find_linker(system_to_build(target))
 
 
 def check_dtype(dtype: str, target: tvm.target.Target) -> None:
@@ -313,10 +332,10 @@ def build_library(
         if on_gpu:
             export_executable(executable.mod, library, str(target.attrs["arch"]))
         else:
-            executable.export_library(str(library))
+            executable.export_library(str(library), fcompile=find_linker(system_to_build(target)))
     except (RuntimeError, OSError, ValueError) as error:
         raise CompileError(
             "the compiled code cannot be linked to a library",
             got=str(error).strip().splitlines()[0],
-            hint="TVM links with the C++ compiler g++ (or $CXX): install one.",
+            hint="Set CXX to another C++ compiler, or unset it.",
         ) from error

@@ -18,7 +18,7 @@ import dcnv3_tvm
 from dcnv3_tvm import files, machine, targets
 from dcnv3_tvm.compiler import kernel_cache
 from dcnv3_tvm.compiler.kernel_cache import CachedKernel
-from dcnv3_tvm.compiler.linker import find_linker, link
+from dcnv3_tvm.compiler.linker import find_ld
 from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.forks import fork_safe_lock
@@ -136,12 +136,15 @@ def _build(module: Any, target: Target) -> Any:
     with files.temporary_folder("op-") as folder:
         path = Path(folder) / "op.so"
         if targets.is_gpu(target):
-            export_module(module, target, path, linker=link if find_linker() else None)
+            export_module(module, target, path, linker=find_ld())
             return KernelLibrary(path.read_bytes(), on_gpu=True)
         executable = tvm.compile(module, target=target, tir_pipeline=cpu_pipeline.PIPELINE)
+        linker = find_ld()
+        if linker is None:
+            return executable
         try:
-            executable.mod.export_library(str(path), fcompile=link)
-        except RuntimeError:
+            executable.mod.export_library(str(path), fcompile=linker)
+        except RuntimeError:  # It is the linker of this system.
             return executable
         return KernelLibrary(path.read_bytes(), on_gpu=False)
 

@@ -11,6 +11,7 @@ from tvm.target import Target
 
 from dcnv3_tvm.compiler import cpu_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_module
+from dcnv3_tvm.compiler.linker import find_linker, system_to_build
 from dcnv3_tvm.targets import is_gpu
 
 ENTRY: Final = "main"
@@ -37,10 +38,12 @@ def export_kernel(
     ------
     RuntimeError
         If compilation fails.
+    MissingDependencyError, TargetError
+        If there is no linker for the target.
     """
     module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
     if is_gpu(target):
         export_module(module, target, path)
     else:
         executable = tvm.compile(module, target=target, tir_pipeline=cpu_pipeline.PIPELINE)
-        executable.export_library(str(path))
+        executable.export_library(str(path), fcompile=find_linker(system_to_build(target)))

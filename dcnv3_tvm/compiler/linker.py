@@ -1,32 +1,142 @@
-"""Link object files to a shared library with the system's linker; no C++ compiler is needed."""
+"""Link object files to a shared library, for this system or another."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-_LINKERS: Final = ("ld", "ld.lld")
+from dcnv3_tvm import targets
+from dcnv3_tvm.environment import CXX
+from dcnv3_tvm.errors import INSTALL_CROSS, MissingDependencyError, TargetError
+from dcnv3_tvm.systems import SYSTEMS, System, this_system
+
+if TYPE_CHECKING:
+    from tvm.target import Target
+
+_LD: Final = ("ld", "ld.lld")
+_COMPILERS: Final = ("g++", "gcc", "clang++", "clang", "c++", "cc")
+_OPTIONS: Final = {"macos": ("-undefined", "dynamic_lookup"), "windows": ()}
+"""Options of a C++ compiler by operating system; of Linux, and others like it, by default."""
+
+_ZIG_OPTIONS: Final = {
+    "linux": ("-fPIC", "-nostdlib", "-Wl,-z,undefs"),
+    "macos": ("-nostdlib", *_OPTIONS["macos"]),
+    # What probes the stack is in compiler-rt, and memcpy and the functions of libm in ucrtbase.dll.
+    "windows": ("-nostdlib", "-rtlib=compiler-rt", "-Wl,--no-entry", "-lucrtbase"),
+}
+"""Options of Zig. It would build a libc for the system, which takes minutes, and code needs none:
+on Linux it finds the functions of libc and libm in the process that loads it."""
 
 
-def find_linker() -> str | None:
-    """Return the path of the system's linker; None without one."""
-    return next(filter(None, map(shutil.which, _LINKERS)), None)
+@dataclasses.dataclass(frozen=True)
+class Linker:
+    """A linker; calling it is an ``fcompile`` of TVM's ``export_library``.
+
+    Parameters
+    ----------
+    command : tuple of str
+        The program and its options.
+    """
+
+    command: tuple[str, ...]
+
+    def __call__(self, output: str, objects: Sequence[str], **_options: Any) -> None:
+        """Link object files.
+
+        Raises
+        ------
+        RuntimeError
+            If the linker reports an error, as for code of another architecture.
+        """
+        try:
+            done = subprocess.run(
+                [*self.command, "-o", output, *objects], capture_output=True, text=True, check=False
+            )
+        except OSError as error:
+            raise RuntimeError(f"{self.command[0]} cannot be run: {error}") from error
+        if done.returncode != 0:
+            raise RuntimeError(f"{self.command[0]} fails: {done.stderr.strip()}")
 
 
-def link(output: str, objects: Sequence[str], **_options: Any) -> None:
-    """Link object files; an ``fcompile`` of TVM's ``export_library``.
+def find_ld() -> Linker | None:
+    """Return this system's own linker, which needs no C++ compiler; None without one.
+
+    What it links finds functions of libc and libm in the process that loads it.
+    """
+    path = next(filter(None, map(shutil.which, _LD)), None)
+    return None if path is None else Linker((path, "-shared", "-z", "noexecstack"))
+
+
+def system_to_build(target: Target) -> System:
+    """Return the system of a target that code can be linked for.
 
     Raises
     ------
-    RuntimeError
-        If there is no linker, or it reports an error, as for code of another architecture.
+    TargetError
+        If it is unknown.
     """
-    linker = find_linker()
-    if linker is None:
-        raise RuntimeError("there is no linker (ld)")
-    command = [linker, "-shared", "-z", "noexecstack", "-o", output, *objects]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{linker} fails: {done.stderr.strip()}")
+    system = targets.target_system(target)
+    if system is None:
+        raise TargetError(
+            "code for this system cannot be linked",
+            got=target.attrs["mtriple"],
+            allowed=f"{this_system().name} (this machine), {', '.join(SYSTEMS)}",
+        )
+    return system
+
+
+def find_linker(system: System) -> Linker:
+    """Return a linker for a system.
+
+    It is ``$CXX``, if that is not for another system, else this system's C++ compiler, else Zig's
+    from the package ``ziglang``. All only link, so that the processor they are for by default does
+    not matter.
+
+    Raises
+    ------
+    MissingDependencyError
+        If there is none, or ``$CXX`` cannot be run.
+    """
+    options = ("-shared", *_OPTIONS.get(system.operating_system, ("-fPIC",)))
+    chosen = _chosen_compiler()
+    if chosen is not None and _is_for(chosen, system):
+        return Linker((*chosen, *options))
+    if system == this_system():
+        native = next(filter(None, map(shutil.which, _COMPILERS)), None)
+        if native is not None:
+            return Linker((native, *options))
+    if system.name in SYSTEMS and importlib.util.find_spec("ziglang") is not None:
+        zig = (sys.executable, "-m", "ziglang", "cc", "-target", system.zig, "-shared")
+        return Linker((*zig, *_ZIG_OPTIONS[system.operating_system]))
+    given = "" if chosen is None else f", and $CXX ({shlex.join(chosen)}) is for another system"
+    raise MissingDependencyError(
+        f"there is no linker for {system.name}{given}",
+        hint=f"{INSTALL_CROSS}, or set CXX to a C++ compiler for it.",
+    )
+
+
+def _chosen_compiler() -> tuple[str, ...] | None:
+    chosen = CXX.value or ""
+    return (tuple(shlex.split(chosen)) or None) if shutil.which(chosen) is None else (chosen,)
+
+
+def _is_for(compiler: Sequence[str], system: System) -> bool:
+    """Return whether a compiler links for a system, or does not say for which."""
+    try:
+        done = subprocess.run(
+            [*compiler, "-dumpmachine"], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise MissingDependencyError(
+            "the C++ compiler that CXX names cannot be run",
+            got=f"CXX={shlex.join(compiler)} ({error.strerror})",
+            hint="Unset CXX, or set it to a compiler.",
+        ) from error
+    triple = done.stdout.strip()
+    return done.returncode != 0 or not triple or system.runs(triple)

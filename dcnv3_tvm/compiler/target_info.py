@@ -34,7 +34,7 @@ def target_info(target: Target, *, amx: bool = False) -> TargetInfo:
         triple=str(triple),
         mcpu=str(host.attrs.get("mcpu", "")),
         features=tuple(sorted(f for f in features if not f.startswith("amx") or f in used)),
-        slug=targets.target_slug(target),
+        slug=targets.artifact_slug(target),
         text=str(target),
         arch=str(target.attrs["arch"]) if on_gpu else "",
     )

@@ -139,8 +139,8 @@ class Kernel:
     def _function(self) -> Any:
         """The function; raises `TargetError` where this machine cannot run it."""
         if not self.on_gpu:
-            if self.target.architecture not in ("", machine.architecture()):
-                missing = [self.target.architecture]
+            if self.target.is_for_another_system:
+                missing = [self.target.triple]
             else:
                 missing = machine.missing_features(self.target.features)
             if missing:

@@ -86,7 +86,7 @@ def installed_runtime() -> tuple[Path, str] | None:
     return None
 
 
-def load_runtime(*, version: str, bundled: Path) -> None:
+def load_runtime(*, version: str, bundled: Path | None) -> None:
     """Load TVM's runtime library, unless this process holds one already.
 
     The installed TVM's library is preferred to the copy in the artifact.
@@ -95,13 +95,15 @@ def load_runtime(*, version: str, bundled: Path) -> None:
     ----------
     version : str
         TVM version the artifact needs.
-    bundled : Path
-        The copy in the artifact.
+    bundled : Path, optional
+        The copy in the artifact, if it has one.
 
     Raises
     ------
     ArtifactError
         If the process holds another version, or no library can be loaded.
+    MissingDependencyError
+        If there is none.
     """
     global _loaded_version
     ffi = tvm_ffi()
@@ -111,6 +113,12 @@ def load_runtime(*, version: str, bundled: Path) -> None:
         if _loaded_version is None:
             path, found = installed_runtime() or (bundled, version)
             _check_version(found, version)
+            if path is None:
+                raise MissingDependencyError(
+                    f"the artifact was compiled without {RUNTIME_LIBRARY}, and apache-tvm, which "
+                    "has it, is not installed",
+                    hint=f"{INSTALL_FFI} apache-tvm=={version}",
+                )
             load_global(path)
             _loaded_version = found
     _check_version(_loaded_version, version)
@@ -159,7 +167,7 @@ def load_global(path: Path) -> None:
         raise ArtifactError(
             f"TVM's runtime library {path.name} cannot be loaded",
             got=error,
-            hint="It is built for Linux and the processor architecture of the artifact.",
+            hint="Copy the artifact again, or install apache-tvm for this system.",
         ) from error
 
 

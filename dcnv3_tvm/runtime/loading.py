@@ -11,7 +11,7 @@ from typing import Any
 from dcnv3_tvm import checks, gpu
 from dcnv3_tvm.digests import digest_of, digest_of_file
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
-from dcnv3_tvm.machine import architecture, enable_amx, missing_features
+from dcnv3_tvm.machine import enable_amx, missing_features
 from dcnv3_tvm.runtime import cuda, library, weights
 from dcnv3_tvm.runtime.metadata import (
     CUDA_LIBRARY,
@@ -23,6 +23,7 @@ from dcnv3_tvm.runtime.metadata import (
     TargetInfo,
 )
 from dcnv3_tvm.runtime.model import CompiledModel
+from dcnv3_tvm.systems import this_system
 
 
 def load(
@@ -104,7 +105,10 @@ def load(
                 _check_digest(name, digest_of_file(folder / name), metadata)
         bundled = folder.resolve()
         tvm = metadata.versions.get("tvm", "")
-        library.load_runtime(version=tvm, bundled=bundled / RUNTIME_LIBRARY)
+        library.load_runtime(
+            version=tvm,
+            bundled=bundled / RUNTIME_LIBRARY if RUNTIME_LIBRARY in metadata.libraries else None,
+        )
         if index is not None:
             cuda.load_runtime(bundled / CUDA_LIBRARY)
         tensors, digest = weights.read(folder / WEIGHTS, digest=verify_digests)
@@ -238,16 +242,16 @@ def check_target(target: TargetInfo, device: str | None = None) -> int | None:
     Raises
     ------
     TargetError
-        If the code is for another kind of device, another architecture, or needs CPU features
-        that this machine lacks.
+        If the code is for another kind of device, another system, or needs CPU features that this
+        machine lacks.
     """
     index = _device_index(target, device)
     hint = "Compile the model again on this machine, or with a --target that fits it."
-    if target.architecture and target.architecture != architecture():
+    if target.is_for_another_system:
         raise TargetError(
-            "the artifact is for another CPU architecture",
-            got=target.architecture,
-            allowed=architecture(),
+            "the artifact is for another system",
+            got=f"{target.triple if target.system is None else target.system.name}",
+            allowed=f"{this_system().name} (this machine)",
             hint=hint,
         )
     missing = missing_features(target.features)

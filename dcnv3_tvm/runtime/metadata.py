@@ -11,6 +11,7 @@ from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.machine import AMX_FEATURES
 from dcnv3_tvm.signature import OFFSETS, Entry, TensorInfo, is_input_size
+from dcnv3_tvm.systems import SYSTEMS, System, system_of, this_system
 
 SCHEMA_VERSION: Final = 3
 """Incremented when older readers can no longer load the folder."""
@@ -19,9 +20,13 @@ LIBRARY: Final = "model.so"
 WEIGHTS: Final = "weights.safetensors"
 METADATA: Final = "metadata.json"
 CARD: Final = "README.md"
-RUNTIME_LIBRARY: Final = "libtvm_runtime.so"
+RUNTIME_LIBRARY: Final = this_system().runtime_library
+"""TVM's runtime library on this system."""
+
 CUDA_LIBRARY: Final = "libtvm_runtime_cuda.so"
 """Additional library in artifacts for GPUs."""
+
+_LIBRARIES: Final = {CUDA_LIBRARY, *(system.runtime_library for system in SYSTEMS.values())}
 
 AMX_RULE: Final = "tile_matmul"
 """The schedule rule whose kernels use AMX, where the target has it."""
@@ -61,6 +66,16 @@ class TargetInfo:
     def architecture(self) -> str:
         """The CPU architecture, for example ``"x86_64"``; empty if unknown."""
         return self.triple.partition("-")[0]
+
+    @property
+    def system(self) -> System | None:
+        """The system that runs the code; None if unknown."""
+        return system_of(self.triple)
+
+    @property
+    def is_for_another_system(self) -> bool:
+        """Whether the code is for another operating system or CPU architecture than this one."""
+        return bool(self.triple) and not this_system().runs(self.triple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +155,8 @@ class ArtifactMetadata:
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """Names of TVM's runtime libraries in the folder."""
-        gpu = (CUDA_LIBRARY,) if self.target.kind == "cuda" else ()
-        return RUNTIME_LIBRARY, *gpu
+        """Names of TVM's runtime libraries in the folder; none if they were left out."""
+        return tuple(name for name in self.digests if name in _LIBRARIES)
 
     @property
     def uses_amx(self) -> bool:

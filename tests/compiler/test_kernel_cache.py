@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dcnv3_tvm.compiler import compile_kernel as compilation
-from dcnv3_tvm.compiler import kernel_cache, linker
+from dcnv3_tvm.compiler import kernel_cache
 from dcnv3_tvm.compiler.kernel_cache import CachedKernel
 from dcnv3_tvm.environment import DCNV3_TVM_CACHE
 from dcnv3_tvm.errors import CompileError
@@ -160,7 +160,7 @@ def test_the_key_depends_on_tuning_records(tmp_path):
 
 
 def test_without_a_linker_nothing_is_kept(folder, monkeypatch):
-    monkeypatch.setattr(linker, "find_linker", lambda: None)
+    monkeypatch.setattr(compilation, "find_ld", lambda: None)
     assert_computes(compile_anew())
     assert kernel_cache.used_bytes() == 0
     assert not folder.exists()

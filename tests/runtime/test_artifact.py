@@ -129,12 +129,12 @@ def test_destination_that_is_not_an_artifact_is_kept(toy, artifact_path, tmp_pat
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize("method", ["write", "save"])
-@pytest.mark.parametrize("stage", ["copyfile", "fsync", "mkdir"])
+@pytest.mark.parametrize("stage", ["content", "fsync", "mkdir"])
 def test_full_or_read_only_disk(toy, artifact_path, tmp_path, monkeypatch, method, stage, code):
     destination = toy.write(tmp_path / "precious")
     before = contents(destination)
     act = toy.write if method == "write" else runtime.load(artifact_path).save
-    remaining = [0 if (method, stage) == ("write", "copyfile") else 1]
+    remaining = [1]
 
     def fail(*arguments, **keywords):
         if remaining[0]:
@@ -143,7 +143,7 @@ def test_full_or_read_only_disk(toy, artifact_path, tmp_path, monkeypatch, metho
         raise OSError(code, os.strerror(code), str(arguments[0]))
 
     owner, name = {
-        "copyfile": (shutil, "copyfile"),
+        "content": (Path, "write_bytes") if method == "write" else (shutil, "copyfile"),
         "fsync": (os, "fsync"),
         "mkdir": (Path, "mkdir"),
     }[stage]
@@ -167,14 +167,14 @@ def test_error_while_writing_weights(toy, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stage", ["copyfile", "fsync"])
-def test_interrupted_write_changes_nothing(toy, artifact_path, tmp_path, monkeypatch, stage):
+@pytest.mark.parametrize(("owner", "stage"), [(Path, "write_bytes"), (os, "fsync")])
+def test_interrupted_write_changes_nothing(toy, artifact_path, tmp_path, monkeypatch, owner, stage):
     before = contents(artifact_path)
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil if stage == "copyfile" else os, stage, interrupt)
+    monkeypatch.setattr(owner, stage, interrupt)
     for destination in (artifact_path, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
             toy.write(destination)

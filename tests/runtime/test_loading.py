@@ -16,6 +16,7 @@ from dcnv3_tvm.compiler import artifact
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
 from dcnv3_tvm.runtime import TargetInfo, copied_library, library, loading
 from dcnv3_tvm.runtime import weights as weights_file
+from dcnv3_tvm.systems import this_system
 from helpers.toy import flip
 
 
@@ -117,7 +118,7 @@ def test_metadata_is_not_text(artifact_path):
     ("target", "message"),
     [
         (TargetInfo("rocm"), "neither for a CPU nor for an NVIDIA GPU"),
-        (TargetInfo("llvm", "riscv64-unknown-linux-gnu"), "another CPU architecture"),
+        (TargetInfo("llvm", "riscv64-unknown-linux-gnu"), "another system"),
         (TargetInfo("llvm", features=("+avx512f", "amx-int8", "clwb")), "lacks amx-int8"),
     ],
 )
@@ -131,7 +132,7 @@ def test_amx_is_permitted_by_the_system(toy, tmp_path, monkeypatch):
     """Only artifacts whose kernels use AMX ask for the permission."""
     monkeypatch.setattr(machine, "cpu_features", lambda: machine.AMX_FEATURES)
     monkeypatch.setattr(loading, "enable_amx", lambda: False)
-    target = TargetInfo("llvm", machine.architecture(), features=("amx-bf16", "amx-tile"))
+    target = TargetInfo("llvm", this_system().triple, features=("amx-bf16", "amx-tile"))
     assert runtime.load(toy.write(tmp_path / "x", target=target)).metadata.uses_amx is False
     kernels = {"matmul": "tile_matmul"}
     with pytest.raises(TargetError, match=r'denies the use of AMX.*dtype="float32"'):
@@ -142,7 +143,7 @@ def test_amx_is_permitted_by_the_system(toy, tmp_path, monkeypatch):
 
 
 def test_features_of_this_machine_are_accepted(toy, tmp_path, image):
-    target = TargetInfo("llvm", machine.architecture(), features=tuple(machine.cpu_features()))
+    target = TargetInfo("llvm", this_system().triple, features=tuple(machine.cpu_features()))
     model = runtime.load(toy.write(tmp_path / "x", target=target))
     np.testing.assert_array_equal(model(image), toy.main(image))
 

@@ -6,17 +6,16 @@ compiled when it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import tvm
 
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.nvcc import compile_cubin
+from dcnv3_tvm.compiler.linker import Linker, find_linker
+from dcnv3_tvm.systems import this_system
 from dcnv3_tvm.tvm_workarounds.device_code import pack_imports
-
-Linker: TypeAlias = Callable[..., None]
 
 
 def export_module(
@@ -32,8 +31,8 @@ def export_module(
         A GPU.
     path : Path
         The library to write.
-    linker : callable, optional
-        Links object files to a library; by default TVM's, the C++ compiler.
+    linker : Linker, optional
+        Links object files to a library; by default what `find_linker` finds.
 
     Raises
     ------
@@ -58,7 +57,7 @@ def export_executable(module: Any, path: Path, arch: str, *, linker: Linker | No
         The library to write.
     arch : str
         GPU architecture, for example ``"sm_90"``.
-    linker : callable, optional
+    linker : Linker, optional
         As for `export_module`.
 
     Raises
@@ -76,4 +75,5 @@ def export_executable(module: Any, path: Path, arch: str, *, linker: Linker | No
         generate(blob, is_system_lib, str(host), prefix).write_to_file(str(file))
         return str(file)
 
+    linker = linker or find_linker(this_system())
     module.export_library(str(path), fcompile=linker, fpack_imports=pack)
