@@ -172,7 +172,8 @@ def _emit_store(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any, out: An
         if kernel.vector_loads:
             value = buffers.total[n, y, x, g, c]
             if kernel.spec.softmax:
-                value = value / buffers.exp_sum[n, y, x, g]
+                # All channels share the reciprocal.
+                value = value * (kernel.constant(1) / buffers.exp_sum[n, y, x, g])
         else:
             value = buffers.total[n, y, x, g, 0, c] + buffers.total[n, y, x, g, 1, c]
             if kernel.spec.softmax:

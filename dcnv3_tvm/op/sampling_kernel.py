@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Container, Sequence
 from typing import Any, Final
 
@@ -123,8 +124,16 @@ class SamplingKernel:
         return tirx.exp(value) if self.vector_loads else exp(value)
 
     def exp_of_nonpositive(self, value: Any) -> Any:
-        """Return e**value for a value that is not positive."""
-        return tirx.exp(value) if self.vector_loads else exp_of_nonpositive(value)
+        """Return e**value for a value that is not positive.
+
+        On GPUs ``exp2`` is one instruction. The rounding of its argument makes the relative error
+        grow with the value, where the result becomes small.
+        """
+        if not self.vector_loads:
+            return exp_of_nonpositive(value)
+        if self.dtype == "float64":
+            return tirx.exp(value)
+        return tirx.exp2(value * self.constant(math.log2(math.e)))
 
     def constant(self, value: float) -> Any:
         """Return a constant of the accumulation type."""

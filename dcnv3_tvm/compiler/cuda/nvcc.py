@@ -12,9 +12,12 @@ from dcnv3_tvm import files
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.runtime import cuda_toolkit
 
-# Fast division and exponentials; and the operators of the half types, which generated code uses.
+# Fast division, square roots and exp2; and the operators of the half types, which generated code
+# uses. Not --use_fast_math: its powf is NaN for negative bases, its tanhf and sinf are inaccurate.
 _OPTIONS: Final = (
-    "--use_fast_math",
+    "--ftz=true",
+    "--prec-div=false",
+    "--prec-sqrt=false",
     *(
         f"-U__CUDA_NO_{kind}__"
         for kind in (

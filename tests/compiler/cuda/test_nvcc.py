@@ -1,9 +1,11 @@
 """CUDA source to cubins, by nvcc and NVRTC; no GPU is needed."""
 
+import re
+
 import pytest
 
 import dcnv3_tvm as dt
-from dcnv3_tvm.compiler.cuda.nvcc import compile_cubin
+from dcnv3_tvm.compiler.cuda.nvcc import compile_cubin, run_nvcc
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.runtime import cuda_toolkit
 
@@ -16,6 +18,10 @@ SOURCE = """
 #include <cuda_fp16.h>
 extern "C" __global__ void twice(half* x) { x[threadIdx.x] = x[threadIdx.x] + x[threadIdx.x]; }
 """
+FUNCTIONS = (
+    *("tanhf(x[9])", "powf(x[10], 2.0f)", "sinf(x[11])", "cosf(x[12])", "expf(x[13])"),
+    *("x[14] / x[15]", "logf(x[16])", "erff(x[17])"),
+)
 INVALID = "__global__ void f() { nothing(); }"
 
 
@@ -27,6 +33,32 @@ def assert_is_cubin(code):
 @NVCC
 def test_nvcc():
     assert_is_cubin(compile_cubin(SOURCE, "sm_90"))
+
+
+@NVCC
+def test_functions_of_users_are_accurate(tmp_path):
+    """Of approximate instructions, only those without exceptions are used: powf of fast math is
+    NaN for negative bases, and its tanhf and sinf have errors of 1e-4 and more."""
+    source = 'extern "C" __global__ void f(float* x) {\n'
+    source += "".join(f"x[{i}] = {each};\n" for i, each in enumerate(FUNCTIONS))
+    run_nvcc(
+        cuda_toolkit.find_nvcc(),
+        source + "}",
+        "sm_90",
+        tmp_path,
+        ["--keep", f"--keep-dir={tmp_path}"],
+    )
+    ptx = (tmp_path / "kernels.ptx").read_text()
+    found = set(re.findall(r"\w+\.(?:approx|full)[.\w]*", ptx))
+    approximate = {
+        "ex2.approx.ftz",
+        "rcp.approx.ftz",
+        "rsqrt.approx.ftz",
+        "sqrt.approx.ftz",
+        "div.full.ftz",
+    }
+    assert found <= {f"{name}.f32" for name in approximate}, found
+    assert "div.full.ftz.f32" in found
 
 
 @NVRTC
