@@ -61,16 +61,10 @@ def install(folder: Path) -> dict[str, str]:
     versions, empty = folder / "versions", folder / "empty.c"
     versions.write_text(f"{_RUNTIME} {{ local: *; }};")
     empty.write_text("")
-    common = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-w"]
     naming = f"-Wl,--no-as-needed,-soname,{_RUNTIME},--version-script={versions}"
-    driver = folder / _DRIVER
-    commands = (
-        [*common, "-O1", f"-Wl,-soname,{_DRIVER}", "-o", driver, _HERE / "driver.c", "-ldl"],
-        [*common, naming, "-o", folder / _RUNTIME, empty, driver],
-    )
     try:
-        for command in commands:
-            subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+        build_driver(folder / _DRIVER, _DRIVER)
+        _compile([naming, "-o", folder / _RUNTIME, empty, folder / _DRIVER])
         nvcc.prepare(folder)
     except (OSError, subprocess.CalledProcessError) as error:
         raise RuntimeError(f"cannot build the emulated GPU: {error}") from error
@@ -79,6 +73,17 @@ def install(folder: Path) -> dict[str, str]:
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{nvcc.__file__}" "{folder}" "$@"\n')
     command.chmod(0o755)
     return {CUDA_HOME.name: str(folder), "LD_LIBRARY_PATH": str(folder)}
+
+
+def build_driver(path: Path, name: str) -> None:
+    """Build the library of the driver, which a process finds under its name once it is loaded."""
+    sources = [_HERE / "driver.c", _HERE / "streams.c"]
+    _compile(["-O1", f"-Wl,-soname,{name}", "-o", path, *sources, "-ldl"])
+
+
+def _compile(arguments: Sequence[str | Path]) -> None:
+    command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-w", *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 class EmulatedGpu:

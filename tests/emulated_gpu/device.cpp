@@ -8,11 +8,13 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <xmmintrin.h>
 
 namespace emulated {
 
 constexpr unsigned kMostThreads = 1024, kStackBytes = 1 << 16, kSharedBytes = 1 << 18;
 constexpr unsigned kMostCopies = 256;
+constexpr unsigned kFlush = 0x8040; /* Bits of MXCSR: subnormal results and operands are zero. */
 
 struct Copy {
   void *to;
@@ -30,6 +32,7 @@ struct Thread {
   unsigned number;
   State state;
   int line;
+  unsigned mask;
   void *operands;
   jmp_buf context;
   Copy copies[kMostCopies];
@@ -78,19 +81,22 @@ static void pause(State state, int line) {
 
 void barrier(int line) { pause(State::kAtBarrier, line); }
 
-void together(int line, void *operands, void (*perform)(void **, unsigned)) {
+void together(int line, unsigned mask, void *operands, void (*perform)(void **)) {
   Thread *first = current->warp();
-  unsigned lanes = current->lanes();
-  void *all[kWarp];
+  void *all[kWarp] = {};
   current->operands = operands;
-  for (unsigned lane = 0; lane < lanes; ++lane) {
+  current->mask = mask;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (~mask >> lane & 1) continue;
     const Thread &other = first[lane];
-    bool there = &other == current || (other.state == State::kAtWarp && other.line == line);
-    if (!there) return pause(State::kAtWarp, line);
+    bool there = other.state == State::kAtWarp && other.line == line && other.mask == mask;
+    if (&other != current && !there) return pause(State::kAtWarp, line);
     all[lane] = other.operands;
   }
-  for (unsigned lane = 0; lane < lanes; ++lane) first[lane].state = State::kReady;
-  perform(all, lanes);
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if (all[lane]) first[lane].state = State::kReady;
+  }
+  perform(all);
 }
 
 /* Scheduling. */
@@ -218,7 +224,8 @@ const char *run(void (*function)(void **), const Launch &config, void **argument
   action.sa_flags = SA_ONSTACK;
   sigaltstack(&own, &others);
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &action, &before[i]);
-  unsigned blocks = grid.x * grid.y * grid.z;
+  unsigned blocks = grid.x * grid.y * grid.z, rounding = _mm_getcsr();
+  if (launch.flushes) _mm_setcsr(rounding | kFlush);
   for (unsigned n = 0; n < blocks; ++n) {
     unsigned b = launch.backwards ? blocks - 1 - n : n;
     block_index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
@@ -227,6 +234,7 @@ const char *run(void (*function)(void **), const Launch &config, void **argument
       break;
     }
   }
+  _mm_setcsr(rounding);
   for (int i = 0; i < 3; ++i) sigaction(signals[i], &before[i], nullptr);
   sigaltstack(&others, nullptr);
   return *error ? error : nullptr;
@@ -298,6 +306,12 @@ static float float_of(uint32_t bits) {
   return value;
 }
 
+float nudged(float value, unsigned units) {
+  if (!isnormal(value)) return value;
+  uint32_t bits = bits_of(value), moved = bits * 0x9e3779b9u >> 31 ? bits + units : bits - units;
+  return float_of(moved);
+}
+
 static float compute_half(unsigned bits) {
   int exponent = bits >> 10 & 31, fraction = bits & 1023;
   float value = exponent == 31 ? (fraction ? NAN : INFINITY)
@@ -341,8 +355,8 @@ struct Rows {
 void load_matrix(int line, unsigned &a, unsigned &b, unsigned &c, unsigned &d,
                         unsigned address) {
   Rows mine = {{}, shared_at(address, 16)};
-  together(line, &mine, [](void **all, unsigned lanes) {
-    if (lanes < kWarp) fail("ldmatrix in a warp that is not full");
+  if (current->lanes() < kWarp) fail("ldmatrix in a warp that is not full");
+  together(line, whole_warp(), &mine, [](void **all) {
     for (unsigned i = 0; i < 4 * kWarp; ++i) {
       unsigned matrix = i / kWarp, lane = i % kWarp;
       const Rows *row = static_cast<Rows *>(all[8 * matrix + lane / 4]);
@@ -359,9 +373,8 @@ struct Factors {
 };
 
 template <float (*From)(uint16_t)>
-__attribute__((optimize("O3"))) static void multiply_all(void **all, unsigned lanes) {
+__attribute__((optimize("O3"))) static void multiply_all(void **all) {
   double a[16][16], b[16][8], sums[16][8] = {};
-  if (lanes < kWarp) fail("mma in a warp that is not full");
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     const Factors *mine = static_cast<Factors *>(all[lane]);
     unsigned outer = lane / 4, inner = lane % 4 * 2;
@@ -389,7 +402,8 @@ void multiply(int line, float &d0, float &d1, float &d2, float &d3, unsigned a0,
                      unsigned a2, unsigned a3, unsigned b0, unsigned b1, float c0, float c1,
                      float c2, float c3) {
   Factors mine = {{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
-  together(line, &mine, multiply_all<From>);
+  if (current->lanes() < kWarp) fail("mma in a warp that is not full");
+  together(line, whole_warp(), &mine, multiply_all<From>);
   d0 = mine.sums[0], d1 = mine.sums[1], d2 = mine.sums[2], d3 = mine.sums[3];
 }
 

@@ -4,7 +4,8 @@
  * (warp instruction). Threads run in ascending or descending order, and asynchronous copies complete
  * as late as possible or at once, so a missing barrier changes the result in one of the two. Shared
  * memory is initialised with NaN and ends at an inaccessible page. Detected as errors: misaligned
- * accesses, deadlocks, and warp instructions that some threads of the warp do not reach.
+ * accesses, deadlocks, and warp instructions that some threads of their mask do not reach. What a
+ * shuffle reads from a thread outside of its mask, or that does not exist, is NaN.
  */
 
 #pragma once
@@ -12,6 +13,7 @@
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <type_traits>
 
@@ -30,7 +32,7 @@ struct Dim {
 struct Launch {
   Dim grid, block;
   unsigned shared_bytes;
-  bool backwards;
+  bool backwards, flushes; /* Subnormal float32 numbers are zero: --ftz=true. */
 };
 
 extern Dim thread_index, block_index;
@@ -45,8 +47,10 @@ const char *run(void (*function)(void **), const Launch &config, void **argument
 
 void barrier(int line);
 
-/* A warp instruction: the last thread of the warp to arrive performs it for all. */
-void together(int line, void *operands, void (*perform)(void **, unsigned));
+/* A warp instruction: the last thread of the mask to arrive performs it for all. The operands of
+ * other threads are null.
+ */
+void together(int line, unsigned mask, void *operands, void (*perform)(void **));
 
 unsigned lane();
 unsigned whole_warp();
@@ -81,6 +85,21 @@ struct Number {
   friend Number operator/(Number a, Number b) { return float(a) / float(b); }
 };
 
+/* Approximate instructions of --prec-div=false, --prec-sqrt=false and --ftz=true: as inexact as
+ * NVIDIA documents. */
+
+float nudged(float value, unsigned units);
+
+template <class T, class U>
+inline auto divide(T a, U b) {
+  auto exact = a / b;
+  if constexpr (std::is_same_v<decltype(exact), float>) return nudged(exact, 2);
+  return exact;
+}
+
+inline float square_root(float value) { return nudged(sqrtf(value), 1); }
+inline float power_of_2(float value) { return value == 0 ? 1 : nudged(exp2f(value), 2); }
+
 /* Warp instructions. */
 
 /* ldmatrix.x4: threads 8i to 8i+7 hold the row addresses of matrix i; each thread gets two values. */
@@ -91,11 +110,6 @@ template <float (*From)(uint16_t)>
 void multiply(int line, float &d0, float &d1, float &d2, float &d3, unsigned a0, unsigned a1,
               unsigned a2, unsigned a3, unsigned b0, unsigned b1, float c0, float c1, float c2,
               float c3);
-
-/* Return lane `source` of this thread's warp segment of `width` lanes. */
-inline unsigned of_segment(unsigned source, unsigned width) {
-  return lane() / width * width + source % width;
-}
 
 /* red.add, if `predicate` is not zero: threads run one at a time, so that additions are atomic. */
 template <class T, class... Values>
@@ -121,14 +135,29 @@ struct Shuffled {
 template <class T>
 inline T shuffle(int line, unsigned mask, T value, unsigned source) {
   Shuffled<T> mine = {value, value, source};
-  if (mask != whole_warp()) fail("a shuffle without some threads of the warp");
-  together(line, &mine, [](void **all, unsigned lanes) {
-    for (unsigned i = 0; i < lanes; ++i) {
+  if (~mask >> lane() & 1) fail("a shuffle by a thread that is not in its mask");
+  if (mask & ~whole_warp()) fail("a mask with threads that the warp has not");
+  together(line, mask, &mine, [](void **all) {
+    for (unsigned i = 0; i < kWarp; ++i) {
       auto *one = static_cast<Shuffled<T> *>(all[i]);
-      if (one->source < lanes) one->result = static_cast<Shuffled<T> *>(all[one->source])->value;
+      if (!one) continue;
+      auto *from = static_cast<Shuffled<T> *>(all[one->source]);
+      if (from) {
+        one->result = from->value;
+      } else {
+        memset(&one->result, 0xff, sizeof(T)); /* NaN: not defined by CUDA */
+      }
     }
   });
   return mine.result;
+}
+
+/* The lanes that shuffles read, in segments of `width` lanes; beyond them, a thread reads its own. */
+inline unsigned of_segment(unsigned source, unsigned width) {
+  return lane() / width * width + source % width;
+}
+inline unsigned within_segment(unsigned source, unsigned width) {
+  return source < (lane() / width + 1) * width ? source : lane();
 }
 
 }  // namespace emulated
@@ -152,9 +181,9 @@ inline T shuffle(int line, unsigned mask, T value, unsigned source) {
 #define __shfl_sync(mask, value, source, width) \
   emulated::shuffle(__LINE__, mask, value, emulated::of_segment(source, width))
 #define __shfl_down_sync(mask, value, by, width) \
-  emulated::shuffle(__LINE__, mask, value, emulated::lane() + (by))
+  emulated::shuffle(__LINE__, mask, value, emulated::within_segment(emulated::lane() + (by), width))
 #define __shfl_xor_sync(mask, value, by, width) \
-  emulated::shuffle(__LINE__, mask, value, emulated::lane() ^ (by))
+  emulated::shuffle(__LINE__, mask, value, emulated::within_segment(emulated::lane() ^ (by), width))
 #define __cvta_generic_to_shared(pointer) emulated::shared_address(pointer)
 
 #define CUDART_INF_F INFINITY
@@ -197,7 +226,7 @@ inline nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
 inline bool __hgt(float a, float b) { return a > b; }
 inline bool __hlt(float a, float b) { return a < b; }
 
-inline float rsqrtf(float value) { return 1 / sqrtf(value); }
+inline float rsqrtf(float value) { return emulated::nudged(1 / sqrtf(value), 2); }
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }

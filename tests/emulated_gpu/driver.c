@@ -1,53 +1,31 @@
 /* A CUDA driver and runtime that computes on the processor, for machines without a GPU.
  *
- * Device memory is memory of the process, a stream is a number, and every operation is synchronous,
- * except launches on a stream that is being captured. Kernels compiled by `nvcc.py` are run;
- * launches of machine code for GPUs do nothing. Device memory is initialised with NaN, and writes
- * outside of allocations are errors. Calls are recorded in a log.
+ * Device memory is memory of the process, initialised with NaN. Kernels compiled by `nvcc.py` are
+ * run; launches of machine code for GPUs do nothing. Errors: writes outside of allocations, launches
+ * beyond the GPU's limits, and what CUDA forbids any thread during a capture. Calls are recorded in a
+ * log.
  */
 
-#define _GNU_SOURCE
+#include "driver.h"
+
 #include <dlfcn.h>
 #include <elf.h>
 #include <stdarg.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { OK, INVALID = 1, OUT_OF_MEMORY, NOT_FOUND = 500, FAILED = 700, NOT_IN_CAPTURE = 900, INVALIDATED };
 enum { LOG_BYTES = 1 << 16, PAGE = 4096, MARGIN = 1 << 16, ALIGNMENT = 256 };
-enum { STATIC_SHARED = 48 << 10, MOST_SHARED = 227 << 10 }; /* Most of sm_90. */
-enum { MOST_PARAMETERS = 32, MOST_LAUNCHES = 4096 };
+enum { STATIC_SHARED = 48 << 10, REGISTERS = 65536, MOST_THREAD_REGISTERS = 255 };
+enum { HOST_TO_HOST, HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE };
 
 typedef struct {
   unsigned grid[3], block[3], shared;
   void *stream, *attributes;
   unsigned count;
 } Config;
-
-/* Entry function of a kernel compiled by `nvcc.py`. */
-typedef const char *Run(const unsigned *config, void **parameters, int backwards);
-
-typedef struct {
-  char name[128];
-  Run *run;                   /* NULL for machine code. */
-  const int *parameter_bytes; /* Terminated by 0. */
-  unsigned most_shared;
-} Function;
-
-typedef struct {
-  Function *function;
-  unsigned config[7];
-  uint64_t values[MOST_PARAMETERS];
-} Launch;
-
-typedef struct {
-  Launch launches[MOST_LAUNCHES];
-  int count;
-} Graph;
 
 /* Device memory between two margins; the pages around them are not accessible. */
 typedef struct Block {
@@ -57,15 +35,17 @@ typedef struct Block {
 } Block;
 
 static char log_text[LOG_BYTES], failure[512];
-static int fault;                   /* Error of all later operations, after a fault on the device. */
-static __thread int last_error;     /* As cudaGetLastError returns it. */
 static size_t log_size, used;
 static Block *blocks;
-static __thread int current_device;
-static void *captured_stream;
-static Graph *captured;
+static __thread int last_error; /* As cudaGetLastError returns it. */
+__thread int current_device;
+int fault;
 
-static void say(const char *format, ...) {
+static pthread_mutex_t mutex = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+int enter(void) { return pthread_mutex_lock(&mutex); }
+void leave(int *entered) { pthread_mutex_unlock(&mutex); }
+
+void say(const char *format, ...) {
   va_list arguments;
   va_start(arguments, format);
   size_t rest = LOG_BYTES - log_size, length = vsnprintf(log_text + log_size, rest, format, arguments);
@@ -73,13 +53,12 @@ static void say(const char *format, ...) {
   va_end(arguments);
 }
 
-static size_t setting(const char *name, size_t otherwise) {
+size_t setting(const char *name, size_t otherwise) {
   const char *text = getenv(name);
   return text ? strtoull(text, NULL, 10) : otherwise;
 }
 
-/* Return the result of an operation of the runtime, or the fault that an earlier one left. */
-static int outcome(int error) {
+int outcome(int error) {
   if (fault) error = fault;
   if (error) last_error = error;
   return error;
@@ -120,6 +99,8 @@ static size_t elf_size(const void *image) {
 }
 
 int cuModuleLoadData(void **module, const void *image) {
+  ENTER;
+  if (forbidden(NOT_IN_CAPTURE)) return NOT_IN_CAPTURE;
   const Elf64_Ehdr *header = image;
   int code = !memcmp(image, ELFMAG, SELFMAG);
   say("load %s\n", code ? "cubin" : "no cubin");
@@ -151,14 +132,14 @@ int cuModuleGetFunction(Function **found, void *module, const char *name) {
     function->run = (Run *)dlsym(module, symbol);
     snprintf(symbol, sizeof symbol, "emulated_%s_bytes", name);
     function->parameter_bytes = dlsym(module, symbol);
-    if (!function->run || !function->parameter_bytes) return NOT_FOUND;
+    snprintf(symbol, sizeof symbol, "emulated_%s_limits", name);
+    const unsigned *limits = dlsym(module, symbol);
+    if (!function->run || !function->parameter_bytes || !limits) return NOT_FOUND;
+    function->most_threads = limits[0];
+    function->static_shared = limits[1];
+    function->most_shared -= function->static_shared;
   }
   return *found = function, OK;
-}
-
-int cuFuncSetAttribute(Function *function, int attribute, int value) {
-  if (attribute == 8) function->most_shared = value;
-  return OK;
 }
 
 static int is_untouched(const unsigned char *from, const unsigned char *to) {
@@ -168,18 +149,12 @@ static int is_untouched(const unsigned char *from, const unsigned char *to) {
   return 1;
 }
 
-static int compute(Launch *launch) {
+int compute(Launch *launch) {
   Function *function = launch->function;
   void *parameters[MOST_PARAMETERS];
   if (!function->run) return OK;
   for (int i = 0; i < MOST_PARAMETERS; ++i) parameters[i] = &launch->values[i];
-  int backwards = setting("FAKE_BACKWARDS", 0);
-  const char *wrong = NULL;
-  if (launch->config[6] > function->most_shared) {
-    wrong = "more shared memory than allowed";
-  } else {
-    wrong = function->run(launch->config, parameters, backwards);
-  }
+  const char *wrong = function->run(launch->config, parameters, launch->backwards);
   for (Block *block = blocks; block && !wrong; block = block->next) {
     const unsigned char *end = block->memory + block->size, *last = block->pages + block->mapped;
     if (!is_untouched(block->pages, block->memory) || !is_untouched(end, last)) {
@@ -190,32 +165,62 @@ static int compute(Launch *launch) {
   return wrong ? FAILED : OK;
 }
 
+/* Return the most shared memory of a block, from the CUDA programming guide. */
+static unsigned most_shared(void) {
+  switch (setting("FAKE_SM", 90)) {
+    case 80:
+    case 87:
+      return 163 << 10;
+    case 86:
+    case 89:
+    case 120:
+      return 99 << 10;
+    default:
+      return 227 << 10;
+  }
+}
+
+int cuFuncSetAttribute(Function *function, int attribute, int value) {
+  if (attribute != 8) return OK;
+  if (value < 0 || value + function->static_shared > most_shared()) return INVALID;
+  return function->most_shared = value, OK;
+}
+
 /* Return what is wrong with the sizes of a launch, for any GPU from sm_75 on; else NULL. */
-static const char *wrong_size(const Config *config) {
+static const char *wrong_size(const Config *config, const Function *function) {
   const unsigned *grid = config->grid, *block = config->block;
   for (int i = 0; i < 3; ++i) {
     if (!grid[i] || !block[i]) return "an empty launch";
   }
   if (grid[0] > 0x7fffffff || grid[1] > 65535 || grid[2] > 65535) return "too many blocks";
-  if ((uint64_t)block[0] * block[1] * block[2] > 1024 || block[2] > 64) return "too many threads";
-  return config->shared > MOST_SHARED ? "too much shared memory" : NULL;
+  uint64_t threads = (uint64_t)block[0] * block[1] * block[2];
+  if (threads > 1024 || block[2] > 64) return "too many threads";
+  /* The assembler keeps within the registers of as many threads as a kernel declares. */
+  if (!function->run) return NULL;
+  uint64_t most = function->most_threads ? function->most_threads : REGISTERS / MOST_THREAD_REGISTERS;
+  if (threads > most) return "too many registers for the threads";
+  return config->shared > function->most_shared ? "more shared memory than allowed" : NULL;
 }
 
 int cuLaunchKernelEx(const Config *config, Function *function, void **parameters, void **more) {
-  Launch launch = {.function = function};
-  const char *wrong = wrong_size(config);
-  if (wrong) return snprintf(failure, sizeof failure, "%s: %s", function->name, wrong), INVALID;
-  memcpy(launch.config, config, sizeof launch.config);
-  const int *bytes = function->parameter_bytes;
-  for (int i = 0; bytes && bytes[i]; ++i) memcpy(&launch.values[i], parameters[i], bytes[i]);
-  if (captured && config->stream == captured_stream) {
-    if (captured->count == MOST_LAUNCHES) return INVALID;
-    captured->launches[captured->count++] = launch;
-    say("capture %s\n", function->name);
-    return OK;
+  ENTER;
+  Operation operation = {.kind = LAUNCH, .stream = number_of(config->stream)};
+  Launch *launch = &operation.launch;
+  *launch = (Launch){.function = function, .backwards = setting("FAKE_BACKWARDS", 0)};
+  const char *wrong = wrong_size(config, function);
+  if (wrong) {
+    snprintf(failure, sizeof failure, "%s: %s", function->name, wrong);
+    return TOO_MANY_RESOURCES;
   }
-  say("launch %s gpu=%d stream=%td\n", function->name, current_device, (intptr_t)config->stream);
-  return fault ? fault : compute(&launch);
+  memcpy(launch->config, config, sizeof launch->config);
+  const int *bytes = function->parameter_bytes;
+  for (int i = 0; bytes && bytes[i]; ++i) memcpy(&launch->values[i], parameters[i], bytes[i]);
+  if (is_captured(operation.stream)) {
+    say("capture %s\n", function->name);
+  } else {
+    say("launch %s gpu=%d stream=%td\n", function->name, current_device, (intptr_t)config->stream);
+  }
+  return fault ? fault : issue(operation);
 }
 
 /* The runtime. */
@@ -246,8 +251,9 @@ int cudaMemGetInfo(size_t *unused, size_t *total) {
 }
 
 int cudaMalloc(void **memory, size_t size) {
+  ENTER;
   size_t available, total;
-  if (fault || captured) return outcome(NOT_IN_CAPTURE);
+  if (fault || forbidden(NOT_IN_CAPTURE)) return outcome(NOT_IN_CAPTURE);
   cudaMemGetInfo(&available, &total);
   if (size > available) return say("no memory\n"), outcome(OUT_OF_MEMORY);
   size_t filled = (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
@@ -267,7 +273,10 @@ int cudaMalloc(void **memory, size_t size) {
 }
 
 int cudaFree(void *memory) {
-  if (fault) return outcome(OK);
+  ENTER;
+  if (fault || forbidden(NOT_IN_CAPTURE)) return outcome(NOT_IN_CAPTURE);
+  int failed = finish_all();
+  if (failed) return outcome(failed);
   for (Block **link = &blocks; *link; link = &(*link)->next) {
     Block *block = *link;
     if (block->memory != memory) continue;
@@ -284,64 +293,19 @@ int cudaFree(void *memory) {
 int cudaMallocHost(void **memory, size_t size) { return !(*memory = malloc(size)); }
 int cudaFreeHost(void *memory) { return free(memory), OK; }
 
-int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
+int cudaMemcpyAsync(void *to, void *from, size_t size, int kind, void *stream) {
   static const char *const names[] = {"h2h", "h2d", "d2h", "d2d"};
+  ENTER;
   if (fault) return outcome(OK);
   say("copy %s %zu stream=%td\n", names[kind], size, (intptr_t)stream);
-  memcpy(to, from, size);
-  return OK;
+  Operation operation = {.kind = COPY, .stream = number_of(stream)};
+  operation.copy = (Copy){to, from, NULL, size, kind != DEVICE_TO_DEVICE};
+  /* The host may change its memory afterwards, and has the result of a copy to it. */
+  if (kind == HOST_TO_DEVICE) operation.copy.staged = memcpy(malloc(size + 1), from, size);
+  int result = issue(operation);
+  int waits = kind == DEVICE_TO_HOST || kind == HOST_TO_HOST;
+  return outcome(waits && result == OK ? finish_stream(operation.stream) : result);
 }
-int cudaMemcpyPeerAsync(void *to, int there, const void *from, int here, size_t size, void *stream) {
-  return cudaMemcpyAsync(to, from, size, 3, stream);
-}
-
-int cudaStreamCreate(void **stream) {
-  static intptr_t next = 1000;
-  return *stream = (void *)next++, OK;
-}
-int cudaStreamCreateWithFlags(void **stream, unsigned flags) { return cudaStreamCreate(stream); }
-int cudaStreamDestroy(void *stream) { return OK; }
-int cudaStreamSynchronize(void *stream) {
-  return say("sync %td\n", (intptr_t)stream), outcome(OK);
-}
-
-int cudaEventCreate(void **event) { return *event = calloc(1, sizeof(void *)), OK; }
-int cudaEventDestroy(void *event) { return free(event), OK; }
-int cudaEventRecord(void *event, void *stream) { return *(void **)event = stream, OK; }
-int cudaEventSynchronize(void *event) { return OK; }
-int cudaEventElapsedTime(float *time, void *start, void *stop) { return *time = 1, OK; }
-int cudaStreamWaitEvent(void *stream, void *event, unsigned flags) {
-  say("stream %td waits for %td\n", (intptr_t)stream, *(intptr_t *)event);
-  return OK;
-}
-
-int cudaStreamBeginCapture(void *stream, int mode) {
-  if (captured) return outcome(NOT_IN_CAPTURE);
-  captured = calloc(1, sizeof *captured);
-  captured_stream = stream;
-  return OK;
-}
-int cudaStreamEndCapture(void *stream, void **graph) {
-  static int invalidated;
-  int fails = setting("FAKE_INVALID_CAPTURES", 0) > (size_t)invalidated;
-  invalidated += fails;
-  *graph = fails ? NULL : captured;
-  captured = NULL;
-  return fails ? outcome(INVALIDATED) : OK;
-}
-int cudaGraphInstantiate(void **executable, Graph *graph, unsigned long long flags) {
-  if (!graph) return outcome(INVALID);
-  *executable = memcpy(malloc(sizeof *graph), graph, sizeof *graph);
-  return OK;
-}
-int cudaGraphDestroy(void *graph) { return free(graph), OK; }
-int cudaGraphExecDestroy(void *executable) {
-  if (fault) return outcome(OK);
-  return say("graph destroyed\n"), free(executable), OK;
-}
-int cudaGraphLaunch(Graph *graph, void *stream) {
-  int result = outcome(OK);
-  say("graph of %d stream=%td\n", graph->count, (intptr_t)stream);
-  for (int i = 0; i < graph->count && result == OK; ++i) result = compute(&graph->launches[i]);
-  return result;
+int cudaMemcpyPeerAsync(void *to, int there, void *from, int here, size_t size, void *stream) {
+  return cudaMemcpyAsync(to, from, size, DEVICE_TO_DEVICE, stream);
 }

@@ -53,10 +53,18 @@ _INSTRUCTIONS: Final = (
 _OF_WARPS: Final = ("load_matrix", "multiply")
 _PREDICATED: Final = "copy_or_clear"
 
+_FLUSH, _FAST_MATH = "--ftz=true", "--use_fast_math"
+
+_REAL: Final = re.compile(r"\[|f/\*|\(float\)")
+"""What operands of a division of real numbers contain, and those of indices rarely do."""
+
 _ASM: Final = re.compile(r"(?:__asm__ __volatile__|asm volatile)\s*\(")
 _KERNEL: Final = re.compile(
-    r'^extern "C" __global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\((.*)\) \{$', re.MULTILINE
+    r'^extern "C" __global__ void (?:__launch_bounds__\((?P<threads>\d+)[\d, ]*\) )?'
+    r"(\w+)\((.*)\) \{$",
+    re.MULTILINE,
 )
+_SHARED: Final = re.compile(r"__shared__ alignas\(\d+\) ([\w ]+) \w+\[(\d+)\];")
 _TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{},:]')
 _KERNELS_A_PIECE: Final = 16
 
@@ -83,7 +91,7 @@ def main(prepared: Path, arguments: Sequence[str]) -> int:
     """Compile one file; return a non-zero exit code if a compiler fails."""
     source = next(Path(word) for word in arguments if word.endswith(".cu"))
     output = Path(arguments[arguments.index("-o") + 1])
-    pieces = translate(source.read_text(encoding="utf-8"))
+    pieces = translate(source.read_text(encoding="utf-8"), arguments)
     compiler = [*_compiler("-O0"), f"-I{prepared}", f"-I{_HERE}", "-include", _HEADER]
     compiler += [
         f"-D__CUDA_ARCH__={arch}0" for arch in re.findall(r"-arch=sm_(\d+)", str(arguments))
@@ -111,43 +119,74 @@ def _compiler(level: str) -> list[str]:
     return [os.environ.get("CXX", "g++"), level, *_OPTIONS]
 
 
-def translate(source: str) -> list[str]:
+def translate(source: str, options: Sequence[str] = ()) -> list[str]:
     """Translate generated CUDA source into C++ sources with a few kernels each.
+
+    Parameters
+    ----------
+    source : str
+        CUDA C++.
+    options : sequence of str
+        nvcc's options; those for inexact arithmetic are emulated.
 
     Raises
     ------
     ValueError
-        If the source has no kernel, or inline PTX that is not in `_INSTRUCTIONS`.
+        If the source has no kernel, or inline PTX that is not in `_INSTRUCTIONS`, or an option is
+        not supported.
     """
+    if _FAST_MATH in options:
+        raise ValueError(f"unsupported option: {_FAST_MATH}")
     heads = list(_KERNEL.finditer(source))
     if not heads:
         raise ValueError("the source has no kernels")
     begin = _language(source[: heads[0].start()])
     stops = [*(head.start() for head in heads[1:]), len(source)]
     kernels = [
-        _kernel(head, source[head.start() : stop]) for head, stop in zip(heads, stops, strict=True)
+        _kernel(head, source[head.start() : stop], options)
+        for head, stop in zip(heads, stops, strict=True)
     ]
     step = _KERNELS_A_PIECE
     return ["\n".join([begin, *kernels[i : i + step]]) for i in range(0, len(kernels), step)]
 
 
-def _kernel(head: re.Match[str], source: str) -> str:
+def _kernel(head: re.Match[str], source: str, options: Sequence[str]) -> str:
     """Translate a kernel, and add its entry function and the sizes of its parameters."""
-    name = head[1]
+    name = head[2]
     types = [
         re.sub(r"\w+$", "", parameter.replace("__restrict__", "").strip()).strip()
-        for parameter in _split(head[2], ",")
+        for parameter in _split(head[3], ",")
     ]
     arguments = ", ".join(f"*({kind} *)p[{i}]" for i, kind in enumerate(types))
     sizes = ", ".join(f"sizeof({kind})" for kind in types)
+    shared = " + ".join(
+        ["0", *(f"sizeof({kind}[{size}])" for kind, size in _SHARED.findall(source))]
+    )
     export = 'extern "C" __attribute__((visibility("default")))'
-    return f"""{_language(source)}
+    return f"""{_language(_inexact(source, options))}
 {export} const char *emulated_{name}(const unsigned *c, void **p, int backwards) {{
-  emulated::Launch config = {{{{c[0], c[1], c[2]}}, {{c[3], c[4], c[5]}}, c[6], backwards != 0}};
+  emulated::Launch config = {{{{c[0], c[1], c[2]}}, {{c[3], c[4], c[5]}}, c[6], backwards != 0,
+                             {str(_FLUSH in options).lower()}}};
   return emulated::run([](void **p) {{ {name}({arguments}); }}, config, p);
 }}
 {export} const int emulated_{name}_bytes[] = {{{sizes}, 0}};
+{export} const unsigned emulated_{name}_limits[] = {{{head["threads"] or 0}, {shared}}};
 """
+
+
+def _inexact(source: str, options: Sequence[str]) -> str:
+    """Replace what nvcc compiles to approximate instructions."""
+    if "--prec-div=false" in options:
+        for place in reversed([found.start() for found in re.finditer(" / ", source)]):
+            start, end = _opening(source, place), _closing(source, place)
+            a, b = source[start:place], source[place + 3 : end]
+            if _REAL.search(a + b):
+                source = f"{source[:start]}emulated::divide({a}, {b}){source[end:]}"
+    if "--prec-sqrt=false" in options:
+        source = re.sub(r"\bsqrtf\(", "emulated::square_root(", source)
+    if _FLUSH in options:
+        source = re.sub(r"\bexp2f\(", "emulated::power_of_2(", source)
+    return source
 
 
 def _language(source: str) -> str:
@@ -190,6 +229,16 @@ def _instruction(statement: str) -> str:
             values.insert(0, "__LINE__")
         return f"emulated::{name}({', '.join(values)})"
     raise ValueError(f"unsupported PTX: {code.strip()}")
+
+
+def _opening(text: str, end: int) -> int:
+    """Return the position after the bracket that is open at `end`."""
+    depth = 0
+    for place in range(end - 1, -1, -1):
+        depth += (text[place] in ")]}") - (text[place] in "([{")
+        if depth < 0:
+            return place + 1
+    raise ValueError("unbalanced brackets")
 
 
 def _closing(text: str, start: int) -> int:

@@ -69,7 +69,11 @@ def test_asynchronous_copy_without_wait_gives_nan(run, rng):
             "if (threadIdx.x != 5) out[0] = __shfl_sync(__activemask(), x[0], 0, 32);",
             "deadlock",
         ),
-        ("out[0] = __shfl_down_sync(255, x[0], 1, 32);", "without some threads of the warp"),
+        ("out[0] = __shfl_down_sync(255, x[0], 1, 32);", "(8, 0, 0) of block (0, 0, 0)"),
+        (
+            "if (threadIdx.x < 8) out[0] = __shfl_sync(511, x[0], 0, 32);",
+            "deadlock",
+        ),
         (
             "unsigned to = __cvta_generic_to_shared(emulated::shared + 4); float *from = x;" + COPY,
             "an address of shared memory is misaligned",
@@ -97,6 +101,29 @@ def test_warp_shuffle(run, rng):
         np.testing.assert_allclose(result, np.repeat(x.reshape(2, 32).sum(1), 32), rtol=1e-4)
 
 
+def test_shuffles_of_parts_of_a_warp(run, rng):
+    """By mask, by segment, and in a warp that is not full."""
+    x = rng.standard_normal(40).astype("float32")
+    body = """
+  int i = threadIdx.x;
+  unsigned half = i < 32 ? 65535u << i / 16 * 16 : 255;
+  out[i] = __shfl_xor_sync(half, x[i], 3, 32);
+  out[i + 40] = __shfl_down_sync(__activemask(), x[i], 5, 16);
+  out[i + 80] = __shfl_xor_sync(__activemask(), x[i], 8, 32);
+  out[i + 120] = __shfl_xor_sync(half, x[i], 16, 32);
+"""
+    lane = np.arange(40)
+    expected = [
+        x[lane ^ 3],
+        x[np.where(lane % 16 < 11, lane + 5, lane) % 40],
+        x[(lane ^ 8) % 40],
+        x * np.nan,
+    ]
+    expected[1][35:] = expected[2][32:] = np.nan  # from threads that do not exist
+    for result in run(body, x, 160, threads=40):
+        np.testing.assert_array_equal(result, np.concatenate(expected))
+
+
 def test_half_is_rounded_like_numpy(run, rng):
     body = "for (int i = threadIdx.x; i < 4096; i += 64) out[i] = float(half(x[i]));"
     x = rng.standard_normal(4096) * 2.0 ** rng.integers(-28, 18, 4096)
@@ -106,6 +133,35 @@ def test_half_is_rounded_like_numpy(run, rng):
         expected = x.astype("float16").astype("float32")
     for result in run(body, x, 4096):
         np.testing.assert_array_equal(result, expected)
+
+
+def test_approximate_arithmetic(run, rng):
+    """As inexact as what nvcc's options allow, and not more."""
+    body = """
+  int i = threadIdx.x;
+  out[i] = (x[i] / x[i + 64]);
+  out[i + 64] = sqrtf(x[i]);
+  out[i + 128] = exp2f(x[i]);
+  out[i + 192] = (x[i] * 1e-30f) * 1e30f;
+"""
+    x = np.exp2(rng.uniform(-40, 6, 128)).astype("float32")
+    whole = x[:64].astype(np.float64)
+    real = np.concatenate([whole / x[64:], np.sqrt(whole), np.exp2(whole), whole])
+    exact, _ = run(body, x, 256)
+    np.testing.assert_allclose(exact[:192], real[:192], rtol=2**-23)
+    assert exact[192:].all()
+    options = ("--ftz=true", "--prec-div=false", "--prec-sqrt=false")
+    found, _ = run(body, x, 256, options=options)
+    errors = np.abs(found[:192] / real[:192] - 1).reshape(3, 64).max(1) * 2**23
+    assert np.all(errors > [1, 0.5, 1])
+    assert np.all(errors < [3, 2, 3])
+    np.testing.assert_array_equal(found[192:] == 0, whole * 1e-30 < 2.0**-126)
+
+
+def test_fast_math_is_not_emulated():
+    """Its powf is NaN for negative bases, its tanhf and sinf are inaccurate."""
+    with pytest.raises(ValueError, match="unsupported option: --use_fast_math"):
+        nvcc.translate('extern "C" __global__ void k(float* x) {\n}\n', ["--use_fast_math"])
 
 
 def test_unsupported_ptx_raises():

@@ -176,6 +176,24 @@ def test_calls_run_on_the_current_stream_after_those_on_the_previous_one(run):
     assert tvm_ffi.get_raw_stream(gpu.device) == 0
     model(image)
     assert log_of("stream") == ["stream 0 waits for 9"]
+
+    import os
+    os.environ["FAKE_INTERLEAVED"] = "1"
+
+    inputs = [gpu.upload(tvm_ffi.from_dlpack(image + stream)) for stream in (7, 9)]
+
+    def two_streams(waits):
+        results = []
+        for stream, x in zip((7, 9), inputs, strict=True):
+            gpu._last_stream = gpu._last_stream if waits else None  # a planted fault
+            with tvm_ffi.use_raw_stream(gpu.device, stream):
+                results.append(model(x))
+        for stream, result in zip((7, 9), results, strict=True):
+            gpu.download(result, buffer := np.empty((1, 192), np.float32), stream)
+            yield np.array_equal(buffer, logits(image + stream))
+
+    assert list(two_streams(waits=True)) == [True, True]
+    assert list(two_streams(waits=False)) != [True, True]
     """)
 
 
