@@ -35,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
         "--threads", type=parse_count, help="CPU threads of a call (default: 1 a core)"
     )
     parser.add_argument(
-        "--max-batch", type=parse_count, default=8, help="images of a call (default: 8)"
+        "--max-batch",
+        type=parse_count,
+        help="images of a call (default: 8 on a GPU; 1 on a CPU, where more take as long each)",
     )
     parser.add_argument(
         "--max-wait-ms",
@@ -55,7 +57,7 @@ def main() -> int:
     arguments = parse_arguments()
 
     def load() -> CompiledModel:
-        is_gpu = read_metadata(arguments.artifact).target.kind != "llvm"
+        is_gpu = bool(read_metadata(arguments.artifact).target.arch)
         return dcnv3_tvm.load(
             arguments.artifact,
             device=arguments.device,
@@ -70,10 +72,7 @@ def main() -> int:
         queue=arguments.max_queue,
     )
     service = Service(
-        load,
-        limits,
-        max_batch=arguments.max_batch,
-        max_wait=arguments.max_wait_ms / 1e3,
+        load, limits, max_batch=arguments.max_batch, max_wait=arguments.max_wait_ms / 1e3
     )
     server = uvicorn.Server(
         uvicorn.Config(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
@@ -41,14 +43,20 @@ class Service:
         Returns the model; called in a thread, so that ``/healthz`` answers meanwhile.
     limits : Limits
         What a request may need.
-    max_batch : int
-        Images of a call, of an artifact with dynamic batch.
+    max_batch : int or None
+        Images of a call, of an artifact with dynamic batch; by default 8 on a GPU and 1 on a CPU,
+        where several images take as long as one after another.
     max_wait : float
         Seconds that an image waits for others while a worker is free.
     """
 
     def __init__(
-        self, load: Callable[[], CompiledModel], limits: Limits, *, max_batch: int, max_wait: float
+        self,
+        load: Callable[[], CompiledModel],
+        limits: Limits,
+        *,
+        max_batch: int | None,
+        max_wait: float,
     ) -> None:
         self.limits = limits
         self.metrics = Metrics()
@@ -63,6 +71,7 @@ class Service:
         self._decoders = concurrent.futures.ThreadPoolExecutor(physical_cores(), "decode")
         self._uploads = 0
         self._queued = 0
+        self._seconds_per_image = 0.0
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -95,12 +104,13 @@ class Service:
             self.failure = error
             self.on_failure()
             return
+        default = 1 if model.device == "cpu" else 8
         self._batcher = Batcher(
             model,
             workers=model.workers,
-            max_batch=self._max_batch if _has_dynamic_batch(model) else 1,
+            max_batch=(self._max_batch or default) if _has_dynamic_batch(model) else 1,
             max_wait=self._max_wait,
-            observe=self.metrics.observe_batch,
+            observe=functools.partial(self._observe_batch, workers=model.workers),
         )
         self._model = model
         log.info("ready: %r", model)
@@ -153,7 +163,7 @@ class Service:
         if model is None:
             raise RejectedError(503, "the model is not loaded yet", headers=RETRY)
         number = _number_of_classes(request, model)
-        self._check_queue()
+        self._check_queue(model.workers)
         if self._uploads >= self.limits.queue:
             raise RejectedError(
                 503, "too many bodies are being received", got=self._uploads, headers=RETRY
@@ -163,7 +173,7 @@ class Service:
             data = await read_upload(request, self.limits)
         finally:
             self._uploads -= 1
-        self._check_queue()
+        self._check_queue(model.workers)
         self._set_queued(self._queued + 1)
         try:
             left = self.limits.seconds - (time.perf_counter() - start)
@@ -179,11 +189,29 @@ class Service:
         ]
         return JSONResponse({"top": top})
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, workers: int) -> None:
+        """Reject an image that would wait too long, before it takes memory and time."""
         if self._queued >= self.limits.queue:
             raise RejectedError(
                 503, "the queue is full", got=f"{self._queued} images", headers=RETRY
             )
+        expected = (self._queued + 1) * self._seconds_per_image
+        # Half, because the estimate is rough. Without it, a queue in overload consists of images
+        # whose time ends while they are computed, and no request succeeds.
+        if self._queued >= workers and expected > self.limits.seconds / 2:
+            raise RejectedError(
+                503,
+                "the queue is too long",
+                got=f"{self._queued} images, for about {expected:.1f} s",
+                allowed=f"{self.limits.seconds / 2:g} s, half of the time of a request",
+                headers={"Retry-After": str(math.ceil(expected))},
+            )
+
+    def _observe_batch(self, images: int, seconds: float, workers: int) -> None:
+        self.metrics.observe_batch(images, seconds)
+        latest = seconds / images / workers
+        previous = self._seconds_per_image or latest
+        self._seconds_per_image = previous + 0.1 * (latest - previous)
 
     def _set_queued(self, queued: int) -> None:
         self._queued = queued

@@ -168,6 +168,22 @@ def test_full_queue(artifact, make_image):
     asyncio.run(main())
 
 
+def test_queue_that_would_miss_its_deadline(artifact, make_image):
+    async def main() -> None:
+        async with running(artifact, workers=1, is_open=False, seconds=60) as run:
+            run.service._observe_batch(4, 80.0, workers=1)  # Seconds an image: 20.
+            waiting = asyncio.create_task(run.post(make_image(0)))  # Taken, as the model is idle.
+            await wait_until(lambda: run.service._queued == 1)
+            response = await run.post(make_image(0))
+            assert response.status_code == 503
+            assert response.headers["Retry-After"] == "40"
+            assert "1 images, for about 40.0 s; allowed: 30 s" in response.json()["error"]
+            run.model.gate.set()
+            assert (await waiting).status_code == 200
+
+    asyncio.run(main())
+
+
 def test_model_that_is_late_or_fails(artifact, make_image):
     async def main() -> None:
         async with running(artifact, is_open=False, seconds=0.05) as run:
