@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from typing import Any
 
-INSTALL_FFI: Final = "Run: pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'"
+FFI: Final = "apache-tvm-ffi>=0.1.14.post0,<0.1.15"
+"""What pip installs to run compiled models."""
+
+INSTALL_FFI: Final = f"Run: pip install '{FFI}'"
 """Hint where the runtime library of compiled models is missing."""
 
 # apache-tvm alone would come with tvm-ffi 0.1.15. See tvm_workarounds: ffi-json.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import os
 import re
 import secrets
@@ -18,10 +17,18 @@ from typing import Final
 
 from dcnv3_tvm.errors import DCNv3Error
 
+try:
+    import fcntl
+except ImportError:  # On Windows.
+    fcntl = None  # type: ignore[assignment]
+
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
 
 _TEMPORARY: Final = "dcnv3-tvm-tmp-"
+
+CODE: Final = "code-"
+"""Purpose of a temporary folder for a file that is open, or loaded as code, while it is in use."""
 
 _OLD: Final = ".old"
 """Suffix of an old folder while the new one takes its name; never removed as stale."""
@@ -30,7 +37,8 @@ _OLD: Final = ".old"
 def temporary_folder(purpose: str = "") -> tempfile.TemporaryDirectory[str]:
     """Create a folder that is removed with the returned object, or at the end of a ``with`` block.
 
-    If the process is killed, the next call in any process removes it.
+    If the process is killed, the next call in any process removes it; on Windows only a folder for
+    `CODE`. What is in use cannot be removed there, and stays for that, too.
 
     Parameters
     ----------
@@ -113,7 +121,7 @@ class _TemporaryFolder(tempfile.TemporaryDirectory[str]):
     def __init__(self, purpose: str) -> None:
         _remove_stale(Path(tempfile.gettempdir()), f"{_TEMPORARY}.*")
         while True:
-            super().__init__(prefix=f"{_TEMPORARY}{purpose}")
+            super().__init__(prefix=f"{_TEMPORARY}{purpose}", ignore_cleanup_errors=True)
             self._unlock = weakref.finalize(self, _unlock, _lock(Path(self.name)))
             if os.path.exists(self.name):
                 return
@@ -153,7 +161,14 @@ def _remove_stale(folder: Path, pattern: str) -> None:
     """Remove what matches and whose writer has ended, so that nobody holds its lock."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
-            if not re.fullmatch(pattern, path.name) or path.lstat().st_uid != os.getuid():
+            if not re.fullmatch(pattern, path.name):
+                continue
+            if fcntl is None:
+                # Windows has no such locks, but does not remove what is open or loaded.
+                if path.name.startswith(f"{_TEMPORARY}{CODE}"):
+                    shutil.rmtree(path, ignore_errors=True)
+                continue
+            if path.lstat().st_uid != os.getuid():
                 continue
             lock = _lock(path, wait=False)
             if lock is None:
@@ -165,7 +180,9 @@ def _remove_stale(folder: Path, pattern: str) -> None:
 
 
 def _lock(path: Path, *, wait: bool = True) -> int | None:
-    """Lock a file or folder; None if it is locked, or the file system has no locks."""
+    """Lock a file or folder; None if it is locked, or the system or file system has no locks."""
+    if fcntl is None:
+        return None
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -185,7 +202,7 @@ def _unlock(lock: int | None) -> None:
 
 def _flush(path: Path) -> None:
     """Write a file to disk, so that a full disk raises before the rename."""
-    with path.open("rb") as stream:
+    with path.open("r+b") as stream:  # Windows needs the permission to write.
         os.fsync(stream.fileno())
 
 
@@ -207,6 +224,8 @@ def _replace(temporary: Path, destination: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Exchange two names atomically; return False if the system does not support it."""
+    if os.name == "nt":
+        return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from dcnv3_tvm import system_calls
+
 _CPUINFO: Final = Path("/proc/cpuinfo")
 _TOPOLOGY: Final = "/sys/devices/system/cpu/cpu{index}/topology/thread_siblings_list"
 
@@ -99,12 +101,24 @@ def cpu_name() -> str:
 
 def cpu_features() -> frozenset[str] | None:
     """Return LLVM's names of this processor's features; None if unknown."""
+    reported = _reported_features()
+    if reported is None:
+        return None
+    return frozenset(name for name, is_present in reported.items() if is_present)
+
+
+def _reported_features() -> dict[str, bool] | None:
+    """Return whether this processor has each feature that the system reports; None if unknown."""
+    if platform.system() == "Darwin":
+        return system_calls.macos_features()
+    if platform.system() == "Windows":
+        return system_calls.windows_features()
     fields = _cpuinfo()
     flags = fields.get("flags") or fields.get("Features")
     if flags is None:
         return None
     present = set(flags.split())
-    return frozenset(name for name, flag in _KERNEL_FLAGS.items() if flag in present)
+    return {name: flag in present for name, flag in _KERNEL_FLAGS.items()}
 
 
 def cpu_identity() -> tuple[str, ...] | None:
@@ -119,14 +133,14 @@ def missing_features(required: Iterable[str]) -> list[str]:
     Parameters
     ----------
     required : iterable of str
-        LLVM names, with or without a leading ``+``. Features that do not affect compiled code are
-        ignored.
+        LLVM names, with or without a leading ``+``. Features that do not affect compiled code, or
+        of which the system tells nothing, are ignored.
     """
-    present = cpu_features()
-    if present is None:
+    present, reported = cpu_features(), _reported_features()
+    if present is None or reported is None:
         return []
     names = {name.removeprefix("+") for name in required}
-    return sorted(name for name in names if name in _KERNEL_FLAGS and name not in present)
+    return sorted(name for name in names if name in reported and name not in present)
 
 
 @functools.cache
@@ -149,11 +163,9 @@ def offers_amx() -> bool:
 
 def _arch_prctl(code: int, argument: Any) -> bool:
     """Call Linux's ``arch_prctl``; return whether it succeeds."""
-    try:
-        system = ctypes.CDLL(None).syscall
-    except (OSError, TypeError, AttributeError):
+    if (platform.system(), architecture()) != ("Linux", "x86_64"):
         return False
-    return architecture() == "x86_64" and system(_ARCH_PRCTL, code, argument) == 0
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, code, argument) == 0)
 
 
 def usable_cores() -> set[int]:
@@ -165,7 +177,11 @@ def usable_cores() -> set[int]:
 
 
 def physical_cores() -> int:
-    """Return the number of physical cores available to this process."""
+    """Return the number of physical cores available to this process; on macOS of the fast ones."""
+    if platform.system() == "Darwin":
+        return system_calls.macos_cores() or len(usable_cores())
+    if platform.system() == "Windows":
+        return system_calls.windows_cores() or len(usable_cores())
     return len({_siblings(index) for index in usable_cores()}) or 1
 
 

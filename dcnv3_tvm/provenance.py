@@ -33,8 +33,8 @@ class Provenance:
         Name of the processor.
     cores, threads : int
         Physical cores available to this process; threads that each backend computes with.
-    load : float
-        Load average over the last minute: other processes disturb the measurement.
+    load : float or None
+        Load average over the last minute: other processes disturb the measurement. None on Windows.
     date : str
         UTC, ISO 8601.
     commit : str or None
@@ -49,7 +49,7 @@ class Provenance:
     cpu: str
     cores: int
     threads: int
-    load: float
+    load: float | None
     date: str
     commit: str | None
     versions: dict[str, str]
@@ -65,7 +65,7 @@ class Provenance:
             cpu=cpu_description(),
             cores=machine.physical_cores(),
             threads=threads,
-            load=round(os.getloadavg()[0], 2),
+            load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             commit=git_commit(),
             versions=versions | {name: text for name, text in found.items() if text is not None},

@@ -41,7 +41,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     facts = [
         ("name", metadata.name),
         ("target", f"{metadata.target.slug} ({metadata.target.text})"),
-        ("architecture", metadata.target.arch or metadata.target.architecture or "unknown"),
+        ("system", _system(metadata)),
         ("runs here", runs_here),
         ("AMX", "used, and needed" if metadata.uses_amx else "not used"),
         ("dtype", metadata.dtype),
@@ -66,8 +66,19 @@ def execute(arguments: argparse.Namespace) -> Result:
         "files": sizes,
         "runs_here": runs_here,
         "uses_amx": metadata.uses_amx,
+        "system": None if metadata.target.system is None else metadata.target.system.name,
     }
     return Result(data, table(["", ""], facts).strip("\n"))
+
+
+def _system(metadata: ArtifactMetadata) -> str:
+    target = metadata.target
+    parts = [target.triple or "unknown" if target.system is None else target.system.name]
+    if target.arch:
+        parts.append(f"GPU {target.arch}")
+    if not metadata.libraries:
+        parts.append("without TVM's runtime library, which apache-tvm has")
+    return ", ".join(parts)
 
 
 def _memory(weights: int, activations: dict[str, int]) -> str:

@@ -39,7 +39,8 @@ def prepared_process() -> Iterator[list[int]]:
                 setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
                 stack.callback(setattr, sys, name, None)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            # Windows has no SIGHUP.
+            for number in filter(None, map(vars(signal).get, ("SIGINT", "SIGTERM", "SIGHUP"))):
                 # A caller's own handler stays, and `nohup` keeps ignoring SIGHUP.
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     stack.callback(signal.signal, number, signal.signal(number, handle))

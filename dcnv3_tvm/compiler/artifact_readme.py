@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dcnv3_tvm.errors import FFI
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata
 from dcnv3_tvm.signature import TensorInfo, parse_size
 
@@ -15,9 +16,9 @@ def render(metadata: ArtifactMetadata) -> str:
         f"Compiled for `{metadata.target.slug}` in {metadata.dtype} by dcnv3-tvm "
         f"{metadata.versions.get('dcnv3_tvm', '?')} (TVM {metadata.versions.get('tvm', '?')}) on "
         f"{metadata.created}{_weights(metadata)}.",
-        "It needs the packages `dcnv3-tvm`, `apache-tvm-ffi`, `numpy` and `pillow`, but neither "
-        "PyTorch nor TVM's compiler. Running processes map the weights into memory: replace or "
-        "remove the folder as a whole, but do not overwrite its files in place.",
+        *_system(metadata),
+        "Running processes map the weights into memory: replace or remove the folder as a whole, "
+        "but do not overwrite its files in place.",
         *_gpu(metadata),
         "## Usage",
         _example(metadata),
@@ -46,6 +47,26 @@ def render(metadata: ArtifactMetadata) -> str:
 def _weights(metadata: ArtifactMetadata) -> str:
     source = metadata.config.get("weights")
     return "" if source is None else f", with {source}"
+
+
+def _system(metadata: ArtifactMetadata) -> list[str]:
+    """Say where it runs, and what has to be installed there."""
+    system = metadata.target.system
+    name = metadata.target.triple if system is None else f"{system.name} ({metadata.target.triple})"
+    packages = [f"'{FFI}'", "numpy", "pillow"]
+    lines = [f"It runs on {name or 'this system'}, and needs neither PyTorch nor TVM's compiler."]
+    if not metadata.libraries:
+        tvm = f"apache-tvm=={metadata.versions.get('tvm')}"
+        packages.append(tvm)
+        lines.append(
+            f"TVM's runtime library for this system is not in the folder: `{tvm}` has it. If "
+            "TVM's compiler is not wanted there, compile the model again with `--runtime-wheel`."
+        )
+    return [
+        "\n".join(lines),
+        "```sh\npip install --no-deps dcnv3-tvm  # or the path of its wheel\n"
+        f"pip install {' '.join(packages)}\n```",
+    ]
 
 
 def _gpu(metadata: ArtifactMetadata) -> list[str]:

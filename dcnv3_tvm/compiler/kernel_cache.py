@@ -80,8 +80,8 @@ def read(key: str) -> CachedKernel | None:
     path = folder / f"{key}{_SUFFIX}"
     try:
         with path.open("rb") as stream:
-            # What another user wrote is not executed.
-            if os.fstat(stream.fileno()).st_uid not in (0, os.getuid()):
+            # What another user wrote is not executed. Windows keeps users apart by folders.
+            if os.name != "nt" and os.fstat(stream.fileno()).st_uid not in (0, os.getuid()):
                 return None
             digest, content = stream.read(_DIGEST_BYTES), stream.read()
     except OSError:

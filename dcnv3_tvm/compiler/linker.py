@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm import targets
@@ -24,11 +25,13 @@ _COMPILERS: Final = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 _OPTIONS: Final = {"macos": ("-undefined", "dynamic_lookup"), "windows": ()}
 """Options of a C++ compiler by operating system; of Linux, and others like it, by default."""
 
+_STACK_PROBE: Final = Path(__file__).with_name("windows_stack_probe.s")
+
 _ZIG_OPTIONS: Final = {
     "linux": ("-fPIC", "-nostdlib", "-Wl,-z,undefs"),
     "macos": ("-nostdlib", *_OPTIONS["macos"]),
-    # What probes the stack is in compiler-rt, and memcpy and the functions of libm in ucrtbase.dll.
-    "windows": ("-nostdlib", "-rtlib=compiler-rt", "-Wl,--no-entry", "-lucrtbase"),
+    # memcpy and the functions of libm are in ucrtbase.dll.
+    "windows": ("-nostdlib", "-Wl,--no-entry", "-lucrtbase", str(_STACK_PROBE)),
 }
 """Options of Zig. It would build a libc for the system, which takes minutes, and code needs none:
 on Linux it finds the functions of libc and libm in the process that loads it."""

@@ -51,10 +51,14 @@ def load(code: bytes, open_path: Callable[[str], LoadedT]) -> LoadedT:
         if not is_denied(error):
             raise
     try:
-        with files.temporary_folder() as folder:
+        with files.temporary_folder(files.CODE) as folder:
             copy = Path(folder) / _NAME
-            copy.write_bytes(code)
-            return open_path(str(copy))
+            copy.touch()
+            # While it is open, another process on Windows does not remove it as left behind; a
+            # later one does, because there a library in use cannot be removed.
+            with copy.open("rb"):
+                copy.write_bytes(code)
+                return open_path(str(copy))
     except (OSError, RuntimeError, DCNv3Error) as error:
         if not isinstance(error, DCNv3Error) and not is_denied(error):
             raise

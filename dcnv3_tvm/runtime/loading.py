@@ -248,11 +248,13 @@ def check_target(target: TargetInfo, device: str | None = None) -> int | None:
     index = _device_index(target, device)
     hint = "Compile the model again on this machine, or with a --target that fits it."
     if target.is_for_another_system:
+        name = target.triple if target.system is None else target.system.name
+        here = this_system().name
         raise TargetError(
             "the artifact is for another system",
-            got=f"{target.triple if target.system is None else target.system.name}",
-            allowed=f"{this_system().name} (this machine)",
-            hint=hint,
+            got=name,
+            allowed=f"{here} (this machine)",
+            hint=f"Load it on {name}, or compile the model for this system (--target {here}).",
         )
     missing = missing_features(target.features)
     if missing:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from typing import Final
 
 _SET_MAX_CONCURRENCY: Final = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
+_WINDOWS: Final = ("tvm_runtime.dll", "?SetMaxConcurrency@threading@runtime@tvm@@YAXH@Z")
+"""Library and name of the function on Windows, which does not look in all libraries."""
 
 
 @contextlib.contextmanager
@@ -26,6 +29,7 @@ def without_torch() -> Iterator[None]:
 
 def set_max_concurrency(threads: int) -> None:
     """Set the size of future thread pools. See tvm_workarounds: thread-pool-size."""
-    function = getattr(ctypes.CDLL(None), _SET_MAX_CONCURRENCY, None)
+    library, name = _WINDOWS if os.name == "nt" else (None, _SET_MAX_CONCURRENCY)
+    function = getattr(ctypes.CDLL(library), name, None)
     if function is not None:
         function(ctypes.c_int(threads))
