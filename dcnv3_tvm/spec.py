@@ -5,26 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TypedDict, cast
 
 from dcnv3_tvm.checks import boolean, finite, integer, pair
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.spec_slug import format_slug, parse_slug
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 MAX_KERNEL: Final = 15
 """Largest kernel extent; the kernels unroll the loop over the points."""
-
-_DTYPE_SLUGS: Final = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-_SLUG: Final = re.compile(
-    r"dcnv3-n(?P<n>\d+|any)-h(?P<h>\d+|any)-w(?P<w>\d+|any)-c(?P<c>\d+)-g(?P<g>\d+)"
-    r"-k(?P<k>\d+(?:x\d+)?)-s(?P<s>\d+(?:x\d+)?)-p(?P<p>\d+(?:x\d+)?)-d(?P<d>\d+(?:x\d+)?)"
-    r"(?:-o(?P<o>[-+.\de]+?))?(?P<rc>-rc)?(?P<softmax>-softmax)?-(?P<dtype>f64|f32|f16|bf16)"
-)
 
 
 class _RequiredKeywords(TypedDict):
@@ -154,27 +147,6 @@ class DCNv3Params:
     def mask_channels(self) -> int:
         """Channels of mask: one factor for each point of each group."""
         return self.group * self.points
-
-    def _params_slug(self) -> str:
-        """Return the part of a problem's slug that names the parameters."""
-
-        def extents(values: tuple[int, int]) -> str:
-            return str(values[0]) if values[0] == values[1] else f"{values[0]}x{values[1]}"
-
-        parts = [
-            f"g{self.group}",
-            f"k{extents(self.kernel_size)}",
-            f"s{extents(self.stride)}",
-            f"p{extents(self.pad)}",
-            f"d{extents(self.dilation)}",
-        ]
-        if self.offset_scale != 1.0:
-            parts.append(f"o{self.offset_scale:g}")
-        if self.remove_center:
-            parts.append("rc")
-        if self.softmax:
-            parts.append("softmax")
-        return "-".join(parts)
 
     def output_extent(self, size: Any, axis: int) -> Any:
         """Return the output extent for an input extent along an axis (0: height, 1: width).
@@ -392,11 +364,7 @@ class DCNv3Spec(DCNv3Params):
     @functools.cached_property
     def slug(self) -> str:
         """Short unique name, used for test ids, records and benchmark cases."""
-        n, h, w = (
-            "any" if size is None else size for size in (self.batch, self.height, self.width)
-        )
-        dtype = _DTYPE_SLUGS[self.dtype]
-        return f"dcnv3-n{n}-h{h}-w{w}-c{self.channels}-{self._params_slug()}-{dtype}"
+        return format_slug(self.input_shape, self.keywords(), self.dtype)
 
     @classmethod
     def from_slug(cls, slug: str) -> DCNv3Spec:
@@ -417,33 +385,8 @@ class DCNv3Spec(DCNv3Params):
         >>> DCNv3Spec.from_slug("dcnv3-n1-h56-w56-c64-g4-k3-s1-p1-d1-f16").group_channels
         16
         """
-        match = _SLUG.fullmatch(slug) if isinstance(slug, str) else None
-        if match is None:
-            raise InvalidArgumentError(
-                "the name of the operator is not a slug",
-                got=repr(slug),
-                allowed="a slug such as dcnv3-n1-h56-w56-c64-g4-k3-s1-p1-d1-f32",
-            )
-
-        def size(name: str) -> int | None:
-            return None if match[name] == "any" else int(match[name])
-
-        def extents(name: str) -> tuple[int, int]:
-            first, _, second = match[name].partition("x")
-            return int(first), int(second or first)
-
-        return cls.of(
-            (size("n"), size("h"), size("w"), int(match["c"])),
-            group=int(match["g"]),
-            kernel_size=extents("k"),
-            stride=extents("s"),
-            pad=extents("p"),
-            dilation=extents("d"),
-            offset_scale=float(match["o"] or 1.0),
-            remove_center=bool(match["rc"]),
-            softmax=bool(match["softmax"]),
-            dtype={short: name for name, short in _DTYPE_SLUGS.items()}[match["dtype"]],
-        )
+        shape, params, dtype = parse_slug(slug)
+        return cls.of(shape, dtype=dtype, **params)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``json.dumps``."""
