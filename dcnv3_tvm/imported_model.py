@@ -54,13 +54,15 @@ class ImportedModel:
         inputs in `TensorInfo.kernel_shape`, followed by its weights.
     entries : dict of str to Entry
         ``"main"`` returns what the original model returns; ``"features"``, where present, returns
-        the feature pyramid (NCHW maps).
+        the feature pyramid (NCHW maps). Further ones are the same for other image sizes.
     weights : dict of str to numpy.ndarray
         By name, as in the PyTorch state dict; shared by the entries.
     config : dict
         Variant and configuration as plain values; empty if unknown.
     preprocessing : dict
         How an image becomes the first input, as plain values; empty if unknown.
+    sizes : dict of str to dict
+        For each further image size that has entries, such as ``"384x640"``, its preprocessing.
     labels : tuple of str
         Names of the classes; empty if unknown.
     report : tuple of SamplingCheck
@@ -73,5 +75,6 @@ class ImportedModel:
     weights: dict[str, np.ndarray]
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()
     report: tuple[SamplingCheck, ...] = ()

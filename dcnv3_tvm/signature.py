@@ -12,8 +12,38 @@ from dcnv3_tvm.spec import DCNv3Params
 BATCH: Final = "n"
 """Name of a dynamic batch size."""
 
+MAIN: Final = "main"
+"""Name of the entry that returns what the model returns."""
+
 OFFSETS: Final = "offsets"
 """Name of the entry that returns the offset and the mask of each DCNv3, in order."""
+
+
+def size_name(size: tuple[int, int]) -> str:
+    """Return the name of an image size, height first, for example ``"384x640"``."""
+    return f"{size[0]}x{size[1]}"
+
+
+def sized_entry(function: str, size: str) -> str:
+    """Return the name of the entry that is a function for a further image size, by its name.
+
+    Examples
+    --------
+    >>> sized_entry("features", "384x640")
+    'features_384x640'
+    """
+    return f"{function}_{size}"
+
+
+def function_of(entry: str) -> str:
+    """Return the function that an entry is, for whatever image size.
+
+    Examples
+    --------
+    >>> function_of("features_384x640"), function_of("main")
+    ('features', 'main')
+    """
+    return entry.partition("_")[0]
 
 
 def parse_size(size: str) -> tuple[int, str]:
@@ -76,6 +106,20 @@ class TensorInfo:
         shape = ", ".join(str(size) for size in self.shape)
         return f"{self.layout} ({shape})".strip()
 
+    @property
+    def spatial_axes(self) -> tuple[int, int]:
+        """Axes of height and width of an image: by the layout, else the last two."""
+        axes = len(self.shape)
+        return (1, 2) if self.layout == "NHWC" else (axes - 2, axes - 1)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of an image; None if one is dynamic, or there are no such axes."""
+        if len(self.shape) < 4:
+            return None
+        height, width = (self.shape[axis] for axis in self.spatial_axes)
+        return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
     def kernel_shape(self, shape: Sequence[int | str]) -> tuple[int | str, ...]:
         """Return the shape in which compiled code takes an input, given its shape.
 
@@ -115,6 +159,9 @@ class ExposedBlock:
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One callable function of a model: ``main``, ``features`` or ``offsets``.
+
+    In a model of several image sizes, each further size has entries of its own, such as
+    ``main_384x640`` (`sized_entry`).
 
     Parameters
     ----------

@@ -72,13 +72,28 @@ class Parser(argparse.ArgumentParser):
         return parsed, []
 
 
-def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Declare batch size and image size of a model."""
+def add_shape(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Declare batch size and image size of a model, or several image sizes."""
     parser.add_argument(
         "--batch", type=parse_count, default=1, metavar="N", help="batch size (default: 1)"
     )
     parser.add_argument(
-        "--size", type=parse_size, metavar="HxW", help="image size (default: the model's own)"
+        "--size",
+        type=parse_size,
+        action="append" if several else "store",
+        metavar="HxW",
+        help="image size (default: the model's own)"
+        + ("; repeat it to accept images of several sizes" if several else ""),
+    )
+
+
+def add_chosen_size(parser: argparse.ArgumentParser) -> None:
+    """Declare the size of the images for an artifact that accepts several."""
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        metavar="HxW",
+        help="size of the images, where the artifact accepts several (default: the first)",
     )
 
 
@@ -97,8 +112,25 @@ def image_shape(arguments: argparse.Namespace, resolution: int) -> tuple[int, in
     InvalidArgumentError
         If the input has too many values.
     """
-    height, width = arguments.size or (resolution, resolution)
-    shape = (arguments.batch, 3, height, width)
+    (shape,) = image_shapes(arguments, [arguments.size or (resolution, resolution)])
+    return shape
+
+
+def image_shapes(
+    arguments: argparse.Namespace, sizes: Sequence[tuple[int, int]]
+) -> list[tuple[int, int, int, int]]:
+    """Return the shapes of the input for several image sizes.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If an input has too many values.
+    """
+    return [_image_shape(arguments.batch, *size) for size in dict.fromkeys(sizes)]
+
+
+def _image_shape(batch: int, height: int, width: int) -> tuple[int, int, int, int]:
+    shape = (batch, 3, height, width)
     if math.prod(shape) > _MAX_VALUES:
         raise InvalidArgumentError(
             "the image batch is too large",

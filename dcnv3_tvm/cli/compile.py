@@ -7,7 +7,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dcnv3_tvm.cli.arguments import add_shape, image_shape, parse_count, parse_path, read_labels
+from dcnv3_tvm.cli.arguments import (
+    add_shape,
+    image_shapes,
+    parse_count,
+    parse_path,
+    read_labels,
+)
 from dcnv3_tvm.cli.import_onnx import import_onnx_file
 from dcnv3_tvm.cli.info import tuning_summary
 from dcnv3_tvm.cli.model_arguments import (
@@ -27,8 +33,10 @@ if TYPE_CHECKING:
 HELP: Final = "compile a model to an artifact, which runs without PyTorch"
 EXAMPLE: Final = "dcnv3-tvm compile internimage_t_1k_224.pth -o artifact"
 
+_BUILD: Final = "build PyTorch model"
+
 _STEPS: Final = {
-    "build PyTorch model": 8,
+    _BUILD: 8,
     "import into Relax": 19,
     "imported": 0,
     "convert_layout": 3,
@@ -42,7 +50,7 @@ _STEPS: Final = {
     "build": 13,
     "write": 1.5,
 }
-"""Seconds that the steps take for InternImage-T, roughly."""
+"""Seconds that the steps take for InternImage-T and one image size, roughly."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="wheel of apache-tvm for another system, whose runtime library the artifact gets "
         "(default: pip downloads it)",
     )
-    add_shape(parser)
+    add_shape(parser, several=True)
     parser.add_argument("--dynamic-batch", action="store_true", help="accept any batch size")
     parser.add_argument(
         "--dynamic-size",
@@ -121,7 +129,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(arguments: argparse.Namespace) -> Result:
     """Compile the model and write the artifact."""
-    from dcnv3_tvm.frontend.models.variants import model_config
     from dcnv3_tvm.runtime.model import check_replaceable
 
     if arguments.checkpoint is not None and not arguments.checkpoint.exists():
@@ -135,15 +142,23 @@ def execute(arguments: argparse.Namespace) -> Result:
         )
     is_onnx = arguments.model.lower().endswith(".onnx")
     name, checkpoint = (arguments.model, None) if is_onnx else find_model(arguments)
+    count = len(set(arguments.size or [None]))
+    if count > 1 and arguments.dynamic_size:
+        raise InvalidArgumentError(
+            "a model with a dynamic size accepts any size",
+            got="--dynamic-size, and --size more than once",
+            allowed="one of them",
+        )
     if not is_onnx:
-        image_shape(arguments, model_config(name).resolution)
+        _shapes(name, arguments)  # Raises if one is too large.
     _check_target(arguments)
-    with Progress(f"compile {name}", steps=_STEPS, quiet=arguments.quiet) as progress:
+    steps = {step: each * (1 if step == _BUILD else count) for step, each in _STEPS.items()}
+    with Progress(f"compile {name}", steps=steps, quiet=arguments.quiet) as progress:
         if is_onnx:
             progress.step("import into Relax")
             imported = import_onnx_file(arguments)
         else:
-            progress.step("build PyTorch model")
+            progress.step(_BUILD)
             imported = _import(name, checkpoint, arguments, progress)
         from dcnv3_tvm.compiler.compile import compile_artifact
 
@@ -192,21 +207,30 @@ def _check_target(arguments: argparse.Namespace) -> None:
 
 def _import(
     name: str, checkpoint: Path | None, arguments: argparse.Namespace, progress: Progress
-) -> ImportedModel:
+) -> list[ImportedModel]:
+    """Import the model for each image size."""
     from dcnv3_tvm import frontend
-    from dcnv3_tvm.frontend.models.variants import model_config
 
     labels = read_labels(arguments.labels)
     model = create_described(name, checkpoint, arguments)
-    shape = image_shape(arguments, model_config(name).resolution)
     progress.step("import into Relax")
-    imported = frontend.import_model(
-        model,
-        example=shape,
-        dynamic_batch=arguments.dynamic_batch,
-        dynamic_size=arguments.dynamic_size or False,
-        labels=labels,
-    )
-    return dataclasses.replace(
-        imported, config=imported.config | {"weights": describe_weights(checkpoint, arguments)}
-    )
+    imported = [
+        frontend.import_model(
+            model,
+            example=shape,
+            dynamic_batch=arguments.dynamic_batch,
+            dynamic_size=arguments.dynamic_size or False,
+            labels=labels,
+        )
+        for shape in _shapes(name, arguments)
+    ]
+    weights = describe_weights(checkpoint, arguments)
+    return [
+        dataclasses.replace(each, config=each.config | {"weights": weights}) for each in imported
+    ]
+
+
+def _shapes(name: str, arguments: argparse.Namespace) -> list[tuple[int, int, int, int]]:
+    from dcnv3_tvm.frontend.models.variants import model_config
+
+    return image_shapes(arguments, arguments.size or [(model_config(name).resolution,) * 2])

@@ -26,8 +26,8 @@ _NOT_FOR_ONNX: Final = {
 """Options of a PyTorch model, with their defaults."""
 
 
-def import_onnx_file(arguments: argparse.Namespace) -> ImportedModel:
-    """Import the file that ``compile`` was given.
+def import_onnx_file(arguments: argparse.Namespace) -> list[ImportedModel]:
+    """Import the file that ``compile`` was given, for each image size.
 
     Raises
     ------
@@ -43,22 +43,33 @@ def import_onnx_file(arguments: argparse.Namespace) -> ImportedModel:
                 got=f"--{name.replace('_', '-')}",
                 hint="Choose them when exporting the model to ONNX.",
             )
-    from dcnv3_tvm.frontend.onnx.importer import import_onnx, input_shapes
+    from dcnv3_tvm.frontend.onnx.importer import import_onnx
 
-    shapes = {}
-    if arguments.size is not None or arguments.dynamic_batch or arguments.batch != 1:
-        inputs = input_shapes(arguments.model)
-        if len(inputs) != 1 or len(next(iter(inputs.values()))) != 4:
-            raise InvalidArgumentError(
-                "--batch, --size and --dynamic-batch are for models of one image",
-                got=", ".join(f"{name} {shape}" for name, shape in inputs.items()),
-                hint="Import it in Python: import_onnx(path, shapes={...}).",
-            )
-        ((name, (_, channels, height, width)),) = inputs.items()
-        if arguments.size is not None:
-            height, width = arguments.size
-        batch = BATCH if arguments.dynamic_batch else arguments.batch
-        shapes[name] = (batch, channels, height, width)
-    imported = import_onnx(arguments.model, shapes=shapes, labels=read_labels(arguments.labels))
+    labels = read_labels(arguments.labels)
     weights = Path(arguments.model).name
-    return dataclasses.replace(imported, config=imported.config | {"weights": weights})
+    imported = [
+        import_onnx(arguments.model, shapes=shapes, labels=labels) for shapes in _shapes(arguments)
+    ]
+    return [
+        dataclasses.replace(each, config=each.config | {"weights": weights}) for each in imported
+    ]
+
+
+def _shapes(arguments: argparse.Namespace) -> list[dict[str, tuple[int | str, ...]]]:
+    """Return the shapes of the input for each image size; none for those of the file."""
+    from dcnv3_tvm.frontend.onnx.importer import input_shapes
+
+    if arguments.size is None and not arguments.dynamic_batch and arguments.batch == 1:
+        return [{}]
+    inputs = input_shapes(arguments.model)
+    if len(inputs) != 1 or len(next(iter(inputs.values()))) != 4:
+        raise InvalidArgumentError(
+            "--batch, --size and --dynamic-batch are for models of one image",
+            got=", ".join(f"{name} {shape}" for name, shape in inputs.items()),
+            hint="Import it in Python: import_onnx(path, shapes={...}).",
+        )
+    ((name, (_, channels, *own)),) = inputs.items()
+    batch = BATCH if arguments.dynamic_batch else arguments.batch
+    return [
+        {name: (batch, channels, *size)} for size in dict.fromkeys(arguments.size or [tuple(own)])
+    ]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm.cli.arguments import parse_path
 from dcnv3_tvm.cli.result import Result, table
+from dcnv3_tvm.signature import size_name
 
 if TYPE_CHECKING:
     from dcnv3_tvm.runtime.metadata import ArtifactMetadata
@@ -49,13 +50,15 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("created", metadata.created),
         ("weights", metadata.config.get("weights", "those of the imported model")),
         ("size", f"{sum(sizes.values()) / 1e6:.1f} MB"),
-        ("memory", _memory(sizes.get(WEIGHTS, 0), metadata.activation_bytes)),
+        ("memory", _memory(sizes.get(WEIGHTS, 0), metadata)),
         ("kernels", _kernels(metadata.kernels)),
         ("tuning records", tuning_summary(metadata)),
         ("verified", _verification(metadata.verification)),
     ]
     if metadata.labels:
         facts.append(("labels", f"{len(metadata.labels)}: {', '.join(metadata.labels[:3])}, ..."))
+    if metadata.sizes:
+        facts.append(("image sizes", ", ".join(map(size_name, metadata.image_sizes))))
     for name, entry in metadata.entries.items():
         facts += [
             (f"{role} of {name}", f"{tensor.name}: {tensor.describe()} {tensor.dtype}")
@@ -81,10 +84,12 @@ def _system(metadata: ArtifactMetadata) -> str:
     return ", ".join(parts)
 
 
-def _memory(weights: int, activations: dict[str, int]) -> str:
+def _memory(weights: int, metadata: ArtifactMetadata) -> str:
     parts = [f"weights {weights / 1e6:.1f} MB"]
-    parts += [f"activations of {name} {size / 1e6:.1f} MB" for name, size in activations.items()]
-    return ", ".join(parts)
+    activations = metadata.activation_bytes.items()
+    parts += [f"activations of {name} {size / 1e6:.1f} MB" for name, size in activations]
+    shared = " (entries share the memory of the largest)" if metadata.sizes else ""
+    return ", ".join(parts) + shared
 
 
 def _kernels(kernels: dict[str, str]) -> str:

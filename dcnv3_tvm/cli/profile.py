@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm import files
-from dcnv3_tvm.cli.arguments import parse_count, parse_path
+from dcnv3_tvm.cli.arguments import add_chosen_size, parse_count, parse_path
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.cli.run import add_value_range
 from dcnv3_tvm.errors import INSTALL_TVM, InvalidArgumentError, MissingDependencyError
 from dcnv3_tvm.progress import Progress
+from dcnv3_tvm.signature import MAIN
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calls", type=parse_count, default=10, metavar="N", help="calls to time (default: 10)"
     )
+    add_chosen_size(parser)
     parser.add_argument("--threads", type=parse_count, metavar="N", help="CPU threads")
     parser.add_argument(
         "--plot", type=parse_path, metavar="FILE", help="save a bar chart (.png, .svg, .pdf)"
@@ -106,11 +108,14 @@ def _inputs(model: CompiledModel, arguments: argparse.Namespace) -> list[np.ndar
 
     from dcnv3_tvm.dtypes import numpy_dtype
 
-    infos = model.metadata.entries["main"].inputs
+    model.metadata.preprocessing_for(arguments.size)  # Raises if there is no such size.
+    infos = model.metadata.entry_for(MAIN, arguments.size).inputs
     shapes = [[size for size in info.shape if isinstance(size, int)] for info in infos]
     if arguments.image is not None:
         batch = infos[0].shape[0]
-        pixels = model.preprocess(arguments.image, value_range=arguments.value_range)
+        pixels = model.preprocess(
+            arguments.image, size=arguments.size, value_range=arguments.value_range
+        )
         return [pixels.repeat(batch, axis=0) if isinstance(batch, int) else pixels]
     dynamic = [
         info for info, shape in zip(infos, shapes, strict=True) if len(shape) < len(info.shape)

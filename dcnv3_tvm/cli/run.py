@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm.cli.arguments import parse_count, parse_natural, parse_path
+from dcnv3_tvm.cli.arguments import add_chosen_size, parse_count, parse_natural, parse_path
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.cli.run_batch import JSON_LINES, call, run_batch, save_arrays
 from dcnv3_tvm.errors import InvalidArgumentError
@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="time N more calls on one image; print quartiles",
     )
+    add_chosen_size(parser)
     parser.add_argument("--threads", type=parse_count, metavar="N", help="CPU threads")
     add_device(parser)
     add_value_range(parser)
@@ -192,7 +193,7 @@ def _line(data: dict[str, Any]) -> str:
 def _batch(model: CompiledModel, image: Path, arguments: argparse.Namespace) -> np.ndarray:
     """Preprocess the image, repeated to the batch size of a model with static batch."""
     batch = model.metadata.entries["main"].inputs[0].shape[0]
-    pixels = model.preprocess(image, value_range=arguments.value_range)
+    pixels = model.preprocess(image, size=arguments.size, value_range=arguments.value_range)
     return pixels.repeat(batch, axis=0) if isinstance(batch, int) and batch > 1 else pixels
 
 

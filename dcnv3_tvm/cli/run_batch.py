@@ -105,7 +105,9 @@ def run_batch(
         batch: list[tuple[_Image, np.ndarray]] = []
         for number, image in enumerate(wanted, 1):
             try:
-                pixels = model.preprocess(image.path, value_range=arguments.value_range)
+                pixels = model.preprocess(
+                    image.path, size=arguments.size, value_range=arguments.value_range
+                )
                 batch.append((image, pixels))
             except ImageError as error:
                 failed.append(f"{image.path}: {error}")

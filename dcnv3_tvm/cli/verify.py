@@ -11,6 +11,7 @@ from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.cli.run import add_device, add_value_range
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
+from dcnv3_tvm.signature import MAIN, size_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,20 +106,26 @@ def execute(arguments: argparse.Namespace) -> Result:
 
 
 def _inputs(compiled: CompiledModel, arguments: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Return random values, and the images, for each image size."""
     import numpy as np
 
-    info = compiled.metadata.entries["main"].inputs[0]
-    batch = info.shape[0] if isinstance(info.shape[0], int) else _DYNAMIC_BATCH
-    if any(isinstance(size, str) for size in info.shape[1:]):
-        crop = compiled.metadata.preprocessing["crop"]
-        shape: tuple[Any, ...] = (batch, 3, *crop)
-    else:
-        shape = (batch, *info.shape[1:])
-    random = np.random.default_rng(arguments.seed).standard_normal(shape).astype(info.dtype)
-    inputs = {f"random {info.name} {'x'.join(map(str, shape))} {info.dtype}": random}
-    for path in arguments.image:
-        pixels = compiled.preprocess(path, value_range=arguments.value_range)
-        inputs[str(path) if path.name in inputs else path.name] = pixels.repeat(batch, axis=0)
+    metadata = compiled.metadata
+    generator = np.random.default_rng(arguments.seed)
+    inputs: dict[str, np.ndarray] = {}
+    sizes: list[tuple[int, int] | None] = [*metadata.image_sizes] or [None]
+    for size in sizes:
+        info = metadata.entry_for(MAIN, size).inputs[0]
+        batch = info.shape[0] if isinstance(info.shape[0], int) else _DYNAMIC_BATCH
+        shape: tuple[Any, ...] = (batch, *info.shape[1:])
+        if size is None:
+            shape = (batch, 3, *metadata.preprocessing["crop"])
+        random = generator.standard_normal(shape).astype(info.dtype)
+        inputs[f"random {info.name} {'x'.join(map(str, shape))} {info.dtype}"] = random
+        suffix = f" at {size_name(size)}" if size and metadata.sizes else ""
+        for path in arguments.image:
+            pixels = compiled.preprocess(path, size=size, value_range=arguments.value_range)
+            name = path if f"{path.name}{suffix}" in inputs else path.name
+            inputs[f"{name}{suffix}"] = pixels.repeat(batch, axis=0)
     return inputs
 
 

@@ -162,7 +162,6 @@ def _sampled(
     """Run the model; return its name, its blocks, and the image as it saw it."""
     from dcnv3_tvm import visualize
     from dcnv3_tvm.frontend.models.variants import VARIANTS
-    from dcnv3_tvm.runtime.image import preprocess
     from dcnv3_tvm.runtime.metadata import METADATA
 
     model: Any
@@ -179,20 +178,12 @@ def _sampled(
             )
         model = runtime.load(arguments.model, device=arguments.device)
         name, settings = model.metadata.name, model.metadata.preprocessing
-        info = model.metadata.entries["main"].inputs[0]
-        if arguments.size is not None:
-            if all(isinstance(size, int) for size in info.shape[1:]):
-                raise InvalidArgumentError(
-                    "the artifact has a fixed image size",
-                    got=f"--size {'x'.join(map(str, arguments.size))}",
-                    allowed=info.describe(),
-                )
-            settings = settings and settings | _resized(arguments.size)
-        image = preprocess(
-            arguments.image, settings, dtype=info.dtype, value_range=arguments.value_range
+        image = model.preprocess(
+            arguments.image, size=arguments.size, value_range=arguments.value_range
         )
     else:
         from dcnv3_tvm.frontend.models.variants import model_config
+        from dcnv3_tvm.runtime.image import preprocess
 
         if arguments.device is not None:
             raise InvalidArgumentError("--device is for artifacts", got=arguments.device)
@@ -200,15 +191,10 @@ def _sampled(
         progress.step("build PyTorch model")
         model = create_described(name, checkpoint, arguments)
         size = arguments.size or (model_config(name).resolution,) * 2
-        settings = model.config.preprocessing | _resized(size)
+        settings = model.config.preprocessing | {"crop": size, "resize": max(size)}
         image = preprocess(arguments.image, settings, value_range=arguments.value_range)
     progress.step("run")
     return name, visualize.capture_sampling(model, image), visualize.photo_of(image, settings)
-
-
-def _resized(size: tuple[int, int]) -> dict[str, Any]:
-    """Return the settings of the preprocessing for an image size."""
-    return {"crop": size, "resize": max(size)}
 
 
 def _index(blocks: tuple[BlockSampling, ...], wanted: tuple[int, int] | None) -> int | None:

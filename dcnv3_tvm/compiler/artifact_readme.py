@@ -33,8 +33,9 @@ def render(metadata: ArtifactMetadata) -> str:
         ]
     sections += ["## Target", f"`{metadata.target.text or metadata.target.slug}`"]
     if metadata.preprocessing:
-        settings = [f"- `{name}`: {value}" for name, value in metadata.preprocessing.items()]
-        sections += ["## Preprocessing", "\n".join(settings)]
+        for size, values in {"": metadata.preprocessing, **metadata.sizes}.items():
+            settings = [f"- `{name}`: {value}" for name, value in values.items()]
+            sections += [f"## Preprocessing {size}".rstrip(), "\n".join(settings)]
     if metadata.labels:
         sections += [
             "## Labels",
@@ -85,7 +86,7 @@ def _example(metadata: ArtifactMetadata) -> str:
         for tensor in metadata.entries["main"].inputs
     }
     if metadata.preprocessing:
-        values[next(iter(values))] = 'model.preprocess("photo.jpg")'
+        values[next(iter(values))] = 'model.preprocess("photo.jpg")' + _sizes(metadata)
     arguments = ", ".join(values)
     lines = [
         "```python",
@@ -99,6 +100,13 @@ def _example(metadata: ArtifactMetadata) -> str:
     if metadata.feature_entry is not None:
         lines.append(f"maps = model.features({arguments})")
     return "\n".join([*lines, "```"])
+
+
+def _sizes(metadata: ArtifactMetadata) -> str:
+    if not metadata.sizes:
+        return ""
+    first, *others = ("({}, {})".format(*size) for size in metadata.image_sizes)
+    return f"  # size={first}; or {', '.join(others)}"
 
 
 def _example_shape(tensor: TensorInfo) -> tuple[int, ...]:

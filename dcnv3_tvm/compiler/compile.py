@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -16,6 +16,7 @@ from dcnv3_tvm import checks, files, targets
 from dcnv3_tvm.compiler import artifact, cpu_pipeline, pipeline
 from dcnv3_tvm.compiler.cuda import device_pipeline
 from dcnv3_tvm.compiler.cuda.export import export_executable
+from dcnv3_tvm.compiler.image_sizes import join_sizes
 from dcnv3_tvm.compiler.kernel_checks import UNCHECKED_KERNELS
 from dcnv3_tvm.compiler.kernel_work import module_work
 from dcnv3_tvm.compiler.linker import find_linker, system_to_build
@@ -36,7 +37,7 @@ inputs and its outputs are float32."""
 
 
 def compile_model(
-    imported: ImportedModel,
+    imported: ImportedModel | Sequence[ImportedModel],
     *,
     target: str | Any = "auto",
     dtype: str = "float32",
@@ -50,8 +51,10 @@ def compile_model(
 
     Parameters
     ----------
-    imported : ImportedModel
-        From `dcnv3_tvm.frontend.import_model` or `import_onnx`.
+    imported : ImportedModel or sequence of ImportedModel
+        From `dcnv3_tvm.frontend.import_model` or `import_onnx`. Several are imports of one model
+        at different image sizes: the compiled model takes images of each, with one copy of the
+        weights. The size of the first is the default of `CompiledModel.preprocess`.
     target : str or tvm.target.Target
         ``"auto"`` is this machine's CPU and ``"cuda"`` its GPU. ``"cpu-znver4"``,
         ``"cuda-sm90"`` and ``"llvm -mcpu=..."`` name one.
@@ -85,8 +88,8 @@ def compile_model(
     CompileError
         If the model has operators that cannot be compiled.
     InvalidArgumentError
-        If `dtype` is not supported on any target, `expose` is unknown, or `debug_dump` cannot be
-        written to.
+        If several models are not imports of one, `dtype` is not supported on any target, `expose`
+        is unknown, or `debug_dump` cannot be written to.
     TargetError
         If the target is unknown, does not support `dtype`, or is not this machine
         (use `compile_artifact` for another machine).
@@ -116,7 +119,7 @@ def compile_model(
 
 
 def compile_artifact(
-    imported: ImportedModel,
+    imported: ImportedModel | Sequence[ImportedModel],
     destination: str | os.PathLike[str],
     *,
     target: str | Any = "auto",
@@ -159,12 +162,7 @@ def compile_artifact(
     DCNv3Warning
         If the artifact gets no runtime library.
     """
-    if not isinstance(imported, ImportedModel):
-        raise InvalidArgumentError(
-            "the model is not imported",
-            got=type(imported).__name__,
-            hint="Import it first: dcnv3_tvm.frontend.import_model(model, example=...).",
-        )
+    joined = join_sizes(imported)
     if expose not in (None, OFFSETS):
         raise InvalidArgumentError("expose is unknown", got=repr(expose), allowed=repr(OFFSETS))
     resolved = targets.resolve_target(target)
@@ -177,7 +175,7 @@ def compile_artifact(
     )
     records = find_records(resolved, database)
     program, kernels = pipeline.run_pipeline(
-        imported,
+        joined,
         resolved,
         dtype=dtype,
         expose=expose is not None,
@@ -191,13 +189,14 @@ def compile_artifact(
     planned, activation_bytes = pipeline.plan_memory(program, resolved)
     rules = {name: found.rule for name, found in kernels.items()}
     metadata = ArtifactMetadata(
-        name=imported.name,
+        name=joined.name,
         entries=program.entries,
         target=target_info(resolved, amx=AMX_RULE in rules.values()),
         dtype=dtype,
-        config=imported.config,
-        preprocessing=imported.preprocessing,
-        labels=imported.labels,
+        config=joined.config,
+        preprocessing=joined.preprocessing,
+        sizes=joined.sizes,
+        labels=joined.labels,
         kernels=rules,
         work=module_work(program.module, rules),
         records={name: found.record for name, found in kernels.items() if found.record},

@@ -14,7 +14,9 @@ from dcnv3_tvm.errors import CompileError, InvalidArgumentError
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.schedules import ScheduledKernel
 from dcnv3_tvm.schedules.records import Records
+from dcnv3_tvm.signature import function_of
 from dcnv3_tvm.targets import has_amx, is_gpu
+from dcnv3_tvm.transform.align_storage import align_storage
 from dcnv3_tvm.transform.convert_layout import convert_layout
 from dcnv3_tvm.transform.expose_offsets import expose_offsets
 from dcnv3_tvm.transform.fold_weights import fold_weights
@@ -202,12 +204,14 @@ def _fuse(program: Program) -> Program:
 def plan_memory(program: Program, target: tvm.target.Target) -> tuple[tvm.IRModule, dict[str, int]]:
     """Plan the storage of intermediate results, reused where lifetimes do not overlap.
 
+    Entries for several image sizes use the same storage.
+
     Returns
     -------
     module : tvm.IRModule
         With storage allocated in each function.
     activation_bytes : dict of str to int
-        Size of that storage by entry. Entries with dynamic shapes are left out.
+        Size of the storage that each entry needs. Entries with dynamic shapes are left out.
     """
     passes = tvm.transform.Sequential(
         [
@@ -223,6 +227,10 @@ def plan_memory(program: Program, target: tvm.target.Target) -> tuple[tvm.IRModu
         for name in program.entries:
             module.update_func(module.get_global_var(name), share_storage(module[name]))
     sizes = {name: _storage_bytes(module[name]) for name in program.entries}
+    if len(set(map(function_of, sizes))) < len(sizes):
+        aligned = align_storage([module[name] for name in sizes])
+        for name, function in zip(sizes, aligned, strict=True):
+            module.update_func(module.get_global_var(name), function)
     return module, {name: size for name, size in sizes.items() if size is not None}
 
 

@@ -287,15 +287,16 @@ def add_store(
     compute("store", extents, lambda m, n: finished[m, n], dtype=out_dtype, into=out, at=position)
 
 
-def pack_gemm_weight(weight: npt.NDArray[Any], padding: GemmPadding) -> npt.NDArray[Any]:
+def pack_gemm_weight(weight: npt.NDArray[Any], padded: Sequence[int]) -> npt.NDArray[Any]:
     """Pad a weight for these kernels.
 
     Parameters
     ----------
     weight : ndarray of shape (N, K) or (O, kh, kw, C)
         In the element type of the operands.
-    padding : GemmPadding
-        That of the kernel.
+    padded : (int, int)
+        Shape of the result, which does not depend on the rows: kernels for several image sizes
+        share their weights.
 
     Returns
     -------
@@ -304,11 +305,11 @@ def pack_gemm_weight(weight: npt.NDArray[Any], padding: GemmPadding) -> npt.NDAr
         float32 run without them, and their threads read neighbouring columns.
     """
     matrix = weight.reshape(weight.shape[0], -1)
-    columns, depth = matrix.shape
-    shape = round_up(columns, padding.columns), round_up(depth, padding.depth)
-    packed = np.zeros(shape, weight.dtype)
-    packed[:columns, :depth] = matrix
-    return np.ascontiguousarray(packed.T) if weight.dtype == ACCUMULATOR else packed
+    if weight.dtype == ACCUMULATOR:
+        matrix = matrix.T
+    packed = np.zeros(tuple(padded), weight.dtype)
+    packed[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return packed
 
 
 def round_up(size: Any, multiple: int) -> Any:

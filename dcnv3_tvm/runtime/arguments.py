@@ -11,7 +11,8 @@ from dcnv3_tvm import gpu
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.runtime.cuda import Gpu
-from dcnv3_tvm.signature import BATCH, TensorInfo, parse_size
+from dcnv3_tvm.runtime.metadata import wrong_size
+from dcnv3_tvm.signature import BATCH, Entry, TensorInfo, parse_size
 
 
 def in_order(
@@ -32,6 +33,37 @@ def in_order(
             allowed=f"{len(infos)}: {', '.join(info.name for info in infos)}",
         )
     return [*values, *(named[name] for name in names)]
+
+
+def choose_entry(entries: Mapping[str, Entry], image: Any) -> str:
+    """Return the name of the entry that takes an image of this size.
+
+    Parameters
+    ----------
+    entries : mapping of str to Entry
+        Those of one function, one for each image size.
+    image : object
+        The first input.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If it is an image of another size.
+    """
+    first = next(iter(entries))
+    info = entries[first].inputs[0]
+    shape = _describe(image, info).shape
+    if len(shape) != len(info.shape):
+        return first  # It says what is wrong.
+    height, width = (shape[axis] for axis in info.spatial_axes)
+    sizes = {name: entry.inputs[0].image_size for name, entry in entries.items()}
+    for name, size in sizes.items():
+        if size == (height, width):
+            return name
+    channel = info.layout.index("C") if info.layout else 1
+    if shape[channel] != info.shape[channel] or not (height and width):
+        return first
+    raise wrong_size((height, width), [size for size in sizes.values() if size is not None])
 
 
 class Arguments:

@@ -28,9 +28,15 @@ class Execution(Protocol):
         """
 
     def profile(
-        self, metadata: ArtifactMetadata, arguments: Arguments, *, calls: int, threads: int
+        self,
+        entry: str,
+        metadata: ArtifactMetadata,
+        arguments: Arguments,
+        *,
+        calls: int,
+        threads: int,
     ) -> profile.Profile:
-        """Time the kernels of the entry ``"main"``."""
+        """Time the kernels of an entry."""
 
     def close(self) -> None:
         """Release the functions; later calls raise an `InvalidArgumentError`."""
@@ -57,14 +63,20 @@ class CpuExecution:
         )
 
     def profile(  # noqa: D102
-        self, metadata: ArtifactMetadata, arguments: Arguments, *, calls: int, threads: int
+        self,
+        entry: str,
+        metadata: ArtifactMetadata,
+        arguments: Arguments,
+        *,
+        calls: int,
+        threads: int,
     ) -> profile.Profile:
         inputs = arguments.to_kernel([])
 
         def run(job: profile.Job) -> Any:
             return self._workers.run(
                 lambda functions: job(
-                    lambda: functions["main"](*inputs), functions[profile.SET_INSTRUMENT]
+                    lambda: functions[entry](*inputs), functions[profile.SET_INSTRUMENT]
                 ),
                 threads,
             )
@@ -122,6 +134,7 @@ class GpuExecution:
 
     def profile(  # noqa: D102
         self,
+        entry: str,  # noqa: ARG002
         metadata: ArtifactMetadata,  # noqa: ARG002
         arguments: Arguments,  # noqa: ARG002
         *,

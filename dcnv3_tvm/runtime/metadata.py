@@ -5,12 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from typing import Any, Final, TypedDict
 
-from dcnv3_tvm.errors import ArtifactError
+from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError
 from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.machine import AMX_FEATURES
-from dcnv3_tvm.signature import OFFSETS, Entry, TensorInfo, is_input_size
+from dcnv3_tvm.signature import (
+    MAIN,
+    OFFSETS,
+    Entry,
+    TensorInfo,
+    function_of,
+    is_input_size,
+    size_name,
+    sized_entry,
+)
 from dcnv3_tvm.systems import SYSTEMS, System, system_of, this_system
 
 SCHEMA_VERSION: Final = 3
@@ -103,7 +114,8 @@ class ArtifactMetadata:
     name : str
         Name of the model, for example ``"internimage_t"``.
     entries : dict of str to Entry
-        Callable functions; ``"main"`` always exists.
+        Callable functions; ``"main"`` always exists. In a model of several image sizes, those for
+        further sizes have names such as ``"main_384x640"``.
     target : TargetInfo
         Machine it was compiled for.
     dtype : str
@@ -112,6 +124,8 @@ class ArtifactMetadata:
         Variant and configuration of the model, JSON values.
     preprocessing : dict
         Settings of `preprocess`, JSON values; empty if unknown.
+    sizes : dict of str to dict
+        For each further image size, such as ``"384x640"``, its settings of `preprocess`.
     labels : tuple of str
         Names of the classes in order; empty if unknown.
     versions : dict of str to str
@@ -142,6 +156,7 @@ class ArtifactMetadata:
     dtype: str = "float32"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     kernels: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -172,6 +187,40 @@ class ArtifactMetadata:
                 return name
         return None
 
+    def entries_of(self, function: str) -> dict[str, Entry]:
+        """Return the entries that are a function: one for each image size, in order."""
+        return {
+            name: entry for name, entry in self.entries.items() if function_of(name) == function
+        }
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths that the model takes, the default first; empty if they are dynamic."""
+        sizes = (entry.inputs[0].image_size for entry in self.entries_of(MAIN).values())
+        return [size for size in sizes if size is not None]
+
+    def entry_for(self, function: str, size: tuple[int, int] | None) -> Entry:
+        """Return the entry that is a function for images of one of `image_sizes`."""
+        if size is None or size_name(size) not in self.sizes:
+            return self.entries[function]
+        return self.entries[sized_entry(function, size_name(size))]
+
+    def preprocessing_for(self, size: tuple[int, int] | None) -> dict[str, Any]:
+        """Return the settings of `preprocess` for an image size; by default the first.
+
+        Raises
+        ------
+        InvalidArgumentError
+            If the model does not take images of that size.
+        """
+        if size is None:
+            return self.preprocessing
+        if not self.image_sizes:
+            return self.preprocessing and self.preprocessing | {"crop": size, "resize": max(size)}
+        if size not in self.image_sizes:
+            raise wrong_size(size, self.image_sizes)
+        return self.sizes.get(size_name(size), self.preprocessing)
+
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         """Name, channels and stride of each feature map; empty without feature maps."""
@@ -192,6 +241,7 @@ class ArtifactMetadata:
             "dtype": self.dtype,
             "config": self.config,
             "preprocessing": self.preprocessing,
+            "sizes": self.sizes,
             "labels": list(self.labels),
             "target": target,
             "versions": self.versions,
@@ -267,12 +317,15 @@ class ArtifactMetadata:
                 raise ValueError("verification has no outputs")
         if metadata.records or metadata.records_from:
             decode(_RecordsOrigin, metadata.records_from, "records_from")
-        if "main" not in metadata.entries:
+        if MAIN not in metadata.entries:
             raise ValueError("entries has no main")
+        for size in metadata.sizes:
+            if sized_entry(MAIN, size) not in metadata.entries:
+                raise ValueError(f"size {size!r} has no entry main")
         for name, entry in metadata.entries.items():
             if not entry.inputs or not entry.outputs:
                 raise ValueError(f"entry {name!r} has no inputs, or no outputs")
-            if name == OFFSETS and len(entry.outputs) != 2 * len(entry.blocks):
+            if function_of(name) == OFFSETS and len(entry.outputs) != 2 * len(entry.blocks):
                 raise ValueError(f"entry {name!r} has not two outputs for each of its blocks")
             if any(len(block.size) != 2 for block in entry.blocks):
                 raise ValueError(f"a block of entry {name!r} has not two sizes")
@@ -299,6 +352,20 @@ class _RecordsOrigin(TypedDict):
     target: str
     hardware: str
     date: str
+
+
+def wrong_size(given: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> InvalidArgumentError:
+    """Return the error for an image of another size than those the model takes."""
+    nearest = min(
+        sizes, key=lambda size: sum(abs(math.log(a / b)) for a, b in zip(size, given, strict=True))
+    )
+    return InvalidArgumentError(
+        "the model does not take images of this size",
+        got=size_name(given),
+        allowed=", ".join(map(size_name, sizes)),
+        hint=f"Resize or pad the image to {size_name(nearest)}, which is the nearest, or compile "
+        f"the model for {size_name(given)} as well.",
+    )
 
 
 def _check_tensor(tensor: TensorInfo, name: str) -> None:

@@ -15,7 +15,7 @@ from dcnv3_tvm.digests import digest_of_file
 from dcnv3_tvm.dtypes import numpy_dtype
 from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
 from dcnv3_tvm.runtime import cuda, image, library, tensors
-from dcnv3_tvm.runtime.arguments import Arguments, in_order
+from dcnv3_tvm.runtime.arguments import Arguments, choose_entry, in_order
 from dcnv3_tvm.runtime.execution import CpuExecution, Execution, Functions, GpuExecution
 from dcnv3_tvm.runtime.metadata import (
     CARD,
@@ -26,7 +26,7 @@ from dcnv3_tvm.runtime.metadata import (
 )
 from dcnv3_tvm.runtime.open_image import Source
 from dcnv3_tvm.runtime.profile import SET_INSTRUMENT, Profile
-from dcnv3_tvm.signature import BATCH, OFFSETS, Entry
+from dcnv3_tvm.signature import BATCH, MAIN, OFFSETS, Entry
 
 _MAX_CALLS: Final = 10_000
 
@@ -91,10 +91,11 @@ class CompiledModel:
         ----------
         *inputs, **named : numpy.ndarray, torch.Tensor or tvm_ffi.Tensor
             By position or by name, as specified by ``metadata.entries["main"].inputs``, usually an
-            NCHW image. Used in place if contiguous and aligned to 64 bytes, as from `preprocess`
-            and PyTorch, copied otherwise. A dynamic batch may be empty. A model on a GPU takes
-            tensors on that GPU, runs on the caller's current stream and returns before it is done,
-            as PyTorch does; NumPy arrays are copied to the GPU, and the result back.
+            NCHW image, of one of ``metadata.image_sizes``. Used in place if contiguous and aligned
+            to 64 bytes, as from `preprocess` and PyTorch, copied otherwise. A dynamic batch may be
+            empty. A model on a GPU takes tensors on that GPU, runs on the caller's current stream
+            and returns before it is done, as PyTorch does; NumPy arrays are copied to the GPU, and
+            the result back.
 
         Returns
         -------
@@ -109,7 +110,7 @@ class CompiledModel:
         DeviceError
             If the GPU has too little free memory, or fails.
         """
-        outputs = self._run("main", inputs, named)
+        outputs = self._run(MAIN, inputs, named)
         if len(outputs) == 1:
             return outputs[0]
         return dict(zip(self.output_names(), outputs, strict=True))
@@ -183,7 +184,7 @@ class CompiledModel:
                     for shape, info in zip(shapes, entry.inputs, strict=True)
                 ]
                 for _ in range(self.workers):
-                    self._run(name, zeros, {}, rotate=True)
+                    self._run_entry(name, zeros, rotate=True)
 
     def profile(self, *inputs: Any, calls: int = 10, **named: Any) -> Profile:
         """Time the kernels within calls of the model, on the CPU.
@@ -204,18 +205,18 @@ class CompiledModel:
             As in a call, and if the model is on a GPU.
         """
         calls = checks.integer("calls", calls, low=1, high=_MAX_CALLS)
-        entry = self._entry("main")
-        arguments = Arguments(in_order(inputs, named, entry.inputs), entry.inputs, self._gpu)
+        name, ordered = self._chosen(MAIN, inputs, named)
+        arguments = Arguments(ordered, self._entry(name).inputs, self._gpu)
         try:
             return self._execution.profile(
-                self.metadata, arguments, calls=calls, threads=self.threads
+                name, self.metadata, arguments, calls=calls, threads=self.threads
             )
         except DCNv3Error:
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise self._failure(error, "main") from error
+            raise self._failure(error, name) from error
 
-    def output_names(self, entry: str = "main") -> list[str]:
+    def output_names(self, entry: str = MAIN) -> list[str]:
         """Return the names of an entry's outputs."""
         return [output.name for output in self._entry(entry).outputs]
 
@@ -223,6 +224,7 @@ class CompiledModel:
         self,
         source: Source | Sequence[Source],
         *,
+        size: int | tuple[int, int] | None = None,
         value_range: tuple[float, float] | None = None,
     ) -> np.ndarray:
         """Convert one image or several to the input: a normalized NCHW batch.
@@ -231,6 +233,9 @@ class CompiledModel:
         ----------
         source : path, bytes, open binary file, PIL.Image.Image, array, or a list of these
             Of any size. An array is of shape (H, W, 3), RGB, or (H, W).
+        size : int or (int, int), optional
+            Height and width of the result, in a model of several image sizes or of a dynamic one;
+            by default the first.
         value_range : (float, float), optional
             Values of black and of white in images of 32-bit integers or floats.
 
@@ -239,11 +244,14 @@ class CompiledModel:
         ImageError
             If a source is not an image; in a list, it is named by its index.
         InvalidArgumentError
-            If the artifact does not specify the preprocessing.
+            If the artifact does not specify the preprocessing, or takes no images of `size`.
         """
-        info = self._entry("main").inputs[0]
+        wanted = None if size is None else checks.pair("size", size, low=1)
         return image.preprocess(
-            source, self.metadata.preprocessing, dtype=info.dtype, value_range=value_range
+            source,
+            self.metadata.preprocessing_for(wanted),
+            dtype=self._entry(MAIN).inputs[0].dtype,
+            value_range=value_range,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -299,7 +307,7 @@ class CompiledModel:
         return _load_again, (self._reload, self._saved, self.metadata.digests)
 
     def __repr__(self) -> str:
-        signature = ", ".join(info.describe() for info in self._entry("main").inputs)
+        signature = ", ".join(info.describe() for info in self._entry(MAIN).inputs)
         return f"<CompiledModel {self.metadata.name} for {self.metadata.target.slug}: {signature}>"
 
     def _entry(self, name: str) -> Entry:
@@ -312,12 +320,21 @@ class CompiledModel:
                 allowed=", ".join(self.metadata.entries),
             ) from None
 
-    def _run(
-        self, name: str, inputs: Sequence[Any], named: Mapping[str, Any], *, rotate: bool = False
-    ) -> list[Any]:
+    def _chosen(
+        self, function: str, inputs: Sequence[Any], named: Mapping[str, Any]
+    ) -> tuple[str, list[Any]]:
+        """Return the entry of a function for the size of the image, and the inputs in order."""
+        ordered = in_order(inputs, named, self._entry(function).inputs)
+        if not self.metadata.sizes:
+            return function, ordered
+        return choose_entry(self.metadata.entries_of(function), ordered[0]), ordered
+
+    def _run(self, function: str, inputs: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
+        return self._run_entry(*self._chosen(function, inputs, named))
+
+    def _run_entry(self, name: str, inputs: Sequence[Any], *, rotate: bool = False) -> list[Any]:
         entry = self._entry(name)
-        ordered = in_order(inputs, named, entry.inputs)
-        arguments = Arguments(ordered, entry.inputs, self._gpu)
+        arguments = Arguments(inputs, entry.inputs, self._gpu)
         try:
             result = self._execution.run(name, arguments, self.threads, rotate=rotate)
         except DCNv3Error:
@@ -338,7 +355,9 @@ class CompiledModel:
 
     def _failure(self, error: Exception, name: str) -> DCNv3Error:
         if self._gpu is not None:
-            activations = self.metadata.activation_bytes.get(name)
+            # The entries share memory for intermediate results.
+            known = self.metadata.activation_bytes
+            activations = max(known.values()) if name in known else None
             needed = cuda.needed_memory(self._weight_bytes, activations)
             gpu_error = self._gpu.translate_error(error, needed=needed)
             if gpu_error is not None:

@@ -15,13 +15,13 @@ from tvm import relax
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.op import relax_op, relax_packed_op
 from dcnv3_tvm.op.relax_call import params_of, spec_of
-from dcnv3_tvm.signature import OFFSETS, Entry, ExposedBlock, TensorInfo
+from dcnv3_tvm.signature import MAIN, OFFSETS, Entry, ExposedBlock, TensorInfo, function_of
 from dcnv3_tvm.spec import DCNv3Params
 from dcnv3_tvm.transform.ir import Program, dimensions, element_type
 
 
 def expose_offsets(program: Program) -> Program:
-    """Add the entry ``offsets`` to a program.
+    """Add the entry ``offsets`` to a program, for each image size.
 
     Raises
     ------
@@ -31,8 +31,21 @@ def expose_offsets(program: Program) -> Program:
     """
     if OFFSETS in program.entries:
         raise CompileError("the model has an entry of the name of the exposed one", got=OFFSETS)
-    main = program.entries["main"]
-    function = relax.utils.copy_with_new_vars(program.module["main"])
+    functions = dict(program.module.functions_items())
+    entries = dict(program.entries)
+    for name in program.entries:
+        if function_of(name) == MAIN:
+            exposed = OFFSETS + name.removeprefix(MAIN)
+            function, entries[exposed] = _exposed(program, name)
+            functions[exposed] = function.with_attr("global_symbol", exposed)
+    # Rebuilding drops what only the results of `main` need.
+    return Program(tvm.IRModule(functions), entries, program.weights).rebuilt(lambda *_: None)
+
+
+def _exposed(program: Program, name: str) -> tuple[relax.Function, Entry]:
+    """Return a copy of an entry that returns the offsets."""
+    main = program.entries[name]
+    function = relax.utils.copy_with_new_vars(program.module[name])
     bindings = [binding for block in function.body.blocks for binding in block.bindings]
     added = _Bindings()
     results: list[relax.Expr] = []
@@ -55,7 +68,7 @@ def expose_offsets(program: Program) -> Program:
         relax.SeqExpr([relax.DataflowBlock([*bindings, *added.bindings, last])], output),
         ret_ty=output.ty,
         attrs=function.attrs,
-    ).with_attr("global_symbol", OFFSETS)
+    )
     outputs = tuple(
         TensorInfo(
             f"{('offset', 'mask')[index % 2]}_{index // 2}",
@@ -65,10 +78,7 @@ def expose_offsets(program: Program) -> Program:
         )
         for index, result in enumerate(results)
     )
-    module = tvm.IRModule({**dict(program.module.functions_items()), OFFSETS: exposed})
-    entries = program.entries | {OFFSETS: Entry(main.inputs, outputs, main.weights, tuple(blocks))}
-    # Rebuilding drops what only the results of `main` need.
-    return Program(module, entries, program.weights).rebuilt(lambda *_: None)
+    return exposed, Entry(main.inputs, outputs, main.weights, tuple(blocks))
 
 
 def _described(call: relax.Call) -> ExposedBlock:

@@ -14,6 +14,7 @@ from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer, absorbed_values, find_layers
 from dcnv3_tvm.transform.gpu_padding import fuses_mlp, gemm_padding
 from dcnv3_tvm.transform.ir import Program, Rebuilder, count_uses, dimensions, element_type
+from dcnv3_tvm.transform.lazy_array import LazyArray
 from dcnv3_tvm.transform.lower_common import (
     LayerContext,
     call_depthwise,
@@ -147,9 +148,7 @@ def _lower_mlp(
         out_dtype=out_dtype,
     )
     weight1, weight2 = (
-        context.packed(
-            pack_gemm_weight, context.matrix.astype(dtype), kernel.params[index], padding=padding
-        )
+        _packed(context, context.matrix.astype(dtype), kernel.params[index])
         for context, index in ((inner, 1), (outer, 3))
     )
     arguments = [source, weight1, first.bias, weight2, second.bias, second.residual]
@@ -172,8 +171,7 @@ def _lower_matmul(context: LayerContext, dtype: str) -> relax.Var:
         residual_dtype=context.residual_dtype,
         out_dtype=context.out_dtype,
     )
-    weight = matrix.astype(dtype)
-    packed = context.packed(pack_gemm_weight, weight, kernel.params[1], padding=padding)
+    packed = _packed(context, matrix.astype(dtype), kernel.params[1])
     arguments = [context.source, packed, layer.bias, layer.residual]
     return context.call(kernel, f"matmul_{inputs}_{outputs}", arguments)
 
@@ -193,10 +191,14 @@ def _lower_convolution(context: LayerContext, dtype: str) -> relax.Var:
         x_dtype=context.dtype,
         out_dtype=context.out_dtype,
     )
-    weight = weight.astype(dtype)
-    packed = context.packed(pack_gemm_weight, weight, kernel.params[1], padding=padding)
+    packed = _packed(context, weight.astype(dtype), kernel.params[1])
     arguments = [context.source, packed, context.layer.bias]
     return context.call(kernel, f"convolution_{inputs}_{outputs}", arguments)
+
+
+def _packed(context: LayerContext, weight: LazyArray, parameter: tirx.Buffer) -> relax.Var:
+    padded = tuple(int(size) for size in parameter.shape)
+    return context.packed(pack_gemm_weight, weight, parameter, padded=padded)
 
 
 def _rows(lead: tuple[object, ...]) -> object:

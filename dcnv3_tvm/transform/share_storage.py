@@ -71,7 +71,7 @@ def share_storage(function: relax.Function) -> relax.Function:
         old = planned[binding.value.args[0]]
         (size,) = old.args[0].values
         group = storages[tuple(map(str, old.args[1:]))]
-        typical = _at_typical_sizes(size)
+        typical = typical_size(size)
         free = [each for each in group if each.end < position]
         large = [each for each in free if each.typical >= typical]
         if large:
@@ -127,7 +127,8 @@ def _operator(binding: relax.Binding) -> str:
     return str(getattr(getattr(binding.value, "op", None), "name", ""))
 
 
-def _at_typical_sizes(expression: Any) -> int:
+def typical_size(expression: Any) -> int:
+    """Return the value of a size for dynamic sizes such as an image's."""
     typical = tirx.IntImm("int64", _TYPICAL)
     return int(
         Analyzer().simplify(tvm_ffi.structural_map(expression, (tirx.Var, lambda _: typical)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dcnv3_tvm.runtime import CompiledModel
-from dcnv3_tvm.signature import OFFSETS
+from dcnv3_tvm.signature import OFFSETS, function_of
 
 
 def entry_outputs(compiled: CompiledModel, *inputs: Any) -> dict[str, list[Any]]:
@@ -25,7 +25,7 @@ def entry_outputs(compiled: CompiledModel, *inputs: Any) -> dict[str, list[Any]]
     """
     found = {}
     for entry in compiled.metadata.entries:
-        if entry == OFFSETS:
+        if entry == OFFSETS or function_of(entry) != entry:
             continue
         outputs = compiled.features(*inputs) if entry == "features" else compiled(*inputs)
         if isinstance(outputs, dict):

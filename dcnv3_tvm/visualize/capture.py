@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime import CompiledModel
-from dcnv3_tvm.signature import OFFSETS, ExposedBlock
+from dcnv3_tvm.signature import MAIN, OFFSETS, ExposedBlock
 from dcnv3_tvm.visualize.block_sampling import BlockSampling, SampledBlock, number_blocks
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def capture_sampling(model: CompiledModel | nn.Module, image: Any) -> tuple[Bloc
         )
     size = (shape[2], shape[3]) if shape[1] == 3 else (shape[1], shape[2])
     if isinstance(model, CompiledModel):
-        return number_blocks(_from_artifact(model, pixels), size)
+        return number_blocks(_from_artifact(model, pixels, size), size)
     if pixels.dtype.kind != "f":
         raise InvalidArgumentError(
             "the image is not preprocessed", got=pixels.dtype, allowed="an array of floats"
@@ -70,14 +70,16 @@ def capture_sampling(model: CompiledModel | nn.Module, image: Any) -> tuple[Bloc
     return number_blocks(from_module(model, np.ascontiguousarray(pixels, np.float32)), size)
 
 
-def _from_artifact(model: CompiledModel, image: npt.NDArray[Any]) -> list[SampledBlock]:
-    batch = model.metadata.entries["main"].inputs[0].shape[0]
+def _from_artifact(
+    model: CompiledModel, image: npt.NDArray[Any], size: tuple[int, int]
+) -> list[SampledBlock]:
+    batch = model.metadata.entries[MAIN].inputs[0].shape[0]
     # In a batch of fixed size, all images are this one.
     outputs = model.offsets(image.repeat(batch, axis=0) if isinstance(batch, int) else image)
     return [
         SampledBlock(block.params, input_size(block, offset.shape[1:3]), offset, mask)
         for block, (offset, mask) in zip(
-            model.metadata.entries[OFFSETS].blocks, outputs, strict=True
+            model.metadata.entry_for(OFFSETS, size).blocks, outputs, strict=True
         )
     ]
 

@@ -126,7 +126,7 @@ class ModelInputs:
         for info, example in zip(self.infos, self.examples, strict=True):
             if len(info.shape) >= _IMAGE_RANK:
                 shape = _merged(example, info).shape
-                height, width = (shape[axis] for axis in _spatial_axes(info))
+                height, width = (shape[axis] for axis in info.spatial_axes)
                 return height, width
         return None
 
@@ -258,18 +258,12 @@ def _with_dynamic_sizes(
     for info in infos:
         shape = list(info.shape)
         if multiple and len(shape) >= _IMAGE_RANK:
-            for letter, axis in zip("hw", _spatial_axes(info), strict=True):
+            for letter, axis in zip("hw", info.spatial_axes, strict=True):
                 shape[axis] = dynamic(letter, int(shape[axis]))
         if dynamic_batch and shape:
             shape[0] = BATCH
         described.append(dataclasses.replace(info, shape=tuple(shape)))
     return tuple(described)
-
-
-def _spatial_axes(info: TensorInfo) -> tuple[int, int]:
-    """Return the axes of height and width: by the layout, else the last two."""
-    axes = len(info.shape)
-    return (1, 2) if info.layout == "NHWC" else (axes - 2, axes - 1)
 
 
 def _enlarged(tensor: Tensor, info: TensorInfo) -> Tensor:

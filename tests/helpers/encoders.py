@@ -68,3 +68,16 @@ def gpu_launches(path: Path, image: np.ndarray) -> dict[str, list[str]]:
             kinds = [line.split()[0] for line in driver.fake_log().decode().splitlines()]
             launches[name] = [kind for kind in kinds if kind in ("launch", "graph")]
     return launches
+
+
+def gpu_memory(path: Path, images: list[np.ndarray]) -> int:
+    """Call an artifact on the emulated GPU with some images; return the bytes it then holds there.
+
+    Call it in the process that has the GPU.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.fake_used.restype = ctypes.c_size_t
+    with runtime.load(path) as model:
+        for image in images:
+            model(image)
+        return int(driver.fake_used())

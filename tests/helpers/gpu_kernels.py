@@ -38,7 +38,12 @@ def mlp(lead, inputs, hidden, outputs, **options):
 
 
 def pack_gemm_weight(weight):
-    return gemm_kernels.pack_gemm_weight(weight, gemm_padding(1, weight[0].size))
+    padding = gemm_padding(1, weight[0].size)
+    extents = zip(weight.reshape(len(weight), -1).shape, padding[1:3], strict=True)
+    padded = [gemm_kernels.round_up(*extent) for extent in extents]
+    return gemm_kernels.pack_gemm_weight(
+        weight, padded[::-1] if weight.dtype == gemm_kernels.ACCUMULATOR else padded
+    )
 
 
 def _rows(lead):
