@@ -3,7 +3,9 @@ from tvm.target import Target
 
 from dcnv3_tvm import gpu, machine, targets
 from dcnv3_tvm.errors import TargetError
+from dcnv3_tvm.systems import SYSTEMS
 from dcnv3_tvm.targets import (
+    artifact_slug,
     gpu_architecture,
     has_amx,
     has_bfloat16_dot,
@@ -14,6 +16,7 @@ from dcnv3_tvm.targets import (
     resolve_target,
     target_features,
     target_slug,
+    target_system,
     vector_bits,
     vector_lanes,
 )
@@ -94,6 +97,30 @@ def test_llvm_options():
 
 
 @pytest.mark.parametrize(
+    ("name", "slug", "artifact"),
+    [
+        ("linux-aarch64", "cpu-generic", "linux-aarch64"),
+        ("linux-aarch64:neoverse-n1", "cpu-neoverse-n1", "linux-aarch64-neoverse-n1"),
+        ("macos-arm64", "cpu-apple-m1", "macos-arm64-apple-m1"),
+        ("windows-x86_64", "cpu-x86-64-v3", "windows-x86_64-v3"),
+        ("windows-x86_64:znver4", "cpu-znver4", "windows-x86_64-znver4"),
+    ],
+)
+def test_systems(name, slug, artifact):
+    target = resolve_target(name)
+    assert (target_slug(target), artifact_slug(target)) == (slug, artifact)
+    assert target_system(target) == SYSTEMS[name.partition(":")[0]]
+    again = targets.target_from_text(targets.target_text(name))
+    assert str(again) == str(target)
+
+
+def test_name_of_this_system(monkeypatch):
+    monkeypatch.setattr(targets, "this_system", lambda: SYSTEMS["macos-arm64"])
+    target = resolve_target("macos-arm64:apple-m2")
+    assert artifact_slug(target) == target_slug(target) == "cpu-apple-m2"
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "cuda-sm90",
@@ -144,6 +171,18 @@ def test_cuda_is_the_first_gpu(monkeypatch):
         ("cuda-sm90 -x", "target is unknown"),
         ("cuda -mcpu=sm_90", "target is unknown"),
         (7, "target is not valid"),
+        ("linux-arm64", "allowed: .*linux-x86_64, linux-aarch64, macos-arm64, windows-x86_64"),
+        ("linux-aarch64:", "target is unknown"),
+        ("linux-aarch64 -mcpu=neoverse-n1", "target is unknown"),
+        ("macos-arm64:v3", "LLVM does not know the processor; got mcpu='v3'; allowed: .*apple-m1"),
+        ("linux-x86_64:apple-m1", "LLVM does not know the processor"),
+        (
+            Target(
+                {"kind": "cuda", "arch": "sm_90"},
+                host={"kind": "llvm", "mtriple": "aarch64-linux-gnu"},
+            ),
+            "GPU code for another system is not supported; got a host with mtriple aarch64",
+        ),
     ],
     ids=str,
 )

@@ -25,13 +25,13 @@ _COMPILERS: Final = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 _OPTIONS: Final = {"macos": ("-undefined", "dynamic_lookup"), "windows": ()}
 """Options of a C++ compiler by operating system; of Linux, and others like it, by default."""
 
-_STACK_PROBE: Final = Path(__file__).with_name("windows_stack_probe.s")
+_WINDOWS: Final = Path(__file__).with_name("windows")
 
 _ZIG_OPTIONS: Final = {
     "linux": ("-fPIC", "-nostdlib", "-Wl,-z,undefs"),
     "macos": ("-nostdlib", *_OPTIONS["macos"]),
     # memcpy and the functions of libm are in ucrtbase.dll.
-    "windows": ("-nostdlib", "-Wl,--no-entry", "-lucrtbase", str(_STACK_PROBE)),
+    "windows": ("-nostdlib", "-Wl,--no-entry", "-lucrtbase", str(_WINDOWS / "stack_probe.s")),
 }
 """Options of Zig. It would build a libc for the system, which takes minutes, and code needs none:
 on Linux it finds the functions of libc and libm in the process that loads it."""
@@ -45,9 +45,12 @@ class Linker:
     ----------
     command : tuple of str
         The program and its options.
+    make_imports : tuple of str
+        Program and options that write an import library, which Windows needs, after ``-l``.
     """
 
     command: tuple[str, ...]
+    make_imports: tuple[str, ...] = ()
 
     def __call__(self, output: str, objects: Sequence[str], **_options: Any) -> None:
         """Link object files.
@@ -57,14 +60,19 @@ class Linker:
         RuntimeError
             If the linker reports an error, as for code of another architecture.
         """
-        try:
-            done = subprocess.run(
-                [*self.command, "-o", output, *objects], capture_output=True, text=True, check=False
-            )
-        except OSError as error:
-            raise RuntimeError(f"{self.command[0]} cannot be run: {error}") from error
-        if done.returncode != 0:
-            raise RuntimeError(f"{self.command[0]} fails: {done.stderr.strip()}")
+        imports = [f"{output}.lib"] if self.make_imports else []
+        if imports:
+            _run([*self.make_imports, "-l", *imports])
+        _run([*self.command, "-o", output, *objects, *imports])
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} fails: {done.stderr.strip()}")
 
 
 def find_ld() -> Linker | None:
@@ -115,8 +123,14 @@ def find_linker(system: System) -> Linker:
         if native is not None:
             return Linker((native, *options))
     if system.name in SYSTEMS and importlib.util.find_spec("ziglang") is not None:
-        zig = (sys.executable, "-m", "ziglang", "cc", "-target", system.zig, "-shared")
-        return Linker((*zig, *_ZIG_OPTIONS[system.operating_system]))
+        zig = (sys.executable, "-m", "ziglang")
+        on_windows = system.operating_system == "windows"
+        return Linker(
+            (*zig, "cc", "-target", system.zig, "-shared", *_ZIG_OPTIONS[system.operating_system]),
+            (*zig, "dlltool", "-m", "i386:x86-64", "-d", str(_WINDOWS / "tvm_ffi.def"))
+            if on_windows
+            else (),
+        )
     given = "" if chosen is None else f", and $CXX ({shlex.join(chosen)}) is for another system"
     raise MissingDependencyError(
         f"there is no linker for {system.name}{given}",

@@ -49,8 +49,9 @@ class Toy:
         features_only: bool = False,
         arch: str | None = None,
         cuda_graph: bool = True,
+        target: str | None = None,
     ) -> Toy:
-        """Compile the model for any CPU of this architecture, or for a GPU.
+        """Compile the model for any CPU of this architecture, for a GPU, or for another system.
 
         Parameters
         ----------
@@ -62,13 +63,17 @@ class Toy:
             Architecture of the GPU, such as ``"sm_90"``, which needs a static batch size.
         cuda_graph : bool
             Whether the GPU runs intermediate kernels as a CUDA graph.
+        target : str, optional
+            Name of a CPU target, for another system.
         """
         import tvm
 
         module, metadata = _module(batch, features_only), _metadata(batch, features_only)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.so"
-            if arch is None:
+            if target is not None:
+                metadata = _build_for_target(module, metadata, target, path)
+            elif arch is None:
                 tvm.compile(module, tvm.target.Target("llvm")).export_library(str(path))
             else:
                 metadata = _build_for_gpu(module, metadata, arch, path, cuda_graph)
@@ -92,6 +97,21 @@ class Toy:
             metadata=dataclasses.replace(self.metadata, **changes),
         )
         return destination
+
+
+def _build_for_target(
+    module: Any, metadata: ArtifactMetadata, target: str, path: Path
+) -> ArtifactMetadata:
+    import tvm
+
+    from dcnv3_tvm import targets
+    from dcnv3_tvm.compiler.linker import find_linker, system_to_build
+    from dcnv3_tvm.compiler.target_info import target_info
+
+    resolved = targets.resolve_target(target)
+    linker = find_linker(system_to_build(resolved))
+    tvm.compile(module, resolved).export_library(str(path), fcompile=linker)
+    return dataclasses.replace(metadata, target=target_info(resolved))
 
 
 def _build_for_gpu(
