@@ -114,7 +114,8 @@ def _reported_features() -> dict[str, bool] | None:
     if platform.system() == "Windows":
         return system_calls.windows_features()
     fields = _cpuinfo()
-    flags = fields.get("flags") or fields.get("Features")
+    # An emulator of another architecture (QEMU) shows the file of the machine it runs on.
+    flags = fields.get("Features" if architecture() == "aarch64" else "flags")
     if flags is None:
         return None
     present = set(flags.split())

@@ -59,6 +59,9 @@ def test_amx_that_the_system_denies(monkeypatch, offered):
         ("cpu-cooperlake", False, True),
         ("cpu-znver5", False, True),
         ("cpu-skylake-avx512", False, False),
+        ("linux-aarch64:neoverse-v1", False, True),
+        ("macos-arm64:apple-m2", False, True),
+        ("linux-aarch64:neoverse-n1", False, False),
     ],
 )
 def test_bfloat16_instructions(name, amx, dot):

@@ -60,9 +60,9 @@ def compile_model(
         ``"cuda-sm90"`` and ``"llvm -mcpu=..."`` name one.
     dtype : str
         Element type of the matmul operands: ``"float32"``; on GPUs also ``"float16"`` and
-        ``"bfloat16"``; on CPUs with AMX, or with the fast ``avx512_bf16`` of AMD's Zen 4 and later
-        and of Cooper Lake, also ``"bfloat16"``, which stands for float32 on other CPUs, with a
-        warning. Inputs and outputs are float32.
+        ``"bfloat16"``; on CPUs with AMX, with the fast ``avx512_bf16`` of AMD's Zen 4 and later and
+        of Cooper Lake, or with Arm's ``bf16``, also ``"bfloat16"``, which stands for float32 on
+        other CPUs, with a warning. Inputs and outputs are float32.
     database : str or path
         Tuning records to schedule kernels with: ``"default"`` for those shipped with this package,
         ``"none"``, or a folder written by `dcnv3-tvm tune`.
@@ -280,7 +280,8 @@ def effective_dtype(dtype: str, target: tvm.target.Target) -> str:
     warnings.warn(
         f"bfloat16 gains nothing on {targets.target_slug(target)}, without AMX (of "
         "cpu-sapphirerapids and later, where the system offers it) and without fast dot products "
-        "(of cpu-znver4, cpu-znver5, cpu-cooperlake): compiling in float32",
+        "(of cpu-znver4, cpu-znver5, cpu-cooperlake, and Arm's such as linux-aarch64:neoverse-v1): "
+        "compiling in float32",
         DCNv3Warning,
         stacklevel=3,
     )

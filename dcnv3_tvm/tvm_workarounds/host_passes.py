@@ -34,8 +34,8 @@ def _on_stack(allocation: tirx.AllocBuffer) -> tirx.AllocBuffer:
     return tirx.AllocBuffer(buffer, annotations)
 
 
-_LANES: Final = (8, 16)
-"""Vectors that are rounded by one instruction."""
+_LANES: Final = (4, 8, 16)
+"""Vectors that are rounded by one or two instructions."""
 
 _ROUND: Final = "dcnv3_tvm_bfloat16"
 
@@ -58,7 +58,9 @@ def round_to_bfloat16(func: tirx.PrimFunc, _module: tvm.IRModule, _context: Any)
 
     See tvm_workarounds: bfloat16-rounding.
     """
-    if "avx512bf16" not in targets.target_features(func.attrs["target"]):
+    target = func.attrs["target"]
+    present = targets.target_features(target)
+    if ("bf16" if targets.is_aarch64(target) else "avx512bf16") not in present:
         return func
     body = tvm_ffi.structural_map(func.body, (tirx.Cast, _round))
     if body.same_as(func.body):

@@ -8,6 +8,7 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 
 from dcnv3_tvm.schedules.cpu.loops import accumulate_tile, copy_in_parallel, copy_in_task
+from dcnv3_tvm.schedules.cpu.neon import fits_lanes, sum_by_lane
 from dcnv3_tvm.schedules.cpu.register_tiles import (
     matmul_blocks,
     numbered,
@@ -44,16 +45,20 @@ def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     weight = func.params[1]
     dtype = str(weight.dtype)
     unit = vector_unit(target)
+    inputs = int(func.params[0].shape[-1])
     sch = s_tir.Schedule(func)
     padded = sch.get_sblock("padded")
     parts = matmul_blocks(sch)
 
-    # Step 1. Choose the tasks. Parts with blocks of their own cannot share a padded row.
+    # Step 1. Choose the tasks. Parts with blocks of their own cannot share a padded row. Without
+    # padded rows, pad the whole image.
     plans = [_ROWS_FIRST, _COLUMNS_FIRST]
     if len(parts) == 1:
         plans.insert(0, _ROW)
     default = plans[0] if weights_stay_cached(weight) else _COLUMNS_FIRST
     plan = space.pick("plan", plans, default)
+    if plan != _ROW:
+        copy_in_parallel(sch, padded, unit.lanes(dtype))
 
     for index, (sums, epilogue) in enumerate(parts):
         # Step 2. Tile the output by pixels and output channels.
@@ -71,26 +76,27 @@ def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
 
         # Step 3. Run tasks in parallel.
         if plan == _ROW:
-            sch.parallel(sch.fuse(batch, line))
+            line = sch.fuse(batch, line)
+            sch.parallel(line)
             task = column_outer
         else:
             task = sch.fuse(*order)
             sch.parallel(task)
 
-        # Step 4. Accumulate a tile in registers, then apply the epilogue to it.
+        # Step 4. Accumulate a tile in registers, then apply the epilogue to it. The input rows are
+        # padded before, because the scheduler sees no reads of a block replaced by an intrinsic.
         sch.compute_at(sums, task, preserve_unit_loops=True)
         sch.set_scope(sums, 0, "local")
+        if plan == _ROW:
+            copy_in_task(sch, padded, line, unit.lanes(dtype))
         *_, tile_pixel, tile_column, high, wide, depth = sch.get_loops(sums)
-        spilled = rows > unspilled_rows(columns, unit, dtype)
-        depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
-        sch.reorder(high, wide, depth, tile_depth, tile_pixel, tile_column)
-        accumulate_tile(sch, sums, [tile_depth, tile_pixel, tile_column], high)
+        if fits_lanes(unit, columns, inputs, dtype):
+            sum_by_lane(sch, sums, task, [high, wide], dtype)
+        else:
+            spilled = rows > unspilled_rows(columns, unit, dtype)
+            depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
+            sch.reorder(high, wide, depth, tile_depth, tile_pixel, tile_column)
+            accumulate_tile(sch, sums, [tile_depth, tile_pixel, tile_column], high)
         sch.unroll(pixel_inner)
         sch.vectorize(column_inner)
-
-    # Step 5. Pad the input: the rows of a task, or the whole image.
-    if plan == _ROW:
-        copy_in_task(sch, padded, sch.get_loops(parts[0][1])[0], unit.lanes(dtype))
-    else:
-        copy_in_parallel(sch, padded, unit.lanes(dtype))
     return sch.mod["main"]

@@ -62,6 +62,9 @@ _PART_COST: Final = 0.5
 _MAX_VECTORS: Final = 4
 """Most vector registers of sums in one pass over the points, by default."""
 
+_MAX_LANE_VECTORS: Final = 2
+"""The same where the weights of points are multiplied by lane: these stay in registers, too."""
+
 
 def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule the scalar-load variant of the kernels of `dcnv3_tvm.op.tensorir`.
@@ -88,13 +91,18 @@ def dcnv3(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimF
     sch.parallel(task)
 
     # Step 2. Accumulate a tile of channels in registers over the points, for one or several groups.
+    unit = vector_unit(target)
     channels = static(sch.get(channel).extent) or 1
-    tile = space.pick("channels", channel_tiles(channels, lanes), channel_tile(channels, lanes))
+    tiles = channel_tiles(channels, lanes)
+    default = channel_tile(channels, lanes)
+    if unit.by_lane:
+        default = max((t for t in tiles if t <= _MAX_LANE_VECTORS * lanes), default=default)
+    tile = space.pick("channels", tiles, default)
     groups = static(sch.get(group).extent) or 1
     group_tiles = [size for size in (1, 2, 4) if groups % size == 0]
     # Two groups at once wait less for each other's loads, if their sums, of two rows, fit half of
     # the registers.
-    fit = 2 in group_tiles and 1 < tile <= vector_unit(target).registers // 8 * lanes
+    fit = 2 in group_tiles and 1 < tile <= unit.registers // 8 * lanes
     group_tile = space.pick("groups", group_tiles, 2 if fit else 1)
     group, _ = sch.split(group, [None, group_tile])
     sch.compute_at(total, group, preserve_unit_loops=True)

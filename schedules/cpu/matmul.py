@@ -11,6 +11,7 @@ from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.schedules.cpu.dot_product import sum_pairs
 from dcnv3_tvm.schedules.cpu.loops import accumulate_tile
+from dcnv3_tvm.schedules.cpu.neon import fits_lanes, sum_by_lane
 from dcnv3_tvm.schedules.cpu.register_tiles import (
     largest_divisor,
     matmul_blocks,
@@ -47,7 +48,8 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
     dtype = str(weight.dtype)
     unit = vector_unit(target)
     resident = weights_stay_cached(weight)
-    row_bytes = int(func.params[0].shape[-1]) * DTYPE_BYTES[dtype]
+    inputs = int(func.params[0].shape[-1])
+    row_bytes = inputs * DTYPE_BYTES[dtype]
     sch = s_tir.Schedule(func)
     for index, (sums, epilogue) in enumerate(matmul_blocks(sch)):
         # Step 1. Choose the register tile and the block of row tiles.
@@ -73,7 +75,9 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
         # Step 3. Accumulate a tile in registers.
         sch.compute_at(sums, task, preserve_unit_loops=True)
         sch.set_scope(sums, 0, "local")
-        if dtype == "bfloat16":
+        if fits_lanes(unit, columns, inputs, dtype):
+            sum_by_lane(sch, sums, task, [], dtype)
+        elif dtype == "bfloat16" and not unit.by_lane:
             sum_pairs(sch, sums, task)
         else:
             *_, tile_row, tile_column, depth = sch.get_loops(sums)

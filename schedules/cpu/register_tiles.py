@@ -13,7 +13,7 @@ from tvm.target import Target
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.op.expr import constant_factor, static
 from dcnv3_tvm.schedules.space import SearchSpace
-from dcnv3_tvm.targets import vector_bits
+from dcnv3_tvm.targets import is_aarch64, vector_bits
 
 MAX_ROWS: Final = 16
 """Most rows of a register tile."""
@@ -42,10 +42,13 @@ class VectorUnit:
         Width of a register.
     registers : int
         Number of registers.
+    by_lane : bool
+        Whether multiply-adds take one factor from any lane of a vector (AArch64).
     """
 
     bits: int
     registers: int
+    by_lane: bool = False
 
     def lanes(self, dtype: str) -> int:
         """Return the elements of a register."""
@@ -55,8 +58,8 @@ class VectorUnit:
 def vector_unit(target: Target) -> VectorUnit:
     """Return the vector unit of a CPU target."""
     bits = vector_bits(target)
-    arm = str(target.attrs.get("mtriple", "")).startswith(("aarch64", "arm64"))
-    return VectorUnit(bits=bits, registers=32 if arm or bits == 512 else 16)
+    arm = is_aarch64(target)
+    return VectorUnit(bits=bits, registers=32 if arm or bits == 512 else 16, by_lane=arm)
 
 
 def weight_tile_width(out_features: int, target: Target, dtype: str = "float32") -> int:
@@ -135,9 +138,13 @@ def row_tile(
 
 
 def unspilled_rows(columns: int, unit: VectorUnit, dtype: str) -> int:
-    """Return the rows whose sums fit the registers next to a row of weights and a broadcast."""
+    """Return the rows whose sums fit the registers next to weights and a value of x.
+
+    That is a row of weights, or the rows that are multiplied by the lanes of a vector of x.
+    """
     vectors = -(-columns // unit.lanes(dtype))
-    return (unit.registers - vectors - 1) // vectors
+    weights = vectors * (unit.lanes(dtype) if unit.by_lane else 1)
+    return (unit.registers - weights - 1) // vectors
 
 
 def row_tiles(rows: Any) -> list[int]:

@@ -28,8 +28,16 @@ def test_small_buffers_are_on_the_stack(scope, size, in_workspace):
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
-@pytest.mark.parametrize("cpu", ["sapphirerapids", "skylake-avx512"])
-def test_vectors_are_rounded_to_bfloat16_by_instructions(cpu, lanes):
+@pytest.mark.parametrize(
+    ("target", "instruction", "present"),
+    [
+        ("cpu-sapphirerapids", "vcvtneps2bf16", True),
+        ("cpu-skylake-avx512", "vcvtneps2bf16", False),
+        ("linux-aarch64:neoverse-v1", "bfcvtn", True),
+        ("linux-aarch64:neoverse-n1", "bfcvtn", False),
+    ],
+)
+def test_vectors_are_rounded_to_bfloat16_by_instructions(target, instruction, present, lanes):
     @T.prim_func(s_tir=True)
     def func(a: T.Buffer((lanes,), "float32"), b: T.Buffer((lanes,), "bfloat16")):
         for i in T.vectorized(T.int64(lanes)):
@@ -37,6 +45,8 @@ def test_vectors_are_rounded_to_bfloat16_by_instructions(cpu, lanes):
                 lane = T.axis.spatial(lanes, i)
                 b[lane] = T.cast(a[lane] * T.float32(2), "bfloat16")
 
-    module, target = tvm.IRModule({"main": func}), resolve_target(f"cpu-{cpu}")
-    code = tvm.compile(module, target=target, tir_pipeline=PIPELINE).mod.inspect_source("asm")
-    assert ("vcvtneps2bf16" in code) == (cpu == "sapphirerapids" and lanes >= 8)
+    built = tvm.compile(
+        tvm.IRModule({"main": func}), target=resolve_target(target), tir_pipeline=PIPELINE
+    )
+    code = built.mod.inspect_source("asm")
+    assert (instruction in code) == present

@@ -102,7 +102,9 @@ def test_row_tile_fits_a_cache_set():
     assert row_tile(49, 32, wide, "float32", row_bytes=2048 * 4) == 7
 
 
-@pytest.mark.parametrize("unit", [VectorUnit(512, 32), VectorUnit(256, 16), VectorUnit(128, 32)])
+@pytest.mark.parametrize(
+    "unit", [VectorUnit(512, 32), VectorUnit(256, 16), VectorUnit(128, 32, by_lane=True)]
+)
 def test_row_tiles_are_whole_or_have_slack(unit):
     for columns in (1, unit.lanes("float32"), 2 * unit.lanes("float32")):
         for rows in range(1, 2000):
@@ -118,7 +120,7 @@ def test_vector_units_of_targets():
     assert unit(mcpu="znver4") == VectorUnit(512, 32)
     assert unit(mcpu="haswell") == VectorUnit(256, 16)
     assert unit(mcpu="nehalem") == VectorUnit(128, 16)
-    assert unit(mtriple="aarch64-linux-gnu", mcpu="cortex-a76") == VectorUnit(128, 32)
+    assert unit(mtriple="aarch64-linux-gnu", mcpu="cortex-a76") == VectorUnit(128, 32, by_lane=True)
 
 
 def test_depth_is_unrolled_if_sums_spill():
