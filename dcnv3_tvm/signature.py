@@ -120,6 +120,21 @@ class TensorInfo:
         height, width = (self.shape[axis] for axis in self.spatial_axes)
         return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
+    def dynamic_sizes(self, shape: Sequence[int]) -> dict[str, int]:
+        """Return the values of the names of an input, given its shape.
+
+        Examples
+        --------
+        >>> TensorInfo("image", ("n", 3, "32*h", "32*w"), "float32").dynamic_sizes((1, 3, 64, 96))
+        {'n': 1, 'h': 2, 'w': 3}
+        """
+        named = [
+            (size, *parse_size(expected))
+            for size, expected in zip(shape, self.shape, strict=True)
+            if isinstance(expected, str)
+        ]
+        return {name: size // multiple for size, multiple, name in named}
+
     def kernel_shape(self, shape: Sequence[int | str]) -> tuple[int | str, ...]:
         """Return the shape in which compiled code takes an input, given its shape.
 
@@ -148,12 +163,13 @@ class ExposedBlock:
     ----------
     params : DCNv3Params
         Its parameters; the mask that is returned holds weights, after the softmax.
-    size : tuple of int or None
-        Height and width of its input; None where dynamic, which needs a stride of 1.
+    size : tuple of int or str
+        Height and width of its input; a string is computed from the dynamic sizes of the model's
+        inputs (`TensorInfo.dynamic_sizes`), for example ``"(h + 1) // 2"``.
     """
 
     params: DCNv3Params
-    size: tuple[int | None, ...]
+    size: tuple[int | str, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ correctly.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -28,6 +29,12 @@ def static(value: Any) -> int | None:
     if isinstance(value, tirx.IntImm):
         return int(value.value)
     return int(value) if hasattr(value, "__index__") else None
+
+
+def extent_text(value: Any) -> int | str:
+    """Return a constant extent, or the text of a dynamic one, such as ``(h + 1) // 2``."""
+    known = static(value)
+    return re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(value)) if known is None else known
 
 
 def product(extents: Sequence[Any]) -> Any:

@@ -204,6 +204,18 @@ def sampling_positions(offset: Array, spec: DCNv3Params) -> tuple[Float64Array, 
     return pos_y, pos_x
 
 
+def first_position(spec: DCNv3Params, axis: int) -> int:
+    """Return where the kernel of the first output has its middle, along an axis of x.
+
+    It is half of the kernel, rounded down, less the padding.
+    """
+    return _half(spec, axis) - spec.pad[axis]
+
+
+def _half(spec: DCNv3Params, axis: int) -> int:
+    return (spec.dilation[axis] * (spec.kernel_size[axis] - 1)) >> 1
+
+
 def mask_weights(mask: Array, spec: DCNv3Params) -> Float64Array:
     """Return the weights of the points, of shape (N, Ho, Wo, G, P), after a softmax of logits."""
     masks = mask.astype(np.float64).reshape(*mask.shape[:3], spec.group, spec.points)
@@ -215,7 +227,7 @@ def mask_weights(mask: Array, spec: DCNv3Params) -> Float64Array:
 
 def _positions(spec: DCNv3Params, axis: int, size: int, grid: Float64Array) -> Float64Array:
     """Return where the undeformed points sample, along one axis (0: y, 1: x): shape (size, P)."""
-    half = (spec.dilation[axis] * (spec.kernel_size[axis] - 1)) >> 1
-    start = half - spec.pad[axis] + np.arange(size, dtype=np.float64) * spec.stride[axis]
+    half = _half(spec, axis)
+    start = first_position(spec, axis) + np.arange(size, dtype=np.float64) * spec.stride[axis]
     scaled: Float64Array = spec.offset_scale * (grid * spec.dilation[axis] - half)
     return start[:, None] + scaled[None, :]

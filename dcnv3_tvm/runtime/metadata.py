@@ -22,6 +22,7 @@ from dcnv3_tvm.signature import (
     size_name,
     sized_entry,
 )
+from dcnv3_tvm.size_expressions import evaluate_size
 from dcnv3_tvm.systems import SYSTEMS, System, system_of, this_system
 
 SCHEMA_VERSION: Final = 3
@@ -327,12 +328,11 @@ class ArtifactMetadata:
                 raise ValueError(f"entry {name!r} has no inputs, or no outputs")
             if function_of(name) == OFFSETS and len(entry.outputs) != 2 * len(entry.blocks):
                 raise ValueError(f"entry {name!r} has not two outputs for each of its blocks")
-            if any(len(block.size) != 2 for block in entry.blocks):
-                raise ValueError(f"a block of entry {name!r} has not two sizes")
             sizes = [size for tensor in entry.inputs for size in tensor.shape]
             wrong = [size for size in sizes if isinstance(size, str) and not is_input_size(size)]
             if wrong:
                 raise ValueError(f"an input of entry {name!r} has the size {wrong[0]!r}")
+            _check_blocks(entry, name)
             for tensor in (*entry.inputs, *entry.outputs):
                 _check_tensor(tensor, f"{tensor.name!r} of entry {name!r}")
         return metadata
@@ -366,6 +366,17 @@ def wrong_size(given: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> Inva
         hint=f"Resize or pad the image to {size_name(nearest)}, which is the nearest, or compile "
         f"the model for {size_name(given)} as well.",
     )
+
+
+def _check_blocks(entry: Entry, name: str) -> None:
+    values: dict[str, int] = {}
+    for tensor in entry.inputs:
+        values |= dict.fromkeys(tensor.dynamic_sizes([1] * len(tensor.shape)), 1)
+    for block in entry.blocks:
+        if len(block.size) != 2:
+            raise ValueError(f"a block of entry {name!r} has not two sizes")
+        for size in block.size:
+            evaluate_size(size, values)
 
 
 def _check_tensor(tensor: TensorInfo, name: str) -> None:

@@ -14,7 +14,8 @@ from tvm import relax
 
 from dcnv3_tvm.errors import CompileError
 from dcnv3_tvm.op import relax_op, relax_packed_op
-from dcnv3_tvm.op.relax_call import params_of, spec_of
+from dcnv3_tvm.op.expr import extent_text
+from dcnv3_tvm.op.relax_call import params_of
 from dcnv3_tvm.signature import MAIN, OFFSETS, Entry, ExposedBlock, TensorInfo, function_of
 from dcnv3_tvm.spec import DCNv3Params
 from dcnv3_tvm.transform.ir import Program, dimensions, element_type
@@ -26,8 +27,7 @@ def expose_offsets(program: Program) -> Program:
     Raises
     ------
     CompileError
-        If the model has no DCNv3, or an entry of that name, or a DCNv3 with a stride takes an input
-        of dynamic size.
+        If the model has no DCNv3, or an entry of that name.
     """
     if OFFSETS in program.entries:
         raise CompileError("the model has an entry of the name of the exposed one", got=OFFSETS)
@@ -72,7 +72,7 @@ def _exposed(program: Program, name: str) -> tuple[relax.Function, Entry]:
     outputs = tuple(
         TensorInfo(
             f"{('offset', 'mask')[index % 2]}_{index // 2}",
-            tuple(size if isinstance(size, int) else str(size) for size in dimensions(result)),
+            tuple(map(extent_text, dimensions(result))),
             element_type(result),
             "NHWC",
         )
@@ -82,16 +82,9 @@ def _exposed(program: Program, name: str) -> tuple[relax.Function, Entry]:
 
 
 def _described(call: relax.Call) -> ExposedBlock:
-    params, spec = params_of(call), spec_of(call)
-    if params.stride != (1, 1) and None in (spec.height, spec.width):
-        raise CompileError(
-            "the offsets of a DCNv3 with a stride cannot be exposed for dynamic image sizes, "
-            "because the size of what it samples does not follow from that of its result",
-            got=f"stride={params.stride}",
-            hint="Import the model with a fixed image size.",
-        )
     # The mask that is returned holds weights, after the softmax.
-    return ExposedBlock(dataclasses.replace(params, softmax=False), (spec.height, spec.width))
+    params = dataclasses.replace(params_of(call), softmax=False)
+    return ExposedBlock(params, tuple(map(extent_text, dimensions(call.args[0])[1:3])))
 
 
 class _Bindings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from dcnv3_tvm import checks
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op.reference import mask_weights, sampling_positions
+from dcnv3_tvm.op.reference import first_position, mask_weights, sampling_positions
 from dcnv3_tvm.spec import DCNv3Params
 
 Float32Array = npt.NDArray[np.float32]
@@ -25,7 +26,8 @@ class BlockSampling:
 
     Positions are pixel centres, counted from 0: position (y, x) of a map with a stride of 4 lies on
     pixel (4*y, 4*x) of the image. That is exact for convolutions with a kernel of 3, padding of 1
-    and stride of 2, as those of InternImage.
+    and stride of 2, as those of InternImage. Where the padding of a DCNv3 before is not half of its
+    kernel, the map begins elsewhere: at `origin`.
 
     Parameters
     ----------
@@ -39,6 +41,8 @@ class BlockSampling:
         Height and width of the input.
     stride : (float, float)
         Pixels of the image per pixel of the input, along height and width.
+    origin : (float, float)
+        Pixel (y, x) of the image on which pixel (0, 0) of the input lies.
     points : numpy.ndarray
         Shape (Ho, Wo, group, P, 2), float32: x and y of the sampling points, in pixels of the
         input. They may be outside of it, where the operator samples zeros. NaN stands for places
@@ -52,6 +56,7 @@ class BlockSampling:
     params: DCNv3Params
     size: tuple[int, int]
     stride: tuple[float, float]
+    origin: tuple[float, float]
     points: Float32Array
     weights: Float32Array
 
@@ -64,6 +69,15 @@ class BlockSampling:
     def output_stride(self) -> tuple[float, float]:
         """Pixels of the image per position of the output."""
         return self.stride[0] * self.params.stride[0], self.stride[1] * self.params.stride[1]
+
+    @property
+    def output_origin(self) -> tuple[float, float]:
+        """Pixel (y, x) of the image on which position (0, 0) of the output lies."""
+        y, x = (
+            self.origin[axis] + self.stride[axis] * first_position(self.params, axis)
+            for axis in (0, 1)
+        )
+        return y, x
 
     @property
     def regular_points(self) -> Float32Array:
@@ -86,7 +100,7 @@ class BlockSampling:
     @property
     def points_in_image(self) -> Float32Array:
         """The points, (Ho, Wo, group, P, 2), in pixels of the image."""
-        return self.points * self._xy_stride
+        return self.points * self._xy_stride + np.array(self.origin[::-1], np.float32)
 
     @property
     def inside(self) -> npt.NDArray[np.bool_]:
@@ -103,14 +117,15 @@ class BlockSampling:
             If there is no such position.
         """
         self.check_position(y, x)
-        return y * self.output_stride[0], x * self.output_stride[1]
+        top, left = self.output_origin
+        return top + y * self.output_stride[0], left + x * self.output_stride[1]
 
     def nearest_position(self, y: float, x: float) -> tuple[int, int]:
         """Return the output position nearest to a pixel (y, x) of the image."""
         nearest = [
-            min(max(round(place / stride), 0), size - 1)
-            for place, stride, size in zip(
-                (y, x), self.output_stride, self.output_size, strict=True
+            min(max(round((place - origin) / stride), 0), size - 1)
+            for place, origin, stride, size in zip(
+                (y, x), self.output_origin, self.output_stride, self.output_size, strict=True
             )
         ]
         return nearest[0], nearest[1]
@@ -169,6 +184,8 @@ def number_blocks(
         If there are none.
     """
     blocks: list[BlockSampling] = []
+    # What the maps so far cover of the image: not all of it without padding.
+    origin, extent = (0.0, 0.0), (float(image[0]), float(image[1]))
     for params, size, offset, mask in sampled:
         last = blocks[-1] if blocks else None
         same = last is not None and last.size == size
@@ -180,11 +197,14 @@ def number_blocks(
                 # The weights are those after the softmax.
                 params=dataclasses.replace(params, softmax=False),
                 size=size,
-                stride=(_stride(image[0], size[0]), _stride(image[1], size[1])),
+                stride=(_stride(extent[0], size[0]), _stride(extent[1], size[1])),
+                origin=origin,
                 points=_points(offset, params),
                 weights=mask_weights(mask, params)[0].astype(np.float32),
             )
         )
+        origin = blocks[-1].output_origin
+        extent = _extent_after(blocks[-1], extent)
     if not blocks:
         raise InvalidArgumentError(
             "the model has no DCNv3 to look at",
@@ -209,9 +229,21 @@ def _points(offset: npt.NDArray[Any], params: DCNv3Params) -> Float32Array:
     return points.astype(np.float32)
 
 
-def _stride(image: int, size: int) -> float:
+def _extent_after(block: BlockSampling, extent: tuple[float, float]) -> tuple[float, float]:
+    """Return the pixels of the image that a block's output covers, given those of its input."""
+    params = block.params
+    height, width = (
+        extent[axis]
+        + block.stride[axis]
+        * (2 * params.pad[axis] - params.dilation[axis] * (params.kernel_size[axis] - 1))
+        for axis in (0, 1)
+    )
+    return height, width
+
+
+def _stride(extent: float, size: int) -> float:
     """Return the power of two by which a size is smaller, rounded up; otherwise the ratio."""
-    stride, left = 1, image
+    stride, left = 1, math.ceil(extent)
     while left > size:
         left, stride = (left + 1) // 2, 2 * stride
-    return float(stride) if left == size else image / size
+    return float(stride) if left == size else extent / size

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime import CompiledModel
-from dcnv3_tvm.signature import MAIN, OFFSETS, ExposedBlock
+from dcnv3_tvm.signature import MAIN, OFFSETS
+from dcnv3_tvm.size_expressions import evaluate_size
 from dcnv3_tvm.visualize.block_sampling import BlockSampling, SampledBlock, number_blocks
 
 if TYPE_CHECKING:
@@ -73,25 +74,18 @@ def capture_sampling(model: CompiledModel | nn.Module, image: Any) -> tuple[Bloc
 def _from_artifact(
     model: CompiledModel, image: npt.NDArray[Any], size: tuple[int, int]
 ) -> list[SampledBlock]:
-    batch = model.metadata.entries[MAIN].inputs[0].shape[0]
+    info = model.metadata.entry_for(MAIN, size).inputs[0]
+    batch = info.shape[0]
     # In a batch of fixed size, all images are this one.
     outputs = model.offsets(image.repeat(batch, axis=0) if isinstance(batch, int) else image)
+    blocks = model.metadata.entry_for(OFFSETS, size).blocks
+    values = info.dynamic_sizes(image.shape)
     return [
-        SampledBlock(block.params, input_size(block, offset.shape[1:3]), offset, mask)
-        for block, (offset, mask) in zip(
-            model.metadata.entry_for(OFFSETS, size).blocks, outputs, strict=True
+        SampledBlock(
+            block.params,
+            (evaluate_size(block.size[0], values), evaluate_size(block.size[1], values)),
+            offset,
+            mask,
         )
+        for block, (offset, mask) in zip(blocks, outputs, strict=True)
     ]
-
-
-def input_size(block: ExposedBlock, output: tuple[int, ...]) -> tuple[int, int]:
-    """Return the size of a block's input, given that of its output."""
-    params = block.params
-    height, width = (
-        # With a stride of 1, the only one with a dynamic size.
-        output[axis] + params.dilation[axis] * (params.kernel_size[axis] - 1) - 2 * params.pad[axis]
-        if known is None
-        else known
-        for axis, known in enumerate(block.size)
-    )
-    return height, width

@@ -48,6 +48,14 @@
     });
   }
 
+  /* Output positions in the image, as [y, x]. */
+
+  const outputStride = (block) => block.stride.map((value, axis) => value * block.step[axis]);
+  const centreOf = (block, y, x) => [y, x].map((place, axis) =>
+    block.origin[axis] + (block.first[axis] + place * block.step[axis]) * block.stride[axis]);
+  const nearestTo = (block, place) => place.map((each, axis) =>
+    Math.round((each - centreOf(block, 0, 0)[axis]) / outputStride(block)[axis]));
+
   /* Share what the output positions of a block have among the pixels that they sample. */
   function spread(block, share, group) {
     const [height, width] = block.size, result = new Float64Array(height * width);
@@ -101,7 +109,7 @@
       contribution = spread(earlier, follow(earlier, block, contribution), ALL);
       block = earlier;
     }
-    return { values: contribution, size: block.size, stride: block.stride };
+    return { values: contribution, size: block.size, stride: block.stride, origin: block.origin };
   }
 
   function offsetLengths(block) {
@@ -115,8 +123,7 @@
       }
       values[i] = sum / (groups.length * block.grid.length);
     });
-    const stride = block.stride.map((value, axis) => value * block.step[axis]);
-    return { values, size: block.output, stride };
+    return { values, size: block.output, stride: outputStride(block), origin: centreOf(block, 0, 0) };
   }
 
   /* Drawing. */
@@ -127,7 +134,8 @@
     return COLOURS[low].map((c, i) => Math.round(c + (COLOURS[low + 1][i] - c) * (place - low)));
   }
 
-  const toImage = (block, [x, y]) => [x * block.stride[1], y * block.stride[0]];
+  const toImage = (block, [x, y]) =>
+    [block.origin[1] + x * block.stride[1], block.origin[0] + y * block.stride[0]];
   const format = (value, digits = 1) => value.toFixed(digits);
 
   function draw(parent, name, attributes) {
@@ -159,7 +167,7 @@
     draw(parent, "path", { class: "cross", d: path, "stroke-width": 0.25 * unit });
   }
 
-  function drawHeat({ values, size, stride }, bend) {
+  function drawHeat({ values, size, stride, origin }, bend) {
     const most = Math.max(...values, 1e-12);
     heat.height = size[0];
     heat.width = size[1];
@@ -170,9 +178,10 @@
       if (!value) pixels.data[4 * i + 3] = 0;
     });
     context.putImageData(pixels, 0, 0);
-    // Pixel i of the map has its centre on pixel i * stride of the image.
+    // Pixel i of the map has its centre on pixel origin + i * stride of the image.
+    const [top, left] = origin.map((each, axis) => 0.5 + each - 0.5 * stride[axis]);
     Object.assign(heat.style, {
-      left: `${50 * (1 - stride[1]) / data.width}%`, top: `${50 * (1 - stride[0]) / data.height}%`,
+      left: `${100 * left / data.width}%`, top: `${100 * top / data.height}%`,
       width: `${100 * size[1] * stride[1] / data.width}%`,
       height: `${100 * size[0] * stride[0] / data.height}%`,
     });
@@ -197,7 +206,7 @@
       button.setAttribute("aria-label", `Group ${group}`);
       button.dataset.group = group;
       const svg = draw(button, "svg", { viewBox: `${-reach} ${-reach} ${2 * reach} ${2 * reach}` });
-      const centre = [state.x * block.step[1], state.y * block.step[0]];
+      const centre = [1, 0].map((axis) => block.first[axis] + [state.y, state.x][axis] * block.step[axis]);
       const place = ([x, y]) => [x - centre[0], y - centre[1]];
       drawPoints(svg, pointsOf(block, state.y, state.x, group), 0.09 * reach, place, most);
       button.append(String(group));
@@ -207,7 +216,7 @@
 
   function render() {
     const block = data.blocks[state.index];
-    const centre = [state.x * block.step[1] * block.stride[1], state.y * block.step[0] * block.stride[0]];
+    const [top, left] = centreOf(block, state.y, state.x), centre = [left, top];
     // Of the cross, in pixels of the image; points are smaller where there are many.
     const unit = WIDTH * (4 / picture.clientWidth + 1 / 90);
     const points = groupsOf(block, state.group)
@@ -245,7 +254,7 @@
       + `column ${state.x} of ${block.output[0]} x ${block.output[1]}; mean offset `
       + `${format(mean)} pixels, longest ${format(Math.max(...lengths))}.`;
     const facts = [
-      ["Pixel of the image (y, x)", `${format(centre[0], 0)}, ${format(centre[1], 0)}`],
+      ["Pixel of the image (y, x)", `${format(centre[1], 0)}, ${format(centre[0], 0)}`],
       ["Stride to the image", format(block.stride[0] * block.step[0], 0)],
       ["Points", `${points.length}`],
       ["Points on the map", `${inside}`],
@@ -267,9 +276,8 @@
 
   function choose(index) {
     const before = data.blocks[state.index], block = data.blocks[index];
-    [state.y, state.x] = [state.y, state.x].map((place, axis) => Math.min(Math.round(
-      place * before.step[axis] * before.stride[axis] / (block.step[axis] * block.stride[axis])),
-    block.output[axis] - 1));
+    [state.y, state.x] = nearestTo(block, centreOf(before, state.y, state.x))
+      .map((place, axis) => Math.min(Math.max(place, 0), block.output[axis] - 1));
     state.index = index;
     if (state.group >= block.groups) state.group = ALL;
     const stages = [...new Set(data.blocks.map((each) => each.stage))];
@@ -293,7 +301,7 @@
     const box = picture.getBoundingClientRect(), block = data.blocks[state.index];
     const x = (event.clientX - box.left) / box.width * WIDTH - MARGIN - 0.5;
     const y = (event.clientY - box.top) / box.height * HEIGHT - MARGIN - 0.5;
-    const place = [y, x].map((each, axis) => Math.round(each / (block.step[axis] * block.stride[axis])));
+    const place = nearestTo(block, [y, x]);
     if (waiting === null) requestAnimationFrame(() => { move(...waiting); waiting = null; });
     waiting = place; // drawn once a frame
   }

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.op.reference import first_position
 from dcnv3_tvm.runtime.open_image import pillow
 from dcnv3_tvm.visualize.block_sampling import BlockSampling, typical_block
 
@@ -132,7 +133,9 @@ def _encoded(block: BlockSampling) -> dict[str, Any]:
         "size": block.size,
         "output": block.output_size,
         "stride": block.stride,
+        "origin": block.origin,
         "step": block.params.stride,
+        "first": [first_position(block.params, axis) for axis in (0, 1)],
         "grid": [
             [round(float(value), 4) for value in point] for point in block.regular_points[0, 0, 0]
         ],

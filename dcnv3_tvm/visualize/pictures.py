@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from dcnv3_tvm.visualize.block_sampling import BlockSampling, typical_block
 from dcnv3_tvm.visualize.receptive_fields import receptive_field
 
 Photo = npt.NDArray[np.uint8]
+_Place: TypeAlias = tuple[tuple[float, float], tuple[float, float]]
 
 _PANEL: Final = 2.1
 """Width of a panel, in inches."""
@@ -288,7 +289,8 @@ def _draw_field(view: _View) -> Any:
         share = np.nan_to_num(100 * field.contribution.clip(0))
         most = float(share.max()) or 1.0
         norm = PowerNorm(0.5, vmin=0, vmax=most)
-        drawn = _heat(panel, field.block.stride, share, norm, alpha=np.sqrt(share / most))
+        place = field.block.origin, field.block.stride
+        drawn = _heat(panel, place, share, norm, alpha=np.sqrt(share / most))
         _cross(panel, *position)
         panel.set_title(f"input of stage {field.block.stage}", fontsize="medium")
         _colour_bar(figure, panel, drawn, "% of the weight", ticks=(0, most / 4, most))
@@ -299,12 +301,13 @@ def _draw_field(view: _View) -> Any:
     return figure
 
 
-def _heat(panel: Any, stride: tuple[float, float], values: Any, norm: Any, alpha: Any) -> Any:
-    """Draw a map over the photo: its pixel i has its centre on pixel i*stride of the image."""
+def _heat(panel: Any, place: _Place, values: Any, norm: Any, alpha: Any) -> Any:
+    """Draw a map over the photo: its pixel i has its centre on pixel origin + i*stride."""
     limits = panel.get_xlim(), panel.get_ylim()
-    height, width = values.shape
-    left, right = -0.5 * stride[1], (width - 0.5) * stride[1]
-    top, bottom = -0.5 * stride[0], (height - 0.5) * stride[0]
+    (top, bottom), (left, right) = (
+        (origin - 0.5 * stride, origin + (size - 0.5) * stride)
+        for origin, stride, size in zip(*place, values.shape, strict=True)
+    )
     extent = (left, right, bottom, top)
     options = {"extent": extent, "interpolation": "nearest", "cmap": _COLOURS, "norm": norm}
     panel.imshow(values, alpha=0.15 + 0.85 * np.minimum(1, 1.4 * alpha), **options)
@@ -324,7 +327,8 @@ def _draw_length(view: _View) -> Any:
         mean = _finite(block.offset_length[:, :, _groups(group)]).mean(axis=(2, 3))
         most = float(mean.max()) or 1.0
         _show(panel, photo, dim=True)
-        drawn = _heat(panel, block.output_stride, mean, Normalize(0, most), alpha=mean / most)
+        place = block.output_origin, block.output_stride
+        drawn = _heat(panel, place, mean, Normalize(0, most), alpha=mean / most)
         panel.set_title(_title(block), fontsize="medium")
         _colour_bar(figure, panel, drawn, "mean length (pixels)")
     return figure
@@ -345,8 +349,8 @@ def _draw_arrows(view: _View) -> Any:
         rows, columns = np.mgrid[: block.output_size[0] : step, : block.output_size[1] : step]
         _show(panel, photo, dim=True, margin=_MARGIN)
         panel.quiver(
-            columns * block.output_stride[1],
-            rows * block.output_stride[0],
+            block.output_origin[1] + columns * block.output_stride[1],
+            block.output_origin[0] + rows * block.output_stride[0],
             shift[::step, ::step, 0],
             shift[::step, ::step, 1],
             color=_ARROWS,

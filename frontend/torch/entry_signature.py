@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import tvm
 from tvm import relax, tirx
 
 from dcnv3_tvm.errors import ModelImportError
+from dcnv3_tvm.op.expr import extent_text
 from dcnv3_tvm.signature import TensorInfo
 
 
@@ -66,12 +66,7 @@ def is_pyramid(outputs: Sequence[TensorInfo]) -> bool:
 
 
 def _symbolic_shape(tensor: relax.TensorType) -> tuple[int | str, ...]:
-    return tuple(
-        int(size.value)
-        if isinstance(size, tirx.IntImm)
-        else re.sub(r"T\.int64\((-?\d+)\)", r"\1", str(size))
-        for size in tensor.shape.values
-    )
+    return tuple(map(extent_text, tensor.shape.values))
 
 
 def _example_shape(

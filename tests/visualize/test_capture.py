@@ -1,7 +1,6 @@
 """Sampling points out of PyTorch models and artifacts."""
 
 import dataclasses
-import functools
 import json
 
 import numpy as np
@@ -14,16 +13,16 @@ import dcnv3_tvm as dt
 from dcnv3_tvm import frontend, visualize
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.compiler import pipeline
-from dcnv3_tvm.errors import CompileError, InvalidArgumentError
+from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.reference import dcnv3_loops
 from dcnv3_tvm.pytorch import DCNv3
-from dcnv3_tvm.signature import ExposedBlock
+from dcnv3_tvm.size_expressions import evaluate_size
 from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from dcnv3_tvm.verify.compare import ReferenceOperator, compare
 from dcnv3_tvm.verify.entries import entry_outputs
 from dcnv3_tvm.verify.random_weights import randomize_
-from dcnv3_tvm.visualize.capture import input_size
+from dcnv3_tvm.visualize.block_sampling import SampledBlock, number_blocks
 from dcnv3_tvm.visualize.capture_module import from_module
 from helpers.published_style_models import DCNv3Cuda, DCNv3Pytorch, Detector
 
@@ -180,27 +179,63 @@ def test_published_modules_are_captured(core, image):
         np.testing.assert_allclose(block.displacement, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_dynamic_sizes(stride):
-    model = nn.Sequential(Blocks().stem, ChannelsLast(), DCNv3(8, group=2, stride=stride)).eval()
+def test_dynamic_sizes():
+    """The size of what a strided DCNv3 samples does not follow from that of its result."""
+    model = nn.Sequential(Blocks().stem, ChannelsLast(), DCNv3(8, group=2, stride=2)).eval()
     imported = frontend.import_model(model, example=(1, 3, 32, 32), dynamic_size=True)
-    lower = functools.partial(
-        pipeline.run_pipeline, imported, resolve_target("auto"), expose=True, until="expose_offsets"
+    program, _ = pipeline.run_pipeline(
+        imported, resolve_target("auto"), expose=True, until="expose_offsets"
     )
-    if stride == 2:
-        with pytest.raises(CompileError, match=r"stride=\(2, 2\).*fixed image size"):
-            lower()
-        return
-    program, _ = lower()
     entry = program.entries["offsets"]
-    assert entry.blocks == (ExposedBlock(DCNv3Params(group=2), (None, None)),)
     assert [output.name for output in entry.outputs] == ["offset_0", "mask_0"]
-    assert input_size(entry.blocks[0], (9, 13)) == (9, 13)
+    (block,) = entry.blocks
+    assert block.params == DCNv3Params(group=2, stride=2)
+    for height, width in ((18, 26), (17, 25), (19, 40)):
+        values = entry.inputs[0].dynamic_sizes((1, 3, height, width))
+        expected = [(height + 1) // 2, (width + 1) // 2]
+        assert [evaluate_size(size, values) for size in block.size] == expected
+
+
+@pytest.mark.parametrize("text", ["h +", "h ** 2", "x", "h // 0", "f(h)", "1.5", "h; h", "(" * 500])
+def test_sizes_that_cannot_be_computed(text):
+    with pytest.raises(ValueError, match="is not a size computed from h"):
+        evaluate_size(text, {"h": 3})
 
 
 class ChannelsLast(nn.Module):
     def forward(self, x):
         return x.permute(0, 2, 3, 1)
+
+
+def zero_offsets(size, **options):
+    params = DCNv3Params(group=1, **options)
+    shape = [1, *(params.output_extent(extent, axis) for axis, extent in enumerate(size))]
+    offset, mask = (np.zeros((*shape, c)) for c in (params.offset_channels, params.mask_channels))
+    return SampledBlock(params, size, offset, mask)
+
+
+def test_maps_begin_elsewhere_without_padding():
+    """Positions lie in the middle of what they sample, whatever the padding."""
+    found = number_blocks(
+        [
+            zero_offsets((16, 20), pad=0),
+            zero_offsets((14, 18), kernel_size=(5, 3), pad=(3, 1), dilation=(1, 2)),
+            zero_offsets((16, 16), pad=2, stride=2),
+            zero_offsets((9, 9)),
+            zero_offsets((5, 5), pad=0, remove_center=True),
+        ],
+        (64, 80),
+    )
+    assert [each.stride for each in found] == [(4, 4)] * 3 + [(8, 8), (16, 16)]
+    # By hand: 4 more for each pixel that the middle of the first kernel is off.
+    assert [each.origin for each in found] == [(0, 0), (4, 4), (0, 8), (-4, 4), (-4, 4)]
+    assert found[-1].output_origin == (12, 20)
+    for block in found:
+        middle = block.points_in_image.mean(axis=(2, 3))
+        for y, x in np.ndindex(block.output_size):
+            np.testing.assert_allclose(block.position_in_image(y, x), middle[y, x, ::-1], atol=1e-4)
+            assert block.nearest_position(*block.position_in_image(y, x)) == (y, x)
+        assert block.nearest_position(-1e3, 1e3) == (0, block.output_size[1] - 1)
 
 
 def test_wrong_arguments(model, image):
