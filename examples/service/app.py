@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         help="an image waits so long for others while a worker is free (default: 2)",
     )
     parser.add_argument("--max-body-mb", type=parse_positive, default=10, help="(default: 10)")
-    parser.add_argument("--max-megapixels", type=parse_positive, default=50, help="(default: 50)")
+    parser.add_argument("--max-megapixels", type=parse_positive, default=25, help="(default: 25)")
     parser.add_argument("--max-queue", type=parse_count, default=64, help="requests (default: 64)")
     parser.add_argument("--timeout", type=parse_positive, default=10, help="seconds (default: 10)")
     parser.add_argument("--access-log", action="store_true", help="write a line for each request")

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from dcnv3_tvm.errors import DCNv3Error
+from dcnv3_tvm.errors import DCNv3Error, first_line
 
 FORMATS: Final = {
     "image/bmp": "BMP",
@@ -25,6 +25,11 @@ FORMATS: Final = {
     "image/webp": "WEBP",
 }
 """Pillow's decoders by media type. It has others that run programs, such as Ghostscript for EPS."""
+
+MAX_SCANS: Final = 50
+"""Of a JPEG file. Progressive files have some ten; each scan takes the time of all pixels."""
+
+_START_OF_SCAN: Final = b"\xff\xda"
 
 FIELD: Final = "image"
 """Name of the form field that holds the file."""
@@ -39,7 +44,7 @@ class Limits:
     body_bytes : int
         Size of the body.
     pixels : int
-        Width times height of the image, which is decoded to 3 or 4 bytes a pixel.
+        Width times height of the image. A decoder takes some 12 bytes for each.
     seconds : float
         Time from the end of the headers to the response.
     queue : int
@@ -48,7 +53,7 @@ class Limits:
     """
 
     body_bytes: int = 10_000_000
-    pixels: int = 50_000_000
+    pixels: int = 25_000_000
     seconds: float = 10.0
     queue: int = 64
 
@@ -154,7 +159,7 @@ def decode(data: bytes, limits: Limits) -> PIL.Image.Image:
     Raises
     ------
     RejectedError
-        If it is none of `FORMATS`, or has too many pixels.
+        If it is none of `FORMATS`, is damaged, or would take too much memory or time.
     """
     try:
         picture = PIL.Image.open(io.BytesIO(data), formats=list(FORMATS.values()))
@@ -169,6 +174,10 @@ def decode(data: bytes, limits: Limits) -> PIL.Image.Image:
         raise RejectedError(
             413, "the image has too many pixels", allowed=limits.pixels, hint=f"({error})"
         ) from None
+    except Exception as error:  # pillow raises about a dozen types for damaged files.
+        raise RejectedError(
+            422, "the image cannot be read", hint=f"({first_line(error)})"
+        ) from error
     if picture.width * picture.height > limits.pixels:
         raise RejectedError(
             413,
@@ -176,4 +185,7 @@ def decode(data: bytes, limits: Limits) -> PIL.Image.Image:
             got=f"{picture.width} x {picture.height}",
             allowed=limits.pixels,
         )
+    scans = data.count(_START_OF_SCAN) if picture.format in ("JPEG", "MPO") else 1
+    if scans > MAX_SCANS:
+        raise RejectedError(413, "the JPEG file has too many scans", got=scans, allowed=MAX_SCANS)
     return picture

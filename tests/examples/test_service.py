@@ -7,10 +7,12 @@ import io
 import json
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import ModuleType
@@ -217,6 +219,11 @@ def test_bodies_that_are_rejected(artifact, make_image):
     wide = make_image(0, (50, 41))
     as_eps = io.BytesIO()
     PIL.Image.new("RGB", (4, 4)).save(as_eps, "EPS")
+    one_scan = make_image(0, kind="JPEG")
+    scans = one_scan[:-2] + 50 * one_scan[one_scan.index(b"\xff\xda") : -2] + one_scan[-2:]
+    # A text that is 2 MB when it is decompressed, for which pillow raises a ValueError.
+    text = b"zTXta\0\0" + zlib.compress(bytes(2_000_000))
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
 
     async def chunks() -> AsyncIterator[bytes]:
         for _ in range(100):
@@ -238,8 +245,14 @@ def test_bodies_that_are_rejected(artifact, make_image):
         ({"content": b"no image", "headers": PNG}, 415, "the content is not an image; got 8 bytes"),
         ({"content": as_eps.getvalue(), "headers": PNG}, 415, "the content is not an image"),
         ({"content": image[:-70], "headers": PNG}, 422, "the image cannot be read"),
-        ({"content": bytes(20_001), "headers": PNG}, 413, "got 20001 bytes; allowed: 20000 bytes"),
-        ({"content": chunks(), "headers": PNG}, 413, "got at least 21000 bytes"),
+        (
+            {"content": image[:33] + chunk + image[33:], "headers": PNG},
+            422,
+            "Decompressed data too",
+        ),
+        ({"content": scans, "headers": PNG}, 413, "too many scans; got 51; allowed: 50"),
+        ({"content": bytes(40_001), "headers": PNG}, 413, "got 40001 bytes; allowed: 40000 bytes"),
+        ({"content": chunks(), "headers": PNG}, 413, "got at least 41000 bytes"),
         ({"content": wide, "headers": PNG}, 413, "got 41 x 50; allowed: 2000"),
         ({"files": {"photo": image}}, 400, "got photo; allowed: a file in the field 'image'"),
         ({"data": {"image": "text"}, "files": {"x": b""}}, 400, "the form has no file"),
@@ -250,7 +263,7 @@ def test_bodies_that_are_rejected(artifact, make_image):
     ]
 
     async def main() -> None:
-        async with running(artifact, body_bytes=20_000, pixels=2000) as run:
+        async with running(artifact, body_bytes=40_000, pixels=2000) as run:
             for arguments, status, message in cases:
                 response = await run.client.post("/predict", **arguments)
                 assert (response.status_code, message in response.json()["error"]) == (
