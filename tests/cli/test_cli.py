@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from dcnv3_tvm import gpu, runtime
 from dcnv3_tvm.cli import VERBS, env, parser, profile, verify
 from dcnv3_tvm.cli.arguments import in_options
 from dcnv3_tvm.cli.result import table
+from dcnv3_tvm.systems import this_system
 
 ALL_VERBS = {name: importlib.import_module(f"dcnv3_tvm.cli.{name}") for name in VERBS}
 
@@ -45,6 +47,7 @@ def test_info(cli, artifact_path):
     text = cli("info", artifact_path).out
     assert "NCHW (1, 3, 8, 8)" in text
     assert "cpu-test" in text
+    assert found.data["system"] == this_system().name
 
 
 def test_info_of_an_artifact_for_another_machine(cli, toy, tmp_path):
@@ -54,6 +57,7 @@ def test_info_of_an_artifact_for_another_machine(cli, toy, tmp_path):
     found = cli("info", path)
     assert found.code == 0
     assert "no: the artifact is for another system" in found.out
+    assert re.search(r"system +riscv64-linux\n", found.out)
     failed = cli("run", path, "photo.jpg")
     assert failed.code == 2
     assert "another system" in failed.err
