@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Both set everything up first, in .venv.
 # While working: `make check`, two minutes.
-# Needed: python3 (3.10 or newer), make, and g++, with which TVM links compiled models.
+# Needed: python3 (3.10 or newer) and make; for the tests also g++, for the emulated GPU.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,18 +9,18 @@ READY := $(VENV)/.ready
 # The workers of pytest share the cores, so each of them computes with one thread.
 ONE_THREAD := OMP_NUM_THREADS=1 TVM_NUM_THREADS=1
 
-.PHONY: demo test test-all check lint format clean
+.PHONY: demo test test-all check compiler lint format clean
 
 demo: $(READY)
 	$(BIN)/python examples/compile_and_run.py
 
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-test: lint
+test: compiler lint
 	$(PYTEST) -m "not exhaustive"
 
 # Also the tests that tests/exhaustive.txt names.
-test-all: lint
+test-all: compiler lint
 	$(PYTEST)
 
 # Left out of `make check`, with the tests marked as slow: folders whose tests compile encoders,
@@ -29,6 +29,10 @@ UNCHECKED := bench compiler emulated_gpu frontend/models frontend/torch pytorch 
 
 check: lint
 	$(PYTEST) -m "not slow and not exhaustive" $(UNCHECKED:%=--ignore=tests/%)
+
+compiler:
+	@command -v g++ >/dev/null || \
+	  { echo 'g++ is needed for the tests: the emulated GPU is compiled with it' >&2; exit 1; }
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -43,8 +47,6 @@ format: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo 'Python 3.10 or newer is needed; name one: make PYTHON=python3.12 demo' >&2; exit 1; }
-	@command -v g++ >/dev/null || \
-	  { echo 'g++ is needed: TVM links compiled models with it' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install --editable '.[test]'
