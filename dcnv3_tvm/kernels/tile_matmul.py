@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from tvm import tirx
+from tvm.sym import Analyzer
 from tvm.tirx.script import builder as T
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
@@ -40,6 +41,9 @@ _LINE: Final = 64
 _STEP_LINES: Final = BLOCK * BLOCK * DTYPE_BYTES[OPERAND] // _LINE
 """Cache lines of the weights of a step."""
 
+_LEAST_ROWS: Final = BLOCK - BLOCK // 8
+"""Rows of a block that divides the rows of a matmul."""
+
 _MANY: Final = 16
 """Blocks of which one more or less hardly matters to a thread."""
 
@@ -47,6 +51,11 @@ _MANY: Final = 16
 def supports_tiles(in_features: int, out_features: int) -> bool:
     """Whether a matmul has at least one block of depth and of columns."""
     return min(in_features, out_features) >= BLOCK
+
+
+def has_many_weights(in_features: int, out_features: int) -> bool:
+    """Whether weights are more than x and the result for an image of 224 x 224 pixels."""
+    return in_features * out_features > 240 * (in_features + out_features)
 
 
 @functools.lru_cache(maxsize=256)
@@ -92,10 +101,13 @@ def tile_matmul(
         )
     lead = [int64(size) for size in lead]
     rows = product(lead)
-    height = _even_blocks(rows, block_rows(rows))
+    # An even number of threads gets the same number of blocks each. Where the number is dynamic, a
+    # task has four rows of blocks, or all of them for a few columns of many weights.
+    multiple = 2 if static(rows) is not None or has_many_weights(in_features, out_features) else 4
+    height = block_rows(rows, multiple=multiple)
     tile = (height + 1) // 2
     steps = -(-in_features // BLOCK)
-    blocks = [count_blocks(rows, height), int64(-(-out_features // BLOCK))]
+    blocks = [count_blocks(rows, height, multiple=multiple), int64(-(-out_features // BLOCK))]
 
     def row(m: Any) -> Any:
         return block_start(m, height, rows)
@@ -189,8 +201,9 @@ def add_blocks(
     x, weight = operands.x, operands.weight
     first = [0] * (len(weight.shape) - 1)
     last = (operands.depth - BLOCK) * DTYPE_BYTES[OPERAND]
-    # All rows of blocks together prefetch the weights of a column.
-    lines = -(-_STEP_LINES // (static(blocks[0]) or _STEP_LINES))
+    # All rows of blocks of an image together prefetch the weights of a column.
+    parts = constant_factor(blocks[0])
+    lines = -(-_STEP_LINES // parts)
     sums = allocate("sums", [*blocks, BLOCK, BLOCK], ACCUMULATOR)
     imported = T.serial(blocks[0], annotations={IMPORT_CODE: PORTABLE_CODE})
     with imported as outer, T.serial(blocks[1]) as inner, T.sblock("sums"):
@@ -215,7 +228,7 @@ def add_blocks(
                 int64(operands.tile_rows),
                 int64(operands.second),
                 tirx.address_of(weight[(tirx.min(n + 1, blocks[1] - 1), *first)]),
-                cast("int32", m),
+                cast("int32", tirx.floormod(m, int64(parts))),
                 int64(lines),
             )
         )
@@ -240,44 +253,60 @@ def add_blocks(
     )
 
 
-def block_rows(rows: Any) -> Any:
+def block_rows(rows: Any, *, multiple: int = 1) -> Any:
     """Return the rows of a block: a divisor if one is large enough, else such that few overlap.
 
     Parameters
     ----------
     rows : int or expression
         Rows of the matmul, of which a dynamic number is a multiple of its constant factor.
+    multiple : int
+        Of which the number of blocks should be one, if it is small or dynamic.
     """
-    known = static(rows)
-    least = constant_factor(rows) if known is None else max(1, known)
-    if known is None and least < TILE:
-        return tirx.min(rows, int64(BLOCK))
-    divisors = (size for size in range(BLOCK, BLOCK - BLOCK // 8 - 1, -1) if least % size == 0)
-    return int64(next(divisors, -(-least // -(-least // BLOCK))))
+    least = constant_factor(rows)
+    if static(rows) is None and least < _LEAST_ROWS:
+        # No rows are no blocks, but divided by one.
+        count = tirx.max(_dynamic_count(rows, multiple), int64(1))
+        return tirx.min(_quotient(rows, count), int64(BLOCK))
+    divisors = (size for size in range(BLOCK, _LEAST_ROWS - 1, -1) if least % size == 0)
+    height = next(divisors, -(-least // -(-least // BLOCK)))
+    number = -(-least // height)
+    if 1 < number < _MANY:
+        height = -(-least // (-(-number // multiple) * multiple))
+    return int64(height)
 
 
-def _even_blocks(rows: Any, height: Any) -> Any:
-    """Return the rows of a block such that an even number of threads gets the same number each."""
-    known = static(rows)
-    count = -(-(known or 0) // (static(height) or 1))
-    if known is None or count % 2 == 0 or not 1 < count < _MANY:
-        return height
-    return int64(-(-known // (count + 1)))
-
-
-def count_blocks(extent: Any, size: Any) -> Any:
-    """Return the number of blocks of a size that cover an extent."""
-    # A block of dynamic size, which is smaller than `BLOCK`, is the only one.
-    known = static(size) or BLOCK
-    rows = static(extent)
-    if rows is not None:
-        return int64(-(-rows // known))
-    return tirx.floordiv(extent + (known - 1), int64(known))
+def count_blocks(extent: Any, size: Any, *, multiple: int = 1) -> Any:
+    """Return the number of blocks of a size, from `block_rows`, that cover an extent."""
+    known, least = static(size), constant_factor(extent)
+    if known is None:
+        return _dynamic_count(extent, multiple)
+    if known > least:
+        return _quotient(extent, size)
+    return -(-least // known) * _images(extent, least)
 
 
 def block_start(index: Any, size: Any, extent: Any) -> Any:
     """Return the first element of a block."""
-    known = static(size)
-    if known is not None and constant_factor(extent) % known == 0:
+    known, least = static(size), constant_factor(extent)
+    if known is None or known > least:
+        return tirx.min(index * size, extent - size)
+    if least % known == 0:
         return index * size
-    return tirx.min(index * size, extent - size)
+    # Blocks do not reach from one multiple of the constant factor, such as an image, to the next.
+    count = int64(-(-least // known))
+    start = tirx.min(tirx.floormod(index, count) * size, int64(least - known))
+    return tirx.floordiv(index, count) * int64(least) + start
+
+
+def _dynamic_count(extent: Any, multiple: int) -> Any:
+    return int64(multiple) * _quotient(extent, int64(multiple * BLOCK))
+
+
+def _quotient(number: Any, divisor: Any) -> Any:
+    """Divide and round up."""
+    return tirx.floordiv(number + (divisor - 1), divisor)
+
+
+def _images(extent: Any, least: int) -> Any:
+    return Analyzer().simplify(tirx.floordiv(extent, int64(least)))

@@ -34,7 +34,7 @@ from dcnv3_tvm.op.expr import int64
 from dcnv3_tvm.op.prim_func_builder import allocate, block, compute
 from dcnv3_tvm.op.sampling import emit_index, emit_points, emit_weights
 from dcnv3_tvm.op.sampling_kernel import Buffers, SamplingKernel
-from dcnv3_tvm.op.scalar_loads import patch_index, patch_pixel, pixel_sources
+from dcnv3_tvm.op.scalar_loads import patch_index, patch_pixel
 
 
 def emit_grad_x(kernel: SamplingKernel, grad: Any, offset: Any, mask: Any, out: Any) -> None:
@@ -76,7 +76,7 @@ def _emit_scatter(kernel: SamplingKernel, buffers: Buffers, grad: Any, image: An
         weight = buffers.weight[kernel.weight_place(at, r, s)]
         # The pixels written depend on data: declare the whole image.
         region = image[n, 0:height, 0:width, channel]
-        T.reads(weight, grad[n, y, x, g, c], *pixel_sources(kernel, buffers, at), region)
+        T.reads(weight, grad[n, y, x, g, c], buffers.index[at], region)
         T.writes(region)
         with T.init(), T.grid(height, width) as (i, j):
             T.buffer_store(image, kernel.constant(0), [n, i, j, channel])
@@ -223,7 +223,7 @@ def _emit_dot(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any, grad: Any
         # The pixels read depend on data: declare the whole image.
         T.reads(
             grad[n, y, x, channel],
-            *pixel_sources(kernel, buffers, at),
+            buffers.index[at],
             x_tensor[n, 0:height, 0:width, channel],
         )
         T.writes(dot[n, y, x, g, r, s, p])

@@ -15,7 +15,7 @@ offsets                   without vector loads: the offsets along x, then those 
 coordinates               sampling position (y, x), relative to the anchor of the output pixel
 corners                   row and column of the first of the four pixels read, inside the image
 weights                   four bilinear weights, times the mask
-pixels                    index of the first pixel; not for a dynamic width without vector loads
+pixels                    index of the first pixel
 patch                     with vector loads: the four pixels, for each channel
 sum                       weights times pixels over all points, for each channel
 gate                      with the center feature: sigmoid of its logit, by group
@@ -79,10 +79,10 @@ def emit_points(kernel: SamplingKernel, buffers: Buffers, offset: Any, mask: Any
 
 
 def emit_index(kernel: SamplingKernel, buffers: Buffers) -> None:
-    """Compute the index of the first pixel of each point, where the kernel reads by one."""
+    """Compute the index of the first pixel of each point."""
     if kernel.vector_loads:
         vector_loads.emit_vector_index(kernel, buffers)
-    elif kernel.has_pixel_index:
+    else:
         scalar_loads.emit_pixel_index(kernel, buffers)
 
 

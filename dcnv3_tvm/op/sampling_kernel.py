@@ -52,14 +52,6 @@ class SamplingKernel:
         return self.spec.accumulate_dtype
 
     @property
-    def has_pixel_index(self) -> bool:
-        """Whether a patch is located by one index, computed once, instead of a row and a column.
-
-        With scalar loads and a dynamic width, reading from an index would need divisions.
-        """
-        return self.vector_loads or self.spec.width is not None
-
-    @property
     def vector_channels(self) -> int:
         """Channels of a group at one pixel that one instruction reads, or adds to."""
         dtype = self.image_dtype or self.spec.dtype
@@ -177,7 +169,7 @@ class Buffers:
     total : (N, Ho, Wo, G, C'), without vector loads (N, Ho, Wo, G, 2, C')
         Weighted sums; without vector loads, of the upper and of the lower pixels.
     index : (N, Ho, Wo, G, P)
-        Place of the patch in x, with `SamplingKernel.has_pixel_index`.
+        Place of the patch in x.
     patch : (N, Ho, Wo, G, P, 2, 2, C')
         The pixels of the patch, with vector loads.
     max_logit, exp_sum : (N, Ho, Wo, G)
@@ -237,7 +229,7 @@ class Buffers:
             column=buffer("column", of_point, dtype),
             weight=buffer("weight", kernel.weight_extents, dtype),
             total=buffer("total", (*of_group, *pair, channels), dtype),
-            index=buffer("index", of_point, kernel.index_dtype, kernel.has_pixel_index),
+            index=buffer("index", of_point, kernel.index_dtype),
             patch=buffer("patch", (*of_point, 2, 2, channels), spec.dtype, kernel.vector_loads),
             max_logit=buffer("max_logit", of_group, dtype, spec.softmax),
             exp_logit=buffer("exp_logit", of_point, dtype, spec.softmax),

@@ -8,6 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from dcnv3_tvm.op.expr import int64, static
 from dcnv3_tvm.op.prim_func_builder import block, compute
 from dcnv3_tvm.op.sampling_kernel import Buffers, SamplingKernel
 
@@ -45,10 +46,7 @@ def emit_share(kernel: SamplingKernel, buffers: Buffers) -> None:
 
 
 def emit_pixel_index(kernel: SamplingKernel, buffers: Buffers) -> None:
-    """Compute the index ``row * W + column`` of the first pixel of each patch.
-
-    Only for a static width, by which `patch_pixel` divides without an instruction.
-    """
+    """Compute the index ``row * W + column`` of the first pixel of each patch."""
     dtype = kernel.index_dtype
 
     def absolute(relative: Any, anchor: Any) -> Any:
@@ -75,7 +73,7 @@ def emit_sum(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any) -> None:
         # The pixels read depend on data: declare the whole image.
         T.reads(
             weight[n, y, x, r, 0:2, g, p],
-            *pixel_sources(kernel, buffers, at),
+            buffers.index[at],
             x_tensor[n, 0:height, 0:width, channel],
         )
         T.writes(total[n, y, x, g, r, c])
@@ -89,46 +87,24 @@ def emit_sum(kernel: SamplingKernel, buffers: Buffers, x_tensor: Any) -> None:
         T.buffer_store(total, value, [n, y, x, g, r, c])
 
 
-def pixel_sources(kernel: SamplingKernel, buffers: Buffers, at: Sequence[Any]) -> list[Any]:
-    """Return what `patch_pixel` reads at (n, ho, wo, g, p)."""
-    place = tuple(at)
-    if kernel.has_pixel_index:
-        return [buffers.index[place]]
-    return [buffers.row[place], buffers.column[place]]
-
-
 def patch_pixel(
     kernel: SamplingKernel, buffers: Buffers, at: Sequence[Any], r: Any, s: Any
 ) -> tuple[Any, Any]:
     """Return row and column of corner (r, s) of the patch at (n, ho, wo, g, p).
 
     For a static width, TVM simplifies them back to the index of the patch when it flattens the
-    image.
+    image. For a dynamic one, which would take a division, the whole index is the column, beyond its
+    extent: when TVM flattens the image, this is the intended element.
     """
-    if kernel.has_pixel_index:
-        index, width = tirx.Cast("int64", buffers.index[tuple(at)]), kernel.sizes.width
-        top, left = tirx.floordiv(index, width), tirx.floormod(index, width)
-    else:
-        top, left = _first_pixel(kernel, buffers, at)
+    width = kernel.sizes.width
+    if static(width) is None:
+        return int64(0), patch_index(kernel, buffers, at, r, s)
+    index = tirx.Cast("int64", buffers.index[tuple(at)])
+    top, left = tirx.floordiv(index, width), tirx.floormod(index, width)
     return top + kernel.rows.step * r, left + kernel.columns.step * s
 
 
 def patch_index(kernel: SamplingKernel, buffers: Buffers, at: Sequence[Any], r: Any, s: Any) -> Any:
     """Return the index ``row * W + column`` of corner (r, s) of the patch at (n, ho, wo, g, p)."""
-    width = kernel.sizes.width
-    if kernel.has_pixel_index:
-        first = tirx.Cast("int64", buffers.index[tuple(at)])
-    else:
-        top, left = _first_pixel(kernel, buffers, at)
-        first = top * width + left
-    return first + kernel.rows.step * r * width + kernel.columns.step * s
-
-
-def _first_pixel(kernel: SamplingKernel, buffers: Buffers, at: Sequence[Any]) -> tuple[Any, Any]:
-    """Return row and column of the first pixel of the patch at (n, ho, wo, g, p)."""
-    _, y, x, *_ = place = tuple(at)
-    row, column = (
-        tirx.Cast("int64", tirx.Cast("int32", relative[place]))
-        for relative in (buffers.row, buffers.column)
-    )
-    return row + kernel.rows.anchor(y), column + kernel.columns.anchor(x)
+    first = tirx.Cast("int64", buffers.index[tuple(at)])
+    return first + kernel.rows.step * r * kernel.sizes.width + kernel.columns.step * s

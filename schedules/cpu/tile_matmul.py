@@ -12,6 +12,7 @@ from tvm.target import Target
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.kernels import tile_convolution
 from dcnv3_tvm.kernels import tile_matmul as definition
+from dcnv3_tvm.kernels.packing import BLOCK
 from dcnv3_tvm.kernels.tile_functions import BEGIN, END, IMPORT_CODE, PORTABLE_CODE
 from dcnv3_tvm.op.expr import constant_factor, static
 from dcnv3_tvm.schedules.blocks import block_names
@@ -38,6 +39,10 @@ _REUSE: Final = 8
 """Blocks of a task that share what they read of an operand that does not stay in the cache."""
 
 
+_ROWS: Final = 4
+"""Rows of blocks of a task, where they are few or a dynamic number."""
+
+
 def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule matmuls and convolutions in blocks of sums.
 
@@ -56,18 +61,20 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     *_, line, _ = sch.get_loops(epilogue)
     height = sch.get(line).extent
 
-    # Step 1. Order the blocks, and combine rows or columns of blocks to tasks.
+    # Step 1. Order the blocks. With rows in order, a core reads most of what it wrote in the kernel
+    # before. With columns, it reads fewer weights.
     counts = {name: sch.get(loop).extent for name, loop in (("rows", row), ("columns", column))}
-    rows, columns = map(static, counts.values())
-    more = "columns" if rows is not None and rows < (columns or 0) else "rows"
-    # With rows in order, a core reads most of what it wrote in the kernel before. With columns, it
-    # reads fewer weights.
-    cached = _bytes(func.params[1]) <= _CACHED_BYTES
-    default = "rows" if cached and (rows or 0) >= _TASKS else more
-    order = space.pick("order", list(counts), default)
+    rows, columns = (constant_factor(count) for count in counts.values())
+    if static(counts["rows"]) is None:
+        few = definition.has_many_weights(steps * BLOCK, columns * BLOCK)
+    else:
+        few = rows < (columns if _bytes(func.params[1]) > _CACHED_BYTES else min(columns, _TASKS))
+    order = space.pick("order", list(counts), "columns" if few else "rows")
     loops = [row, column] if order == "rows" else [column, row]
     sch.reorder(*loops)
-    outer, inner = (constant_factor(sch.get(loop).extent) for loop in loops)
+
+    # Step 2. Combine rows or columns of blocks to tasks.
+    outer, inner = (rows, columns) if order == "rows" else (columns, rows)
     sizes = [size for size in range(1, _MAX_TOGETHER + 1) if outer % size == 0]
     fitting = [size for size in sizes if size == 1 or outer >= _TASKS * size]
     wanted = [size for size in fitting if size * inner * steps >= _TASK_STEPS]
@@ -76,21 +83,25 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     exceeds = _bytes(func.params[order == "rows"]) > _CACHED_BYTES
     if exceeds:
         usual = max(usual, *(size for size in fitting if size <= _REUSE))
-    # Halves of few rows, each cut into tasks by columns.
-    halves = order == "rows" and rows is not None and rows < 2 * _TASKS and rows % 2 == 0
-    if halves:
-        usual = outer // 2
+    # Rows too few for that many tasks are combined nevertheless, and their columns divided.
+    divided = order == "rows" and outer < 2 * _TASKS
+    if divided:
+        usual = max(size for size in sizes if size <= _ROWS)
     together = space.pick("together", sizes, usual)
-    parts = _divisor(inner, _TASKS * together // outer) if halves else 1
+    parts = 1
+    if divided:
+        most = max(1, together * inner * steps // _TASK_STEPS)
+        divisors = [size for size in range(1, inner + 1) if inner % size == 0 and size <= most]
+        parts = min((p for p in divisors if p * outer >= _TASKS * together), default=divisors[-1])
     task, group = sch.split(loops[0], [None, together])
     part, others = sch.split(loops[1], [parts, None])
-    # The operand that is cut into tasks stays in the L1 cache, unless the other exceeds L2.
-    loops = [others, group] if exceeds or halves else [group, others]
+    # The operand of which a task reads a part stays in the L1 cache, unless the other exceeds L2.
+    loops = [others, group] if exceeds or divided else [group, others]
     sch.reorder(task, part, *loops)
     task = sch.fuse(task, part)
     sch.parallel(task)
 
-    # Step 2. Apply the epilogue to each block, and round a row at a time.
+    # Step 3. Apply the epilogue to each block, and round a row at a time.
     rounded = "finished" in block_names(sch)
     if rounded:
         finished = sch.get_sblock("finished")
@@ -108,24 +119,20 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     else:
         _vectorize(sch, lane)
 
-    # Step 3. Pad the image.
+    # Step 4. Pad the image.
     if "padded" in block_names(sch):
         copy_in_parallel(sch, sch.get_sblock("padded"), _LANES)
 
-    # Step 4. Import the functions, and configure the tiles in each task.
+    # Step 5. Import the functions, and configure the tiles in each task.
     sch.annotate(task, IMPORT_CODE, AMX_CODE if has_amx(target) else PORTABLE_CODE)
     _surround(sch, task, (height + 1) // 2)
     return sch.mod["main"]
 
 
-def _divisor(number: int, least: int) -> int:
-    """Return the smallest divisor of a number that is at least `least`, or the number."""
-    return next((size for size in range(least, number) if number % size == 0), number)
-
-
 def _bytes(param: tirx.Var) -> int:
-    """Return the bytes of a tensor of static shape; 0 for others."""
-    return math.prod(static(size) or 0 for size in param.shape) * DTYPE_BYTES[param.dtype]
+    """Return the bytes of a tensor, more than `_CACHED_BYTES` for dynamic shapes."""
+    elements = math.prod(static(size) or _CACHED_BYTES for size in param.shape)
+    return elements * DTYPE_BYTES[param.dtype]
 
 
 def _vectorize(sch: s_tir.Schedule, loop: LoopRV) -> None:

@@ -173,6 +173,6 @@ def test_blocks_of_the_center_feature(vector_loads):
     func = tensorir.dcnv3_packed(spec, center_feature=True, vector_loads=vector_loads)
     if vector_loads:
         added = [*SOFTMAX_BLOCKS, *WEIGHT_BLOCKS, "pixels", "patch", "center"]
-    else:  # no pixels, because the width is dynamic
-        added = [name for name in SCALAR_BLOCKS if name != "pixels"]
+    else:
+        added = SCALAR_BLOCKS
     assert set(block_names(func)[1:]) == {*added, "gate", "sum", "store"}
