@@ -3,6 +3,7 @@
 - The notebooks of ``examples/`` become pages; ``../examples/NAME.ipynb`` links to them.
 - ``[`Class.method`](../FILE.py "code")`` links to the line of FILE that holds ``code``, in the
   definition of that name, on a page with the source. An error unless there is exactly one.
+- ``images/page.json`` becomes the page of the gallery, with the package's current script.
 - ``$...$`` becomes MathML, which browsers render without a script.
 """
 
@@ -25,6 +26,8 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
+from dcnv3_tvm.visualize.page import fill_page
+
 ROOT: Final = Path(__file__).resolve().parents[1]
 CODE_LINK: Final = re.compile(r'\[`([\w.]+)`\]\(\.\./([\w/]+)\.py\s+"([^"]+)"\)')
 FORMULA: Final = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
@@ -35,6 +38,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for notebook in sorted((ROOT / "examples").glob("*.ipynb")):
         for name, content in notebook_files(notebook).items():
             files.append(File.generated(config, f"tutorial/{name}", content=content))
+    gallery = json.loads((Path(config.docs_dir) / "images/page.json").read_text(encoding="utf-8"))
+    page = fill_page(gallery, title="digits_internimage on four digits")
+    files.append(File.generated(config, "images/page.html", content=page))
     linked = {
         match[2]
         for page in Path(config.docs_dir).rglob("*.md")

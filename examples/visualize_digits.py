@@ -1,4 +1,4 @@
-"""Draw how the trained digits model samples: the pictures and the page of the documentation.
+"""Draw how the trained digits model samples: the pictures of the documentation, and its page.
 
     python examples/visualize_digits.py [--output docs/images]
 
@@ -8,6 +8,7 @@ Four held-out digits in one image, of twice the size of the images that the mode
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Generator, Tensor
 
 from dcnv3_tvm import frontend, visualize
 from dcnv3_tvm.frontend.models.config import IMAGENET_MEAN, IMAGENET_STD
+from dcnv3_tvm.visualize.page import page_data
 
 WEIGHTS = Path(__file__).with_name("digits_internimage.safetensors")
 DIGITS = (3, 12, 8, 5)
@@ -49,7 +51,8 @@ def main() -> None:
     settings = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 2 * SIZE, "resize": 2 * SIZE}
     photo = visualize.photo_of(image.numpy(), settings)
 
-    # Step 3. A picture of each kind, and the page.
+    # Step 3. A picture of each kind, and what the page shows: `render_page` would return the page,
+    # but the documentation is built with this, so that its page has the package's script.
     for kind in visualize.PICTURES:
         figure = visualize.draw_picture(kind, blocks, photo, at=AT)
         path = folder / f"{kind}.png"
@@ -58,8 +61,7 @@ def main() -> None:
         Image.open(path).convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=3).save(
             path, optimize=True
         )
-    page = visualize.render_page(blocks, photo, title="digits_internimage on four digits")
-    (folder / "page.html").write_text(page, encoding="utf-8")
+    (folder / "page.json").write_text(json.dumps(page_data(blocks, photo)) + "\n", encoding="utf-8")
     for path in sorted(folder.iterdir()):
         print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 

@@ -8,7 +8,7 @@ import importlib.resources
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -61,9 +61,22 @@ def render_page(
     InvalidArgumentError
         If not even one block fits.
     """
+    return fill_page(page_data(blocks, photo, max_bytes=max_bytes), title=title)
+
+
+def page_data(
+    blocks: Sequence[BlockSampling], photo: npt.NDArray[np.uint8], *, max_bytes: int = MAX_BYTES
+) -> dict[str, Any]:
+    """Return what a page shows, as JSON values for `fill_page`.
+
+    Parameters
+    ----------
+    blocks, photo, max_bytes
+        As for `render_page`.
+    """
     kept = _blocks_that_fit(blocks, max_bytes)
     height, width, _ = photo.shape
-    data = {
+    return {
         "photo": _data_uri(photo),
         "width": width,
         "height": height,
@@ -71,6 +84,10 @@ def render_page(
         "about": _about(blocks, kept),
         "blocks": [_encoded(block) for block in kept],
     }
+
+
+def fill_page(data: Mapping[str, Any], *, title: str) -> str:
+    """Return the page for the result of `page_data`, which may have been kept in a file."""
     parts = {
         # File names may hold bytes that are no text.
         "title": html.escape(title.encode("utf-8", "backslashreplace").decode("utf-8")),
