@@ -17,63 +17,70 @@ from service import Service
 from uploads import Limits
 
 import dcnv3_tvm
-from dcnv3_tvm.cli.arguments import parse_count, parse_path, parse_port, parse_positive
+from dcnv3_tvm import checks
+from dcnv3_tvm.errors import DCNv3Error
 from dcnv3_tvm.machine import physical_cores
 from dcnv3_tvm.runtime import CompiledModel, read_metadata
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("artifact", type=parse_path, help="artifact folder")
+    parser.add_argument("artifact", help="artifact folder")
     parser.add_argument("--host", default="127.0.0.1", help="address (default: this machine only)")
-    parser.add_argument("--port", type=parse_port, default=8000, help="(default: 8000)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: 8000)")
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: as compiled)")
     parser.add_argument(
-        "--workers", type=parse_count, help="calls side by side (default: the cores; on a GPU 1)"
+        "--workers", type=int, help="calls side by side (default: the cores; on a GPU 1)"
     )
-    parser.add_argument(
-        "--threads", type=parse_count, help="CPU threads of a call (default: 1 a core)"
-    )
+    parser.add_argument("--threads", type=int, help="CPU threads of a call (default: 1 a core)")
     parser.add_argument(
         "--max-batch",
-        type=parse_count,
+        type=int,
         help="images of a call (default: 8 on a GPU; 1 on a CPU, where more take as long each)",
     )
     parser.add_argument(
         "--max-wait-ms",
-        type=parse_positive,
+        type=float,
         default=2.0,
         help="an image waits so long for others while a worker is free (default: 2)",
     )
-    parser.add_argument("--max-body-mb", type=parse_positive, default=10, help="(default: 10)")
-    parser.add_argument("--max-megapixels", type=parse_positive, default=25, help="(default: 25)")
-    parser.add_argument("--max-queue", type=parse_count, default=64, help="requests (default: 64)")
-    parser.add_argument("--timeout", type=parse_positive, default=10, help="seconds (default: 10)")
+    parser.add_argument("--max-body-mb", type=float, default=10, help="(default: 10)")
+    parser.add_argument("--max-megapixels", type=float, default=25, help="(default: 25)")
+    parser.add_argument("--max-queue", type=int, default=64, help="requests (default: 64)")
+    parser.add_argument("--timeout", type=float, default=10, help="seconds (default: 10)")
     parser.add_argument("--access-log", action="store_true", help="write a line for each request")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    parser = make_parser()
+    arguments = parser.parse_args()
 
     def load() -> CompiledModel:
-        is_gpu = bool(read_metadata(arguments.artifact).target.arch)
+        workers = arguments.workers
+        if workers is None:
+            is_gpu = read_metadata(arguments.artifact).target.arch != ""
+            workers = 1 if is_gpu else physical_cores()
         return dcnv3_tvm.load(
             arguments.artifact,
             device=arguments.device,
-            workers=arguments.workers or (1 if is_gpu else physical_cores()),
+            workers=workers,
             threads=arguments.threads,
         )
 
-    limits = Limits(
-        body_bytes=int(1e6 * arguments.max_body_mb),
-        pixels=int(1e6 * arguments.max_megapixels),
-        seconds=arguments.timeout,
-        queue=arguments.max_queue,
-    )
-    service = Service(
-        load, limits, max_batch=arguments.max_batch, max_wait=arguments.max_wait_ms / 1e3
-    )
+    try:
+        checks.integer("--port", arguments.port, low=0, high=65535)
+        limits = Limits(
+            body_bytes=int(1e6 * checks.finite("--max-body-mb", arguments.max_body_mb)),
+            pixels=int(1e6 * checks.finite("--max-megapixels", arguments.max_megapixels)),
+            seconds=checks.finite("--timeout", arguments.timeout),
+            queue=arguments.max_queue,
+        )
+        service = Service(
+            load, limits, max_batch=arguments.max_batch, max_wait=arguments.max_wait_ms / 1e3
+        )
+    except DCNv3Error as error:
+        parser.error(str(error))
     server = uvicorn.Server(
         uvicorn.Config(
             service.app(),

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from uploads import Limits, RejectedError, decode, read_upload
 
+from dcnv3_tvm import checks
 from dcnv3_tvm.errors import ArtifactError, ImageError
 from dcnv3_tvm.machine import physical_cores
 from dcnv3_tvm.runtime import CompiledModel, top_k
@@ -64,6 +65,8 @@ class Service:
         """Called if the model cannot be loaded."""
         self.failure: Exception | None = None
         self._load = load
+        if max_batch is not None:
+            checks.integer("max_batch", max_batch, low=1)
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._model: CompiledModel | None = None

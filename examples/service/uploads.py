@@ -14,7 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import Message, Receive
 
-from dcnv3_tvm.errors import DCNv3Error, first_line
+from dcnv3_tvm import checks
+from dcnv3_tvm.errors import DCNv3Error, InvalidArgumentError, first_line
 
 FORMATS: Final = {
     "image/bmp": "BMP",
@@ -56,6 +57,12 @@ class Limits:
     pixels: int = 25_000_000
     seconds: float = 10.0
     queue: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "pixels", "queue"):
+            checks.integer(name, getattr(self, name), low=1)
+        if not self.seconds > 0:
+            raise InvalidArgumentError("seconds are not above 0", got=self.seconds)
 
 
 class RejectedError(DCNv3Error):
