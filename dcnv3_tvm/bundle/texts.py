@@ -60,6 +60,16 @@ ENTRYPOINT ["python", "run.py"]
 """
 
 
+def is_for_linux(metadata: ArtifactMetadata) -> bool:
+    """Whether an artifact runs on Linux, and so in a container."""
+    return _operating_system(metadata) == "linux"
+
+
+def _operating_system(metadata: ArtifactMetadata) -> str:
+    system = metadata.target.system
+    return "linux" if system is None else system.operating_system
+
+
 def readme(metadata: ArtifactMetadata, sizes: Mapping[str, int]) -> str:
     """Return the README of a bundle.
 
@@ -70,31 +80,21 @@ def readme(metadata: ArtifactMetadata, sizes: Mapping[str, int]) -> str:
     sizes : mapping of str to int
         Bytes by the name of each part.
     """
-    name = metadata.name
-    image = name.lower().replace("_", "-")
-    platform = _DOCKER_PLATFORMS.get(metadata.target.architecture)
-    build = f"docker build {f'--platform {platform} ' if platform else ''}-t {image} ."
+    on_windows = _operating_system(metadata) == "windows"
+    run = r".venv\Scripts\python" if on_windows else ".venv/bin/python"
     parts = "\n".join(f"| `{part}` | {size / 1e6:.1f} MB |" for part, size in sizes.items())
-    gpu = " --gpus all" if metadata.target.kind == "cuda" else ""
     return f"""\
-# {name}
+# {metadata.name}
 
-{name} in {metadata.dtype}, compiled for `{metadata.target.slug}`. This folder needs Python {PYTHON}
-and the packages of `requirements.txt`; neither PyTorch nor TVM's compiler.
+{metadata.name} in {metadata.dtype}, compiled for `{metadata.target.slug}`. This folder needs Python
+{PYTHON} and the packages of `requirements.txt`; neither PyTorch nor TVM's compiler.
 
 ```sh
 python{PYTHON} -m venv .venv
-.venv/bin/pip install -r requirements.txt
-.venv/bin/python run.py photo.jpg --top 3     # --json for a JSON object for each image
+{run} -m pip install -r requirements.txt
+{run} run.py photo.jpg --top 3     # --json for a JSON object for each image
 ```
-
-As a container:
-
-```sh
-{build}
-docker run --rm{gpu} -v "$PWD:/data:ro" {image} /data/photo.jpg
-```
-
+{_container(metadata) if is_for_linux(metadata) else ""}
 From Python, with this folder in `sys.path`:
 
 ```python
@@ -107,4 +107,19 @@ result = model(model.preprocess("photo.jpg"))
 | part | size |
 |---|---|
 {parts}
+"""
+
+
+def _container(metadata: ArtifactMetadata) -> str:
+    image = metadata.name.lower().replace("_", "-")
+    platform = _DOCKER_PLATFORMS.get(metadata.target.architecture)
+    build = f"docker build {f'--platform {platform} ' if platform else ''}-t {image} ."
+    gpu = " --gpus all" if metadata.target.kind == "cuda" else ""
+    return f"""
+As a container:
+
+```sh
+{build}
+docker run --rm{gpu} -v "$PWD:/data:ro" {image} /data/photo.jpg
+```
 """

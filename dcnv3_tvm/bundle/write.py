@@ -42,7 +42,7 @@ def write(path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> 
     Raises
     ------
     ArtifactError
-        If the artifact is missing, damaged or incomplete; if `destination` holds something else or
+        If the artifact is missing, damaged or incomplete, or has no runtime library; if `destination` holds something else or
         cannot be written.
     MissingDependencyError
         If a package whose version the bundle would pin is not installed.
@@ -50,6 +50,12 @@ def write(path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> 
     source, folder = checks.path("path", path), checks.path("destination", destination)
     metadata = read_metadata(source)
     _check_replaceable(folder)
+    if not metadata.libraries:
+        raise ArtifactError(
+            "the artifact was compiled without TVM's runtime library, so a bundle would not run",
+            got=source,
+            hint="Compile it with --runtime-wheel FILE.",
+        )
     requirements = texts.requirements(metadata)
     try:
         with files.atomic_folder(folder) as temporary:
@@ -61,8 +67,10 @@ def write(path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> 
             licence = importlib.metadata.distribution("dcnv3-tvm").read_text(f"licenses/{_LICENSE}")
             (temporary / PACKAGE / _LICENSE).write_text(licence or "", encoding="utf-8")
             (temporary / _REQUIREMENTS).write_text(requirements, encoding="utf-8")
-            (temporary / _DOCKERFILE).write_text(texts.dockerfile(), encoding="utf-8")
-            (temporary / _DOCKER_IGNORE).write_text(".venv\n", encoding="utf-8")  # See the README.
+            if texts.is_for_linux(metadata):
+                (temporary / _DOCKERFILE).write_text(texts.dockerfile(), encoding="utf-8")
+                # The README makes an environment there.
+                (temporary / _DOCKER_IGNORE).write_text(".venv\n", encoding="utf-8")
             sizes = {
                 **{
                     f"{ARTIFACT}/{name}": _size(temporary / ARTIFACT / name)

@@ -73,10 +73,10 @@ std::vector<TensorInfo> ReadTensorInfos(const JsonObject& entry, const std::stri
 }
 
 // Load TVM's runtime, whose symbols the code needs.
-void LoadRuntime(const std::filesystem::path& library, int threads) {
+void LoadRuntime(const std::string& library, int threads) {
   // TVM reads the size of its thread pool from the environment when it first uses it.
   setenv("TVM_NUM_THREADS", std::to_string(threads).c_str(), /*overwrite=*/1);
-  if (dlopen(std::filesystem::absolute(library).c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
+  if (dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr) {
     throw Error(std::string("TVM's runtime cannot be loaded: ") + dlerror());
   }
   constexpr int kShareAllCores = -3;  // Its default pins threads, and may put two on one core.
@@ -122,8 +122,12 @@ Artifact::Artifact(const std::filesystem::path& folder, bool trust_weights, int 
   }
   CheckRunsHere();
   auto digests = Get<JsonObject>(metadata_, "digests");
-  for (const char* name : {kRuntimeLibrary, kLibrary}) {
-    CheckDigest(name, MapFile(folder / name), digests);
+  CheckDigest(kLibrary, MapFile(folder / kLibrary), digests);
+  // An artifact for another system may have been compiled without it.
+  std::string runtime = kRuntimeLibrary;
+  if (digests.count(ffi::String(runtime)) > 0) {
+    CheckDigest(runtime, MapFile(folder / runtime), digests);
+    runtime = std::filesystem::absolute(folder / runtime).string();
   }
   MappedFile weights = MapFile(folder / kWeights);
   if (!trust_weights) CheckDigest(kWeights, weights, digests);
@@ -142,7 +146,7 @@ Artifact::Artifact(const std::filesystem::path& folder, bool trust_weights, int 
     if (tensor == tensors.end()) throw Error(std::string(kWeights) + " has no '" + name + "'");
     weights_.push_back(tensor->second);
   }
-  LoadRuntime(folder / kRuntimeLibrary, threads);
+  LoadRuntime(runtime, threads);
   main_ = LoadMain(folder / kLibrary);
 }
 

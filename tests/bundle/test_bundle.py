@@ -16,6 +16,7 @@ from dcnv3_tvm.bundle import run, texts
 from dcnv3_tvm.bundle.modules import runtime_modules
 from dcnv3_tvm.bundle.write import write
 from dcnv3_tvm.cli import main
+from dcnv3_tvm.systems import SYSTEMS
 from helpers.toy import Toy
 
 LABELS = tuple(f"{number}. Größe" for number in range(192))
@@ -132,6 +133,27 @@ def test_container(artifact, tmp_path):
             assert (folder / line.split()[1]).exists()
     assert json.loads(lines[-1].removeprefix("ENTRYPOINT "))[1] == "run.py"
     assert "docker build --platform linux/" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("system", "python"),
+    [("macos-arm64", ".venv/bin/python"), ("windows-x86_64", r".venv\Scripts\python")],
+)
+def test_other_systems(toy, tmp_path, system, python):
+    target = dataclasses.replace(toy.metadata.target, triple=SYSTEMS[system].triple)
+    library = {SYSTEMS[system].runtime_library: b"library"}
+    toy.write(tmp_path / "model", runtime=library, target=target)
+    write(tmp_path / "model", tmp_path / "bundle")
+    readme = (tmp_path / "bundle" / "README.md").read_text()
+    assert f"{python} run.py photo.jpg" in readme
+    assert "docker" not in readme
+    assert not (tmp_path / "bundle" / "Dockerfile").exists()
+
+
+def test_without_runtime_library(toy, tmp_path):
+    toy.write(tmp_path / "model", runtime={})
+    with pytest.raises(errors.ArtifactError, match="--runtime-wheel"):
+        write(tmp_path / "model", tmp_path / "bundle")
 
 
 def test_bundle_is_replaced_and_other_folders_are_not(artifact, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -86,8 +87,20 @@ class Toy:
         result: np.ndarray = np.maximum(x, 0) + self.weights["bias"]
         return result.reshape(x.shape[0], -1)
 
-    def write(self, destination: Path, **changes: Any) -> Path:
-        """Write the artifact, with changed metadata if given, and return its folder."""
+    def write(
+        self, destination: Path, *, runtime: Mapping[str, bytes] | None = None, **changes: Any
+    ) -> Path:
+        """Write the artifact and return its folder.
+
+        Parameters
+        ----------
+        destination : Path
+            The folder.
+        runtime : mapping of str to bytes, optional
+            TVM's runtime libraries by name; by default the installed ones.
+        **changes
+            Of the metadata.
+        """
         from dcnv3_tvm.compiler import artifact
 
         artifact.write(
@@ -95,6 +108,7 @@ class Toy:
             library=self.code,
             weights=self.weights,
             metadata=dataclasses.replace(self.metadata, **changes),
+            runtime=runtime,
         )
         return destination
 

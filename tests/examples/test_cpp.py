@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 
 import dcnv3_tvm
 from dcnv3_tvm import frontend, machine, runtime
-from dcnv3_tvm.runtime import metadata
+from dcnv3_tvm.runtime import library, metadata
 from dcnv3_tvm.runtime.loading import read_metadata
 from helpers.toy import Toy
 
@@ -196,6 +196,19 @@ def test_other_machine(call, artifact, tmp_path, changes, message):
     done = call(artifact, photo(tmp_path, (8, 8)))
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_runtime_library_of_the_system(call, toy, tmp_path, monkeypatch):
+    toy.write(tmp_path / "artifact", runtime={})
+    image = photo(tmp_path, (8, 8))
+    done = call(tmp_path / "artifact", image)
+    assert done.returncode == 1
+    assert "libtvm_runtime.so" in done.stderr
+    found = library.installed_runtime()
+    assert found is not None
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(found[0].parent))
+    done = call(tmp_path / "artifact", image)
+    assert done.returncode == 0, done.stderr
 
 
 def test_other_version(call, artifact, tmp_path):
