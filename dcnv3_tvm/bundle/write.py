@@ -42,8 +42,8 @@ def write(path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> 
     Raises
     ------
     ArtifactError
-        If the artifact is missing, damaged or incomplete, or has no runtime library; if `destination` holds something else or
-        cannot be written.
+        If the artifact is missing, damaged or incomplete, or has no runtime library; if
+        `destination` holds something else or cannot be written.
     MissingDependencyError
         If a package whose version the bundle would pin is not installed.
     """
