@@ -16,6 +16,7 @@ from sklearn.datasets import load_sample_images
 
 import dcnv3_tvm
 from dcnv3_tvm import frontend, machine, runtime
+from dcnv3_tvm.digests import PART, digest_of_file
 from dcnv3_tvm.runtime import library, metadata
 from dcnv3_tvm.runtime.loading import read_metadata
 from helpers.toy import Toy
@@ -239,6 +240,38 @@ def test_unusable_arguments(call, artifact, tmp_path):
         done = call(*arguments)
         assert done.returncode == 1, arguments
         assert done.stderr.startswith("run_artifact: error: ")
+
+
+HASH = """
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <vector>
+
+#include "digests.hpp"
+
+int main(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    std::ifstream file(argv[i], std::ios::binary);
+    std::vector<char> content(std::istreambuf_iterator<char>(file), {});
+    std::puts(Digest(content.data(), content.size()).c_str());
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("option", ["-DPORTABLE_SHA256", "-DDEFAULT"])
+def test_digests(tmp_path, rng, option):
+    """Without the processor's instructions, and with them where it has them."""
+    (tmp_path / "main.cpp").write_text(HASH)
+    command = ["g++", "-std=c++17", "-O1", "-pthread", option, f"-I{SOURCES}", "main.cpp"]
+    subprocess.run([*command, SOURCES / "digests.cpp", "-o", "main"], cwd=tmp_path, check=True)
+    files = []
+    for size in (0, 1, 55, 56, 63, 64, 65, 119, 120, 1000, PART - 1, PART, PART + 1):
+        files.append(tmp_path / str(size))
+        files[-1].write_bytes(rng.bytes(size))
+    done = subprocess.run([tmp_path / "main", *files], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [digest_of_file(path) for path in files]
 
 
 def test_features_of_processors_are_those_of_python():
