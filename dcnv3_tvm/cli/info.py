@@ -86,9 +86,9 @@ def _system(metadata: ArtifactMetadata) -> str:
 
 def _memory(weights: int, metadata: ArtifactMetadata) -> str:
     parts = [f"weights {weights / 1e6:.1f} MB"]
-    activations = metadata.activation_bytes.items()
-    parts += [f"activations of {name} {size / 1e6:.1f} MB" for name, size in activations]
-    shared = " (entries share the memory of the largest)" if metadata.sizes else ""
+    activations = metadata.activation_bytes
+    parts += [f"activations of {name} {size / 1e6:.1f} MB" for name, size in activations.items()]
+    shared = " (the largest, shared by the entries)" if metadata.sizes and activations else ""
     return ", ".join(parts) + shared
 
 
