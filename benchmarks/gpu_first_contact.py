@@ -45,8 +45,12 @@ _SANITIZER_LINE: Final = "========="
 _LINES: Final = 6
 """Lines of the output of a failed process in its record."""
 
+_BENCH: Final = "dcnv3-n64-h56-*"
+"""The operators of the first stage, which take the most time."""
+
 _SECONDS: Final = 60.0
 _SANITIZER_SECONDS: Final = 150.0
+_LONG_SECONDS: Final = 180.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +93,18 @@ def _text(value: Any) -> str:
 
 def run(contents: Contents, only: str, seconds: float) -> int:
     """Run the checks whose names match a pattern; return the exit code."""
-    from first_contact.checks import checks
+    from first_contact.checks import BENCH, TESTS, checks
 
     contents.unpack()
     names = [*checks(contents), *(f"{_SANITIZER} {tool}" for tool in _SANITIZER_TOOLS)]
     failed = 0
     for name in fnmatch.filter(names, only):
         tool = name.removeprefix(f"{_SANITIZER} ")
-        record = (
-            _sanitize(contents, tool) if tool != name else _run_process(contents, name, seconds)
-        )
+        if tool != name:
+            record = _sanitize(contents, tool)
+        else:
+            limit = max(seconds, _LONG_SECONDS) if name in (TESTS, BENCH) else seconds
+            record = _run_process(contents, name, limit)
         print(record.line, flush=True)
         with (contents.root / RECORDS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(dataclasses.asdict(record)) + "\n")
@@ -187,6 +193,7 @@ def main() -> int:
     preparing.add_argument("--variant", action="append", default=[], help="a large encoder")
     preparing.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     preparing.add_argument("--size", type=int, default=224)
+    preparing.add_argument("--bench", default=_BENCH, help="operators of `bench gpu`: a pattern")
     parsers["run"].add_argument("--only", default="*", help="checks whose name matches")
     parsers["run"].add_argument("--seconds", type=float, default=_SECONDS, help="limit of a check")
     parsers["check"].add_argument("name")
@@ -203,7 +210,12 @@ def main() -> int:
     from first_contact.prepare import LIMIT, prepare
 
     size = prepare(
-        arguments.folder, arguments.target, arguments.variant, arguments.batch, arguments.size
+        arguments.folder,
+        arguments.target,
+        arguments.variant,
+        arguments.batch,
+        arguments.size,
+        arguments.bench,
     )
     print(f"{arguments.folder}: {size / 2**20:.1f} MiB")
     if size > LIMIT:

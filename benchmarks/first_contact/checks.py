@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import os
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -21,10 +24,16 @@ from dcnv3_tvm.runtime.cuda import Gpu, format_bytes
 from dcnv3_tvm.runtime.kernel import Kernel, KernelLibrary
 from dcnv3_tvm.verify.entries import entry_outputs
 from dcnv3_tvm.verify.tolerances import NORM_ERROR, model_tolerance
-from first_contact.contents import ENCODERS, Contents, Operator, numbered
+from first_contact.contents import BENCH_PARTS, ENCODERS, Contents, Operator, numbered
 
 Details = dict[str, Any]
 Check = Callable[[Contents], Details]
+
+TESTS: Final = "tests/runtime/test_gpu.py"
+BENCH: Final = "bench gpu"
+
+BENCH_SECONDS: Final = 100.0
+"""Time budget of ``bench gpu``; cases that do not fit are skipped."""
 
 CALLS: Final = 20
 """Timed calls of a large encoder."""
@@ -62,6 +71,8 @@ def checks(contents: Contents) -> dict[str, Check]:
         "out of memory": _out_of_memory,
         "two threads": _two_threads,
         **models,
+        TESTS: _tests,
+        BENCH: _bench,
     }
 
 
@@ -381,6 +392,43 @@ def _times(model: CompiledModel, images: np.ndarray) -> Details:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return {"median ms": 1e3 * statistics.median(seconds), "best ms": 1e3 * min(seconds)}
+
+
+def _tests(contents: Contents) -> Details:
+    """Run the tests that need a GPU."""
+    _torch()
+    missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotRunError(f"{' and '.join(missing)} not installed")
+    import pytest
+
+    os.environ["DCNV3_TVM_FIRST_CONTACT"] = str(contents.root.resolve())
+    root = Path(__file__).parents[2]
+    code = pytest.main(["-q", "-p", "no:cacheprovider", f"--rootdir={root}", str(root / TESTS)])
+    if code != pytest.ExitCode.OK:
+        raise AssertionError(f"pytest: {code!s}")
+    return {}
+
+
+def _bench(contents: Contents) -> Details:
+    """Measure operators with ``bench gpu``; without PyTorch's GPU, only load their kernels."""
+    kernel_runtime.load_runtime(contents.libraries)
+    paths = sorted(contents.bench.glob("*.so"))
+    for path in paths:
+        KernelLibrary(path.read_bytes(), on_gpu=True)[path.name.partition("-")[0]]
+    try:
+        _torch()
+    except NotRunError as error:
+        raise NotRunError(f"{error}; {len(paths)} kernels were loaded") from error
+    from dcnv3_tvm.bench.gpu import run_gpu
+    from dcnv3_tvm.bench.gpu_cases import select_cases
+
+    groups, _ = select_cases(BENCH_PARTS, contents.manifest.bench)
+    results = contents.root / "results"
+    run = run_gpu(groups, [], results=results, artifacts=contents.bench, seconds=BENCH_SECONDS)
+    if not run.ok:
+        raise AssertionError(f"a result of this library is wrong; see {results}")
+    return {"reports": list(run.reports), "skipped": run.skipped}
 
 
 def _equal(name: str, found: Any, expected: Any) -> None:

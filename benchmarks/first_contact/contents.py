@@ -25,6 +25,9 @@ from dcnv3_tvm.runtime.metadata import (
 ENCODERS: Final = ("encoder-plain", "encoder-graph")
 """The same small encoder without and with a CUDA graph."""
 
+BENCH_PARTS: Final = ("op", "backward")
+"""Parts of ``bench gpu`` that are measured; encoders are checks of their own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
@@ -58,11 +61,14 @@ class Manifest:
         Kernels of the operator.
     models : dict of str to str
         Large encoders by name, with the digest of their weights.
+    bench : str
+        Pattern of the operators that are measured.
     """
 
     target: TargetInfo
     operators: tuple[Operator, ...]
     models: dict[str, str]
+    bench: str
 
 
 class Contents:
@@ -79,6 +85,7 @@ class Contents:
         self.manifest_path = root / "manifest.json"
         self.libraries = root / "lib"
         self.toy = root / "toy"
+        self.bench = root / "bench"
 
     @functools.cached_property
     def manifest(self) -> Manifest:
@@ -105,7 +112,7 @@ class Contents:
 
     def pack(self) -> None:
         """Keep the runtime libraries and weights of artifacts once."""
-        for path in self._artifacts():
+        for path in self._copies():
             for name in (RUNTIME_LIBRARY, CUDA_LIBRARY):
                 (path / name).unlink()
         for name, digest in self.manifest.models.items():
@@ -117,7 +124,7 @@ class Contents:
 
     def unpack(self) -> None:
         """Undo `pack`, unless that has been done."""
-        for path in self._artifacts():
+        for path in self._copies():
             for name in (RUNTIME_LIBRARY, CUDA_LIBRARY):
                 if not (path / name).exists():
                     shutil.copyfile(self.libraries / name, path / name)
@@ -127,8 +134,9 @@ class Contents:
                 packed = self._packed_weights(digest).read_bytes()
                 weights.write_bytes(lzma.decompress(packed))
 
-    def _artifacts(self) -> list[Path]:
-        return [path.parent for path in self.root.rglob(METADATA)]
+    def _copies(self) -> list[Path]:
+        """Return the folders that need a copy of the runtime libraries."""
+        return [*(path.parent for path in self.root.rglob(METADATA)), self.bench / "runtime"]
 
     def save(self, name: str, **arrays: np.ndarray) -> None:
         """Write inputs and expected outputs; types that NumPy's format lacks become float32."""

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from dcnv3_tvm import compile_artifact, frontend, targets
+from dcnv3_tvm.bench.gpu_cases import select_cases
+from dcnv3_tvm.bench.gpu_compilation import compile_ahead
 from dcnv3_tvm.compiler.compile_kernel import DCNV3, GRAD_OFFSET_MASK, GRAD_X, compile_kernel
 from dcnv3_tvm.compiler.target_info import target_info
 from dcnv3_tvm.frontend.models.internimage import InternImage
@@ -25,9 +27,10 @@ from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.compare import reference_outputs
 from dcnv3_tvm.verify.random_weights import randomize_
 from dcnv3_tvm.verify.tolerances import gradient_bounds, operator_bound
-from first_contact.contents import ENCODERS, Contents, Manifest, Operator
+from first_contact.contents import BENCH_PARTS, ENCODERS, Contents, Manifest, Operator
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from helpers import prebuilt
 from helpers.gradients import result_gradient
 from helpers.operator import arguments
 from helpers.specs import random_inputs
@@ -68,6 +71,7 @@ def prepare(
     variants: Sequence[str] = (),
     batches: Sequence[int] = (1, 64),
     size: int = 224,
+    bench: str = "",
     on_step: Callable[[str], None] = print,
 ) -> int:
     """Fill an empty folder and return its size in bytes.
@@ -84,6 +88,8 @@ def prepare(
         Their batch sizes.
     size : int
         Height and width of their images.
+    bench : str
+        Pattern of the operators of ``bench gpu`` that are measured.
     on_step : callable
         Called with a description of each step before it runs.
     """
@@ -99,6 +105,9 @@ def prepare(
         operator = _operator(contents, kind, spec, target)
         on_step(operator.name)
         operators.append(operator)
+    on_step("the operators of tests/runtime/test_gpu.py")
+    for spec in prebuilt.operators():
+        _compile(contents, DCNV3, spec, target)
     on_step(f"{_ENCODER} without and with a CUDA graph")
     _encoder(contents, target)
     models = {}
@@ -107,7 +116,11 @@ def prepare(
             on_step(f"{variant}, batch {batch}")
             name = f"{variant}-n{batch}"
             models[name] = _model(contents, name, variant, batch, size, target)
-    contents.write_manifest(Manifest(about, tuple(operators), models))
+    groups, _ = select_cases(BENCH_PARTS, bench)
+    done = compile_ahead(groups, [], artifacts=contents.bench, target=target, on_step=on_step)
+    if not done.ok:
+        raise RuntimeError(f"bench gpu: {done.failed}")
+    contents.write_manifest(Manifest(about, tuple(operators), models, bench))
     contents.pack()
     return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
 
@@ -118,14 +131,11 @@ def _toy(contents: Contents, arch: str) -> None:
     images = np.random.default_rng(1).standard_normal((_IMAGES, 1, 3, 8, 8)).astype(np.float32)
     logits = np.stack([toy.main(image) for image in images])
     contents.save("toy", images=images, logits=logits)
+    contents.save("toy-weights", **toy.weights)
 
 
 def _operator(contents: Contents, kind: str, spec: DCNv3Spec, target: str) -> Operator:
-    name = spec.slug.replace("dcnv3", kind, 1)
-    kernel = compile_kernel(kind, spec, targets.target_text(target), "default")
-    path = contents.code(name)
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(kernel.library.code)
+    name = _compile(contents, kind, spec, target)
     inputs, seed = random_inputs(spec, seed=3), 9
     forward = inputs.x, inputs.offset, inputs.mask
     grad = result_gradient(spec, inputs, seed)
@@ -148,6 +158,16 @@ def _operator(contents: Contents, kind: str, spec: DCNv3Spec, target: str) -> Op
         **{f"bound{index}": array for index, array in enumerate(bounds)},
     )
     return Operator(name, kind, (spec.dtype,) * len(given), outputs)
+
+
+def _compile(contents: Contents, kind: str, spec: DCNv3Spec, target: str) -> str:
+    """Compile a kernel; return its name."""
+    name = spec.slug.replace("dcnv3", kind, 1)
+    kernel = compile_kernel(kind, spec, targets.target_text(target), "default")
+    path = contents.code(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(kernel.library.code)
+    return name
 
 
 def _encoder(contents: Contents, target: str) -> None:

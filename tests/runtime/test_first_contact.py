@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_first_contact.py"
+TESTS_FOLDER = Path(__file__).parents[1]
+SCRIPT = TESTS_FOLDER.parent / "benchmarks" / "gpu_first_contact.py"
 BLOCK_IMPORTS = """
 import importlib.abc, sys
 
@@ -28,7 +29,27 @@ shift 4
 echo "========= ERROR SUMMARY"
 test $tool != racecheck || exit 99
 """
+# What tests/runtime/test_gpu.py needs without TVM, which it does on a real GPU only.
+TESTS = """
+import sys
+import numpy as np
+import dcnv3_tvm as dt
+from pathlib import Path
+from dcnv3_tvm import runtime
+from dcnv3_tvm.compiler import compile_kernel
+from helpers import prebuilt
+
+assert not prebuilt.HAS_TVM
+compile_kernel._compile = prebuilt.read_kernel
+for spec in prebuilt.operators():
+    assert dt.compile_op(spec, "cuda").kernel._function
+toy = prebuilt.PrebuiltToy.read()
+with runtime.load(toy.write(Path(sys.argv[1]))) as model:
+    image = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    assert np.array_equal(model(image), toy.main(image))
+"""
 ENCODER = "test_internimage_pre_norm"
+PREPARE = ("--batch", "5", "--size", "64", "--bench", "dcnv3-n64-h56-w56-c64-*-bf16")
 FIRST_OPERATOR = "dcnv3-n2-h13-w11-c64-g4-k3-s1-p1-d1-softmax-f32"
 
 
@@ -39,7 +60,7 @@ def call(emulated, tmp_path_factory):
 
     def start(*arguments, **environment):
         return subprocess.run(
-            [sys.executable, SCRIPT, *map(str, arguments)],
+            [sys.executable, *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=600,
@@ -49,26 +70,26 @@ def call(emulated, tmp_path_factory):
 
     def run(folder, *arguments, **environment):
         (folder / "records.jsonl").unlink(missing_ok=True)
-        done = start("run", folder, *arguments, PYTHONPATH=str(blocked), **environment)
+        done = start(SCRIPT, "run", folder, *arguments, PYTHONPATH=str(blocked), **environment)
         lines = (folder / "records.jsonl").read_text().splitlines()
         records = {record["name"]: record for record in map(json.loads, lines)}
         assert len(done.stdout.splitlines()) == len(records), done.stderr
         return done.returncode, records
 
-    return start, run
+    return start, run, blocked
 
 
 @pytest.fixture(scope="module")
 def folder(call, tmp_path_factory):
-    start, _ = call
+    start, _, _ = call
     path = tmp_path_factory.mktemp("contact") / "folder"
-    done = start("prepare", path, "--variant", ENCODER, "--batch", "5", "--size", "64")
+    done = start(SCRIPT, "prepare", path, "--variant", ENCODER, *PREPARE)
     assert done.returncode == 0, done.stderr
     return path
 
 
 def test_checks_of_a_new_gpu(call, folder, tmp_path):
-    _, run = call
+    start, run, blocked = call
     code, records = run(folder)
     assert code == 0, records
     not_run = {name: record["error"] for name, record in records.items() if record["ok"] is None}
@@ -77,6 +98,8 @@ def test_checks_of_a_new_gpu(call, folder, tmp_path):
         "toy, then PyTorch": "PyTorch is not installed",
         "PyTorch, then toy": "PyTorch is not installed",
         "toy on PyTorch's tensors": "PyTorch is not installed",
+        "tests/runtime/test_gpu.py": "PyTorch is not installed",
+        "bench gpu": "PyTorch is not installed; 2 kernels were loaded",
         **dict.fromkeys(
             (f"compute-sanitizer {tool}" for tool in ("memcheck", "racecheck", "synccheck")),
             missing,
@@ -85,6 +108,13 @@ def test_checks_of_a_new_gpu(call, folder, tmp_path):
     passed = {name for name, record in records.items() if record["ok"]}
     assert passed >= {"device", "toy", FIRST_OPERATOR, "encoder-plain", "encoder-graph"}
     assert passed >= {"two streams", "out of memory", "two threads", f"{ENCODER}-n5"}
+
+    environment = {
+        "PYTHONPATH": f"{blocked}:{TESTS_FOLDER}",
+        "DCNV3_TVM_FIRST_CONTACT": str(folder),
+    }
+    done = start("-c", TESTS, tmp_path / "toy", **environment)
+    assert done.returncode == 0, done.stderr
 
     # A failed check is reported, and the others go on.
     expected = folder / "expected" / f"{FIRST_OPERATOR}.npz"

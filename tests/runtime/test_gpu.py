@@ -1,4 +1,7 @@
-"""The operator and models on a real GPU, with PyTorch's streams, graphs and memory."""
+"""The operator and models on a real GPU, with PyTorch's streams, graphs and memory.
+
+Without TVM they need DCNV3_TVM_FIRST_CONTACT, a folder of `benchmarks/gpu_first_contact.py`.
+"""
 
 import numpy as np
 import pytest
@@ -6,10 +9,13 @@ import torch
 
 import dcnv3_tvm as dt
 from dcnv3_tvm import gpu, runtime
+from dcnv3_tvm.compiler import compile_kernel
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.op.reference import dcnv3_reference
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.tolerances import operator_bound
+from helpers import prebuilt
+from helpers.prebuilt import DTYPES, HAS_TVM, SQUARE, UNALIGNED
 from helpers.specs import random_inputs
 from helpers.toy import Toy
 
@@ -17,7 +23,6 @@ pytestmark = pytest.mark.skipif(
     not (gpu.devices() and torch.cuda.is_available()), reason="needs a GPU"
 )
 
-DTYPES = ("float32", "float16", "bfloat16")
 SLEEP = 50_000_000  # Cycles; about 30 ms.
 
 
@@ -26,9 +31,18 @@ def here() -> torch.device:
     return torch.device("cuda", 0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Without TVM, operators are read."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not HAS_TVM:
+            patch.setattr(compile_kernel, "_compile", prebuilt.read_kernel)
+        yield
+
+
 @pytest.fixture(scope="module")
 def toy() -> Toy:
-    return Toy.build(1, arch=gpu.device(0).arch)
+    return Toy.build(1, arch=gpu.device(0).arch) if HAS_TVM else prebuilt.PrebuiltToy.read()
 
 
 @pytest.fixture
@@ -58,14 +72,7 @@ def check(spec, tensors, output):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softmax", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "group", "more"),
-    [
-        ((2, 13, 11, 64), 4, {}),
-        ((1, 9, 14, 96), 3, {"offset_scale": 2.0}),
-        ((1, 8, 9, 48), 4, {"kernel_size": (3, 5), "stride": (2, 1), "pad": (1, 0)}),
-    ],
-)
+@pytest.mark.parametrize(("shape", "group", "more"), prebuilt.SHAPES)
 def test_operator(here, shape, group, dtype, softmax, more):
     spec = DCNv3Spec.of(shape, group=group, dtype=dtype, softmax=softmax, **more)
     tensors = tensors_of(spec, here)
@@ -77,7 +84,7 @@ def test_operator(here, shape, group, dtype, softmax, more):
 
 
 def test_operator_on_strided_and_unaligned_tensors(here):
-    spec = DCNv3Spec.of((1, 7, 5, 64), group=4, dtype="float16")
+    spec = UNALIGNED
     x, offset, mask = tensors_of(spec, here)
     strided = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     memory = torch.empty(offset.numel() + 1, dtype=offset.dtype, device=here)
@@ -87,7 +94,7 @@ def test_operator_on_strided_and_unaligned_tensors(here):
 
 
 def test_operator_runs_on_the_current_stream(here):
-    spec = DCNv3Spec.of((1, 9, 9, 64), group=4)
+    spec = SQUARE
     tensors = tensors_of(spec, here)
     x = torch.zeros_like(tensors[0])
     dt.dcnv3(x, *tensors[1:], group=4)
@@ -102,7 +109,7 @@ def test_operator_runs_on_the_current_stream(here):
 
 
 def test_operator_in_a_torch_cuda_graph(here):
-    spec = DCNv3Spec.of((1, 9, 9, 64), group=4)
+    spec = SQUARE
     tensors = tensors_of(spec, here)
     x = torch.zeros_like(tensors[0])
     dt.dcnv3(x, *tensors[1:], group=4)
@@ -117,7 +124,7 @@ def test_operator_in_a_torch_cuda_graph(here):
 def test_operator_under_torch_compile(here):
     from dcnv3_tvm.pytorch.operator import dcnv3
 
-    spec = DCNv3Spec.of((1, 9, 9, 64), group=4)
+    spec = SQUARE
     tensors = tensors_of(spec, here)
     compiled = torch.compile(lambda *t: dcnv3(*t, group=4) * 2, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -125,12 +132,13 @@ def test_operator_under_torch_compile(here):
 
 
 def test_operator_on_tensors_of_two_devices(here):
-    spec = DCNv3Spec.of((1, 9, 9, 64), group=4)
+    spec = SQUARE
     x, offset, mask = tensors_of(spec, here)
     with pytest.raises(InvalidArgumentError, match="mask: cpu; allowed: the same for all"):
         dt.dcnv3(x, offset, mask.cpu(), group=4)
-    with pytest.raises(InvalidArgumentError, match="got cuda:0; allowed: cpu"):
-        dt.compile_op(spec)(x, offset, mask)
+    if HAS_TVM:
+        with pytest.raises(InvalidArgumentError, match="got cuda:0; allowed: cpu"):
+            dt.compile_op(spec)(x, offset, mask)
 
 
 def test_model_on_torch_tensors(model, toy, images):
