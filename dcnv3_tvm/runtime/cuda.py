@@ -42,7 +42,8 @@ _OUT_OF_MEMORY: Final = ("cudaErrorMemoryAllocation", "CUDA_ERROR_OUT_OF_MEMORY"
 _lock = fork_safe_lock()
 _gpus: dict[int, Gpu] = {}
 _call_lock = threading.RLock()
-"""Held during calls on any GPU: no thread may allocate memory while another captures a graph."""
+"""Held during calls on any GPU: while a thread captures a graph, no other may allocate memory, or
+free it, which would end the process."""
 
 
 class Gpu:
@@ -121,6 +122,12 @@ class Gpu:
             self._last_stream = stream
             yield
             _forget_retried_allocation()
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Let no other thread make a call, as is needed to free memory."""
+        with _call_lock:
+            yield
 
     def is_usable(self) -> bool:
         """Return whether the GPU works: not after a fault, such as an illegal access."""

@@ -162,10 +162,11 @@ class _Held:
 
 def _release(held: _Held, gpu: cuda.Gpu) -> None:
     """Free memory and graphs, but not after a fault. See tvm_workarounds: cuda-teardown."""
-    kept = (held.functions, held.buffers)
-    held.functions, held.buffers = None, []
-    if gpu.is_usable():
-        del kept
-        gpu.release_unused()
-    else:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    with gpu.exclusive():
+        kept = (held.functions, held.buffers)
+        held.functions, held.buffers = None, []
+        if gpu.is_usable():
+            del kept
+            gpu.release_unused()
+        else:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))

@@ -392,6 +392,29 @@ def test_model_ends_after_a_fault(run, end):
     """)
 
 
+def test_model_is_closed_after_a_capture_of_another_thread(run):
+    """Freeing memory during a capture fails, in a destructor, which ends the process."""
+    run("""
+    import threading
+    from dcnv3_tvm.runtime import cuda
+
+    model, gpu = runtime.load(path), Gpu.of(0)
+    model(image)
+    gpu.is_usable = lambda: True  # which would wait, too
+    cudart, stream, graph = ctypes.CDLL("libcudart.so.13"), ctypes.c_void_p(), ctypes.c_void_p()
+    cudart.cudaStreamCreate(ctypes.byref(stream))
+    closing = threading.Thread(target=model.close)
+    with cuda._call_lock:
+        cudart.cudaStreamBeginCapture(stream, 0)
+        closing.start()
+        closing.join(0.2)
+        assert closing.is_alive()
+        assert cudart.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
+    closing.join()
+    assert fake.fake_used() == 0
+    """)
+
+
 def test_invalidated_capture_is_tried_again(run):
     run(
         """

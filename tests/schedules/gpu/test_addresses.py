@@ -5,7 +5,7 @@ import tvm
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.compiler.cuda import device_pipeline
-from dcnv3_tvm.compiler.kernel_listing import model_kernels
+from dcnv3_tvm.compiler.pipeline import run_pipeline
 from dcnv3_tvm.runtime.cuda_toolkit import find_nvcc
 from dcnv3_tvm.schedules import schedule_module
 from dcnv3_tvm.targets import resolve_target
@@ -50,7 +50,7 @@ def test_kernels_of_dynamic_batch_and_size(dtype):
     imported = frontend.import_model(
         model, example=(1, 3, 64, 64), features="never", dynamic_batch=True, dynamic_size=True
     )
-    kernels = model_kernels(imported, TARGET, dtype=dtype)
-    found = compiled({kernel.name: kernel.function for kernel in kernels})
+    program, kernels = run_pipeline(imported, TARGET, dtype=dtype, until="schedule")
+    found = compiled({name: program.module[name] for name in kernels})
     assert len(found) > 10
     assert not {name: each.overflows() for name, each in found.items() if each.overflows()}
