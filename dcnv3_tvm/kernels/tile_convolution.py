@@ -28,6 +28,7 @@ from dcnv3_tvm.kernels.tile_matmul import (
     block_rows,
     block_start,
     count_blocks,
+    has_many_weights,
     supports_tiles,
 )
 from dcnv3_tvm.op.expr import cast, int64, product, static, unflatten
@@ -115,9 +116,15 @@ def tile_convolution(
             out_dtype,
         )
         window = _Window(kernel_size, stride, pad)
-        # Windows of less than half a tile's pixels in a row, and of whole steps, are copied.
-        narrow = 2 * (static(out_width) or TILE) <= TILE and depth % BLOCK == 0
-        add = _add_copied_windows if narrow else _add_lines
+        # Windows of less than half a tile's pixels in a row, and of whole steps, are copied. Those
+        # of a dynamic number are, if copying takes little next to multiplying many weights.
+        width = static(out_width)
+        if width is None:
+            narrow = has_many_weights(kernel_size[0] * depth, out_channels)
+        else:
+            narrow = 2 * width <= TILE
+        copied = narrow and depth % BLOCK == 0
+        add = _add_copied_windows if copied else _add_lines
         add(x, weight, window, finish)
     return builder.get()
 

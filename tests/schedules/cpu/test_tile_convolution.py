@@ -74,6 +74,7 @@ def test_bfloat16_output(rng, target):
 def test_dynamic_sizes(rng, target):
     shape = tuple(tirx.Var(name, "int64") for name in "nhw")
     check(rng, target, (2, 5, 9), (32, 32), shape=shape)
+    check(rng, target, (2, 5, 9), (96, 352), shape=shape)
 
 
 def test_packing(rng):
