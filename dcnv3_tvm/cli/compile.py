@@ -196,11 +196,16 @@ def execute(arguments: argparse.Namespace) -> Result:
 def _check_target(arguments: argparse.Namespace) -> None:
     """Raise the compiler's errors early, before the model is built and imported."""
     from dcnv3_tvm.compiler.compile import check_buildable, check_dtype
+    from dcnv3_tvm.compiler.linker import system_to_build
+    from dcnv3_tvm.compiler.runtime_wheel import runtime_libraries
     from dcnv3_tvm.schedules.records import find_records
-    from dcnv3_tvm.targets import resolve_target
+    from dcnv3_tvm.targets import is_gpu, resolve_target
 
     target = resolve_target(arguments.target)
     check_buildable(target)
+    if arguments.runtime_wheel is not None:
+        system = system_to_build(target)
+        runtime_libraries(system, on_gpu=is_gpu(target), wheel=arguments.runtime_wheel)
     check_dtype(arguments.dtype, target)
     find_records(target, arguments.database)
 

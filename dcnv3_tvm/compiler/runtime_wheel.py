@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -37,7 +38,7 @@ def runtime_libraries(
     system : System
         Runs the artifact.
     on_gpu : bool
-        Whether the library for GPUs is needed, too, which only this system's wheel has.
+        Whether the library for GPUs is needed, too.
     wheel : Path, optional
         Wheel of ``apache-tvm`` to take the library from. By default the installed library is taken,
         or for another system that of the same version, which pip downloads once.
@@ -62,17 +63,17 @@ def runtime_libraries(
         )
     path, version = installed
     name = system.runtime_library
+    names = (name, CUDA_LIBRARY) if on_gpu else (name,)
     if wheel is not None:
-        return {name: _read(wheel, system, version)}
+        return _read(wheel, system, version, names)
     if system == this_system():
-        names = (name, CUDA_LIBRARY) if on_gpu else (name,)
         return {name: path.with_name(name).read_bytes() for name in names}
     cache = cache_folder()
     cached = None if cache is None else cache / f"tvm-{version}" / system.name / name
     if cached is not None and cached.is_file():
         return {name: cached.read_bytes()}
     try:
-        content = _download(system, version)
+        content = _download(system, version, names)[name]
     except (OSError, RuntimeError, InvalidArgumentError) as error:
         warnings.warn(
             f"the artifact has no {name}, because pip cannot download the wheel of "
@@ -90,8 +91,8 @@ def runtime_libraries(
     return {name: content}
 
 
-def _download(system: System, version: str) -> bytes:
-    """Return the library of the wheel that pip downloads, and whose digest it checks."""
+def _download(system: System, version: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Return libraries of the wheel that pip downloads, and whose digest it checks."""
     with files.temporary_folder("wheel-") as folder:
         options = ("--quiet", "--no-deps", "--only-binary=:all:", "--retries=1")
         command = [sys.executable, "-m", "pip", "download", *options]
@@ -99,11 +100,11 @@ def _download(system: System, version: str) -> bytes:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError((done.stderr.strip() or "pip fails").splitlines()[-1])
-        return _read(next(Path(folder).glob("*.whl")), system, version)
+        return _read(next(Path(folder).glob("*.whl")), system, version, names)
 
 
-def _read(wheel: Path, system: System, version: str) -> bytes:
-    """Return the runtime library in a wheel, after checking for what the wheel is."""
+def _read(wheel: Path, system: System, version: str, names: Sequence[str]) -> dict[str, bytes]:
+    """Return libraries in a wheel, after checking what the wheel is for."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             about = {
@@ -126,7 +127,7 @@ def _read(wheel: Path, system: System, version: str) -> bytes:
                     hint=f"Run: pip download --no-deps --only-binary=:all: "
                     f"--platform {system.platform} {_PACKAGE}=={version}",
                 )
-            return archive.read(f"tvm/lib/{system.runtime_library}")
+            return {name: archive.read(f"tvm/lib/{name}") for name in names}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, InvalidArgumentError):
             raise

@@ -150,6 +150,10 @@ def test_invalid_usage(cli, arguments, message, tmp_path, monkeypatch):
         (("--target", "toaster"), "target is unknown"),
         (("--target", "cuda-sm75"), "GPU architecture is not supported"),
         (("--target", "llvm -mtriple=riscv64-linux-gnu"), "allowed: linux-x86_64 (this machine), "),
+        (
+            ("--target", "windows-x86_64", "--runtime-wheel", "none.whl"),
+            "cannot be read; got none.whl",
+        ),
         (("--dtype", "float8"), "allowed: float32, bfloat16, float16"),
         (("--target", "cpu", "--dtype", "float16"), "float16 is not supported on CPUs"),
         (("--database", "nowhere"), "nowhere"),

@@ -1,5 +1,7 @@
 """Linking for this system and others."""
 
+import ctypes
+import math
 import subprocess
 import sys
 
@@ -82,6 +84,10 @@ def test_imports_are_in_the_system(tmp_path, name):
     assert found.imports >= {"erff", "memcpy"}
     needed = {"linux": set(), "macos": {"/usr/lib/libSystem.B.dylib"}, "windows": {"ucrtbase.dll"}}
     assert found.libraries == needed[SYSTEMS[name].operating_system]
+    if name == this_system().name:
+        compute = ctypes.CDLL(str(library)).compute
+        compute.restype, compute.argtypes = ctypes.c_float, (ctypes.c_char_p, ctypes.c_float)
+        assert compute(b"\x07" + bytes(20000), 0.5) == pytest.approx(7 + math.erf(0.5), rel=1e-6)
 
 
 @pytest.mark.usefixtures("without_compiler")
