@@ -1,4 +1,4 @@
-"""Machine code for AArch64: vectors, lanes and registers. `tests/arm64` runs it."""
+"""Machine code for AArch64: vectors, lanes and registers. `tests/emulated_arm64` runs it."""
 
 import re
 
@@ -7,8 +7,11 @@ import tvm
 
 from dcnv3_tvm.compiler import cpu_pipeline
 from dcnv3_tvm.kernels.convolution import convolution
+from dcnv3_tvm.kernels.depthwise import depthwise
 from dcnv3_tvm.kernels.matmul import matmul
+from dcnv3_tvm.op.tensorir import dcnv3_packed
 from dcnv3_tvm.schedules import schedule_module
+from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.targets import resolve_target
 from helpers.aarch64_code import inner_loops
 from helpers.variant_kernels import variant_kernels
@@ -61,6 +64,31 @@ def test_any_number_of_input_features(inputs, dtype, target):
     func = matmul((12,), inputs, 16, tile=8, dtype=dtype)
     loops = inner_loops(scheduled_code(func, target, "matmul"))
     assert all(loop.vector and not loop.spills for loop in loops)
+
+
+def test_dcnv3_multiplies_by_lane():
+    """Sums of two groups, and the weights of their points, stay in registers."""
+    spec = DCNv3Spec.of((1, 28, 28, 64), group=4, softmax=True)
+    loops = inner_loops(scheduled_code(dcnv3_packed(spec, vector_loads=False), N1, "dcnv3"))
+    points = max(loops, key=lambda loop: loop.vector)
+    # 2 groups of 9 points of 4 pixels, each of 2 vectors.
+    assert points.vector == points.by_lane == 2 * 9 * 4 * 2
+    assert points.spills == 0
+    # A load of each pixel, and one of each four weights and then some.
+    assert points.loads <= 1.5 * points.vector
+    assert not any(loop.scalar for loop in loops)
+
+
+def test_depthwise_multiplies_vectors():
+    """Sums of eight pixels stay in registers over the window; normalization is in vectors."""
+    func = depthwise(
+        *(1, 8, 8, 64), kernel_size=(3, 3), pad=(1, 1), bias=True, norm_eps=1e-6, activation="gelu"
+    )
+    loops = inner_loops(scheduled_code(func, N1, "depthwise"))
+    # The window, the variance, and normalization with activation.
+    assert len(loops) == 3
+    assert max(loop.vector for loop in loops) == 8 * 9
+    assert not any(loop.scalar or loop.spills for loop in loops)
 
 
 @pytest.mark.slow
