@@ -69,8 +69,8 @@ def test_wrong_options(options, message, visualize, tmp_path):
 
 
 def test_artifact_without_offsets(visualize, artifact_path):
-    done = visualize(artifact_path, "page.html", "--size", "8")
-    assert (done.code, "fixed image size; got --size 8x8" in done.err) == (2, True)
+    done = visualize(artifact_path, "page.html", "--size", "9")
+    assert (done.code, "this size; got 9x9; allowed: 8x8" in done.err) == (2, True)
     done = visualize(artifact_path, "page.html")
     assert done.code == 2
     assert "Compile with --expose offsets" in done.err

@@ -274,10 +274,10 @@ def test_wrong_number_of_inputs(model, image):
 
 def test_warm_up(make_toy, toy, tmp_path, image, monkeypatch):
     called = []
-    run = runtime.CompiledModel._run
+    run = runtime.CompiledModel._run_entry
     monkeypatch.setattr(
         runtime.CompiledModel,
-        "_run",
+        "_run_entry",
         lambda *given, **options: called.append(given[1]) or run(*given, **options),
     )
     model = runtime.load(make_toy("n").write(tmp_path / "dynamic"), warm_up=True, workers=2)
