@@ -40,15 +40,15 @@ _REUSE: Final = 8
 
 
 _ROWS: Final = 4
-"""Rows of blocks of a task, where they are few or a dynamic number."""
+"""Rows of blocks of a task that has a part of the columns. Of fewer rows, tasks are columns."""
 
 
 def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule matmuls and convolutions in blocks of sums.
 
     A block of sums stays in tile registers over the whole of K, and in the L1 cache until its
-    epilogue is done. A task is one row or column of blocks, or several: of the direction of which
-    there are more. The image of a convolution is padded first.
+    epilogue is done. A task is one row or column of blocks, or several, or a part of the columns of
+    some rows if these are few. The image of a convolution is padded first.
     """
     if refusal := refuse_other_kernels(func, definition.KERNEL, tile_convolution.KERNEL):
         return refusal
@@ -68,7 +68,7 @@ def tile_matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
     if static(counts["rows"]) is None:
         few = definition.has_many_weights(steps * BLOCK, columns * BLOCK)
     else:
-        few = rows < (columns if _bytes(func.params[1]) > _CACHED_BYTES else min(columns, _TASKS))
+        few = rows < (columns if _bytes(func.params[1]) > _CACHED_BYTES else min(columns, _ROWS))
     order = space.pick("order", list(counts), "columns" if few else "rows")
     loops = [row, column] if order == "rows" else [column, row]
     sch.reorder(*loops)

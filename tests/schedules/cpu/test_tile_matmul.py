@@ -122,7 +122,12 @@ def test_tasks_of_dynamic_rows_have_part_of_many_weights():
 
 @pytest.mark.parametrize(
     ("rows", "inner", "columns", "order", "together"),
-    [(196, 256, 1024, "rows", 4), (196, 448, 1792, "columns", 1), (49, 512, 512, "columns", 2)],
+    [
+        (196, 256, 1024, "rows", 4),
+        (144, 256, 432, "rows", 3),
+        (196, 448, 1792, "columns", 1),
+        (49, 512, 512, "columns", 2),
+    ],
 )
 def test_tasks_of_few_rows(rows, inner, columns, order, together):
     """A task has half of the rows, an even number of blocks, unless it would read many weights."""
