@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -95,9 +96,10 @@ class Backend:
     packages: int
     model: int
 
-    def seconds(self) -> float:
-        """Start the program, and return the time until it prints a line."""
+    def run(self) -> tuple[float, float]:
+        """Start the program; return the time until it prints a line, and its processor time."""
         time.sleep(PAUSE)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         start = time.perf_counter()
         with subprocess.Popen(self.command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
@@ -106,7 +108,8 @@ class Backend:
             process.stdout.read()
         if process.returncode != 0 or not line:
             raise RuntimeError(f"{self.command[0]} failed with exit code {process.returncode}")
-        return elapsed
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return elapsed, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     def result(self) -> np.ndarray:
         """Return what it wrote."""
@@ -188,26 +191,28 @@ def measure(found: dict[str, Backend], problem: Problem, rounds: int) -> list[di
     """Compare outputs, then start the backends in turn; print and return the results."""
     errors = {}
     for name, backend in found.items():
-        backend.seconds()  # Also fills the page cache.
+        backend.run()  # Also fills the page cache.
         errors[name] = largest_error([backend.result()], problem.reference, problem.measure)
         if not errors[name] <= problem.tolerance:
             raise SystemExit(f"{name} is wrong: error {errors[name]:.1e}")
-    times: dict[str, list[float]] = {name: [] for name in found}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
     order = list(found)
     for _ in range(rounds):
         for name in order:
-            times[name].append(found[name].seconds())
+            runs[name].append(found[name].run())
         order = order[1:] + order[:1]
     rows = []
     for name, backend in found.items():
-        seconds = Quartiles.of(times[name])
+        seconds, cpu_seconds = (Quartiles.of(values) for values in zip(*runs[name], strict=True))
         packages, model = backend.packages / 1e6, backend.model / 1e6
         print(
             f"{name:26} {seconds.median:6.2f} s ({seconds.lower:.2f} to {seconds.upper:.2f}), "
+            f"processor {cpu_seconds.median:5.2f} s, "
             f"packages {packages:6.1f} MB, model {model:6.1f} MB, error {errors[name]:.1e}"
         )
         rows.append(
-            {"backend": name, "seconds": dataclasses.asdict(seconds), "error": errors[name]}
+            {"backend": name, "seconds": dataclasses.asdict(seconds)}
+            | {"cpu_seconds": dataclasses.asdict(cpu_seconds), "error": errors[name]}
             | {"bytes_of_packages": backend.packages, "bytes_of_model": backend.model}
         )
     return rows
