@@ -29,11 +29,21 @@ const std::map<std::string, std::string> kKernelFlags = {
     {"lse", "atomics"}, {"neon", "asimd"}, {"rdm", "asimdrdm"}, {"sve", "sve"}, {"sve2", "sve2"},
 };
 
+#if defined(__x86_64__)
+constexpr const char* kArchitecture = "x86_64";
+constexpr const char* kFlagsField = "flags";
+#elif defined(__aarch64__)
+constexpr const char* kArchitecture = "aarch64";
+constexpr const char* kFlagsField = "Features";
+#else
+#error "artifacts are for x86-64 and aarch64"
+#endif
+
 std::set<std::string> CpuFlags() {
   std::ifstream file("/proc/cpuinfo");
   std::string line;
   while (std::getline(file, line)) {
-    if (line.rfind("flags", 0) != 0 && line.rfind("Features", 0) != 0) continue;
+    if (line.rfind(kFlagsField, 0) != 0) continue;
     std::istringstream words(line.substr(line.find(':') + 1));
     std::set<std::string> flags;
     for (std::string word; words >> word;) flags.insert(word);
@@ -44,20 +54,12 @@ std::set<std::string> CpuFlags() {
 
 }  // namespace
 
-std::string Architecture() {
-#if defined(__x86_64__)
-  return "x86_64";
-#elif defined(__aarch64__)
-  return "aarch64";
-#else
-#error "artifacts are for x86-64 and aarch64"
-#endif
-}
+std::string Architecture() { return kArchitecture; }
 
 std::vector<std::string> MissingFeatures(const std::vector<std::string>& required) {
   std::set<std::string> present = CpuFlags();
   std::vector<std::string> missing;
-  if (present.empty()) return missing;  // Unknown, as in some sandboxes.
+  if (present.empty()) return missing;  // Unknown, as in some sandboxes and emulators.
   for (const std::string& name : required) {
     auto flag = kKernelFlags.find(name);
     if (flag != kKernelFlags.end() && present.count(flag->second) == 0) missing.push_back(name);
