@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the model on each image, and return the exit code.
+    """Run the model on each image, and return the exit code: 1 if one of them failed.
 
     Parameters
     ----------
@@ -38,17 +38,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         artifact = Path(__file__).resolve().with_name("artifact")
         model = runtime.load(artifact, threads=arguments.threads)
-        for path in arguments.image:
-            result = describe(model, path, arguments.top)
+    except DCNv3Error as error:
+        return _report(error)
+    return max([_run(model, path, arguments) for path in arguments.image])
+
+
+def _run(model: CompiledModel, path: Path, arguments: argparse.Namespace) -> int:
+    try:
+        for result in describe(model, path, arguments.top):
             print(json.dumps(result) if arguments.json else text(result), flush=True)
     except DCNv3Error as error:
-        print(f"run.py: error: {error}", file=sys.stderr)
-        return 1
+        return _report(error)
     return 0
 
 
-def describe(model: CompiledModel, path: Path, top: int) -> dict[str, Any]:
-    """Return the most probable classes of an image, or the shapes of other outputs.
+def _report(error: DCNv3Error) -> int:
+    print(f"run.py: error: {error}", file=sys.stderr)
+    return 1
+
+
+def describe(model: CompiledModel, path: Path, top: int) -> list[dict[str, Any]]:
+    """Return the most probable classes of each image of a file, or the shapes of other outputs.
 
     Parameters
     ----------
@@ -68,20 +78,21 @@ def describe(model: CompiledModel, path: Path, top: int) -> dict[str, Any]:
     outputs = model(image)
     if isinstance(outputs, dict) or outputs.ndim != 2:
         named = outputs if isinstance(outputs, dict) else {model.output_names()[0]: outputs}
-        return {
-            "image": str(path),
-            "outputs": {name: list(values.shape) for name, values in named.items()},
-        }
+        shapes = {name: list(values.shape) for name, values in named.items()}
+        return [{"image": str(path), "outputs": shapes}]
     classes, probabilities = runtime.top_k(outputs, k=min(top, outputs.shape[1]))
     labels = model.metadata.labels
-    return {
-        "image": str(path),
-        "top": [
-            {"class": int(number), "probability": float(probability)}
-            | ({"label": labels[number]} if labels else {})
-            for number, probability in zip(classes[0], probabilities[0], strict=True)
-        ],
-    }
+    return [
+        {
+            "image": str(path) if len(classes) == 1 else f"{path}[{index}]",
+            "top": [
+                {"class": int(number), "probability": float(probability)}
+                | ({"label": labels[number]} if labels else {})
+                for number, probability in zip(*row, strict=True)
+            ],
+        }
+        for index, row in enumerate(zip(classes, probabilities, strict=True))
+    ]
 
 
 def read_array(path: Path) -> np.ndarray:

@@ -227,6 +227,25 @@ def test_script_prints_classes(script, toy, tmp_path, capsys, rng):
     assert [line.split("%  ")[1] for line in lines[1:]] == [LABELS[number] for number in best]
 
 
+def test_script_goes_on_after_an_error(script, photo, capsys):
+    assert script(["none.jpg", str(photo), "--top", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "none.jpg" in shown.err
+    assert shown.out.startswith(f"{photo}\n")
+
+
+def test_script_shows_each_image_of_an_array(tmp_path, monkeypatch, capsys, rng):
+    toy = Toy.build(2)
+    write(toy.write(tmp_path / "artifact"), tmp_path / "bundle")
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "bundle" / "run.py"))
+    images = rng.standard_normal((2, 3, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "two.npy", images)
+    assert run.main([str(tmp_path / "two.npy"), "--top", "1", "--json"]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["image"][-10:] for result in results] == ["two.npy[0]", "two.npy[1]"]
+    assert [result["top"][0]["class"] for result in results] == toy.main(images).argmax(1).tolist()
+
+
 def test_script_reports_errors(script, photo, tmp_path, capsys):
     (tmp_path / "text.npy").write_text("text")
     np.save(tmp_path / "wrong.npy", np.zeros((1, 3, 9, 9), np.float32))
