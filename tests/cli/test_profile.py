@@ -130,4 +130,4 @@ def test_errors(cli, artifact, photo, tmp_path):
     assert "A call takes" in outcome.out, "what was measured is lost"
     gpu = SimpleNamespace(name="cuda:0", is_usable=lambda: True, release_unused=lambda: None)
     with pytest.raises(InvalidArgumentError, match=r"on cuda:0.*nsys profile"):
-        GpuExecution({}, gpu).profile(None, None, calls=1, threads=1)
+        GpuExecution({}, gpu).profile("main", None, None, calls=1, threads=1)
