@@ -147,6 +147,10 @@ void Run(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 2 && std::string(argv[1]) == "--help") {
+    std::fputs(kUsage, stdout);
+    return 0;
+  }
   try {
     Run(Parse(argc, argv));
     return 0;
