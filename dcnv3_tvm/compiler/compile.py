@@ -30,6 +30,7 @@ from dcnv3_tvm.runtime.loading import check_amx, check_target
 from dcnv3_tvm.runtime.metadata import AMX_RULE, ArtifactMetadata
 from dcnv3_tvm.schedules.records import find_records
 from dcnv3_tvm.signature import OFFSETS
+from dcnv3_tvm.systems import this_system
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
 """Element types of matmul operands that a model can be compiled for. Accumulators, the model's
@@ -99,7 +100,15 @@ def compile_model(
     # Loading checks the target as well, but after minutes of compilation.
     resolved = targets.resolve_target(target)
     amx = dtype == "bfloat16" and targets.has_amx(resolved)
-    check_target(target_info(resolved, amx=amx))
+    about = target_info(resolved, amx=amx)
+    if about.is_for_another_system:
+        raise TargetError(
+            "a model for another system cannot be called on this machine",
+            got=about.slug,
+            allowed=this_system().name,
+            hint="Write it with compile_artifact(imported, folder, target=...), and load it there.",
+        )
+    check_target(about)
     if amx:
         check_amx()
     folder = files.temporary_folder()

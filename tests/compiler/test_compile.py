@@ -95,6 +95,11 @@ def test_artifact_for_another_cpu(imported, tmp_path):
     assert not any(feature.startswith("avx512") for feature in metadata.target.features)
 
 
+def test_model_for_another_system(imported):
+    with pytest.raises(TargetError, match=r"got macos-arm64-apple-m1; .*compile_artifact"):
+        dt.compile_model(imported, target="macos-arm64")
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float128"])
 def test_unsupported_dtype(imported, dtype):
     with pytest.raises(InvalidArgumentError, match="allowed: float32"):
