@@ -21,6 +21,7 @@ test: compiler lint
 
 # Also the tests that tests/exhaustive.txt names.
 test-all: compiler lint
+	$(BIN)/python -m pip install --quiet --editable '.[ray]'
 	$(PYTEST)
 
 # Left out of `make check`, with the tests marked as slow: folders whose tests compile encoders,

@@ -134,6 +134,7 @@ def test_static_shape(model, imported, rng):
     assert_agrees(entry_outputs(compile_model(imported), image), model, image, "float32")
 
 
+@pytest.mark.usefixtures("unoptimized")
 def test_dynamic_shape(model, rng):
     compiled = compile_model(
         frontend.import_model(model, example=SHAPE, dynamic_batch=True, dynamic_size=True)
