@@ -64,8 +64,7 @@ def write(path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> 
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, temporary / name)
             shutil.copyfile(Path(__file__).with_name(_SCRIPT), temporary / _SCRIPT)
-            licence = importlib.metadata.distribution("dcnv3-tvm").read_text(f"licenses/{_LICENSE}")
-            (temporary / PACKAGE / _LICENSE).write_text(licence or "", encoding="utf-8")
+            shutil.copyfile(_licence(), temporary / PACKAGE / _LICENSE)
             (temporary / _REQUIREMENTS).write_text(requirements, encoding="utf-8")
             if texts.is_for_linux(metadata):
                 (temporary / _DOCKERFILE).write_text(texts.dockerfile(), encoding="utf-8")
@@ -101,6 +100,12 @@ def _copy_artifact(source: Path, destination: Path, metadata: ArtifactMetadata) 
                 got=source,
                 hint="Copy the artifact again, or compile the model again.",
             )
+
+
+def _licence() -> Path:
+    """Return the file of this package's licence, of an installed package or a clone."""
+    listed = importlib.metadata.files("dcnv3-tvm") or []
+    return Path(str(next(file for file in listed if file.name == _LICENSE).locate()))
 
 
 def _check_replaceable(folder: Path) -> None:
