@@ -55,7 +55,7 @@ def test_next_command_repeats_the_options():
     arguments = whole.parse_args(["tune", MODEL, *options, "--work-dir", "my runs"])
     command = shlex.split(tune._next_command(MODEL, "cpu-znver4", arguments))
     found = whole.parse_args(command[1:])
-    assert (found.model, found.batch, found.size) == (MODEL, 2, (32, 48))
+    assert (found.model, found.batch, found.size) == (MODEL, 2, [(32, 48)])
     assert (found.dtype, found.target, found.database) == ("bfloat16", "cpu-znver4", "my runs")
 
 
