@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from dcnv3_tvm import checks
@@ -16,6 +16,11 @@ _INTERPOLATIONS: Final = ("bicubic", "bilinear", "box", "hamming", "lanczos", "n
 
 _MAX_SIZE: Final = 1 << 14
 """Pixels of the shorter side, and of the crop: bounds the memory."""
+
+
+def size_settings(size: Sequence[Any]) -> dict[str, Any]:
+    """Return the settings that make images of a height and width, without a margin."""
+    return {"crop": size, "resize": max(size)}
 
 
 def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:

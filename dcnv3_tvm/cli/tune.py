@@ -18,6 +18,7 @@ from dcnv3_tvm.cli.arguments import (
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
+from dcnv3_tvm.signature import size_name
 
 if TYPE_CHECKING:
     from dcnv3_tvm.imported_model import ImportedModel
@@ -264,5 +265,5 @@ def _next_command(name: str, target: str, arguments: argparse.Namespace) -> str:
     words = ["dcnv3-tvm", "compile", name, "--checkpoint", "FILE", "--target", target]
     words += ["--dtype", arguments.dtype, "--batch", str(arguments.batch)]
     if arguments.size is not None:
-        words += ["--size", "x".join(map(str, arguments.size))]
+        words += ["--size", size_name(arguments.size)]
     return shlex.join([*words, "--database", str(arguments.work_dir), "-o", name])

@@ -14,6 +14,7 @@ from dcnv3_tvm.cli.model_arguments import add_model, create_described, find_mode
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.cli.run import add_device, add_value_range
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.preprocessing import size_settings
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _sampled(
         progress.step("build PyTorch model")
         model = create_described(name, checkpoint, arguments)
         size = arguments.size or (model_config(name).resolution,) * 2
-        settings = model.config.preprocessing | {"crop": size, "resize": max(size)}
+        settings = model.config.preprocessing | size_settings(size)
         image = preprocess(arguments.image, settings, value_range=arguments.value_range)
     progress.step("run")
     return name, visualize.capture_sampling(model, image), visualize.photo_of(image, settings)

@@ -26,7 +26,7 @@ from dcnv3_tvm.transform.ir import Program
 from dcnv3_tvm.transform.legalize import LEGALIZATIONS
 from dcnv3_tvm.transform.lower_cpu import CpuTiling, lower_cpu
 from dcnv3_tvm.transform.lower_gpu import lower_gpu
-from dcnv3_tvm.transform.share_storage import share_storage
+from dcnv3_tvm.transform.share_storage import is_storage, share_storage, storage_size
 
 PHASES: Final = (
     "imported",
@@ -238,11 +238,8 @@ def _storage_bytes(function: relax.Function) -> int | None:
     """Return the planned storage of a function; None if a size is dynamic."""
     total = 0
     for block in function.body.blocks:
-        for binding in block.bindings:
-            call = binding.value
-            if getattr(getattr(call, "op", None), "name", "") != "relax.memory.alloc_storage":
-                continue
-            size = call.args[0].values[0]
+        for binding in filter(is_storage, block.bindings):
+            size = storage_size(binding)
             if not isinstance(size, tvm.tirx.IntImm):
                 return None
             total += int(size)

@@ -12,6 +12,7 @@ from typing import Any, Final, TypedDict
 from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError
 from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.machine import AMX_FEATURES
+from dcnv3_tvm.preprocessing import size_settings
 from dcnv3_tvm.signature import (
     MAIN,
     OFFSETS,
@@ -217,7 +218,7 @@ class ArtifactMetadata:
         if size is None:
             return self.preprocessing
         if not self.image_sizes:
-            return self.preprocessing and self.preprocessing | {"crop": size, "resize": max(size)}
+            return self.preprocessing and self.preprocessing | size_settings(size)
         if size not in self.image_sizes:
             raise wrong_size(size, self.image_sizes)
         return self.sizes.get(size_name(size), self.preprocessing)

@@ -17,9 +17,8 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.sym import Analyzer
 
-from dcnv3_tvm.transform.share_storage import typical_size
+from dcnv3_tvm.transform.share_storage import is_storage, storage_size, typical_size
 
-_ALLOC_STORAGE: Final = "relax.memory.alloc_storage"
 _MAX_SIZE: Final = 2**31
 
 
@@ -35,7 +34,7 @@ def align_storage(functions: Sequence[relax.Function]) -> list[relax.Function]:
     sizes: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
     for storages in ranked:
         for place, binding in storages.items():
-            sizes[place].append(_size(binding))
+            sizes[place].append(storage_size(binding))
     return [
         _enlarged(function, {binding.var: sizes[place] for place, binding in storages.items()})
         for function, storages in zip(functions, ranked, strict=True)
@@ -46,10 +45,10 @@ def _by_rank(function: relax.Function) -> dict[tuple[Any, ...], relax.Binding]:
     """Return the storages of a function by kind of memory and rank, the largest first."""
     kinds: dict[tuple[str, ...], list[relax.Binding]] = defaultdict(list)
     for block in function.body.blocks:
-        for binding in filter(_is_storage, block.bindings):
+        for binding in filter(is_storage, block.bindings):
             kinds[tuple(map(str, binding.value.args[1:]))].append(binding)
     for bindings in kinds.values():
-        bindings.sort(key=lambda binding: typical_size(_size(binding)), reverse=True)
+        bindings.sort(key=lambda binding: typical_size(storage_size(binding)), reverse=True)
     return {
         (*kind, rank): binding
         for kind, bindings in kinds.items()
@@ -70,7 +69,7 @@ def _enlarged(function: relax.Function, sizes: dict[relax.Var, list[Any]]) -> re
         analyzer.bind(variable, tvm.ir.Range(0, _MAX_SIZE))
 
     def enlarged(binding: relax.Binding) -> relax.Binding:
-        if not _is_storage(binding):
+        if not is_storage(binding):
             return binding
         # Those that depend on a size that this function does not have are left out.
         known = [
@@ -79,7 +78,7 @@ def _enlarged(function: relax.Function, sizes: dict[relax.Var, list[Any]]) -> re
             if all(str(var) in variables for var in tirx.analysis.undefined_vars(size))
         ]
         call = binding.value
-        largest = _maximum([_size(binding), *known], analyzer)
+        largest = _maximum([storage_size(binding), *known], analyzer)
         arguments = [relax.ShapeExpr([largest]), *call.args[1:]]
         return relax.VarBinding(binding.var, relax.Call(call.op, arguments, call.attrs))
 
@@ -101,11 +100,3 @@ def _alternatives(size: Any) -> list[Any]:
     if isinstance(size, tirx.Max):
         return [*_alternatives(size.a), *_alternatives(size.b)]
     return [size]
-
-
-def _is_storage(binding: relax.Binding) -> bool:
-    return getattr(getattr(binding.value, "op", None), "name", "") == _ALLOC_STORAGE
-
-
-def _size(binding: relax.Binding) -> Any:
-    return binding.value.args[0].values[0]

@@ -61,7 +61,7 @@ def share_storage(function: relax.Function) -> relax.Function:
         # A cast finds sizes that storage which is allocated before cannot have.
         if isinstance(binding, relax.MatchCast) or not isinstance(binding.value, _EXPRESSIONS):
             return function
-    planned = {each.var: each.value for each in bindings if _operator(each) == _ALLOC_STORAGE}
+    planned = {each.var: each.value for each in bindings if is_storage(each)}
     ends = _last_reads(bindings, function.body.body)
     storages: dict[Any, list[_Storage]] = defaultdict(list)
     place: dict[relax.Var, _Storage] = {}
@@ -94,7 +94,7 @@ def _rebuilt(
     allocated: set[_Storage] = set()
     result: list[relax.Binding] = []
     for binding in bindings:
-        if _operator(binding) == _ALLOC_STORAGE:
+        if is_storage(binding):
             continue
         if binding.var in place:
             storage, call = place[binding.var], binding.value
@@ -121,6 +121,16 @@ def _last_reads(bindings: Sequence[relax.Binding], result: relax.Expr) -> dict[r
     for var in variables(result):
         ends |= dict.fromkeys(held.get(var, ()), len(bindings))
     return ends
+
+
+def is_storage(binding: relax.Binding) -> bool:
+    """Return whether a binding allocates storage."""
+    return _operator(binding) == _ALLOC_STORAGE
+
+
+def storage_size(binding: relax.Binding) -> Any:
+    """Return the bytes of a binding that allocates storage."""
+    return binding.value.args[0].values[0]
 
 
 def _operator(binding: relax.Binding) -> str:

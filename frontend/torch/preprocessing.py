@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.preprocessing import SETTINGS, check_settings
+from dcnv3_tvm.preprocessing import SETTINGS, check_settings, size_settings
 from dcnv3_tvm.signature import TensorInfo
 
 
@@ -39,7 +39,7 @@ def complete_settings(given: Mapping[str, Any], image: TensorInfo) -> dict[str, 
             allowed="(N, 3, H, W) or (N, H, W, 3), float32",
         )
     size = [image.shape[layout.index(axis)] for axis in "HW"]
-    settings = check_settings({"crop": size, "resize": max(size), "layout": layout} | dict(given))
+    settings = check_settings(size_settings(size) | {"layout": layout} | dict(given))
     if settings["layout"] != layout:
         raise InvalidArgumentError(
             "the layout of the preprocessing is not that of the input",
