@@ -153,7 +153,7 @@ class Service:
             response = _error(422, error)
         except ClientDisconnect:
             response = Response(status_code=CLIENT_CLOSED)  # Nobody receives it.
-        except Exception:
+        except Exception:  # It is counted here, and answered by Starlette.
             self.metrics.requests.labels("500").inc()
             raise
         self.metrics.requests.labels(str(response.status_code)).inc()
