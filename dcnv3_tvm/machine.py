@@ -101,13 +101,13 @@ def cpu_name() -> str:
 
 def cpu_features() -> frozenset[str] | None:
     """Return LLVM's names of this processor's features; None if unknown."""
-    reported = _reported_features()
+    reported = reported_features()
     if reported is None:
         return None
     return frozenset(name for name, is_present in reported.items() if is_present)
 
 
-def _reported_features() -> dict[str, bool] | None:
+def reported_features() -> dict[str, bool] | None:
     """Return whether this processor has each feature that the system reports; None if unknown."""
     if platform.system() == "Darwin":
         return system_calls.macos_features()
@@ -137,11 +137,9 @@ def missing_features(required: Iterable[str]) -> list[str]:
         LLVM names, with or without a leading ``+``. Features that do not affect compiled code, or
         of which the system tells nothing, are ignored.
     """
-    present, reported = cpu_features(), _reported_features()
-    if present is None or reported is None:
-        return []
+    reported = reported_features() or {}
     names = {name.removeprefix("+") for name in required}
-    return sorted(name for name in names if name in reported and name not in present)
+    return sorted(name for name in names if not reported.get(name, True))
 
 
 @functools.cache

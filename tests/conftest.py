@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dcnv3_tvm import machine
 from dcnv3_tvm.environment import DCNV3_TVM_CACHE
 from emulated_gpu import EmulatedGpu
 
@@ -37,6 +38,17 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20260801)
+
+
+@pytest.fixture
+def report_features(monkeypatch):
+    """Make this machine report that its processor has the given features, and no others."""
+
+    def report(features):
+        reported = {name: name in features for name in machine._KERNEL_FLAGS}
+        monkeypatch.setattr(machine, "reported_features", lambda: reported)
+
+    return report
 
 
 @pytest.fixture(scope="session")

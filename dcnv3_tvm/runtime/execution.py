@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime import cuda, profile
 from dcnv3_tvm.runtime.arguments import Arguments
 from dcnv3_tvm.runtime.call_threads import Contexts, closed_error
@@ -26,17 +25,6 @@ class Execution(Protocol):
 
         With `rotate`, as many calls as there are workers use each of them, if no other call runs.
         """
-
-    def profile(
-        self,
-        entry: str,
-        metadata: ArtifactMetadata,
-        arguments: Arguments,
-        *,
-        calls: int,
-        threads: int,
-    ) -> profile.Profile:
-        """Time the kernels of an entry."""
 
     def close(self) -> None:
         """Release the functions; later calls raise an `InvalidArgumentError`."""
@@ -62,7 +50,7 @@ class CpuExecution:
             lambda functions: functions[entry](*inputs), threads, rotate=rotate
         )
 
-    def profile(  # noqa: D102
+    def profile(
         self,
         entry: str,
         metadata: ArtifactMetadata,
@@ -71,6 +59,7 @@ class CpuExecution:
         calls: int,
         threads: int,
     ) -> profile.Profile:
+        """Time the kernels of an entry."""
         inputs = arguments.to_kernel([])
 
         def run(job: profile.Job) -> Any:
@@ -131,21 +120,6 @@ class GpuExecution:
                 result = function(*inputs)
             self._captured.add(entry)
             return result
-
-    def profile(  # noqa: D102
-        self,
-        entry: str,  # noqa: ARG002
-        metadata: ArtifactMetadata,  # noqa: ARG002
-        arguments: Arguments,  # noqa: ARG002
-        *,
-        calls: int,  # noqa: ARG002
-        threads: int,  # noqa: ARG002
-    ) -> profile.Profile:
-        raise InvalidArgumentError(
-            "kernels are timed on the CPU only",
-            got=f"a model on {self._gpu.name}",
-            hint="On a GPU, use NVIDIA's profiler: nsys profile dcnv3-tvm run ARTIFACT IMAGE",
-        )
 
     def close(self) -> None:  # noqa: D102
         with self._lock:

@@ -205,6 +205,12 @@ class CompiledModel:
             As in a call, and if the model is on a GPU.
         """
         calls = checks.integer("calls", calls, low=1, high=_MAX_CALLS)
+        if not isinstance(self._execution, CpuExecution):
+            raise InvalidArgumentError(
+                "kernels are timed on the CPU only",
+                got=f"a model on {self.device}",
+                hint="On a GPU, use NVIDIA's profiler: nsys profile dcnv3-tvm run ARTIFACT IMAGE",
+            )
         name, ordered = self._chosen(MAIN, inputs, named)
         arguments = Arguments(ordered, self._entry(name).inputs, self._gpu)
         try:

@@ -5,7 +5,6 @@ import itertools
 import json
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from dcnv3_tvm.bench.roofline import Peaks
 from dcnv3_tvm.compiler.compile import compile_artifact
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime import profile
-from dcnv3_tvm.runtime.execution import GpuExecution
 from dcnv3_tvm.verify.random_weights import randomize_
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
@@ -128,6 +126,7 @@ def test_errors(cli, artifact, photo, tmp_path):
     assert outcome.code == 2
     assert "the trace cannot be written" in outcome.err
     assert "A call takes" in outcome.out, "what was measured is lost"
-    gpu = SimpleNamespace(name="cuda:0", is_usable=lambda: True, release_unused=lambda: None)
+    model = runtime.load(artifact)
+    model.device, model._execution = "cuda:0", object()  # Not a `CpuExecution`.
     with pytest.raises(InvalidArgumentError, match=r"on cuda:0.*nsys profile"):
-        GpuExecution({}, gpu).profile("main", None, None, calls=1, threads=1)
+        model.profile()

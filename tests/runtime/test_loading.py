@@ -122,22 +122,22 @@ def test_metadata_is_not_text(artifact_path):
         (TargetInfo("llvm", features=("+avx512f", "amx-int8", "clwb")), "lacks amx-int8"),
     ],
 )
-def test_target_does_not_fit(toy, tmp_path, monkeypatch, target, message):
-    monkeypatch.setattr(machine, "cpu_features", lambda: frozenset({"avx2", "avx512f"}))
+def test_target_does_not_fit(toy, tmp_path, target, message, report_features):
+    report_features({"avx2", "avx512f"})
     with pytest.raises(TargetError, match=message):
         runtime.load(toy.write(tmp_path / "x", target=target))
 
 
-def test_amx_is_permitted_by_the_system(toy, tmp_path, monkeypatch):
+def test_amx_is_permitted_by_the_system(toy, tmp_path, monkeypatch, report_features):
     """Only artifacts whose kernels use AMX ask for the permission."""
-    monkeypatch.setattr(machine, "cpu_features", lambda: machine.AMX_FEATURES)
+    report_features(machine.AMX_FEATURES)
     monkeypatch.setattr(loading, "enable_amx", lambda: False)
     target = TargetInfo("llvm", this_system().triple, features=("amx-bf16", "amx-tile"))
     assert runtime.load(toy.write(tmp_path / "x", target=target)).metadata.uses_amx is False
     kernels = {"matmul": "tile_matmul"}
     with pytest.raises(TargetError, match=r'denies the use of AMX.*dtype="float32"'):
         runtime.load(toy.write(tmp_path / "x", target=target, kernels=kernels))
-    monkeypatch.setattr(machine, "cpu_features", frozenset)
+    report_features(set())
     with pytest.raises(TargetError, match=r"lacks amx-bf16, amx-tile\. Compile the model again"):
         runtime.load(toy.write(tmp_path / "x", target=target, kernels=kernels))
 
