@@ -20,6 +20,7 @@ from dcnv3_tvm.machine import enable_amx, usable_cores
 from dcnv3_tvm.op.reference import Float64Array
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.runtime.cuda import load_runtime
+from dcnv3_tvm.tuning import cpu_caches
 from dcnv3_tvm.tuning.rpc import RpcConfig, import_tvm_rpc
 from dcnv3_tvm.verify.tolerances import LAYER
 
@@ -61,11 +62,12 @@ class KernelRunner:
     def measure(
         self, path: Path, arguments: tuple[KernelArgument, ...], seconds: float, timeout: float
     ) -> list[float]:
-        """Time a kernel with cold caches.
+        """Time a kernel with caches as in a model.
 
-        The cache is flushed before each call: on a CPU all arguments but the first, on a GPU
-        everything. Weights thus come from memory, as they do in a model. So do a residual and the
-        output's cache lines, and on a GPU the first argument, which a model may find in the cache.
+        Before each call, all arguments but the first are evicted from the caches of a CPU, and
+        everything from those of a GPU. Weights thus come from memory, as they do in a model. So do
+        a residual and the output's cache lines, and on a GPU the first argument, which a model may
+        find in the cache. On a CPU that is written by the threads which read it.
 
         Parameters
         ----------
@@ -86,7 +88,7 @@ class KernelRunner:
         module, device = self._load(path, timeout)
         rng = np.random.default_rng(0)
         tensors = [tvm.runtime.tensor(_random(rng, tensor), device) for tensor in arguments]
-        flush: dict[str, Any] = {"f_preproc": "cache_flush_cpu_non_first_arg"}
+        flush: dict[str, Any] = {"f_preproc": cpu_caches.PREPARE}
         if self.kind == "cuda":
             flush = {"cache_flush_bytes": _GPU_FLUSH_BYTES}
 
@@ -146,6 +148,7 @@ class KernelRunner:
         os.sched_setaffinity(0, sorted(usable_cores())[: self.threads])
         library.use_threads(self.threads)
         enable_amx()
+        cpu_caches.register()
         return tvm.runtime.load_module(str(path)), tvm.cpu(0)
 
     def _load_remotely(self, rpc: RpcConfig, path: Path, timeout: float) -> tuple[Any, Any]:

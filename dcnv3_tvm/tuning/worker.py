@@ -12,6 +12,7 @@ from dcnv3_tvm.errors import MissingDependencyError, TargetError
 from dcnv3_tvm.machine import enable_amx
 from dcnv3_tvm.runtime.cuda import load_runtime
 from dcnv3_tvm.runtime.library import default_threads
+from dcnv3_tvm.tuning import cpu_caches
 from dcnv3_tvm.tuning.rpc import check_tracker, import_tvm_rpc
 
 _POLL_SECONDS: Final = 0.5
@@ -74,7 +75,8 @@ def serve(
 
 
 def _prepare_devices() -> None:
-    """Ask for AMX, and load the CUDA runtime if the machine has a GPU, in a measuring process."""
+    """Prepare a measuring process: caches, AMX, and the CUDA runtime if there is a GPU."""
+    cpu_caches.register()
     enable_amx()
     with contextlib.suppress(TargetError, MissingDependencyError):
         load_runtime()
