@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -21,6 +22,30 @@ _MAX_SIZE: Final = 1 << 14
 def size_settings(size: Sequence[Any]) -> dict[str, Any]:
     """Return the settings that make images of a height and width, without a margin."""
     return {"crop": size, "resize": max(size)}
+
+
+def parse_image_size(text: str) -> tuple[int, int]:
+    """Return height and width of ``HxW``, or of one number for both.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the text is something else, or a side is too long.
+
+    Examples
+    --------
+    >>> parse_image_size("384x640"), parse_image_size("224")
+    ((384, 640), (224, 224))
+    """
+    match = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", text, re.ASCII)
+    sides = () if match is None else (int(match[1]), int(match[2] or match[1]))
+    if not sides or not all(1 <= side <= _MAX_SIZE for side in sides):
+        raise InvalidArgumentError(
+            "the image size is invalid",
+            got=repr(text),
+            allowed=f"height and width such as 384x640, or 224 for both, from 1 to {_MAX_SIZE}",
+        )
+    return sides
 
 
 def check_settings(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Classify a folder of images on a Ray cluster, and write a row for each to Parquet or CSV.
 
     pip install 'dcnv3-tvm[ray]'
-    python examples/ray_batch.py ARTIFACT IMAGES OUTPUT [--workers 2] [--format csv]
+    python examples/ray_batch.py ARTIFACT IMAGES OUTPUT [--workers 2] [--size 384x640]
 
 Each worker is a process that computes with one thread. Processes on one machine share the weights
 in memory, because they map the same file. Without a cluster (RAY_ADDRESS), one is started on this
@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 import dcnv3_tvm as dt
-from dcnv3_tvm.cli.arguments import parse_count, parse_path
+from dcnv3_tvm.cli.arguments import add_chosen_size, parse_count, parse_path
 from dcnv3_tvm.errors import ImageError
 from dcnv3_tvm.runtime import top_k
 
@@ -39,9 +39,12 @@ class Classifier:
         Folder of a model with batch size 1 or dynamic batch.
     top : int
         Number of classes of an image.
+    size : (int, int), optional
+        Height and width that images get; by default the model's first.
     """
 
-    def __init__(self, artifact: str, top: int = 5) -> None:
+    def __init__(self, artifact: str, top: int = 5, size: tuple[int, int] | None = None) -> None:
+        self._size = size
         self._model = dt.load(artifact, threads=1, warm_up=True)
         self._labels = np.array(self._model.metadata.labels)
         classes = self._model.metadata.entries["main"].outputs[0].shape[1]
@@ -59,7 +62,7 @@ class Classifier:
         for row, path in enumerate(batch["path"]):
             # One by one: on a CPU, a batch of several computes no more images a second.
             try:
-                logits = self._model(self._model.preprocess(str(path)))
+                logits = self._model(self._model.preprocess(str(path), size=self._size))
             except ImageError as error:
                 errors[row] = str(error)
                 continue
@@ -91,7 +94,12 @@ def main() -> int:
     parser.add_argument(
         "--top", type=parse_count, default=5, help="classes of an image (default: 5)"
     )
+    add_chosen_size(parser)
     arguments = parser.parse_args()
+    try:
+        dt.runtime.read_metadata(arguments.artifact).preprocessing_for(arguments.size)
+    except dt.DCNv3Error as error:
+        parser.error(str(error))
     paths = find_images(arguments.images)
     if not paths:
         parser.error(f"{arguments.images}: no files that end with {', '.join(SUFFIXES)}")
@@ -105,7 +113,11 @@ def main() -> int:
         ray.data.from_items([{"path": path} for path in paths])
         .map_batches(
             Classifier,
-            fn_constructor_args=(str(arguments.artifact.resolve()), arguments.top),
+            fn_constructor_args=(
+                str(arguments.artifact.resolve()),
+                arguments.top,
+                arguments.size,
+            ),
             batch_size=BATCH,
             num_cpus=1,
             compute=ray.data.ActorPoolStrategy(size=arguments.workers),

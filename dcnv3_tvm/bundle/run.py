@@ -1,6 +1,6 @@
 """Run the model of this folder on images, and print the most probable classes.
 
-An image is a file of any size, or an .npy file with the input itself.
+An image is a file of any size, or an .npy file with the input itself, whose shape is its size.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 
 from dcnv3_tvm import runtime
 from dcnv3_tvm.errors import DCNv3Error
+from dcnv3_tvm.preprocessing import parse_image_size
 
 if TYPE_CHECKING:
     from dcnv3_tvm.runtime import CompiledModel
@@ -32,20 +33,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("image", nargs="+", type=Path, help="image file, or input as .npy")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes (default: 5)")
+    parser.add_argument(
+        "--size",
+        metavar="HxW",
+        help="size that image files get, of those the model takes (default: the first)",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each image")
     arguments = parser.parse_args(argv)
     try:
+        size = None if arguments.size is None else parse_image_size(arguments.size)
         artifact = Path(__file__).resolve().with_name("artifact")
         model = runtime.load(artifact, threads=arguments.threads)
+        model.metadata.preprocessing_for(size)  # Raises an error once, not for each image.
     except DCNv3Error as error:
         return _report(error)
-    return max([_run(model, path, arguments) for path in arguments.image])
+    return max([_run(model, path, size, arguments) for path in arguments.image])
 
 
-def _run(model: CompiledModel, path: Path, arguments: argparse.Namespace) -> int:
+def _run(
+    model: CompiledModel, path: Path, size: tuple[int, int] | None, arguments: argparse.Namespace
+) -> int:
     try:
-        for result in describe(model, path, arguments.top):
+        for result in describe(model, path, top=arguments.top, size=size):
             print(json.dumps(result) if arguments.json else text(result), flush=True)
     except DCNv3Error as error:
         return _report(error)
@@ -57,7 +67,9 @@ def _report(error: DCNv3Error) -> int:
     return 1
 
 
-def describe(model: CompiledModel, path: Path, top: int) -> list[dict[str, Any]]:
+def describe(
+    model: CompiledModel, path: Path, *, top: int, size: tuple[int, int] | None = None
+) -> list[dict[str, Any]]:
     """Return the most probable classes of each image of a file, or the shapes of other outputs.
 
     Parameters
@@ -68,13 +80,15 @@ def describe(model: CompiledModel, path: Path, top: int) -> list[dict[str, Any]]
         The image, or its input as ``.npy``.
     top : int
         Number of classes, at least 1.
+    size : (int, int), optional
+        Height and width that an image gets; by default the model's first.
 
     Raises
     ------
     DCNv3Error
         If the file cannot be read, or is not an input of the model.
     """
-    image = read_array(path) if path.suffix == ".npy" else model.preprocess(path)
+    image = read_array(path) if path.suffix == ".npy" else model.preprocess(path, size=size)
     outputs = model(image)
     if isinstance(outputs, dict) or outputs.ndim != 2:
         named = outputs if isinstance(outputs, dict) else {model.output_names()[0]: outputs}

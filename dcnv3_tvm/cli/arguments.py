@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from dcnv3_tvm.errors import InvalidArgumentError, first_line
+from dcnv3_tvm.preprocessing import parse_image_size
 
 _Number = TypeVar("_Number", int, float)
-
-_MAX_SIDE: Final = 16384
 
 _MAX_VALUES: Final = 2**31 - 1
 """Compiled code indexes with 32 bits."""
@@ -182,13 +181,10 @@ def parse_positive(text: str) -> float:
 
 def parse_size(text: str) -> tuple[int, int]:
     """Parse ``HxW``, or one number for both."""
-    match = re.fullmatch(r"(\d{1,9})(?:[xX](\d{1,9}))?", text, re.ASCII)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 384x512 or 224")
-    height, width = int(match[1]), int(match[2] or match[1])
-    if not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
-        raise argparse.ArgumentTypeError(f"{text!r}: height and width are from 1 to {_MAX_SIDE}")
-    return height, width
+    try:
+        return parse_image_size(text)
+    except InvalidArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def in_options(message: str, arguments: argparse.Namespace) -> str:

@@ -102,6 +102,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         raise InvalidArgumentError(
             "the artifact has no feature maps", got=", ".join(model.output_names())
         )
+    model.metadata.preprocessing_for(arguments.size)  # Raises before results are replaced.
     if not many:
         return _run_one(model, entry, arguments)
     return run_batch(

@@ -15,6 +15,7 @@ namespace ffi = tvm::ffi;
 namespace {
 
 constexpr int64_t kSchemaVersion = 3;
+constexpr const char* kMain = "main";
 constexpr const char* kMetadata = "metadata.json";
 constexpr const char* kLibrary = "model.so";
 constexpr const char* kRuntimeLibrary = "libtvm_runtime.so";
@@ -72,6 +73,27 @@ std::vector<TensorInfo> ReadTensorInfos(const JsonObject& entry, const std::stri
   return infos;
 }
 
+// The size of an input, unless it is dynamic or no image.
+std::optional<ImageSize> FixedSize(const TensorInfo& input) {
+  size_t height = input.layout.find('H'), width = input.layout.find('W');
+  if (height >= input.sizes.size() || width >= input.sizes.size()) return {};
+  const TensorInfo::Size &rows = input.sizes[height], &columns = input.sizes[width];
+  if (!rows.name.empty() || !columns.name.empty()) return {};
+  return ImageSize{static_cast<int>(rows.multiple), static_cast<int>(columns.multiple)};
+}
+
+std::string Text(const ImageSize& size) {
+  return std::to_string(size.height) + "x" + std::to_string(size.width);
+}
+
+bool Fits(const std::vector<int64_t>& shape, const TensorInfo& input) {
+  return std::equal(shape.begin(), shape.end(), input.sizes.begin(), input.sizes.end(),
+                    [](int64_t extent, const TensorInfo::Size& size) {
+                      return size.name.empty() ? extent == size.multiple
+                                               : extent % size.multiple == 0;
+                    });
+}
+
 // Load TVM's runtime, whose symbols the code needs.
 void LoadRuntime(const std::string& library, int threads) {
   // TVM reads the size of its thread pool from the environment when it first uses it.
@@ -85,17 +107,33 @@ void LoadRuntime(const std::string& library, int threads) {
   ffi::Function::GetGlobalRequired("runtime.config_threadpool")(kShareAllCores, threads, cores);
 }
 
-ffi::Function LoadMain(const std::filesystem::path& library) {
-  auto function = [](const ffi::Module& module, const char* name) {
-    ffi::Optional<ffi::Function> found = module->GetFunction(name);
-    if (!found) throw Error(std::string(kLibrary) + " has no function '" + name + "'");
-    return *found;
-  };
+ffi::Function FindFunction(const ffi::Module& module, const std::string& name) {
+  ffi::Optional<ffi::Function> found = module->GetFunction(name);
+  if (!found) throw Error(std::string(kLibrary) + " has no function '" + name + "'");
+  return *found;
+}
+
+ffi::Module LoadCode(const std::filesystem::path& library) {
   ffi::Module code = ffi::Module::LoadFromFile(std::filesystem::absolute(library).string());
-  auto machine = function(code, "vm_load_executable")().cast<ffi::Module>();
+  auto machine = FindFunction(code, "vm_load_executable")().cast<ffi::Module>();
   constexpr int kPooledAllocator = 2;
-  function(machine, "vm_initialization")(static_cast<int>(kDLCPU), 0, kPooledAllocator);
-  return function(machine, "main");
+  FindFunction(machine, "vm_initialization")(static_cast<int>(kDLCPU), 0, kPooledAllocator);
+  return machine;
+}
+
+Entry ReadEntry(const JsonObject& json, const JsonObject& preprocessing,
+                const std::map<std::string, ffi::Tensor>& tensors) {
+  std::vector<TensorInfo> inputs = ReadTensorInfos(json, "inputs");
+  if (inputs.size() != 1 || inputs[0].dtype != "float32") {
+    throw Error("this program runs models with one input of float32");
+  }
+  Entry entry{inputs[0], ReadTensorInfos(json, "outputs"), preprocessing, {}, {}};
+  for (const auto& name : GetList<std::string>(json, "weights")) {
+    auto tensor = tensors.find(name);
+    if (tensor == tensors.end()) throw Error(std::string(kWeights) + " has no '" + name + "'");
+    entry.weights.push_back(tensor->second);
+  }
+  return entry;
 }
 
 // A result is a tensor, or an array of results.
@@ -132,22 +170,21 @@ Artifact::Artifact(const std::filesystem::path& folder, bool trust_weights, int 
   MappedFile weights = MapFile(folder / kWeights);
   if (!trust_weights) CheckDigest(kWeights, weights, digests);
 
-  auto entry = Get<JsonObject>(Get<JsonObject>(metadata_, "entries"), "main");
-  std::vector<TensorInfo> inputs = ReadTensorInfos(entry, "inputs");
-  if (inputs.size() != 1 || inputs[0].dtype != "float32") {
-    throw Error("this program runs models with one input of float32");
-  }
-  input_ = inputs[0];
-  outputs_ = ReadTensorInfos(entry, "outputs");
   labels_ = GetList<std::string>(metadata_, "labels");
   std::map<std::string, ffi::Tensor> tensors = ReadWeights(weights);
-  for (const auto& name : GetList<std::string>(entry, "weights")) {
-    auto tensor = tensors.find(name);
-    if (tensor == tensors.end()) throw Error(std::string(kWeights) + " has no '" + name + "'");
-    weights_.push_back(tensor->second);
-  }
   LoadRuntime(runtime, threads);
-  main_ = LoadMain(folder / kLibrary);
+  ffi::Module code = LoadCode(folder / kLibrary);
+  auto entries = Get<JsonObject>(metadata_, "entries");
+  auto add = [&](const std::string& name, const JsonObject& preprocessing) {
+    entries_.push_back(ReadEntry(Get<JsonObject>(entries, name), preprocessing, tensors));
+    entries_.back().function = FindFunction(code, name);
+  };
+  add(kMain, Get<JsonObject>(metadata_, "preprocessing"));
+  if (metadata_.count(ffi::String("sizes")) == 0) return;
+  for (const auto& [size, settings] : Get<JsonObject>(metadata_, "sizes")) {
+    add(std::string(kMain) + "_" + Cast<std::string>(size, "a size"),
+        Cast<JsonObject>(settings, "the settings of a size"));
+  }
 }
 
 void Artifact::CheckRunsHere() const {
@@ -182,8 +219,28 @@ void Artifact::CheckRunsHere() const {
   }
 }
 
-Preprocessing Artifact::preprocessing() const {
-  auto settings = Get<JsonObject>(metadata_, "preprocessing");
+std::vector<ImageSize> Artifact::sizes() const {
+  std::vector<ImageSize> sizes;
+  for (const Entry& entry : entries_) {
+    if (std::optional<ImageSize> size = FixedSize(entry.input)) sizes.push_back(*size);
+  }
+  return sizes;
+}
+
+const Entry& Artifact::EntryFor(const std::optional<ImageSize>& size) const {
+  std::string allowed;
+  for (const Entry& entry : entries_) {
+    std::optional<ImageSize> fixed = FixedSize(entry.input);
+    bool fits = !fixed || !size || (fixed->height == size->height && fixed->width == size->width);
+    if (fits) return entry;
+    allowed += (allowed.empty() ? "" : ", ") + Text(*fixed);
+  }
+  throw Error("the model does not take images of " + Text(*size) + ", but of " + allowed);
+}
+
+Preprocessing Artifact::preprocessing(const std::optional<ImageSize>& size) const {
+  const Entry& entry = EntryFor(size);
+  const JsonObject& settings = entry.preprocessing;
   if (settings.empty()) throw Error("the artifact has no preprocessing settings: pass a .f32 file");
   Preprocessing result;
   auto crop = GetList<int64_t>(settings, "crop");
@@ -192,8 +249,11 @@ Preprocessing Artifact::preprocessing() const {
     throw Error("the preprocessing settings are invalid");
   }
   result.resize = static_cast<int>(Get<int64_t>(settings, "resize"));
-  result.crop_height = static_cast<int>(crop[0]);
-  result.crop_width = static_cast<int>(crop[1]);
+  result.crop = {static_cast<int>(crop[0]), static_cast<int>(crop[1])};
+  if (size && !FixedSize(entry.input)) {
+    result.crop = *size;
+    result.resize = std::max(size->height, size->width);
+  }
   std::copy(mean.begin(), mean.end(), result.mean);
   std::copy(std.begin(), std.end(), result.std);
   result.interpolation = Get<std::string>(settings, "interpolation");
@@ -201,18 +261,19 @@ Preprocessing Artifact::preprocessing() const {
   return result;
 }
 
-std::vector<int64_t> Artifact::InputShape(const std::optional<Preprocessing>& crop) const {
+std::vector<int64_t> Artifact::InputShape(const std::optional<ImageSize>& size) const {
+  const TensorInfo& input = EntryFor(size).input;
   std::vector<int64_t> shape;
-  for (size_t axis = 0; axis < input_.sizes.size(); ++axis) {
-    const TensorInfo::Size& size = input_.sizes[axis];
-    char letter = axis < input_.layout.size() ? input_.layout[axis] : ' ';
-    int64_t extent = letter == 'H' && crop   ? crop->crop_height
-                     : letter == 'W' && crop ? crop->crop_width
+  for (size_t axis = 0; axis < input.sizes.size(); ++axis) {
+    const TensorInfo::Size& expected = input.sizes[axis];
+    char letter = axis < input.layout.size() ? input.layout[axis] : ' ';
+    int64_t extent = letter == 'H' && size   ? size->height
+                     : letter == 'W' && size ? size->width
                                              : 1;
-    if (size.name.empty()) extent = size.multiple;
-    if (extent % size.multiple != 0) {
-      throw Error("'" + size.name + "' of the input is a multiple of " +
-                  std::to_string(size.multiple) + ", but the crop is " + std::to_string(extent));
+    if (expected.name.empty()) extent = expected.multiple;
+    if (extent % expected.multiple != 0) {
+      throw Error("'" + expected.name + "' of the input is a multiple of " +
+                  std::to_string(expected.multiple) + ", not " + std::to_string(extent));
     }
     shape.push_back(extent);
   }
@@ -221,10 +282,13 @@ std::vector<int64_t> Artifact::InputShape(const std::optional<Preprocessing>& cr
 
 std::vector<ffi::Tensor> Artifact::Run(const std::shared_ptr<uint8_t>& values,
                                        const std::vector<int64_t>& shape) const {
+  auto entry = std::find_if(entries_.begin(), entries_.end(),
+                            [&](const Entry& each) { return Fits(shape, each.input); });
+  if (entry == entries_.end()) throw Error("the model takes no input of this shape");
   // Compiled code takes an axis of size 32*h as two.
   std::vector<int64_t> kernel_shape;
   for (size_t axis = 0; axis < shape.size(); ++axis) {
-    const TensorInfo::Size& size = input_.sizes[axis];
+    const TensorInfo::Size& size = entry->input.sizes[axis];
     bool split = !size.name.empty() && size.multiple > 1;
     kernel_shape.push_back(split ? shape[axis] / size.multiple : shape[axis]);
     if (split) kernel_shape.push_back(size.multiple);
@@ -232,11 +296,11 @@ std::vector<ffi::Tensor> Artifact::Run(const std::shared_ptr<uint8_t>& values,
   std::vector<ffi::AnyView> arguments;
   ffi::Tensor input = View(values, kernel_shape, DLDataType{kDLFloat, 32, 1});
   arguments.emplace_back(input);
-  arguments.insert(arguments.end(), weights_.begin(), weights_.end());
+  arguments.insert(arguments.end(), entry->weights.begin(), entry->weights.end());
   ffi::Any result;
-  main_.CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
+  entry->function.CallPacked(arguments.data(), static_cast<int32_t>(arguments.size()), &result);
   std::vector<ffi::Tensor> outputs;
   Flatten(result, &outputs);
-  if (outputs.size() != outputs_.size()) throw Error("the model returns another number of outputs");
+  if (outputs.size() != entry->outputs.size()) throw Error("the model returns another number of outputs");
   return outputs;
 }

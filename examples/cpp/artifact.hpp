@@ -21,34 +21,45 @@ struct TensorInfo {
   std::vector<Size> sizes;
 };
 
+// What a model computes for images of one size, or of any if its input has dynamic sizes.
+struct Entry {
+  TensorInfo input;
+  std::vector<TensorInfo> outputs;
+  JsonObject preprocessing;
+  std::vector<tvm::ffi::Tensor> weights;  // in call order
+  tvm::ffi::Function function;
+};
+
 class Artifact {
  public:
   // Load an artifact, after checking that it is intact and runs on this machine. `trust_weights`:
   // do not compute the digest of the weights, which reads all of them.
   Artifact(const std::filesystem::path& folder, bool trust_weights, int threads);
 
-  // How an image becomes the input.
-  Preprocessing preprocessing() const;
+  // The sizes of the images that the model takes, by default the first; empty if they are dynamic.
+  std::vector<ImageSize> sizes() const;
+
+  // How an image becomes the input of a size, by default the first.
+  Preprocessing preprocessing(const std::optional<ImageSize>& size = {}) const;
 
   // Names of the classes; empty if the artifact has none.
   const std::vector<std::string>& labels() const { return labels_; }
 
-  const std::vector<TensorInfo>& outputs() const { return outputs_; }
+  const std::vector<TensorInfo>& outputs() const { return entries_[0].outputs; }
 
-  // The shape of the input for one image; dynamic sizes are those of `crop`.
-  std::vector<int64_t> InputShape(const std::optional<Preprocessing>& crop) const;
+  // The shape of the input for one image of a size, by default the first.
+  std::vector<int64_t> InputShape(const std::optional<ImageSize>& size = {}) const;
 
-  // Call the function "main". `values` holds the input, contiguous.
+  // Call the model. `values` holds the input, contiguous.
   std::vector<tvm::ffi::Tensor> Run(const std::shared_ptr<uint8_t>& values,
                                     const std::vector<int64_t>& shape) const;
 
  private:
   void CheckRunsHere() const;
 
+  const Entry& EntryFor(const std::optional<ImageSize>& size) const;
+
   JsonObject metadata_;
-  TensorInfo input_;
-  std::vector<TensorInfo> outputs_;
+  std::vector<Entry> entries_;  // one for each size; at least one
   std::vector<std::string> labels_;
-  std::vector<tvm::ffi::Tensor> weights_;  // in call order
-  tvm::ffi::Function main_;
 };

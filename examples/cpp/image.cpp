@@ -228,15 +228,15 @@ void Preprocess(const Image& image, const Preprocessing& settings, float* values
   auto resized = [&](int size) {
     return size == shorter ? settings.resize : static_cast<int>(scale * size);
   };
-  int width = std::max(resized(picture.width), settings.crop_width);
-  int height = std::max(resized(picture.height), settings.crop_height);
+  int width = std::max(resized(picture.width), settings.crop.width);
+  int height = std::max(resized(picture.height), settings.crop.height);
   picture = ResizeRows(picture, width, filter);
   picture = Transposed(ResizeRows(Transposed(picture), height, filter));
   // Half to even, as Python rounds.
-  int left = static_cast<int>(std::nearbyint((width - settings.crop_width) / 2.0));
-  int top = static_cast<int>(std::nearbyint((height - settings.crop_height) / 2.0));
-  picture = Crop(picture, left, top, settings.crop_width, settings.crop_height);
-  size_t area = size_t(settings.crop_width) * settings.crop_height;
+  int left = static_cast<int>(std::nearbyint((width - settings.crop.width) / 2.0));
+  int top = static_cast<int>(std::nearbyint((height - settings.crop.height) / 2.0));
+  picture = Crop(picture, left, top, settings.crop.width, settings.crop.height);
+  size_t area = size_t(settings.crop.width) * settings.crop.height;
   for (size_t i = 0; i < area; ++i) {
     for (size_t c = 0; c < 3; ++c) {
       float mean = settings.mean[c] * 255, std = settings.std[c] * 255;

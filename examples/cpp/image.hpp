@@ -6,9 +6,13 @@
 #include <string>
 #include <vector>
 
+struct ImageSize {
+  int height, width;
+};
+
 struct Preprocessing {
   int resize;  // pixels of the shorter side
-  int crop_height, crop_width;
+  ImageSize crop;
   float mean[3], std[3];      // RGB, for values between 0 and 1
   std::string interpolation;  // "bicubic" or "bilinear"
   bool channels_first;
@@ -22,5 +26,5 @@ struct Image {
 // Read a PPM file, or with stb_image also JPEG and PNG.
 Image ReadImage(const std::filesystem::path& path);
 
-// Write crop_height * crop_width * 3 values. Computes what dcnv3_tvm's `preprocess` does.
+// Write crop.height * crop.width * 3 values. Computes what dcnv3_tvm's `preprocess` does.
 void Preprocess(const Image& image, const Preprocessing& settings, float* values);

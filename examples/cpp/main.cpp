@@ -18,12 +18,13 @@ namespace ffi = tvm::ffi;
 namespace {
 
 constexpr const char* kUsage =
-    "usage: run_artifact ARTIFACT IMAGE [--top K] [--threads N] [--output FILE] "
-    "[--save-input FILE] [--trust-weights]\n"
+    "usage: run_artifact ARTIFACT IMAGE [--top K] [--size HxW] [--threads N] "
+    "[--output FILE] [--save-input FILE] [--trust-weights]\n"
     "IMAGE is a PPM, JPEG or PNG file, or the input itself: a file *.f32 of float32 values.\n";
 
 struct Options {
   std::string artifact, image, output, save_input;
+  std::optional<ImageSize> size;
   int top = 5, threads = PhysicalCores();
   bool trust_weights = false;
 };
@@ -35,6 +36,18 @@ int Count(const char* text) {
     throw Error(std::string("a number from 1 to 1024 is needed, not '") + text + "'");
   }
   return static_cast<int>(value);
+}
+
+ImageSize Size(const std::string& text) {
+  ImageSize size = {};
+  int length = 0;
+  int count = std::sscanf(text.c_str(), "%5d%nx%5d%n", &size.height, &length, &size.width, &length);
+  if (count == 1) size.width = size.height;
+  bool is_size = count >= 1 && length == static_cast<int>(text.size());
+  if (!is_size || size.height < 1 || size.width < 1) {
+    throw Error("a size such as 384x640 or 224 is needed, not '" + text + "'");
+  }
+  return size;
 }
 
 Options Parse(int argc, char** argv) {
@@ -50,6 +63,8 @@ Options Parse(int argc, char** argv) {
       throw Error(kUsage);
     } else if (word == "--top") {
       options.top = Count(argv[++i]);
+    } else if (word == "--size") {
+      options.size = Size(argv[++i]);
     } else if (word == "--threads") {
       options.threads = Count(argv[++i]);
     } else if (word == "--output") {
@@ -78,29 +93,43 @@ size_t Elements(const std::vector<int64_t>& shape) {
                          [](size_t size, int64_t extent) { return size * extent; });
 }
 
-// Return the values of the input, and its shape.
-std::pair<std::shared_ptr<uint8_t>, std::vector<int64_t>> Input(const Artifact& model,
-                                                                const std::string& path) {
-  bool is_raw = std::filesystem::path(path).extension() == ".f32";
-  std::optional<Preprocessing> settings;
-  if (!is_raw) settings = model.preprocessing();
-  std::vector<int64_t> shape = model.InputShape(settings);
-  size_t size = Elements(shape) * sizeof(float);
-  std::shared_ptr<uint8_t> values = AlignedMemory(size);
-  if (is_raw) {
-    MappedFile file = MapFile(path);
-    if (file.size != size) {
-      throw Error(path + " has " + std::to_string(file.size) + " bytes; the input has " +
-                  std::to_string(size));
-    }
-    std::memcpy(values.get(), file.data.get(), size);
-  } else {
-    if (Elements(shape) != size_t(settings->crop_height) * settings->crop_width * 3) {
-      throw Error("the input of the model is not one RGB image of the size of its crop");
-    }
-    Preprocess(ReadImage(path), *settings, reinterpret_cast<float*>(values.get()));
+struct Input {
+  std::shared_ptr<uint8_t> values;
+  std::vector<int64_t> shape;
+};
+
+Input PreparedImage(const Artifact& model, const Options& options) {
+  Preprocessing settings = model.preprocessing(options.size);
+  std::vector<int64_t> shape = model.InputShape(settings.crop);
+  if (Elements(shape) != size_t(settings.crop.height) * settings.crop.width * 3) {
+    throw Error("the input of the model is not one RGB image of the size of its crop");
   }
-  return {values, shape};
+  Input input{AlignedMemory(Elements(shape) * sizeof(float)), shape};
+  Preprocess(ReadImage(options.image), settings, reinterpret_cast<float*>(input.values.get()));
+  return input;
+}
+
+// Read values of the shape that is asked for, or of the only one that has as many.
+Input RawInput(const Artifact& model, const Options& options) {
+  std::vector<std::vector<int64_t>> shapes;
+  for (const ImageSize& size : model.sizes()) shapes.push_back(model.InputShape(size));
+  if (options.size || shapes.empty()) shapes = {model.InputShape(options.size)};
+  MappedFile file = MapFile(options.image);
+  std::string sizes;
+  std::vector<std::vector<int64_t>> fitting;
+  for (const auto& shape : shapes) {
+    size_t size = Elements(shape) * sizeof(float);
+    if (size == file.size) fitting.push_back(shape);
+    sizes += (sizes.empty() ? "" : " or ") + std::to_string(size);
+  }
+  if (fitting.empty()) {
+    throw Error(options.image + " has " + std::to_string(file.size) + " bytes; the input has " +
+                sizes);
+  }
+  if (fitting.size() > 1) throw Error("several sizes have as many values: add --size HxW");
+  Input input{AlignedMemory(file.size), fitting[0]};
+  std::memcpy(input.values.get(), file.data.get(), file.size);
+  return input;
 }
 
 void PrintClasses(const ffi::Tensor& logits, int top, const std::vector<std::string>& labels) {
@@ -122,7 +151,8 @@ void PrintClasses(const ffi::Tensor& logits, int top, const std::vector<std::str
 
 void Run(const Options& options) {
   Artifact model(options.artifact, options.trust_weights, options.threads);
-  auto [values, shape] = Input(model, options.image);
+  bool is_raw = std::filesystem::path(options.image).extension() == ".f32";
+  auto [values, shape] = is_raw ? RawInput(model, options) : PreparedImage(model, options);
   if (!options.save_input.empty()) {
     Save(options.save_input, values.get(), Elements(shape) * sizeof(float));
   }

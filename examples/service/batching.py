@@ -23,8 +23,9 @@ class _Item:
 class Batcher:
     """Run a model on batches that wait at most some time for more images.
 
-    All methods are called in the thread of the event loop. A batch starts when a worker is free and
-    it is full or its first image has waited long enough; while all workers are busy, it fills up.
+    All methods are called in the thread of the event loop. A batch has images of one size. It
+    starts when a worker is free and it is full or its first image has waited long enough; while all
+    workers are busy, it fills up.
 
     Parameters
     ----------
@@ -54,7 +55,8 @@ class Batcher:
         self._max_batch = max_batch
         self._max_wait = max_wait
         self._observe = observe
-        self._waiting: collections.deque[_Item] = collections.deque()
+        # By size, each in order of arrival.
+        self._waiting: dict[tuple[int, ...], collections.deque[_Item]] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(workers, "model")
         self._timer: asyncio.TimerHandle | None = None
 
@@ -62,7 +64,7 @@ class Batcher:
         """Return the future row of an image (1, 3, H, W); a cancelled one leaves the queue."""
         loop = asyncio.get_running_loop()
         item = _Item(image, loop.create_future(), loop.time() + self._max_wait)
-        self._waiting.append(item)
+        self._waiting.setdefault(image.shape, collections.deque()).append(item)
         self._start_batches()
         return item.result
 
@@ -75,20 +77,22 @@ class Batcher:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._free and self._waiting:
-            due = self._waiting[0].due
-            if len(self._waiting) < self._max_batch and loop.time() < due:
-                self._timer = loop.call_at(due, self._start_batches)
+        while self._free and (queues := [queue for queue in self._waiting.values() if queue]):
+            queues.sort(key=lambda queue: queue[0].due)
+            now = loop.time()
+            ready = [q for q in queues if len(q) >= self._max_batch or q[0].due <= now]
+            if not ready:
+                self._timer = loop.call_at(queues[0][0].due, self._start_batches)
                 return
-            if batch := self._next_batch():
+            if batch := self._take_batch(ready[0]):
                 self._free -= 1
                 call = loop.run_in_executor(self._pool, self._run, [item.image for item in batch])
                 call.add_done_callback(functools.partial(self._finish, batch))
 
-    def _next_batch(self) -> list[_Item]:
+    def _take_batch(self, queue: collections.deque[_Item]) -> list[_Item]:
         batch: list[_Item] = []
-        while self._waiting and len(batch) < self._max_batch:
-            item = self._waiting.popleft()
+        while queue and len(batch) < self._max_batch:
+            item = queue.popleft()
             if not item.result.done():  # Otherwise the request has ended: nobody waits for it.
                 batch.append(item)
         return batch

@@ -26,6 +26,7 @@ from dcnv3_tvm import checks
 from dcnv3_tvm.errors import ArtifactError, ImageError
 from dcnv3_tvm.machine import physical_cores
 from dcnv3_tvm.runtime import CompiledModel, top_k
+from dcnv3_tvm.signature import size_name
 
 CLIENT_CLOSED: Final = 499
 """Status, in the metrics only, of requests whose clients did not wait."""
@@ -166,6 +167,7 @@ class Service:
         if model is None:
             raise RejectedError(503, "the model is not loaded yet", headers=RETRY)
         number = _number_of_classes(request, model)
+        size = _image_size(request, model)
         self._check_queue(model.workers)
         if self._uploads >= self.limits.queue:
             raise RejectedError(
@@ -180,7 +182,7 @@ class Service:
         self._set_queued(self._queued + 1)
         try:
             left = self.limits.seconds - (time.perf_counter() - start)
-            logits = await self._within(left, request, self._compute(model, data))
+            logits = await self._within(left, request, self._compute(model, data, size))
         finally:
             self._set_queued(self._queued - 1)
         classes, probabilities = top_k(logits, k=number)
@@ -220,9 +222,11 @@ class Service:
         self._queued = queued
         self.metrics.queue.set(queued)
 
-    async def _compute(self, model: CompiledModel, data: bytes) -> np.ndarray:
+    async def _compute(
+        self, model: CompiledModel, data: bytes, size: tuple[int, int] | None
+    ) -> np.ndarray:
         def prepare() -> np.ndarray:
-            return model.preprocess(decode(data, self.limits))
+            return model.preprocess(decode(data, self.limits), size=size)
 
         image = await asyncio.get_running_loop().run_in_executor(self._decoders, prepare)
         return await self._batcher.submit(image)
@@ -276,6 +280,23 @@ def _number_of_classes(request: Request, model: CompiledModel) -> int:
     if not (text.isdecimal() and len(text) < 10 and int(text) >= 1):
         raise RejectedError(400, "top is not a number of classes", got=repr(text), allowed="?top=5")
     return min(int(text), classes)
+
+
+def _image_size(request: Request, model: CompiledModel) -> tuple[int, int] | None:
+    """Return the size that the image gets, of those that were compiled; None for the first."""
+    text = request.query_params.get("size")
+    if text is None:
+        return None
+    sizes = {size_name(size): size for size in model.metadata.image_sizes}
+    # A model of a dynamic size has none: a request must not choose how much memory it takes.
+    if text not in sizes:
+        raise RejectedError(
+            400,
+            "size is not one of the model's",
+            got=repr(text),
+            allowed=", ".join(sizes) or "none",
+        )
+    return sizes[text]
 
 
 def _error(status: int, error: object, headers: dict[str, str] | None = None) -> Response:

@@ -227,6 +227,28 @@ def test_script_prints_classes(script, toy, tmp_path, capsys, rng):
     assert [line.split("%  ")[1] for line in lines[1:]] == [LABELS[number] for number in best]
 
 
+def test_script_takes_each_size(tmp_path, photo, monkeypatch, capsys, rng):
+    toy = Toy.build(sizes=((8, 8), (4, 16)))
+    write(toy.write(tmp_path / "artifact"), tmp_path / "bundle")
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "bundle" / "run.py"))
+    model = dcnv3_tvm.load(tmp_path / "artifact")
+    array = rng.standard_normal((1, 3, 4, 16)).astype(np.float32)
+    np.save(tmp_path / "array.npy", array)
+    for options, size in ([], (8, 8)), (["--size", "8"], (8, 8)), (["--size", "4x16"], (4, 16)):
+        files = [str(photo), str(tmp_path / "array.npy")]
+        assert run.main([*files, *options, "--top", "1", "--json"]) == 0
+        best = [
+            json.loads(line)["top"][0]["class"] for line in capsys.readouterr().out.split("\n")[:2]
+        ]
+        image = model.preprocess(photo, size=size)
+        assert best == [toy.main(image)[0].argmax(), toy.main(array)[0].argmax()]
+    assert run.main([str(photo), str(photo), "--size", "8x16"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.count("got 8x16; allowed: 8x8, 4x16") == 1
+    assert run.main([str(photo), "--size", "8x"]) == 1
+    assert "got '8x'; allowed: height and width such as 384x640" in capsys.readouterr().err
+
+
 def test_script_goes_on_after_an_error(script, photo, capsys):
     assert script(["none.jpg", str(photo), "--top", "1"]) == 1
     shown = capsys.readouterr()

@@ -253,6 +253,10 @@ def test_command_line(artifact, photo, tmp_path, capsys):
     code, captured = call("run", artifact, photo, "--size", "17x96")
     assert code == 2
     assert "got 17x96; allowed: 32x32, 16x96" in captured.err
+    results = tmp_path / "results.jsonl"
+    results.write_text("{}")
+    assert call("run", artifact, photo, "--size", "17x96", "-o", results)[0] == 2
+    assert results.read_text() == "{}"
     page = tmp_path / "page.html"
     assert call("visualize", artifact, photo, "--size", "16x96", "-o", page)[0] == 0
     options = argparse.Namespace(seed=0, image=[photo], value_range=None)

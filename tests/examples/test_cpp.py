@@ -19,6 +19,7 @@ from dcnv3_tvm import frontend, machine, runtime
 from dcnv3_tvm.digests import PART, digest_of_file
 from dcnv3_tvm.runtime import library, metadata
 from dcnv3_tvm.runtime.loading import read_metadata
+from dcnv3_tvm.signature import size_name
 from helpers.toy import Toy
 
 pytestmark = pytest.mark.slow
@@ -62,11 +63,12 @@ def call(program: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedPro
     return run
 
 
-def check_same(call, artifact: Path, image: Path) -> None:
+def check_same(call, artifact: Path, image: Path, size: tuple[int, int] | None = None) -> None:
     """Compare input, logits and classes with those of Python, bit for bit."""
     model = dcnv3_tvm.load(artifact)
-    expected = model.preprocess(image)
-    done = call(artifact, image, "--save-input", "input.f32", "--output", "logits.f32")
+    expected = model.preprocess(image, size=size)
+    options = [] if size is None else ["--size", size_name(size)]
+    done = call(artifact, image, *options, "--save-input", "input.f32", "--output", "logits.f32")
     assert done.returncode == 0, done.stderr
     folder = image.parent
     assert (folder / "input.f32").read_bytes() == expected.tobytes()
@@ -87,6 +89,24 @@ def photo(folder: Path, size: tuple[int, int] | None = None) -> Path:
 @pytest.mark.parametrize("size", [(31, 60), (5, 3), (900, 40), (8, 8), (13, 8)])
 def test_same_as_python(call, artifact, tmp_path, size):
     check_same(call, artifact, photo(tmp_path, size))
+
+
+def test_several_sizes(call, tmp_path, rng):
+    toy = Toy.build("n", sizes=((8, 8), (4, 16)))
+    artifact = toy.write(tmp_path / "artifact", labels=LABELS)
+    for size in (None, (8, 8), (4, 16)):
+        check_same(call, artifact, photo(tmp_path, (31, 20)), size)
+    done = call(artifact, "photo.ppm", "--size", "4x8")
+    assert done.returncode == 1
+    assert "does not take images of 4x8, but of 8x8, 4x16" in done.stderr
+    for text in ("8x", "8x8x8", "0"):
+        assert "a size such as 384x640 or 224 is needed" in call("a", "b", "--size", text).stderr
+    values = rng.standard_normal((1, 3, 4, 16)).astype(np.float32)
+    values.tofile(tmp_path / "values.f32")
+    done = call(artifact, "values.f32", "--size", "4x16", "--output", "logits.f32")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "logits.f32").read_bytes() == toy.main(values).tobytes()
+    assert "add --size" in call(artifact, "values.f32").stderr
 
 
 def levels(artifact: Path, found: Path, image: Path) -> np.ndarray:

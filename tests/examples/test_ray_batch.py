@@ -11,6 +11,7 @@ import pytest
 
 import dcnv3_tvm
 from dcnv3_tvm.runtime import top_k
+from helpers.toy import Toy
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -49,6 +50,18 @@ def test_classifier_returns_a_row_for_each_image(artifact, folder, monkeypatch):
         assert [columns[f"class_{rank}"][row] for rank in (1, 2, 3)] == classes[0].tolist()
         found = [columns[f"probability_{rank}"][row] for rank in (1, 2, 3)]
         assert found == probabilities[0].tolist()
+
+
+def test_classifier_of_another_size(folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import ray_batch
+
+    toy = Toy.build(sizes=((8, 8), (4, 16)))
+    artifact = toy.write(tmp_path / "artifact")
+    path = str(folder / "0.png")
+    columns = ray_batch.Classifier(str(artifact), top=1, size=(4, 16))({"path": np.array([path])})
+    image = dcnv3_tvm.load(artifact).preprocess(path, size=(4, 16))
+    assert columns["class_1"].tolist() == [toy.main(image).argmax()]
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ from starlette.requests import Request
 import dcnv3_tvm
 from dcnv3_tvm.errors import ArtifactError
 from dcnv3_tvm.runtime import CompiledModel, top_k
+from dcnv3_tvm.signature import size_name
+from helpers.toy import Toy
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -136,6 +138,38 @@ def test_each_response_belongs_to_its_image(artifact, make_image):
     assert 1 < max(batches) <= 8
 
 
+def test_sizes(tmp_path, make_image):
+    toy = Toy.build("n", sizes=((8, 8), (4, 16)))
+    path = toy.write(tmp_path / "artifact")
+    model = dcnv3_tvm.load(path)
+    sizes = [None, (8, 8), (4, 16)]
+
+    async def post(run: Running, seed: int, query: str) -> httpx.Response:
+        content = make_image(seed)
+        return await run.client.post(f"/predict{query}", content=content, headers=PNG)
+
+    async def main() -> None:
+        # One worker, which is busy: the others wait together.
+        async with running(path, workers=1, max_batch=4, is_open=False) as run:
+            queries = ["" if size is None else f"?size={size_name(size)}" for size in sizes]
+            posts = [asyncio.create_task(post(run, 0, queries[0]))]
+            await wait_until(lambda: run.model.batches == [1])
+            posts += [asyncio.create_task(post(run, n, queries[n % 3])) for n in range(1, 13)]
+            batcher = run.service._batcher
+            await wait_until(lambda: sum(map(len, batcher._waiting.values())) == 12)
+            run.model.gate.set()
+            for seed, response in enumerate(await asyncio.gather(*posts)):
+                image = model.preprocess(make_image(seed), size=sizes[seed % 3])
+                best = response.json()["top"][0]["class"]
+                assert best == toy.main(image).argmax(), seed
+            assert sorted(run.model.batches) == [1, 4, 4, 4]
+            response = await post(run, 0, "?size=4x8")
+            assert response.status_code == 400
+            assert "got '4x8'; allowed: 8x8, 4x16" in response.json()["error"]
+
+    asyncio.run(main())
+
+
 def test_batches_fill_up_while_the_model_is_busy(artifact, make_image):
     async def main() -> list[int]:
         async with running(artifact, workers=1, max_batch=4, is_open=False) as run:
@@ -143,7 +177,7 @@ def test_batches_fill_up_while_the_model_is_busy(artifact, make_image):
             await wait_until(lambda: run.model.batches == [1])
             rest = [asyncio.create_task(run.post(make_image(seed))) for seed in range(1, 8)]
             batcher = run.service._batcher
-            await wait_until(lambda: len(batcher._waiting) == 7)
+            await wait_until(lambda: sum(map(len, batcher._waiting.values())) == 7)
             rest[2].cancel()  # Its client gives up: it is not computed.
             await asyncio.sleep(0)
             run.model.gate.set()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from dcnv3_tvm.machine import architecture
+from dcnv3_tvm.preprocessing import size_settings
 from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo
-from dcnv3_tvm.signature import Entry, TensorInfo
+from dcnv3_tvm.signature import Entry, TensorInfo, size_name, sized_entry
 
 PREPROCESSING: Final = {
     "resize": 8,
@@ -26,7 +27,7 @@ PREPROCESSING: Final = {
 
 @dataclasses.dataclass(frozen=True)
 class Toy:
-    """A model of 8x8 images: logits relu(x) + bias, feature maps x + bias and relu(x).
+    """A model of images of 64 pixels: logits relu(x) + bias, feature maps x + bias and relu(x).
 
     Parameters
     ----------
@@ -51,6 +52,7 @@ class Toy:
         arch: str | None = None,
         cuda_graph: bool = True,
         target: str | None = None,
+        sizes: Sequence[tuple[int, int]] = ((8, 8),),
     ) -> Toy:
         """Compile the model for any CPU of this architecture, for a GPU, or for another system.
 
@@ -66,10 +68,13 @@ class Toy:
             Whether the GPU runs intermediate kernels as a CUDA graph.
         target : str, optional
             Name of a CPU target, for another system.
+        sizes : sequence of (int, int)
+            Height and width of the images, of 64 pixels each.
         """
         import tvm
 
-        module, metadata = _module(batch, features_only), _metadata(batch, features_only)
+        module = _module(batch, features_only, sizes)
+        metadata = _metadata(batch, features_only, sizes)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.so"
             if target is not None:
@@ -84,7 +89,7 @@ class Toy:
 
     def main(self, x: np.ndarray) -> np.ndarray:
         """Compute the exact output of the entry ``"main"``."""
-        result: np.ndarray = np.maximum(x, 0) + self.weights["bias"]
+        result: np.ndarray = np.maximum(x, 0) + self.weights["bias"].reshape(x.shape[1:])
         return result.reshape(x.shape[0], -1)
 
     def write(
@@ -168,46 +173,63 @@ def _one_thread_per_element(func: Any) -> Any:
     return schedule.mod["main"]
 
 
-def _module(batch: int | str, features_only: bool) -> Any:
+def _module(batch: int | str, features_only: bool, sizes: Sequence[tuple[int, int]]) -> Any:
     import tvm
     from tvm import relax
 
     builder = relax.BlockBuilder()
-    size = tvm.tirx.Var(batch, "int64") if isinstance(batch, str) else batch
+    count = tvm.tirx.Var(batch, "int64") if isinstance(batch, str) else batch
 
-    def parameters() -> tuple[Any, Any]:
-        x = relax.Var("image", relax.TensorType((size, 3, 8, 8), "float32"))
+    def parameters(size: tuple[int, int]) -> tuple[Any, Any]:
+        x = relax.Var("image", relax.TensorType((count, 3, *size), "float32"))
         return x, relax.Var("bias", relax.TensorType((3, 8, 8), "float32"))
 
-    if not features_only:
-        x, bias = parameters()
-        with builder.function("main", [x, bias]):
+    def shaped(bias: Any, size: tuple[int, int]) -> Any:
+        return bias if size == (8, 8) else relax.op.reshape(bias, (3, *size))
+
+    for size in sizes:
+        if not features_only:
+            x, bias = parameters(size)
+            with builder.function(_entry_name("main", size, sizes), [x, bias]):
+                with builder.dataflow():
+                    summed = relax.op.add(relax.op.nn.relu(x), shaped(bias, size))
+                    result = builder.emit_output(relax.op.reshape(summed, (count, 192)))
+                builder.emit_func_output(result)
+        x, bias = parameters(size)
+        name = "main" if features_only else "features"
+        with builder.function(_entry_name(name, size, sizes), [x, bias]):
             with builder.dataflow():
-                summed = relax.op.add(relax.op.nn.relu(x), bias)
-                result = builder.emit_output(relax.op.reshape(summed, (size, 192)))
+                maps = [relax.op.add(x, shaped(bias, size)), relax.op.nn.relu(x)]
+                result = builder.emit_output(relax.Tuple(maps))
             builder.emit_func_output(result)
-    x, bias = parameters()
-    with builder.function("main" if features_only else "features", [x, bias]):
-        with builder.dataflow():
-            result = builder.emit_output(relax.Tuple([relax.op.add(x, bias), relax.op.nn.relu(x)]))
-        builder.emit_func_output(result)
     return builder.get()
 
 
-def _metadata(batch: int | str, features_only: bool) -> ArtifactMetadata:
-    shape = (batch, 3, 8, 8)
-    image = TensorInfo("image", shape, "float32", "NCHW")
-    maps = tuple(
-        TensorInfo(f"feature_{index}", shape, "float32", "NCHW", stride=4 * 2**index)
-        for index in range(2)
-    )
-    features = Entry((image,), maps, ("bias",))
-    main = Entry((image,), (TensorInfo("logits", (batch, 192), "float32"),), ("bias",))
+def _entry_name(function: str, size: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> str:
+    return function if size == sizes[0] else sized_entry(function, size_name(size))
+
+
+def _metadata(
+    batch: int | str, features_only: bool, sizes: Sequence[tuple[int, int]]
+) -> ArtifactMetadata:
+    entries = {}
+    for size in sizes:
+        shape = (batch, 3, *size)
+        image = TensorInfo("image", shape, "float32", "NCHW")
+        maps = tuple(
+            TensorInfo(f"feature_{index}", shape, "float32", "NCHW", stride=4 * 2**index)
+            for index in range(2)
+        )
+        logits = (TensorInfo("logits", (batch, 192), "float32"),)
+        functions = {"main": maps} if features_only else {"main": logits, "features": maps}
+        for name, outputs in functions.items():
+            entries[_entry_name(name, size, sizes)] = Entry((image,), outputs, ("bias",))
     return ArtifactMetadata(
         name="toy",
-        entries={"main": features} if features_only else {"main": main, "features": features},
+        entries=entries,
         target=TargetInfo("llvm", f"{architecture()}-linux-gnu", slug="cpu-test", text="llvm"),
-        preprocessing=PREPROCESSING,
+        preprocessing=PREPROCESSING | size_settings(list(sizes[0])),
+        sizes={size_name(size): PREPROCESSING | size_settings(list(size)) for size in sizes[1:]},
         config={"variant": "toy", "depths": (1, 2)},
     )
 
