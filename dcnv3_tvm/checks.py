@@ -65,6 +65,17 @@ def path(name: str, value: Any) -> Path:
     return Path(value)
 
 
+def outside(name: str, value: Path, folder: Path) -> None:
+    """Check that what will be written is not in a folder that is read, or replaced as a whole."""
+    place = os.path.realpath(folder)
+    if Path(os.path.realpath(value)).is_relative_to(place):
+        raise InvalidArgumentError(
+            f"{name} is inside {folder}, which the same call reads or replaces",
+            got=value,
+            hint="Choose a path outside.",
+        )
+
+
 def boolean(name: str, value: Any) -> bool:
     """Return a boolean, given as such or as 0 or 1."""
     plain = _plain(value)

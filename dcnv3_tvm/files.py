@@ -11,11 +11,11 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from dcnv3_tvm.errors import DCNv3Error
+from dcnv3_tvm.errors import ArtifactError, DCNv3Error
 
 try:
     import fcntl
@@ -113,6 +113,49 @@ def atomic_file(destination: Path) -> Iterator[Path]:
             os.replace(temporary, destination)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(
+    folder: Path, kind: str, *, required: Collection[str], allowed: Collection[str]
+) -> None:
+    """Check that a folder is free, empty, or of a kind and with nothing else in it.
+
+    Parameters
+    ----------
+    folder : Path
+        The folder.
+    kind : str
+        What it may be, such as ``"an artifact"``.
+    required, allowed : collection of str
+        Names that every folder of the kind has, and that it may have besides hidden ones.
+
+    Raises
+    ------
+    ArtifactError
+        If it is something else, which must not be replaced.
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink():
+        raise ArtifactError(
+            "the destination is a symbolic link, so it is not replaced",
+            got=f"{folder} to {os.readlink(folder)}",
+            hint="Name the folder itself, or remove the link first.",
+        )
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
+    if names and not names.issuperset(required):
+        raise ArtifactError(
+            f"the destination exists and is not {kind}, so it is not replaced",
+            got=folder,
+            hint="Choose another folder, or remove it first.",
+        )
+    others = sorted(name for name in names.difference(allowed) if not name.startswith("."))
+    if others:
+        raise ArtifactError(
+            f"the destination holds more than {kind}, so it is not replaced",
+            got=f"{folder} with {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}",
+            hint="Move these files, or choose another folder.",
+        )
 
 
 class _TemporaryFolder(tempfile.TemporaryDirectory[str]):

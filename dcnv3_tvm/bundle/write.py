@@ -23,6 +23,9 @@ _DOCKERFILE: Final = "Dockerfile"
 _DOCKER_IGNORE: Final = ".dockerignore"
 _LICENSE: Final = "LICENSE"
 
+_REQUIRED: Final = frozenset({ARTIFACT, PACKAGE, _SCRIPT, _REQUIREMENTS})
+_NAMES: Final = _REQUIRED | {_DOCKERFILE, CARD}
+
 
 def write(path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> dict[str, int]:
     """Write a folder with all that runs an artifact on a machine that has only Python.
@@ -49,7 +52,8 @@ def write(path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> 
     """
     source, folder = checks.path("path", path), checks.path("destination", destination)
     metadata = read_metadata(source)
-    _check_replaceable(folder)
+    checks.outside("the bundle", folder, source)
+    files.check_replaceable(folder, "a bundle", required=_REQUIRED, allowed=_NAMES)
     if not metadata.libraries:
         raise ArtifactError(
             "the artifact was compiled without TVM's runtime library, so a bundle would not run",
@@ -106,20 +110,6 @@ def _licence() -> Path:
     """Return the file of this package's licence, of an installed package or a clone."""
     listed = importlib.metadata.files("dcnv3-tvm") or []
     return Path(str(next(file for file in listed if file.name == _LICENSE).locate()))
-
-
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if folder.is_dir() and not folder.is_symlink():
-        names = {entry.name for entry in folder.iterdir()}
-        if not names or {ARTIFACT, PACKAGE, _SCRIPT, _REQUIREMENTS} <= names:
-            return
-    raise ArtifactError(
-        "the destination exists and is not a bundle, so it is not replaced",
-        got=folder,
-        hint="Choose another folder, or remove it first.",
-    )
 
 
 def _size(path: Path) -> int:

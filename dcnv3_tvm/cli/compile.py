@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from dcnv3_tvm import checks
 from dcnv3_tvm.cli.arguments import (
     add_shape,
     image_shapes,
@@ -134,6 +135,8 @@ def execute(arguments: argparse.Namespace) -> Result:
     if arguments.checkpoint is not None and not arguments.checkpoint.exists():
         raise InvalidArgumentError("the checkpoint does not exist", got=arguments.checkpoint)
     check_replaceable(arguments.output)
+    if arguments.debug_dump is not None:
+        checks.outside("--debug-dump", arguments.debug_dump, arguments.output)
     if arguments.output.exists() and any(arguments.output.iterdir()) and not arguments.force:
         raise InvalidArgumentError(
             "the output folder already holds an artifact",
@@ -149,6 +152,8 @@ def execute(arguments: argparse.Namespace) -> Result:
             got="--dynamic-size, and --size more than once",
             allowed="one of them",
         )
+    if checkpoint is not None:
+        checks.outside("--output", arguments.output, checkpoint)
     if not is_onnx:
         _shapes(name, arguments)  # Raises if one is too large.
     _check_target(arguments)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dcnv3_tvm import checks
 from dcnv3_tvm.cli.arguments import add_chosen_size, parse_count, parse_natural, parse_path
 from dcnv3_tvm.cli.result import Result, table
 from dcnv3_tvm.cli.run_batch import JSON_LINES, call, run_batch, save_arrays
@@ -96,6 +97,8 @@ def execute(arguments: argparse.Namespace) -> Result:
     images = arguments.image
     many = len(images) > 1 or images[0].is_dir() or arguments.output is not None
     _check(arguments, many)
+    for output in filter(None, (arguments.output, arguments.features)):
+        checks.outside("the output", output, arguments.artifact)
     model = runtime.load(arguments.artifact, threads=arguments.threads, device=arguments.device)
     entry = model.metadata.feature_entry if arguments.features else "main"
     if entry is None:

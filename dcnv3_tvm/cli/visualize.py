@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm import files
+from dcnv3_tvm import checks, files
 from dcnv3_tvm.cli.arguments import parse_natural, parse_path, parse_size
 from dcnv3_tvm.cli.model_arguments import add_model, create_described, find_model
 from dcnv3_tvm.cli.result import Result, table
@@ -177,6 +177,7 @@ def _sampled(
             raise InvalidArgumentError(
                 "an artifact has its weights", got=f"--{given[0].replace('_', '-')}"
             )
+        checks.outside("the output", arguments.output, Path(arguments.model))
         model = runtime.load(arguments.model, device=arguments.device)
         name, settings = model.metadata.name, model.metadata.preprocessing
         image = model.preprocess(

@@ -172,6 +172,9 @@ def compile_artifact(
         If the artifact gets no runtime library.
     """
     joined = join_sizes(imported)
+    destination = checks.path("destination", destination)
+    if debug_dump is not None:
+        checks.outside("debug_dump", checks.path("debug_dump", debug_dump), destination)
     if expose not in (None, OFFSETS):
         raise InvalidArgumentError("expose is unknown", got=repr(expose), allowed=repr(OFFSETS))
     resolved = targets.resolve_target(target)

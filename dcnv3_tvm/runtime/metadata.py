@@ -41,6 +41,9 @@ CUDA_LIBRARY: Final = "libtvm_runtime_cuda.so"
 
 _LIBRARIES: Final = {CUDA_LIBRARY, *(system.runtime_library for system in SYSTEMS.values())}
 
+FILES: Final = frozenset({LIBRARY, WEIGHTS, METADATA, CARD, *_LIBRARIES})
+"""Names of all files that an artifact may have."""
+
 AMX_RULE: Final = "tile_matmul"
 """The schedule rule whose kernels use AMX, where the target has it."""
 

@@ -19,6 +19,7 @@ from dcnv3_tvm.runtime.arguments import Arguments, choose_entry, in_order
 from dcnv3_tvm.runtime.execution import CpuExecution, Execution, Functions, GpuExecution
 from dcnv3_tvm.runtime.metadata import (
     CARD,
+    FILES,
     LIBRARY,
     METADATA,
     WEIGHTS,
@@ -271,6 +272,8 @@ class CompiledModel:
             If `path` holds something else or cannot be written, or the copy differs.
         """
         destination = checks.path("path", path)
+        if not (destination.exists() and destination.samefile(self._folder)):
+            checks.outside("the copy", destination, self._folder)
         check_replaceable(destination)
         try:
             with files.atomic_folder(destination) as temporary:
@@ -418,14 +421,4 @@ def check_replaceable(destination: Path) -> None:
     ArtifactError
         If it is something else, which must not be replaced.
     """
-    if not destination.exists():
-        return
-    if destination.is_dir() and not destination.is_symlink():
-        names = {entry.name for entry in destination.iterdir()}
-        if not names or METADATA in names:
-            return
-    raise ArtifactError(
-        "the destination exists and is not an artifact, so it is not replaced",
-        got=destination,
-        hint="Choose another folder, or remove it first.",
-    )
+    files.check_replaceable(destination, "an artifact", required=[METADATA], allowed=FILES)

@@ -159,12 +159,18 @@ def test_without_runtime_library(toy, tmp_path):
 def test_bundle_is_replaced_and_other_folders_are_not(artifact, tmp_path):
     folder = tmp_path / "bundle"
     write(artifact, folder)
-    (folder / "stale").touch()
+    (folder / ".venv").mkdir()  # As the README says.
+    (folder / "artifact" / "stale").touch()
     write(artifact, folder)
-    assert not (folder / "stale").exists()
-    for other in (artifact, tmp_path):
-        with pytest.raises(errors.ArtifactError, match="not a bundle"):
-            write(artifact, other)
+    assert not (folder / "artifact" / "stale").exists()
+    (folder / "photo.jpg").touch()
+    with pytest.raises(errors.ArtifactError, match=r"holds more than a bundle.*with photo\.jpg"):
+        write(artifact, folder)
+    with pytest.raises(errors.ArtifactError, match="not a bundle"):
+        write(artifact, tmp_path)
+    for inside in (artifact, artifact / "bundle"):
+        with pytest.raises(errors.InvalidArgumentError, match="which the same call reads"):
+            write(artifact, inside)
 
 
 @pytest.mark.parametrize("name", ["model.so", "weights.safetensors", "libtvm_runtime.so"])

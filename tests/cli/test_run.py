@@ -113,6 +113,14 @@ def test_run_on_many_images_rejects_bad_usage(cli, artifact_path, photos, tmp_pa
         assert message in found.err
 
 
+@pytest.mark.parametrize("option", ["--output", "--features"])
+def test_run_does_not_write_into_the_artifact(cli, artifact_path, photos, option):
+    outcome = cli("run", artifact_path, photos, option, artifact_path / "results")
+    assert outcome.code == 2
+    assert "which the same call reads or replaces" in outcome.err
+    assert not (artifact_path / "results").exists()
+
+
 def test_run_takes_the_range_of_float_images(cli, artifact_path, tmp_path):
     path = tmp_path / "depth.tif"
     Image.fromarray(np.ones((9, 9), np.float32)).save(path)

@@ -70,6 +70,8 @@ def test_debug_dump_to_a_file(imported, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InvalidArgumentError, match=r"debug_dump; got .*file"):
         dt.compile_model(imported, debug_dump=tmp_path / "file")
+    with pytest.raises(InvalidArgumentError, match=r"debug_dump is inside .*artifact, which"):
+        dt.compile_artifact(imported, tmp_path / "artifact", debug_dump=tmp_path / "artifact" / "d")
 
 
 def test_activation_bytes_grow_with_the_batch(model, imported):

@@ -15,7 +15,7 @@ import pytest
 
 from dcnv3_tvm import files, runtime
 from dcnv3_tvm.compiler import artifact
-from dcnv3_tvm.errors import ArtifactError
+from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError
 from dcnv3_tvm.runtime import ArtifactMetadata
 from dcnv3_tvm.runtime import weights as weights_file
 from helpers.toy import flip
@@ -125,6 +125,30 @@ def test_destination_that_is_not_an_artifact_is_kept(toy, artifact_path, tmp_pat
             act(destination)
     assert (home / "thesis.txt").read_text() == "three years"
     assert occupied.read_text() == "x"
+
+
+@pytest.mark.parametrize("method", ["write", "save"])
+def test_destination_that_holds_other_files_is_kept(toy, artifact_path, tmp_path, method):
+    destination = toy.write(tmp_path / "destination")
+    (destination / "results.jsonl").write_text("{}")
+    act = toy.write if method == "write" else runtime.load(artifact_path).save
+    with pytest.raises(ArtifactError, match=r"holds more than an artifact.*with results\.jsonl"):
+        act(destination)
+    (destination / "results.jsonl").rename(destination / ".DS_Store")  # As file managers write.
+    act(destination)
+    assert contents(destination).keys() == contents(artifact_path).keys()
+
+
+def test_copy_inside_the_artifact(artifact_path, tmp_path):
+    (tmp_path / "link").symlink_to(artifact_path)
+    model = runtime.load(artifact_path)
+    for folder in (artifact_path / "copy", tmp_path / "link" / "a" / "b"):
+        with pytest.raises(InvalidArgumentError, match="which the same call reads"):
+            model.save(folder)
+    with pytest.raises(ArtifactError, match=r"symbolic link.*link to .*artifact"):
+        model.save(tmp_path / "link")
+    model.save(artifact_path / ".." / "copy")
+    assert (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
