@@ -120,6 +120,7 @@ class Measurer:
             self.devices.runner.check,
             self._library(number),
             candidate.task.arguments,
+            candidate.task.outputs,
             candidate.task.reference,
             _CHECK_TIMEOUT,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -104,6 +105,7 @@ class KernelRunner:
         self,
         path: Path,
         arguments: tuple[KernelArgument, ...],
+        outputs: int,
         function: tirx.PrimFunc,
         timeout: float,
     ) -> str:
@@ -112,30 +114,34 @@ class KernelRunner:
         Parameters
         ----------
         path, arguments, timeout
-            As for `measure`; the last argument is the output.
+            As for `measure`.
+        outputs : int
+            Number of arguments that are outputs: the last ones.
         function : tvm.tirx.PrimFunc
             Unscheduled kernel.
 
         Returns
         -------
         str
-            Description of the error; empty if the result is within the tolerance.
+            Description of the error; empty if all outputs are within the tolerance.
         """
         rng = np.random.default_rng(1)
-        inputs = [_random(rng, tensor) for tensor in arguments[:-1]]
-        shape, dtype = arguments[-1]
-        nan_output = np.full(shape, np.nan, numpy_dtype(dtype))
+        inputs = [_random(rng, tensor) for tensor in arguments[:-outputs]]
         module, device = self._load(path, timeout)
-        result = _call(module, device, inputs, nan_output)
+        results = _call(module, device, inputs, arguments[-outputs:])
         with files.temporary_folder("reference-") as folder:
             reference_path = Path(folder) / "reference.so"
             export_kernel(function, targets.resolve_target("auto"), reference_path)
             module = tvm.runtime.load_module(str(reference_path))
-            reference = _call(module, tvm.cpu(0), inputs, nan_output)
-        error = float(np.abs(result - reference).max() / max(1.0, np.abs(reference).max()))
-        if error <= LAYER[dtype]:
-            return ""
-        return f"wrong result: error {error:.1e} exceeds the tolerance {LAYER[dtype]:.1e}"
+            references = _call(module, tvm.cpu(0), inputs, arguments[-outputs:])
+        for output, result, reference in zip(
+            arguments[-outputs:], results, references, strict=True
+        ):
+            error = float(np.abs(result - reference).max() / max(1.0, np.abs(reference).max()))
+            tolerance = LAYER[output.dtype]
+            if not error <= tolerance:
+                return f"wrong result: error {error:.1e} exceeds the tolerance {tolerance:.1e}"
+        return ""
 
     def _load(self, path: Path, timeout: float) -> tuple[Any, Any]:
         """Load a library on the device; return its module and the device."""
@@ -163,12 +169,14 @@ class KernelRunner:
         return session.load_module(path.name), device
 
 
-def _call(module: Any, device: Any, inputs: list[Any], nan_output: Any) -> Float64Array:
-    """Call a kernel with an output full of NaN, so that unwritten elements show."""
-    output = tvm.runtime.tensor(nan_output, device)
-    module[ENTRY](*(tvm.runtime.tensor(array, device) for array in inputs), output)
-    result: Float64Array = output.numpy().astype(np.float64)
-    return result
+def _call(
+    module: Any, device: Any, inputs: Iterable[Any], outputs: Iterable[KernelArgument]
+) -> list[Float64Array]:
+    """Call a kernel with outputs full of NaN, so that unwritten elements show."""
+    arrays = [np.full(output.shape, np.nan, numpy_dtype(output.dtype)) for output in outputs]
+    results = [tvm.runtime.tensor(array, device) for array in arrays]
+    module[ENTRY](*(tvm.runtime.tensor(array, device) for array in inputs), *results)
+    return [result.numpy().astype(np.float64) for result in results]
 
 
 def _random(rng: np.random.Generator, tensor: KernelArgument) -> Any:

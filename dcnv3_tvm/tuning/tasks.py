@@ -41,7 +41,9 @@ class TuningTask:
     function : tvm.tirx.PrimFunc
         Unscheduled kernel.
     arguments : tuple of KernelArgument
-        Its inputs, followed by its output.
+        Its inputs, followed by its outputs.
+    outputs : int
+        Number of its outputs.
     calls : int
         Number of calls in one run of everything that is tuned together.
     space : dict of str to tuple of Decision
@@ -55,6 +57,7 @@ class TuningTask:
     rule: str
     function: tirx.PrimFunc
     arguments: tuple[KernelArgument, ...]
+    outputs: int
     calls: int
     space: Mapping[str, tuple[Decision, ...]]
     reference: tirx.PrimFunc
@@ -66,6 +69,8 @@ class TuningTask:
         arguments: tuple[KernelArgument, ...],
         calls: int,
         target: Target,
+        *,
+        outputs: int = 1,
         reference: tirx.PrimFunc | None = None,
     ) -> TuningTask:
         """Create the task of a kernel; the schedule rules give its search space.
@@ -79,6 +84,7 @@ class TuningTask:
             rule=scheduled.rule,
             function=function,
             arguments=arguments,
+            outputs=outputs,
             calls=calls,
             space=scheduled.space,
             reference=function if reference is None else reference,
@@ -194,7 +200,13 @@ def model_tasks(
         )
     program, _ = pipeline.run_pipeline(imported, target, dtype=dtype, until="fuse")
     return merge_tasks(
-        TuningTask.of(kernel.function, (*kernel.inputs, *kernel.outputs), kernel.calls, target)
+        TuningTask.of(
+            kernel.function,
+            (*kernel.inputs, *kernel.outputs),
+            kernel.calls,
+            target,
+            outputs=len(kernel.outputs),
+        )
         for kernel in called_kernels(program.module)
     )
 
@@ -231,11 +243,16 @@ def gradient_tasks(spec: DCNv3Spec, target: Target) -> list[TuningTask]:
     grad_x = KernelArgument(x.shape, spec.accumulate_dtype)
     return [
         TuningTask.of(
-            kernel(compiled, vector_loads=is_gpu(target)), arguments, 1, target, kernel(compiled)
+            kernel(compiled, vector_loads=is_gpu(target)),
+            (*inputs, *outputs),
+            1,
+            target,
+            outputs=len(outputs),
+            reference=kernel(compiled),
         )
-        for kernel, arguments in (
-            (tensorir.dcnv3_grad_x, (out, offset, mask, grad_x)),
-            (tensorir.dcnv3_grad_offset_mask, (x, offset, mask, out, offset, mask)),
+        for kernel, inputs, outputs in (
+            (tensorir.dcnv3_grad_x, (out, offset, mask), (grad_x,)),
+            (tensorir.dcnv3_grad_offset_mask, (x, offset, mask, out), (offset, mask)),
         )
     ]
 

@@ -71,6 +71,7 @@ class SimulatedRunner(KernelRunner):
         self,
         path: Path,
         arguments: tuple[KernelArgument, ...],
+        outputs: int,
         function: tirx.PrimFunc,
         timeout: float,
     ) -> str:

@@ -4,8 +4,10 @@ import dataclasses
 import functools
 
 import pytest
+from tvm import te
 
 from dcnv3_tvm import machine
+from dcnv3_tvm.compiler.kernel_library import export_kernel
 from dcnv3_tvm.compiler.kernel_listing import KernelArgument
 from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.op import tensorir
@@ -37,13 +39,17 @@ def task(target):
     return operator_task(DCNv3Spec.of((1, 9, 7, 32), group=2), target)
 
 
+def check(run, path, task):
+    return run(RUNNER.check, path, task.arguments, task.outputs, task.reference, timeout=20).value
+
+
 def test_schedule_is_timed_and_correct(run, task, target, tmp_path):
     path = tmp_path / "kernel.so"
     build_candidate(task.function, target, {"task": "pixel"}, path)
     times = run(RUNNER.measure, path, task.arguments, seconds=0.01, timeout=20).value
     assert len(times) >= 7
     assert min(times) > 0
-    assert run(RUNNER.check, path, task.arguments, task.reference, timeout=20).value == ""
+    assert check(run, path, task) == ""
 
 
 def test_gradient_kernels_are_tuned_as_training_compiles_them(run, target, tmp_path):
@@ -57,15 +63,29 @@ def test_gradient_kernels_are_tuned_as_training_compiles_them(run, target, tmp_p
         path = tmp_path / f"{task.rule}.so"
         decisions = {name: values[-1] for name, values in task.space.items()}
         build_candidate(task.function, target, decisions, path)
-        assert run(RUNNER.check, path, task.arguments, task.reference, timeout=20).value == ""
+        assert check(run, path, task) == ""
 
 
 def test_wrong_result_is_detected(run, task, target, tmp_path):
     other = operator_task(DCNv3Spec.of((1, 9, 7, 32), group=2, offset_scale=1.5), target)
     path = tmp_path / "kernel.so"
     build_candidate(other.function, target, other.default, path)
-    result = run(RUNNER.check, path, task.arguments, task.function, timeout=20)
-    assert result.value.startswith("wrong result: error ")
+    assert check(run, path, task).startswith("wrong result: error ")
+
+
+def test_every_output_is_checked(run, target, tmp_path):
+    def multiples(first, second):
+        x = te.placeholder((5,), name="x")
+        y, z = te.compute((5,), lambda i: first * x[i]), te.compute((5,), lambda i: second * x[i])
+        return te.create_prim_func([x, y, z])
+
+    arguments = (KernelArgument((5,), "float32"),) * 3
+    path = tmp_path / "kernel.so"
+    export_kernel(multiples(2.0, 3.0), target, path)
+    for factors, message in (((2.0, 3.0), ""), ((2.5, 3.0), "wrong"), ((2.0, 3.5), "wrong")):
+        result = run(RUNNER.check, path, arguments, 2, multiples(*factors), timeout=20)
+        assert result.value.startswith(message)
+        assert bool(result.value) == bool(message)
 
 
 def test_shape_mismatch_is_detected(run, task, target, tmp_path):
@@ -73,7 +93,7 @@ def test_shape_mismatch_is_detected(run, task, target, tmp_path):
     assert other.arguments[-1].shape != task.arguments[-1].shape
     path = tmp_path / "kernel.so"
     build_candidate(other.function, target, other.default, path)
-    result = run(RUNNER.check, path, task.arguments, task.function, timeout=20)
+    result = run(RUNNER.check, path, task.arguments, task.outputs, task.function, timeout=20)
     assert result.error.startswith(("RuntimeError", "ValueError", "TypeError"))
 
 
@@ -87,4 +107,4 @@ def test_bfloat16_matmul_is_correct(run, target, tmp_path):
     path = tmp_path / "kernel.so"
     build_candidate(function, target, {"rows": 7, "block": 1}, path)
     assert run(RUNNER.measure, path, arguments, seconds=0.001, timeout=20).value
-    assert run(RUNNER.check, path, arguments, function, timeout=20).value == ""
+    assert run(RUNNER.check, path, arguments, 1, function, timeout=20).value == ""
