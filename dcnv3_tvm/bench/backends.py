@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.provenance import installed_version
 
 if TYPE_CHECKING:
-    from dcnv3_tvm.bench.problems import Problem
     from dcnv3_tvm.bench.runners import BackendRunner
+    from dcnv3_tvm.frontend.onnx import FormName
 
 PEER_TOLERANCE: Final = 1e-3
 """Largest error of a peer in float32. Peers normalise sampling points to [-1, 1], which costs
@@ -25,6 +24,12 @@ bits; a wrong computation is off by some tens of percent."""
 OURS: Final = "dcnv3-tvm"
 """Name of this library's backend, to which all others are compared."""
 
+UNTUNED: Final = "untuned"
+"""Name of this library's backend without tuning records."""
+
+COMPILE: Final = "compile"
+"""Name of ``torch.compile``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
@@ -32,31 +37,21 @@ class Backend:
 
     Parameters
     ----------
-    name : str
-        Name in the report.
-    call : callable
-        Computes once; this is timed.
-    outputs : callable
-        Converts what `call` returned to arrays or tensors; not timed.
+    runner : BackendRunner
+        Computes the outputs; its calls are timed.
     tolerance : float
         Largest accepted error, in the error measure of the problem.
     reference : list of array or tensor, optional
         Reference outputs, if they differ from the problem's because the inputs do.
-    peak_bytes : int, optional
-        Peak memory of the GPU, or of a process that trains.
     """
 
-    name: str
-    call: Callable[[], Any]
-    outputs: Callable[[Any], list[Any]]
+    runner: BackendRunner
     tolerance: float
     reference: list[Any] | None = None
-    peak_bytes: int | None = None
 
-    @classmethod
-    def of(cls, name: str, runner: BackendRunner, tolerance: float) -> Backend:
-        """Name what a runner computes."""
-        return cls(name, runner.call, runner.outputs, tolerance, peak_bytes=runner.peak_bytes)
+
+Builders = Mapping[str, Callable[[], Backend]]
+"""What prepares each backend of a case by its name, in the order in which they are run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +64,8 @@ class Peer:
         Value of ``--against``.
     packages : tuple of str
         Distributions it needs.
-    builder : str
-        ``module:function`` of ``(problem, threads) -> BackendRunner``.
+    form : str, optional
+        How DCNv3 is expressed in the ONNX file that it reads; None for PyTorch and this library.
     tolerance : float
         Largest accepted error, in the error measure of the problem.
     dtypes : tuple of str
@@ -82,8 +77,8 @@ class Peer:
     """
 
     name: str
-    packages: tuple[str, ...]
-    builder: str
+    packages: tuple[str, ...] = ()
+    form: FormName | None = None
     tolerance: float = PEER_TOLERANCE
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     by_default: bool = True
@@ -94,34 +89,23 @@ class Peer:
         """Distributions that are not installed."""
         return [package for package in self.packages if installed_version(package) is None]
 
-    def build(self, problem: Problem, threads: int) -> Backend:
-        """Prepare the backend for a problem."""
-        module, _, function = self.builder.partition(":")
-        build: Callable[[Problem, int], BackendRunner]
-        build = getattr(importlib.import_module(module), function)
-        return Backend.of(self.name, build(problem, threads), self.tolerance)
-
 
 _EXPORT: Final = ("torch", "onnx", "onnxscript")
 
 PEERS: Final = (
-    Peer("torch", ("torch",), "dcnv3_tvm.bench.peers:eager", gradients=True),
-    Peer("compile", ("torch",), "dcnv3_tvm.bench.peers:compiled", gradients=True),
-    Peer("onnxruntime", ("onnxruntime", *_EXPORT), "dcnv3_tvm.bench.peers:onnxruntime"),
-    Peer(
-        "onnxruntime-deform",
-        ("onnxruntime", *_EXPORT),
-        "dcnv3_tvm.bench.peers:onnxruntime_deform",
-    ),
-    Peer("openvino", ("openvino", *_EXPORT), "dcnv3_tvm.bench.peers:openvino"),
+    Peer("torch", ("torch",), gradients=True),
+    Peer(COMPILE, ("torch",), gradients=True),
+    Peer("onnxruntime", ("onnxruntime", *_EXPORT), "grid-sample"),
+    Peer("onnxruntime-deform", ("onnxruntime", *_EXPORT), "deform-conv"),
+    Peer("openvino", ("openvino", *_EXPORT), "grid-sample"),
     Peer(
         "openvino-bf16",
         ("openvino", *_EXPORT),
-        "dcnv3_tvm.bench.peers:openvino_bf16",
+        "grid-sample",
         tolerance=BF16_PEER_TOLERANCE,
         dtypes=("bfloat16",),
     ),
-    Peer("untuned", (), "dcnv3_tvm.bench.ours:untuned", by_default=False),
+    Peer(UNTUNED, by_default=False),
 )
 """All peers, in the order in which they are run."""
 

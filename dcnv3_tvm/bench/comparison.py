@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from dcnv3_tvm.bench.accuracy import largest_error
-from dcnv3_tvm.bench.backends import OURS, Backend, Peer, missing_packages
+from dcnv3_tvm.bench.backends import OURS, Backend, Builders, Peer, missing_packages
 from dcnv3_tvm.bench.budget import OutOfTimeError
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.measure import Plan, measure
@@ -55,8 +55,8 @@ def run(
         Called with a description of each step before it runs.
     """
     # Comparisons on a GPU, with code compiled elsewhere, work without TVM's compiler.
+    from dcnv3_tvm.bench.builders import builders
     from dcnv3_tvm.bench.cpu_peaks import measure_peaks
-    from dcnv3_tvm.bench.ours import build_ours
 
     plan = plan or Plan()
     provenance = Provenance.here(threads)
@@ -65,19 +65,14 @@ def run(
         on_step(f"skip {name}, {reason} (pip install 'dcnv3-tvm[bench]')")
     on_step("measure the peak rates of the machine")
     peaks = measure_peaks(threads)
+    present = [peer for peer in against if peer.name not in skipped]
     results = []
     for case in cases:
         on_step(f"{case.slug}: inputs and reference")
         problem = problem_of(case)
-        builders: dict[str, Callable[[], list[Backend]]] = {
-            OURS: functools.partial(build_ours, problem, threads)
-        }
-        for peer in against:
-            if peer.name not in skipped:
-                builders[peer.name] = functools.partial(_build_peer, peer, problem, threads)
         result = compare_backends(
             problem.slug,
-            builders,
+            builders(problem, present, threads),
             problem.reference,
             Roofline.of(problem.flops, problem.bytes, peaks, problem.dtype),
             plan,
@@ -95,13 +90,9 @@ def run(
     )
 
 
-def _build_peer(peer: Peer, problem: Problem, threads: int) -> list[Backend]:
-    return [peer.build(problem, threads)]
-
-
 def compare_backends(
     slug: str,
-    builders: Mapping[str, Callable[[], list[Backend]]],
+    builders: Builders,
     references: Sequence[Any],
     roofline: Roofline,
     plan: Plan,
@@ -119,8 +110,8 @@ def compare_backends(
     slug : str
         Name of the case.
     builders : mapping of str to callable
-        Builders of one or more backends, in the order in which they are run. A builder that fails
-        makes a row with the failure.
+        Builder of each backend, in the order in which they are run. One that fails makes a row with
+        the failure.
     references : sequence of array or tensor
         Reference outputs.
     roofline : Roofline
@@ -139,28 +130,34 @@ def compare_backends(
     **timing
         ``clock``, ``sleep`` and ``seconds_of`` of `dcnv3_tvm.bench.measure.measure`.
     """
-    backends: list[Backend] = []
+    backends: dict[str, Backend] = {}
     rows: dict[str, BackendRow] = {}
-    for name, build in builders.items():
-        on_step(f"{slug}: build {name}")
+
+    @contextlib.contextmanager
+    def failures(name: str) -> Iterator[None]:
+        """Make what a backend's library raises a result, unless it ends the comparison."""
         try:
-            built = build()
+            yield
         except OutOfTimeError as late:
             rows[name] = BackendRow(name, failure=str(late))
-        except Exception as error:  # what a backend's library raises is a result
-            if name == OURS and not keep_going:
+        except Exception as error:  # libraries raise any type
+            if name.startswith(OURS) and not keep_going:
                 raise
             rows[name] = BackendRow(name, failure=failure_text(error))
-        else:
-            backends += built
-            rows |= {backend.name: BackendRow(backend.name) for backend in built}
-    for backend in backends:
-        on_step(f"{slug}: check {backend.name}")
-        rows[backend.name] = _checked(backend, references, error_measure, keep_going)
+
+    for name, build in builders.items():
+        on_step(f"{slug}: build {name}")
+        rows[name] = BackendRow(name)
+        with failures(name):
+            backends[name] = build()
+    for name, backend in backends.items():
+        on_step(f"{slug}: check {name}")
+        with failures(name):
+            rows[name] = _checked(name, backend, references, error_measure)
     calls = {
-        backend.name: backend.call
-        for backend in backends
-        if rows[backend.name].failure is None and not rows[backend.name].wrong
+        name: backend.runner.call
+        for name, backend in backends.items()
+        if rows[name].failure is None and not rows[name].wrong
     }
     if keep_going or not any(row.wrong for row in rows.values()):
         timings = measure(
@@ -181,15 +178,10 @@ def compare_backends(
 
 
 def _checked(
-    backend: Backend, references: Sequence[Any], error_measure: str, keep_going: bool
+    name: str, backend: Backend, references: Sequence[Any], error_measure: str
 ) -> BackendRow:
     """Call a backend once and compare its outputs with the reference."""
-    try:
-        outputs = backend.outputs(backend.call())
-    except Exception as error:  # what a backend's library raises is a result
-        if backend.name.startswith(OURS) and not keep_going:
-            raise
-        return BackendRow(backend.name, failure=failure_text(error))
+    runner = backend.runner
     expected = references if backend.reference is None else backend.reference
-    largest = largest_error(outputs, expected, error_measure)
-    return BackendRow(backend.name, largest, backend.tolerance, peak_bytes=backend.peak_bytes)
+    error = largest_error(runner.outputs(runner.call()), expected, error_measure)
+    return BackendRow(name, error, backend.tolerance, peak_bytes=runner.peak_bytes)

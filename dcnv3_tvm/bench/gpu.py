@@ -25,9 +25,8 @@ from dcnv3_tvm.bench.gpu_encoder import measure_encoder
 from dcnv3_tvm.bench.gpu_gradient import measure_gradients
 from dcnv3_tvm.bench.gpu_operator import PLAN as OPERATOR_PLAN
 from dcnv3_tvm.bench.gpu_operator import measure_operator
-from dcnv3_tvm.bench.listing import SCHEMA
 from dcnv3_tvm.bench.measure import Plan
-from dcnv3_tvm.bench.report import BackendRow, CaseResult, Report, failure_text
+from dcnv3_tvm.bench.report import SCHEMA, BackendRow, CaseResult, Report, failure_text
 from dcnv3_tvm.bench.roofline import Peaks, Roofline
 from dcnv3_tvm.bench.torch_gpu import TorchGpu
 from dcnv3_tvm.provenance import Provenance

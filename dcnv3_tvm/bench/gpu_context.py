@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from dcnv3_tvm.bench.backends import Backend
+from dcnv3_tvm.bench.backends import Builders
 from dcnv3_tvm.bench.budget import JobBudget
 from dcnv3_tvm.bench.comparison import compare_backends
 from dcnv3_tvm.bench.gpu_compilation import CompilePool
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.report import CaseResult
 from dcnv3_tvm.bench.roofline import Peaks, Roofline
+from dcnv3_tvm.bench.runners import BackendRunner
 from dcnv3_tvm.bench.torch_gpu import TorchGpu
 from dcnv3_tvm.verify.tolerances import MAX_ERROR
 
@@ -42,10 +44,16 @@ class GpuContext:
     peaks: Peaks
     on_step: Callable[[str], None]
 
+    def runner(
+        self, call: Callable[[], Any], outputs: Callable[[Any], list[Any]], held: int
+    ) -> BackendRunner:
+        """Return a runner whose peak memory is `held` bytes and what some calls allocate."""
+        return BackendRunner(call, outputs, held + self.gpu.peak_bytes(call))
+
     def compare(
         self,
         slug: str,
-        builders: Mapping[str, Callable[[], Backend]],
+        builders: Builders,
         references: Sequence[Tensor],
         roofline: Roofline,
         plan: Plan,
@@ -57,20 +65,14 @@ class GpuContext:
 
         Parameters
         ----------
-        slug, references, roofline, plan, error_measure
+        slug, builders, references, roofline, plan, error_measure
             As for `dcnv3_tvm.bench.comparison.compare_backends`.
-        builders : mapping of str to callable
-            Builder of each backend.
         flushes : int
             Repeats of `TorchGpu.flush` before every call.
         """
-
-        def in_list(build: Callable[[], Backend]) -> Callable[[], list[Backend]]:
-            return lambda: [build()]
-
         return compare_backends(
             slug,
-            {name: in_list(build) for name, build in builders.items()},
+            builders,
             references,
             roofline,
             plan,

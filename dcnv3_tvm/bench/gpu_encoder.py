@@ -21,7 +21,7 @@ from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.bench.report import CaseResult
 from dcnv3_tvm.bench.roofline import Roofline
-from dcnv3_tvm.bench.torch_gpu import TorchGpu
+from dcnv3_tvm.bench.runners import BackendRunner
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.runtime.metadata import WEIGHTS
 from dcnv3_tvm.verify.pytorch_reference import Sampling, grid_sampling, with_sampling
@@ -102,14 +102,12 @@ def measure_encoder(case: EncoderCase, context: GpuContext, seconds: float) -> C
     seconds : float
         Longest time to wait for the compilation of this library's encoder.
     """
-    gpu = context.gpu
     extended = extensions.DCNV3.import_failure is None
     suffix = " + extension" if extended else ""
     sampling = extensions.extension_sampling if extended else grid_sampling
     context.on_step(f"{case.slug}: weights, image and reference")
-    problem = EncoderProblem(case, gpu.torch_device, sampling)
-    eager = functools.partial(_torch_backend, f"torch{suffix}", problem.module, problem, gpu)
-    compiled = functools.partial(_compiled_backend, f"compile{suffix}", problem, gpu)
+    problem = EncoderProblem(case, context.gpu.torch_device, sampling)
+    compiled = functools.partial(_compiled_backend, problem, context)
     error_measure, tolerance = model_tolerance(case.dtype)
     outputs = sum(tensor.numel() for tensor in problem.reference)
     traffic = problem.weight_bytes + DTYPE_BYTES[case.dtype] * (problem.image.numel() + outputs)
@@ -117,7 +115,7 @@ def measure_encoder(case: EncoderCase, context: GpuContext, seconds: float) -> C
         case.slug,
         {
             OURS: functools.partial(_our_backend, case, problem, context.pool, seconds, tolerance),
-            f"torch{suffix}": eager,
+            f"torch{suffix}": functools.partial(_torch_backend, problem.module, problem, context),
             f"compile{suffix}": functools.partial(context.torch_compile.run, compiled),
         },
         problem.reference,
@@ -145,22 +143,22 @@ def _our_backend(
         + metadata.activation_bytes["main"]
         + sum(tensor.nbytes for tensor in (image, *outputs))
     )
-    return Backend(OURS, lambda: model(image), output_list, tolerance, peak_bytes=peak)
+    return Backend(BackendRunner(lambda: model(image), output_list, peak), tolerance)
 
 
 def _torch_backend(
-    name: str, module: Callable[[Tensor], Any], problem: EncoderProblem, gpu: TorchGpu
+    module: Callable[[Tensor], Any], problem: EncoderProblem, context: GpuContext
 ) -> Backend:
     def call() -> Any:
         with torch.no_grad():
             return module(problem.image)
 
     # Peak memory includes the first calls, in which CUDA graphs are captured.
-    peak = problem.weight_bytes + problem.image.nbytes + gpu.peak_bytes(call)
-    return Backend(name, call, output_list, PEER_TOLERANCE, peak_bytes=peak)
+    held = problem.weight_bytes + problem.image.nbytes
+    return Backend(context.runner(call, output_list, held), PEER_TOLERANCE)
 
 
-def _compiled_backend(name: str, problem: EncoderProblem, gpu: TorchGpu) -> Backend:
+def _compiled_backend(problem: EncoderProblem, context: GpuContext) -> Backend:
     torch.compiler.reset()
     module = torch.compile(problem.module, mode=CUDA_GRAPHS)
-    return _torch_backend(name, module, problem, gpu)
+    return _torch_backend(module, problem, context)

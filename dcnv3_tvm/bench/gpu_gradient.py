@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from dcnv3_tvm.op.reference_gradient import dcnv3_gradients
 from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator
-from dcnv3_tvm.verify.tolerances import gradient_bounds
+from dcnv3_tvm.verify.tolerances import gradient_bounds, largest_relative
 
 _STEPS: Final = 16
 """Steps of the offsets in a pixel. They are odd multiples of half a step, exact in every type, so
@@ -78,28 +77,20 @@ def measure_gradients(spec: DCNv3Spec, context: GpuContext, seconds: float) -> C
     reference = dcnv3_gradients(grad, x, offset, mask, spec)
     bounds = gradient_bounds(spec, grad, x, offset, mask, reference)
     # Rounding the gradient of x to the type of x adds an error like those of the others.
-    ours_tolerance = 2 * max(
-        float(bound.max() / np.abs(expected).max())
-        for bound, expected in zip(bounds[1:], reference[1:], strict=True)
-    )
+    ours_tolerance = 2 * largest_relative(bounds[1:], reference[1:])
 
-    def backend(name: str, tolerance: float, compute: Gradients) -> Backend:
+    def backend(compute: Gradients, tolerance: float) -> Backend:
         call = functools.partial(compute, *arguments)
         held = sum(tensor.nbytes for tensor in arguments)
-        return Backend(
-            name,
-            call,
-            lambda results: [tensor[:1] for tensor in results],
-            tolerance,
-            peak_bytes=held + gpu.peak_bytes(call),
-        )
+        runner = context.runner(call, lambda results: [tensor[:1] for tensor in results], held)
+        return Backend(runner, tolerance)
 
     def ours() -> Backend:
         paths = {
             kind: context.pool.result(GradientKernel(kind, spec), seconds)
             for kind in (GRAD_X, GRAD_OFFSET_MASK)
         }
-        return backend(OURS, ours_tolerance, load_gradients(spec, paths, gpu.target))
+        return backend(load_gradients(spec, paths, gpu.target), ours_tolerance)
 
     builders: dict[str, Callable[[], Backend]] = {OURS: ours}
     allowed = PEER_TOLERANCES[spec.dtype]
@@ -107,10 +98,10 @@ def measure_gradients(spec: DCNv3Spec, context: GpuContext, seconds: float) -> C
     # other gradients.
     if spec.dtype == "float32":
         eager = _autograd(spec, *arguments)
-        builders["torch"] = functools.partial(backend, "torch", allowed, eager)
+        builders["torch"] = functools.partial(backend, eager, allowed)
     if extensions.DCNV3.import_failure is None:
-        name, compute = extensions.DCNV3.name, extensions.dcnv3_backward(spec)
-        builders[name] = functools.partial(backend, name, allowed, compute)
+        compute = extensions.dcnv3_backward(spec)
+        builders[extensions.DCNV3.name] = functools.partial(backend, compute, allowed)
     return context.compare(
         f"{spec.slug}-backward",
         builders,

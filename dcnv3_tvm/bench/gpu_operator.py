@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +20,12 @@ from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.problems import OFFSET_SPREAD
 from dcnv3_tvm.bench.report import CaseResult
 from dcnv3_tvm.bench.roofline import Roofline
-from dcnv3_tvm.bench.torch_gpu import TorchGpu
+from dcnv3_tvm.bench.runners import BackendRunner
 from dcnv3_tvm.compiler.compile_kernel import DCNV3
 from dcnv3_tvm.compiler.operator import CompiledOperator
 from dcnv3_tvm.spec import DCNv3Spec
 from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator
-from dcnv3_tvm.verify.tolerances import operator_bound
+from dcnv3_tvm.verify.tolerances import largest_relative, operator_bound
 
 PLAN: Final = Plan(rounds=5, calls=20, dropped=4, pause=0.01, burst_seconds=0.15)
 """Number of calls of an operator; the pause is short, because a GPU has no spinning threads."""
@@ -68,6 +67,10 @@ class OperatorInputs:
     logits: Tensor
     reference: Tensor
     softmax_reference: Tensor
+
+    def arguments(self, spec: DCNv3Spec) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x, offset, and the mask that the operator takes: weights or logits."""
+        return self.x, self.offset, self.logits if spec.softmax else self.mask
 
 
 def operator_inputs(spec: DCNv3Spec, device: torch.device, seed: int = 0) -> OperatorInputs:
@@ -113,13 +116,10 @@ def tolerance(spec: DCNv3Spec, inputs: OperatorInputs) -> float:
 
     Computed from the first image only, which saves time; the bounds of the others are similar.
     """
-    mask = inputs.logits if spec.softmax else inputs.mask
-    reference = (inputs.softmax_reference if spec.softmax else inputs.reference)[:1].cpu().numpy()
-    x, offset, given = (
-        tensor[:1].double().cpu().numpy() for tensor in (inputs.x, inputs.offset, mask)
-    )
-    bound = operator_bound(spec, x, offset, given, reference)
-    return float(bound.max() / np.abs(reference).max())
+    exact = inputs.softmax_reference if spec.softmax else inputs.reference
+    reference = exact[:1].cpu().numpy()
+    x, offset, mask = (tensor[:1].double().cpu().numpy() for tensor in inputs.arguments(spec))
+    return largest_relative([operator_bound(spec, x, offset, mask, reference)], [reference])
 
 
 def load_operator(spec: DCNv3Spec, path: Path, target: str) -> Callable[..., Tensor]:
@@ -139,22 +139,20 @@ def measure_operator(spec: DCNv3Spec, context: GpuContext, seconds: float) -> Ca
     seconds : float
         Longest time to wait for the compilation of this library's kernels.
     """
-    gpu = context.gpu
     context.on_step(f"{spec.slug}: inputs and reference")
-    inputs = operator_inputs(spec, gpu.torch_device)
-    ours = functools.partial(_our_backend, inputs=inputs, context=context, seconds=seconds)
+    inputs = operator_inputs(spec, context.gpu.torch_device)
     builders: dict[str, Callable[[], Backend]] = {
-        OURS: functools.partial(ours, OURS, with_logits(spec)),
-        READY: functools.partial(ours, READY, spec),
+        OURS: functools.partial(_our_backend, with_logits(spec), inputs, context, seconds),
+        READY: functools.partial(_our_backend, spec, inputs, context, seconds),
     }
     if spec.dtype != OURS_ONLY:
         eager = PyTorchOperator(spec).eval()
-        builders["torch"] = functools.partial(_torch_backend, "torch", eager, spec, inputs, gpu)
-        compiled = functools.partial(_compiled_backend, eager, spec, inputs, gpu)
+        builders["torch"] = functools.partial(_torch_backend, eager, spec, inputs, context)
+        compiled = functools.partial(_compiled_backend, eager, spec, inputs, context)
         builders["compile"] = functools.partial(context.torch_compile.run, compiled)
         for extension in EXTENSIONS:
             if extension.import_failure is None:
-                build = functools.partial(_extension_backend, extension, spec, inputs, gpu)
+                build = functools.partial(_extension_backend, extension, spec, inputs, context)
                 builders[extension.name] = build
     return context.compare(
         spec.slug,
@@ -166,63 +164,40 @@ def measure_operator(spec: DCNv3Spec, context: GpuContext, seconds: float) -> Ca
     )
 
 
-def _backend(
-    name: str,
-    call: Callable[[], Tensor],
-    arguments: tuple[Tensor, ...],
-    tolerance: float,
-    gpu: TorchGpu,
-    reference: Tensor | None = None,
-) -> Backend:
-    held = sum(tensor.nbytes for tensor in arguments)
-    return Backend(
-        name,
-        call,
-        lambda y: [y],
-        tolerance,
-        reference=None if reference is None else [reference],
-        peak_bytes=held + gpu.peak_bytes(call),
-    )
-
-
 def _our_backend(
-    name: str, spec: DCNv3Spec, inputs: OperatorInputs, context: GpuContext, seconds: float
+    spec: DCNv3Spec, inputs: OperatorInputs, context: GpuContext, seconds: float
 ) -> Backend:
-    gpu = context.gpu
-    operator = load_operator(spec, context.pool.result(spec, seconds), gpu.target)
-    arguments = (inputs.x, inputs.offset, inputs.logits if spec.softmax else inputs.mask)
-    return _backend(
-        name,
-        functools.partial(operator, *arguments),
-        arguments,
-        tolerance(spec, inputs),
-        gpu,
-        inputs.softmax_reference if spec.softmax else None,
-    )
+    operator = load_operator(spec, context.pool.result(spec, seconds), context.gpu.target)
+    arguments = inputs.arguments(spec)
+    runner = _runner(functools.partial(operator, *arguments), arguments, context)
+    reference = [inputs.softmax_reference] if spec.softmax else None
+    return Backend(runner, tolerance(spec, inputs), reference)
 
 
 def _torch_backend(
-    name: str,
-    module: Callable[..., Tensor],
-    spec: DCNv3Spec,
-    inputs: OperatorInputs,
-    gpu: TorchGpu,
+    module: Callable[..., Tensor], spec: DCNv3Spec, inputs: OperatorInputs, context: GpuContext
 ) -> Backend:
-    arguments = (inputs.x, inputs.offset, inputs.mask)
-    allowed = GRID_SAMPLE_TOLERANCES[spec.dtype]
-    return _backend(name, lambda: module(*arguments), arguments, allowed, gpu)
+    arguments = inputs.arguments(spec)
+    runner = _runner(lambda: module(*arguments), arguments, context)
+    return Backend(runner, GRID_SAMPLE_TOLERANCES[spec.dtype])
 
 
 def _compiled_backend(
-    module: torch.nn.Module, spec: DCNv3Spec, inputs: OperatorInputs, gpu: TorchGpu
+    module: torch.nn.Module, spec: DCNv3Spec, inputs: OperatorInputs, context: GpuContext
 ) -> Backend:
     torch.compiler.reset()
-    return _torch_backend("compile", torch.compile(module), spec, inputs, gpu)
+    return _torch_backend(torch.compile(module), spec, inputs, context)
 
 
 def _extension_backend(
-    extension: Extension, spec: DCNv3Spec, inputs: OperatorInputs, gpu: TorchGpu
+    extension: Extension, spec: DCNv3Spec, inputs: OperatorInputs, context: GpuContext
 ) -> Backend:
-    arguments = (inputs.x, inputs.offset, inputs.mask)
+    arguments = inputs.arguments(spec)
     call = extension.prepare(extension.loaded, *arguments, spec)
-    return _backend(extension.name, call, arguments, PEER_TOLERANCES[spec.dtype], gpu)
+    return Backend(_runner(call, arguments, context), PEER_TOLERANCES[spec.dtype])
+
+
+def _runner(
+    call: Callable[[], Tensor], arguments: Sequence[Tensor], context: GpuContext
+) -> BackendRunner:
+    return context.runner(call, lambda y: [y], sum(tensor.nbytes for tensor in arguments))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, Final
 
@@ -14,15 +15,15 @@ from dcnv3_tvm import frontend, machine, targets
 from dcnv3_tvm.bench.cases import EncoderCase
 from dcnv3_tvm.bench.cpu_peaks import measure_peaks
 from dcnv3_tvm.bench.gpu_models import GpuModel
-from dcnv3_tvm.bench.kernel_roofline import kernel_bytes, kernel_flops, kernel_roofline
-from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.measure import median_of_bursts
-from dcnv3_tvm.bench.roofline import Peaks
+from dcnv3_tvm.bench.report import Listing
+from dcnv3_tvm.bench.roofline import Peaks, Roofline
 from dcnv3_tvm.bench.runners import Array
 from dcnv3_tvm.compiler import cpu_pipeline
 from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument, model_kernels
-from dcnv3_tvm.compiler.kernel_work import MATMUL_KINDS
+from dcnv3_tvm.compiler.kernel_work import MATMUL_KINDS, flops_per_output
+from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.runtime import library
 from dcnv3_tvm.verify.placeholder_weights import placeholder_model
@@ -335,3 +336,21 @@ def _row(kernel: Kernel, peaks: Peaks, seconds: float | None) -> KernelRow:
         share=0.0,
         shapes=kernel.shapes,
     )
+
+
+def kernel_roofline(kernel: Kernel, peaks: Peaks) -> Roofline:
+    """Return the roofline of one call of a kernel."""
+    # Everything but matmuls computes in float32, whatever the dtype of its arguments.
+    dtype = kernel.inputs[1].dtype if kernel.kind in MATMUL_KINDS else "float32"
+    return Roofline.of(kernel_flops(kernel), kernel_bytes(kernel), peaks, dtype)
+
+
+def kernel_bytes(kernel: Kernel) -> int:
+    """Return the bytes of a kernel's inputs, weights and outputs."""
+    arguments = (*kernel.inputs, *kernel.outputs)
+    return sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in arguments)
+
+
+def kernel_flops(kernel: Kernel) -> int:
+    """Count the multiplications and additions of one call of a kernel, without padding."""
+    return round(math.prod(kernel.outputs[0].shape) * flops_per_output(kernel))

@@ -12,11 +12,11 @@ import torch
 
 from dcnv3_tvm import files, frontend
 from dcnv3_tvm.bench.accuracy import largest_error
-from dcnv3_tvm.bench.backends import OURS, Peer, missing_packages
+from dcnv3_tvm.bench.backends import OURS, UNTUNED, Peer, missing_packages
 from dcnv3_tvm.bench.cases import EncoderCase
-from dcnv3_tvm.bench.listing import Listing
 from dcnv3_tvm.bench.memory_worker import MemoryTask, WorkerError, run_worker
 from dcnv3_tvm.bench.problems import Problem, encoder_problem
+from dcnv3_tvm.bench.report import Listing
 from dcnv3_tvm.compiler.compile import compile_artifact
 from dcnv3_tvm.provenance import Provenance
 
@@ -108,16 +108,17 @@ def measure_memory(
         problem = encoder_problem(case)
         inputs: dict[str, Any] = problem.inputs
         np.savez(folder / "inputs.npz", **inputs)
-        tolerances = {OURS: problem.tolerance} | {peer.name: peer.tolerance for peer in against}
+        ours = Peer(OURS, tolerance=problem.tolerance)
         skipped = missing_packages(against)
-        for backend, tolerance in tolerances.items():
+        for peer in (ours, *against):
+            backend = peer.name
             on_step(f"{case.slug}: {backend}")
             if backend in skipped:
                 rows.append(MemoryRow(backend, failure=skipped[backend]))
                 continue
             task = MemoryTask(
                 backend=backend,
-                model=str(_model(backend, problem, folder)),
+                model=str(_model(peer, problem, folder)),
                 inputs=str(folder / "inputs.npz"),
                 outputs=str(folder / "outputs.npz"),
                 threads=threads,
@@ -134,7 +135,7 @@ def measure_memory(
                 outputs = [file[key] for key in file.files]
             error = largest_error(outputs, problem.reference, problem.measure)
             ratio = peak / (rows[0].bytes or peak) if rows else 1.0
-            rows.append(MemoryRow(backend, peak, ratio, error, wrong=not error <= tolerance))
+            rows.append(MemoryRow(backend, peak, ratio, error, wrong=not error <= peer.tolerance))
     return MemoryListing(
         slug=case.slug,
         provenance=Provenance.here(threads),
@@ -144,17 +145,16 @@ def measure_memory(
     )
 
 
-def _model(backend: str, problem: Problem, folder: Path) -> Path:
-    """Write the file that a backend opens, and return its path."""
-    if backend == "onnxruntime-deform":
-        return problem.onnx_deform.path
-    if backend.startswith(("onnxruntime", "openvino")):
-        return problem.onnx.path
-    if backend == OURS:
+def _model(peer: Peer, problem: Problem, folder: Path) -> Path:
+    """Write what a backend opens, and return its path."""
+    if peer.form is not None:
+        return problem.onnx(peer.form)
+    if peer.name in (OURS, UNTUNED):
         source: Any = problem.source
-        example = tuple(problem.inputs["image"].shape)
-        path = folder / "artifact"
-        compile_artifact(frontend.import_model(source, example=example), path, dtype=problem.dtype)
+        imported = frontend.import_model(source, example=tuple(problem.inputs["image"].shape))
+        path = folder / peer.name
+        database = "none" if peer.name == UNTUNED else "default"
+        compile_artifact(imported, path, dtype=problem.dtype, database=database)
         return path
     path = folder / "module.pt"
     torch.save(problem.module, path)

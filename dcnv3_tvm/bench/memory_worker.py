@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from dcnv3_tvm.bench import runners
-from dcnv3_tvm.bench.backends import OURS
+from dcnv3_tvm.bench.backends import COMPILE, OURS, UNTUNED
 from dcnv3_tvm.errors import DCNv3Error
 
 _STATUS: Final = Path("/proc/self/status")
@@ -89,21 +89,18 @@ def run_worker(task: MemoryTask) -> dict[str, Any]:
 def _runner(task: MemoryTask, inputs: Mapping[str, Any]) -> runners.BackendRunner:
     """Open the model as its users do."""
     path = Path(task.model)
-    if task.backend == OURS and task.training is None:
+    if task.backend in (OURS, UNTUNED):
         import dcnv3_tvm
 
         return runners.compiled_model_runner(dcnv3_tvm.load(path), inputs, task.threads)
-    if task.backend.startswith("onnxruntime"):
-        return runners.onnxruntime_runner(path, inputs, task.threads)
-    if task.backend.startswith("openvino"):
-        precision = "bf16" if task.backend.endswith("bf16") else "f32"
-        return runners.openvino_runner(path, inputs, task.threads, precision)
+    if path.suffix == ".onnx":
+        return runners.onnx_runner(task.backend, path, inputs, task.threads)
     import torch
 
     module = torch.load(path, weights_only=False)
     if task.training is not None:
         return runners.training_runner(module, inputs, task.threads, task.training)
-    if task.backend == "compile":
+    if task.backend == COMPILE:
         module = torch.compile(module)
     return runners.torch_runner(module, inputs, task.threads)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Callable
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dcnv3_tvm import frontend
+from dcnv3_tvm import files, frontend
 from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.bench.cases import EncoderCase
-from dcnv3_tvm.bench.export import OnnxFile
 from dcnv3_tvm.bench.runners import Array, BackendRunner, gradient_runner, torch_runner
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.frontend.models.internimage import InternImage
@@ -26,7 +27,16 @@ from dcnv3_tvm.pytorch.operator import dcnv3
 from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 from dcnv3_tvm.verify.pytorch_reference import PyTorchOperator, with_sampling
 from dcnv3_tvm.verify.random_weights import randomize_
-from dcnv3_tvm.verify.tolerances import MAX_ERROR, gradient_bounds, model_tolerance, operator_bound
+from dcnv3_tvm.verify.tolerances import (
+    MAX_ERROR,
+    gradient_bounds,
+    largest_relative,
+    model_tolerance,
+    operator_bound,
+)
+
+if TYPE_CHECKING:
+    from dcnv3_tvm.frontend.onnx import FormName
 
 OFFSET_SPREAD: Final = 2.0
 """Offsets of the operator are uniform in [-OFFSET_SPREAD, OFFSET_SPREAD] pixels."""
@@ -81,14 +91,26 @@ class Problem:
     run_module: Callable[[Any, dict[str, Array], int], BackendRunner] = torch_runner
 
     @functools.cached_property
-    def onnx(self) -> OnnxFile:
-        """The module, exported with GridSample."""
-        return OnnxFile(self.module, self.inputs, "grid-sample")
+    def _folder(self) -> tempfile.TemporaryDirectory[str]:
+        """Folder of ONNX files, deleted with this object."""
+        return files.temporary_folder("bench-")
 
-    @functools.cached_property
-    def onnx_deform(self) -> OnnxFile:
-        """The module, exported with DeformConv."""
-        return OnnxFile(self.module, self.inputs, "deform-conv")
+    def onnx(self, form: FormName) -> Path:
+        """Export the module to an ONNX file, unless it exists.
+
+        Parameters
+        ----------
+        form : str
+            How DCNv3 is expressed, see `dcnv3_tvm.frontend.export_onnx`.
+        """
+        # It needs TVM, which machines that run code compiled elsewhere do not have.
+        from dcnv3_tvm.frontend.onnx.export import export_onnx
+
+        path = Path(self._folder.name) / f"{form}.onnx"
+        if not path.exists():
+            arguments = tuple(torch.from_numpy(array) for array in self.inputs.values())
+            export_onnx(self.module, path, example=arguments, form=form)
+        return path
 
 
 def operator_problem(spec: DCNv3Spec, seed: int = 0, *, backward: bool = False) -> Problem:
@@ -112,7 +134,7 @@ def operator_problem(spec: DCNv3Spec, seed: int = 0, *, backward: bool = False) 
         module=PyTorchOperator(spec).eval(),
         inputs={"x": x, "offset": offset, "mask": mask},
         reference=[reference],
-        tolerance=float(bound.max() / np.abs(reference).max()),
+        tolerance=largest_relative([bound], [reference]),
         flops=spec.flops,
         bytes=spec.bytes,
     )
@@ -121,16 +143,12 @@ def operator_problem(spec: DCNv3Spec, seed: int = 0, *, backward: bool = False) 
     grad = aligned(rng.standard_normal(reference.shape, np.float32))
     gradients = dcnv3_gradients(grad, x, offset, mask, spec)
     bounds = gradient_bounds(spec, grad, x, offset, mask, gradients)
-    errors = (
-        float(bound.max() / np.abs(exact).max())
-        for bound, exact in zip(bounds, gradients, strict=True)
-    )
     return dataclasses.replace(
         problem,
         slug=f"{spec.slug}-backward",
         inputs=problem.inputs | {"grad": grad},
         reference=[reference, *gradients],
-        tolerance=max(problem.tolerance, *errors),
+        tolerance=max(problem.tolerance, largest_relative(bounds, gradients)),
         flops=spec.flops + spec.gradient_flops,
         bytes=spec.bytes + spec.gradient_bytes,
         own_modules={OURS: with_sampling(problem.module, _own_sampling)},

@@ -1,22 +1,29 @@
-"""Reports of timed backends, as text tables and as JSON."""
+"""Reports of benchmarks, as text tables and as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 
 from dcnv3_tvm.bench.backends import OURS
-from dcnv3_tvm.bench.listing import SCHEMA
 from dcnv3_tvm.bench.measure import Plan, Quartiles
 from dcnv3_tvm.bench.roofline import Peaks, Roofline
 from dcnv3_tvm.errors import first_line
 from dcnv3_tvm.provenance import Provenance
 from dcnv3_tvm.verify.tolerances import MAX_ERROR
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+SCHEMA: Final = 2
+"""Version of the JSON, increased by incompatible changes."""
+
 TABLE_HEADER: Final = ("", "ms", "quartiles", "best", "vs ours", "quartiles", "error")
 
 _LONGEST_FAILURE: Final = 160
+
+RowT = TypeVar("RowT", bound="DataclassInstance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +135,48 @@ class Report:
                 if row.error is not None and not math.isfinite(row.error):
                     values["error"] = None
         return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing(Generic[RowT]):
+    """Measurements of one case, one per row.
+
+    Parameters
+    ----------
+    slug : str
+        Name of the case.
+    provenance : Provenance
+        Machine, versions and date.
+    how : str
+        How the numbers were obtained, for the text report.
+    rows : tuple of dataclass
+        Measurements.
+    """
+
+    KIND: ClassVar[str]
+    HEADER: ClassVar[tuple[str, ...]]
+
+    slug: str
+    provenance: Provenance
+    how: str
+    rows: tuple[RowT, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all outputs were correct."""
+        return True
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the text table under `HEADER`."""
+        raise NotImplementedError
+
+    def summary(self) -> list[str]:
+        """Return the lines below the table."""
+        return []
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for ``json.dumps``."""
+        return {"schema": SCHEMA, "kind": self.KIND} | dataclasses.asdict(self)
 
 
 def table_rows(case: CaseResult) -> list[tuple[str, ...]]:

@@ -22,13 +22,13 @@ class BackendRunner(NamedTuple):
     call : callable
         Computes once.
     outputs : callable
-        Converts what `call` returned to arrays.
+        Converts what `call` returned to arrays or tensors; not timed.
     peak_bytes : int, optional
-        Peak memory of a process that runs it.
+        Peak memory of the GPU, or of a process that runs it.
     """
 
     call: Callable[[], Any]
-    outputs: Callable[[Any], list[Array]]
+    outputs: Callable[[Any], list[Any]]
     peak_bytes: int | None = None
 
 
@@ -124,8 +124,18 @@ def _arrays(tensors: Sequence[Any]) -> list[Array]:
     return [np.ascontiguousarray(tensor.detach().numpy()) for tensor in tensors]
 
 
-def onnxruntime_runner(path: Path, inputs: Mapping[str, Array], threads: int) -> BackendRunner:
-    """Run an ONNX file with ONNX Runtime's CPU provider and its default optimisations."""
+def onnx_runner(
+    backend: str, path: Path, inputs: Mapping[str, Array], threads: int
+) -> BackendRunner:
+    """Run an ONNX file with the peer of this name, optimised for latency."""
+    if backend.startswith("openvino"):
+        # OpenVINO's own default is bfloat16 where the processor has it.
+        precision = "bf16" if backend.endswith("bf16") else "f32"
+        return _openvino_runner(path, inputs, threads, precision)
+    return _onnxruntime_runner(path, inputs, threads)
+
+
+def _onnxruntime_runner(path: Path, inputs: Mapping[str, Array], threads: int) -> BackendRunner:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -136,13 +146,9 @@ def onnxruntime_runner(path: Path, inputs: Mapping[str, Array], threads: int) ->
     return BackendRunner(lambda: session.run(None, feed), list)
 
 
-def openvino_runner(
+def _openvino_runner(
     path: Path, inputs: Mapping[str, Array], threads: int, precision: str
 ) -> BackendRunner:
-    """Run an ONNX file with OpenVINO's CPU plugin, optimised for latency.
-
-    `precision` is ``"f32"`` or ``"bf16"``; OpenVINO's default is bfloat16 where supported.
-    """
     import openvino as ov
 
     settings = {

@@ -29,8 +29,7 @@ from dcnv3_tvm.progress import Progress
 if TYPE_CHECKING:
     from dcnv3_tvm.bench.gpu import GpuRun
     from dcnv3_tvm.bench.gpu_compilation import CompiledJobs
-    from dcnv3_tvm.bench.listing import Listing
-    from dcnv3_tvm.bench.report import Report
+    from dcnv3_tvm.bench.report import Listing, Report
     from dcnv3_tvm.spec import DCNv3Spec
 
 HELP: Final = "compare the operator or an encoder with PyTorch and other runtimes"

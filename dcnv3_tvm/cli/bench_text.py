@@ -9,8 +9,7 @@ from dcnv3_tvm.cli.result import table
 if TYPE_CHECKING:
     from dcnv3_tvm.bench.gpu import GpuRun
     from dcnv3_tvm.bench.gpu_compilation import CompiledJobs
-    from dcnv3_tvm.bench.listing import Listing
-    from dcnv3_tvm.bench.report import CaseResult, Report
+    from dcnv3_tvm.bench.report import CaseResult, Listing, Report
     from dcnv3_tvm.bench.roofline import Peaks
 
 
@@ -18,7 +17,7 @@ def report_text(report: Report | Listing[Any] | GpuRun | CompiledJobs) -> str:
     """Format a report: machine, peak rates, and one table per case."""
     from dcnv3_tvm.bench.gpu import GpuRun
     from dcnv3_tvm.bench.gpu_compilation import CompiledJobs
-    from dcnv3_tvm.bench.listing import Listing
+    from dcnv3_tvm.bench.report import Listing
 
     if isinstance(report, CompiledJobs):
         lines = [f"{len(report.compiled)} compiled for {report.target}"]

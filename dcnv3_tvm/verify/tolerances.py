@@ -6,6 +6,7 @@ Tests do not define tolerances of their own. Widening one here changes what the 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -191,6 +192,14 @@ def gradient_bounds(
             bound + table.store * np.abs(gradient) + table.smallest
             for bound, gradient in zip(bounds, reference[1:], strict=True)
         ),
+    )
+
+
+def largest_relative(bounds: Iterable[Float64Array], references: Iterable[Float64Array]) -> float:
+    """Return the largest bound of several outputs, each relative to its max|reference|."""
+    return max(
+        float(bound.max() / np.abs(reference).max())
+        for bound, reference in zip(bounds, references, strict=True)
     )
 
 

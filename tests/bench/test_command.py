@@ -1,12 +1,11 @@
 """``dcnv3-tvm bench`` on tiny cases."""
 
-import dataclasses
 import functools
 import json
 
 import pytest
 
-from dcnv3_tvm.bench import comparison, measure, ours
+from dcnv3_tvm.bench import builders, comparison, measure
 from dcnv3_tvm.bench.backends import OURS
 from dcnv3_tvm.cli import main
 from dcnv3_tvm.targets import has_fast_bfloat16, resolve_target
@@ -90,13 +89,12 @@ def test_encoder_in_bfloat16(capsys):
 
 
 def test_wrong_outputs_prevent_timing(capsys, monkeypatch):
-    build = ours.build_ours
+    build = builders._operator_runner
 
-    def build_wrong(problem, threads):
-        call, kernel = build(problem, threads)
-        return [dataclasses.replace(call, outputs=lambda y: [1.01 * y]), kernel]
+    def build_wrong(*arguments):
+        return build(*arguments)._replace(outputs=lambda y: [1.01 * y])
 
-    monkeypatch.setattr(ours, "build_ours", build_wrong)
+    monkeypatch.setattr(builders, "_operator_runner", build_wrong)
     assert main(["bench", "op", *TINY, "--case", "*c16*", "--json"]) == 1
     (case,) = json.loads(capsys.readouterr().out)["cases"]
     assert [row["wrong"] for row in case["rows"]] == [True, False, False]

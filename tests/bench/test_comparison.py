@@ -11,6 +11,7 @@ from dcnv3_tvm.bench.comparison import compare_backends
 from dcnv3_tvm.bench.measure import Plan
 from dcnv3_tvm.bench.report import Report
 from dcnv3_tvm.bench.roofline import Peaks, Roofline
+from dcnv3_tvm.bench.runners import BackendRunner
 from dcnv3_tvm.cli.bench_text import report_text
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.provenance import Provenance
@@ -27,18 +28,18 @@ class Simulation:
         self.now = 0.0
         self.calls = 0
 
-    def backend(self, name, seconds, outputs=REFERENCES, tolerance=1e-3):
+    def backend(self, seconds, outputs=REFERENCES, tolerance=1e-3):
         def call():
             self.now += seconds
             self.calls += 1
             return outputs
 
-        return Backend(name, call, list, tolerance)
+        return Backend(BackendRunner(call, list), tolerance)
 
-    def compare(self, *backends, builders=None, **options):
+    def compare(self, backends, builders=None, **options):
         return compare_backends(
             "case",
-            {backend.name: lambda backend=backend: [backend] for backend in backends}
+            {name: lambda backend=backend: backend for name, backend in backends.items()}
             | (builders or {}),
             REFERENCES,
             Roofline.of(1e8, 2e7, PEAKS),
@@ -61,16 +62,16 @@ def fail():
 @pytest.fixture
 def correct():
     simulation = Simulation()
-    backends = [simulation.backend(OURS, 0.5), simulation.backend("torch", 2.0)]
-    return simulation.compare(*backends, builders={"compile": fail})
+    backends = {OURS: simulation.backend(0.5), "torch": simulation.backend(2.0)}
+    return simulation.compare(backends, builders={"compile": fail})
 
 
 @pytest.fixture
 def wrong():
     simulation = Simulation()
     outputs = [REFERENCES[0] + 0.1]
-    backends = [simulation.backend(OURS, 0.5), simulation.backend("torch", 2.0, outputs)]
-    return simulation.compare(*backends), simulation
+    backends = {OURS: simulation.backend(0.5), "torch": simulation.backend(2.0, outputs)}
+    return simulation.compare(backends), simulation
 
 
 def test_correct_backends_are_timed(correct):
@@ -98,11 +99,11 @@ def test_wrong_outputs_prevent_timing(wrong):
 
 def test_keep_going_times_the_correct_backends():
     simulation = Simulation()
-    backends = [
-        simulation.backend(OURS, 0.5, [REFERENCES[0] + 0.1]),
-        simulation.backend("torch", 2.0),
-    ]
-    ours, torch = simulation.compare(*backends, keep_going=True).rows
+    backends = {
+        OURS: simulation.backend(0.5, [REFERENCES[0] + 0.1]),
+        "torch": simulation.backend(2.0),
+    }
+    ours, torch = simulation.compare(backends, keep_going=True).rows
     assert (ours.wrong, ours.seconds) == (True, None)
     assert torch.seconds.median == pytest.approx(2.0)
     assert torch.ratio is None
@@ -121,7 +122,7 @@ def test_keep_going_times_the_correct_backends():
 )
 def test_kinds_of_wrong_outputs(outputs):
     simulation = Simulation()
-    case = simulation.compare(simulation.backend(OURS, 1.0, outputs))
+    case = simulation.compare({OURS: simulation.backend(1.0, outputs)})
     assert case.wrong == [OURS]
     data = json.loads(json.dumps(report(case).to_json(), allow_nan=False))
     assert data["cases"][0]["rows"][0]["wrong"]
@@ -131,24 +132,23 @@ def test_norm_error_allows_a_large_error_of_one_element():
     simulation = Simulation()
     outputs = [REFERENCES[0].copy()]
     outputs[0][1, 1] += 0.04
-    backend = simulation.backend(OURS, 1.0, outputs, tolerance=1e-2)
-    assert simulation.compare(backend).wrong == [OURS]
-    case = simulation.compare(backend, error_measure="norm")
+    backends = {OURS: simulation.backend(1.0, outputs, tolerance=1e-2)}
+    assert simulation.compare(backends).wrong == [OURS]
+    case = simulation.compare(backends, error_measure="norm")
     assert case.wrong == []
     assert "relative L2 errors" in report_text(report(case))
 
 
 def test_failure_of_a_peer_is_reported_and_our_own_is_raised():
     simulation = Simulation()
-    case = simulation.compare(
-        simulation.backend(OURS, 1.0), Backend("openvino", fail, list, tolerance=1.0)
-    )
+    failing = Backend(BackendRunner(fail, list), tolerance=1.0)
+    case = simulation.compare({OURS: simulation.backend(1.0), "openvino": failing})
     assert case.rows[1].failure == "RuntimeError: lost"
     assert case.rows[0].seconds is not None
     with pytest.raises(RuntimeError, match="lost"):
-        simulation.compare(Backend(OURS, fail, list, tolerance=1.0))
+        simulation.compare({OURS: failing})
     with pytest.raises(RuntimeError, match="lost"):
-        simulation.compare(builders={OURS: fail})
+        simulation.compare({}, builders={OURS: fail})
 
 
 def test_json(correct):

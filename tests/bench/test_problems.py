@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dcnv3_tvm import frontend
-from dcnv3_tvm.bench import ours, training
+from dcnv3_tvm.bench import builders, training
 from dcnv3_tvm.bench.accuracy import largest_error
 from dcnv3_tvm.bench.backends import BF16_PEER_TOLERANCE, OURS, PEER_TOLERANCE, select_peers
 from dcnv3_tvm.bench.cases import encoder_case
@@ -23,6 +23,17 @@ from helpers.specs import random_inputs
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
 TINY = "test_internimage_pre_norm"
+
+
+def outputs_of(backend):
+    return backend.runner.outputs(backend.runner.call())
+
+
+def build_all(problem, *peers, **options):
+    """Build this library's backends and the named peers."""
+    selected = select_peers(peers, problem.dtype, **options)
+    made = builders.builders(problem, selected, default_threads())
+    return {name: build() for name, build in made.items()}
 
 
 @pytest.mark.parametrize(
@@ -71,10 +82,10 @@ def test_operator_problem_with_gradients():
     problem = operator_problem(spec, backward=True)
     assert (problem.flops, problem.bytes) == (3 * spec.flops, spec.bytes + spec.gradient_bytes)
     assert 1e-7 < problem.tolerance < 1e-3
-    (own,) = ours.build_ours(problem, default_threads())
-    (peer,) = select_peers(["torch"], gradients=True)
-    for backend in (own, peer.build(problem, default_threads())):
-        outputs = backend.outputs(backend.call())
+    made = build_all(problem, "torch", gradients=True)
+    assert list(made) == [OURS, "torch"]
+    for backend in made.values():
+        outputs = outputs_of(backend)
         assert [output.shape for output in outputs] == [
             *(spec.output_shape, spec.input_shape, spec.offset_shape, spec.mask_shape)
         ]
@@ -90,13 +101,11 @@ def test_training_problem(monkeypatch):
     monkeypatch.setattr(training, "run_worker", lambda task: tasks.append(task) or {"bytes": 5})
     problem = training.training_problem(encoder_case(TINY, batch=2, size=(32, 40)))
     assert problem.slug.endswith("-train")
-    (peer,) = select_peers(["torch"], gradients=True)
     model = problem.own_modules[OURS]
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-    threads = default_threads()
-    for backend in (*ours.build_ours(problem, threads), peer.build(problem, threads)):
-        assert backend.peak_bytes == 5
-        loss, grads = backend.outputs(backend.call())
+    for backend in build_all(problem, "torch", gradients=True).values():
+        assert backend.runner.peak_bytes == 5
+        loss, grads = outputs_of(backend)
         assert (loss.shape, grads.shape) == ((1,), (1, before.numel()))
         error = largest_error([loss, grads], problem.reference, problem.measure)
         assert error <= 1e-3 < problem.tolerance  # Tiny models stay far from the bound.
@@ -111,9 +120,7 @@ def test_training_problem_in_bfloat16(monkeypatch):
     problem = training.training_problem(
         encoder_case(TINY, batch=2, size=(32, 40), dtype="bfloat16")
     )
-    (peer,) = select_peers(["torch"], "bfloat16", gradients=True)
-    backend = peer.build(problem, default_threads())
-    outputs = backend.outputs(backend.call())
+    outputs = outputs_of(build_all(problem, "torch", gradients=True)["torch"])
     error = largest_error(outputs, problem.reference, problem.measure)
     assert 1e-3 < error <= problem.tolerance == 0.3
 
@@ -145,9 +152,8 @@ def test_peers_are_correct(name, kind):
     else:
         problem = encoder_problem(encoder_case(TINY, features=True))
     (peer,) = select_peers([name])
-    backend = peer.build(problem, default_threads())
-    assert backend.name == name
-    error = largest_error(backend.outputs(backend.call()), problem.reference, problem.measure)
+    backend = builders.build_peer(peer, problem, default_threads())
+    error = largest_error(outputs_of(backend), problem.reference, problem.measure)
     assert error <= backend.tolerance == PEER_TOLERANCE
     assert error < 1e-5
 
@@ -160,8 +166,8 @@ def test_bfloat16_encoder():
     np.testing.assert_array_equal(problem.reference[0], exact.reference[0])
     assert 0.5 * exact.bytes < problem.bytes < 0.7 * exact.bytes
     (peer,) = select_peers(["openvino-bf16"], "bfloat16")
-    backend = peer.build(problem, default_threads())
-    outputs = backend.outputs(backend.call())
+    backend = builders.build_peer(peer, problem, default_threads())
+    outputs = outputs_of(backend)
     error = largest_error(outputs, problem.reference, problem.measure)
     assert error <= backend.tolerance == BF16_PEER_TOLERANCE
     wrong = [np.flip(output, 1).copy() for output in outputs]
@@ -175,17 +181,17 @@ def test_encoder_is_compiled_for_the_dtype_of_the_case(monkeypatch):
         asked.append((dtype, database))
         raise RuntimeError("not today")
 
-    monkeypatch.setattr(ours, "compile_model", fail)
+    monkeypatch.setattr(builders, "compile_model", fail)
     for dtype in ("float32", "bfloat16"):
         with pytest.raises(RuntimeError, match="not today"):
-            ours.build_ours(encoder_problem(encoder_case(TINY, dtype=dtype)), 1)
+            build_all(encoder_problem(encoder_case(TINY, dtype=dtype)))
     assert asked == [("float32", "default"), ("bfloat16", "default")]
 
 
 def test_our_backends_are_correct():
     problem = operator_problem(DCNv3Spec.of((1, 9, 5, 8), group=2))
     wrong = dataclasses.replace(problem, reference=[problem.reference[0] + 1e-3])
-    for backend in ours.build_ours(problem, default_threads()):
-        outputs = backend.outputs(backend.call())
+    for backend in build_all(problem).values():
+        outputs = outputs_of(backend)
         assert largest_error(outputs, problem.reference, problem.measure) <= backend.tolerance
         assert largest_error(outputs, wrong.reference, problem.measure) > backend.tolerance

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dcnv3_tvm.bench.gpu_models import GPU_MODELS, gpu_model
-from dcnv3_tvm.bench.kernel_roofline import kernel_bytes, kernel_flops, kernel_roofline
+from dcnv3_tvm.bench.kernels import kernel_bytes, kernel_flops, kernel_roofline
 from dcnv3_tvm.bench.roofline import Peaks, Roofline
 from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument
 from dcnv3_tvm.errors import InvalidArgumentError
