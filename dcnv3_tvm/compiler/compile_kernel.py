@@ -18,9 +18,9 @@ import dcnv3_tvm
 from dcnv3_tvm import files, machine, targets
 from dcnv3_tvm.compiler import kernel_cache
 from dcnv3_tvm.compiler.kernel_cache import CachedKernel
-from dcnv3_tvm.compiler.linker import find_ld
+from dcnv3_tvm.compiler.linker import find_compiler, find_ld
 from dcnv3_tvm.compiler.target_info import target_info
-from dcnv3_tvm.errors import CompileError
+from dcnv3_tvm.errors import CompileError, MissingDependencyError
 from dcnv3_tvm.forks import fork_safe_lock
 from dcnv3_tvm.json_values import decode
 from dcnv3_tvm.provenance import installed_version
@@ -28,6 +28,7 @@ from dcnv3_tvm.runtime import cuda_toolkit, library
 from dcnv3_tvm.runtime.kernel import Kernel, KernelLibrary
 from dcnv3_tvm.runtime.metadata import TargetInfo
 from dcnv3_tvm.spec import DCNv3Spec
+from dcnv3_tvm.systems import this_system
 
 if TYPE_CHECKING:
     from tvm.target import Target
@@ -48,6 +49,8 @@ CACHE_SIZE: Final = 256
 
 _SOURCES: Final = ("compiler", "kernels", "op", "transform", "tvm_workarounds", "schedules")
 """Folders of the code that determines the result, next to the package's own files."""
+
+_SOURCE_SUFFIXES: Final = (".py", ".json", ".jsonl", ".c")
 
 _RECORD_FILES: Final = ("about.json", "records.jsonl")
 """Files of tuning records, in the folder of a database or in its subfolder ``records``."""
@@ -160,6 +163,7 @@ def _key(kind: str, spec: DCNv3Spec, target: str, database: str) -> str | None:
         "target": target,
         "machine": about_machine,
         "versions": _versions(),
+        "compiler": _compiler(),
         "sources": _sources_digest(),
         "records": _records_digest(database),
     }
@@ -181,6 +185,14 @@ def _about_machine(target: str) -> list[Any] | None:
     return about
 
 
+def _compiler() -> tuple[str, ...] | None:
+    """Return the compiler of the thread pool that is linked to kernels."""
+    try:
+        return find_compiler(this_system())
+    except MissingDependencyError:
+        return None
+
+
 def _versions() -> dict[str, str | None]:
     packages = ("apache-tvm", "apache-tvm-ffi")
     versions = {package: installed_version(package) for package in packages}
@@ -194,7 +206,7 @@ def _sources_digest() -> str:
     for name in _SOURCES:
         package = importlib.util.find_spec(f"dcnv3_tvm.{name}")
         for folder in (package and package.submodule_search_locations) or ():
-            found += (p for p in Path(folder).rglob("*") if p.suffix in (".py", ".json", ".jsonl"))
+            found += (p for p in Path(folder).rglob("*") if p.suffix in _SOURCE_SUFFIXES)
     return _digest(found)
 
 

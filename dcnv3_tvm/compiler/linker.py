@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dcnv3_tvm import targets
+from dcnv3_tvm import files, targets
 from dcnv3_tvm.environment import CXX
 from dcnv3_tvm.errors import INSTALL_CROSS, MissingDependencyError, TargetError
 from dcnv3_tvm.systems import SYSTEMS, System, this_system
@@ -24,6 +25,11 @@ _LD: Final = ("ld", "ld.lld")
 _COMPILERS: Final = ("g++", "gcc", "clang++", "clang", "c++", "cc")
 _OPTIONS: Final = {"macos": ("-undefined", "dynamic_lookup"), "windows": ()}
 """Options of a C++ compiler by operating system; of Linux, and others like it, by default."""
+
+_ZIG: Final = (sys.executable, "-m", "ziglang")
+
+_THREAD_POOL: Final = Path(__file__).with_name("linux") / "thread_pool.c"
+_C_OPTIONS: Final = ("-x", "c", "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-c")
 
 _WINDOWS: Final = Path(__file__).with_name("windows")
 
@@ -47,10 +53,13 @@ class Linker:
         The program and its options.
     make_imports : tuple of str
         Program and options that write an import library, which Windows needs, after ``-l``.
+    thread_pool : bytes
+        Object file that is linked, too; empty without one.
     """
 
     command: tuple[str, ...]
     make_imports: tuple[str, ...] = ()
+    thread_pool: bytes = b""
 
     def __call__(self, output: str, objects: Sequence[str], **_options: Any) -> None:
         """Link object files.
@@ -63,6 +72,11 @@ class Linker:
         imports = [f"{output}.lib"] if self.make_imports else []
         if imports:
             _run([*self.make_imports, "-l", *imports])
+        objects = list(objects)
+        if self.thread_pool:
+            path = Path(objects[0]).with_name("thread_pool.o")
+            path.write_bytes(self.thread_pool)
+            objects.append(str(path))
         _run([*self.command, "-o", output, *objects, *imports])
 
 
@@ -81,7 +95,20 @@ def find_ld() -> Linker | None:
     What it links finds functions of libc and libm in the process that loads it.
     """
     path = next(filter(None, map(shutil.which, _LD)), None)
-    return None if path is None else Linker((path, "-shared", "-z", "noexecstack"))
+    if path is None:
+        return None
+    return Linker((path, "-shared", "-z", "noexecstack"), thread_pool=_thread_pool(this_system()))
+
+
+def find_compiler(system: System) -> tuple[str, ...] | None:
+    """Return the command of a C and C++ compiler for a system, as for `find_linker`; or None.
+
+    Raises
+    ------
+    MissingDependencyError
+        If ``$CXX`` cannot be run.
+    """
+    return _installed_compiler(system) or _zig_compiler(system)
 
 
 def system_to_build(target: Target) -> System:
@@ -114,28 +141,64 @@ def find_linker(system: System) -> Linker:
     MissingDependencyError
         If there is none, or ``$CXX`` cannot be run.
     """
-    options = ("-shared", *_OPTIONS.get(system.operating_system, ("-fPIC",)))
-    chosen = _chosen_compiler()
-    if chosen is not None and _is_for(chosen, system):
-        return Linker((*chosen, *options))
-    if system == this_system():
-        native = next(filter(None, map(shutil.which, _COMPILERS)), None)
-        if native is not None:
-            return Linker((native, *options))
-    if system.name in SYSTEMS and importlib.util.find_spec("ziglang") is not None:
-        zig = (sys.executable, "-m", "ziglang")
-        on_windows = system.operating_system == "windows"
+    pool = _thread_pool(system)
+    installed = _installed_compiler(system)
+    if installed is not None:
+        options = ("-shared", *_OPTIONS.get(system.operating_system, ("-fPIC",)))
+        return Linker((*installed, *options), thread_pool=pool)
+    zig = _zig_compiler(system)
+    if zig is not None:
+        dlltool = (*_ZIG, "dlltool", "-m", "i386:x86-64", "-d", str(_WINDOWS / "tvm_ffi.def"))
         return Linker(
-            (*zig, "cc", "-target", system.zig, "-shared", *_ZIG_OPTIONS[system.operating_system]),
-            (*zig, "dlltool", "-m", "i386:x86-64", "-d", str(_WINDOWS / "tvm_ffi.def"))
-            if on_windows
-            else (),
+            (*zig, "-shared", *_ZIG_OPTIONS[system.operating_system]),
+            dlltool if system.operating_system == "windows" else (),
+            pool,
         )
+    chosen = _chosen_compiler()
     given = "" if chosen is None else f", and $CXX ({shlex.join(chosen)}) is for another system"
     raise MissingDependencyError(
         f"there is no linker for {system.name}{given}",
         hint=f"{INSTALL_CROSS}, or set CXX to a C++ compiler for it.",
     )
+
+
+def _installed_compiler(system: System) -> tuple[str, ...] | None:
+    """Return ``$CXX``, if it is for a system, else this system's compiler for it, or None."""
+    chosen = _chosen_compiler()
+    if chosen is not None and _is_for(chosen, system):
+        return chosen
+    if system != this_system():
+        return None
+    native = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    return None if native is None else (native,)
+
+
+def _zig_compiler(system: System) -> tuple[str, ...] | None:
+    if system.name not in SYSTEMS or importlib.util.find_spec("ziglang") is None:
+        return None
+    return (*_ZIG, "cc", "-target", system.zig)
+
+
+def _thread_pool(system: System) -> bytes:
+    """Return the thread pool as an object file; empty where there is none or no C compiler."""
+    if system.operating_system != "linux":
+        return b""
+    try:
+        compiler = find_compiler(system)
+    except MissingDependencyError:
+        return b""
+    return b"" if compiler is None else _compile(compiler, _THREAD_POOL)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(compiler: Sequence[str], source: Path) -> bytes:
+    with files.temporary_folder("pool-") as folder:
+        output = Path(folder) / "thread_pool.o"
+        try:
+            _run([*compiler, *_C_OPTIONS, str(source), "-o", str(output)])
+            return output.read_bytes()
+        except (OSError, RuntimeError):  # For example without the headers of libc.
+            return b""
 
 
 def _chosen_compiler() -> tuple[str, ...] | None:

@@ -159,7 +159,7 @@ class Gpu:
         """
         with _call_lock, _torch_device(self.index):
             try:
-                (machine,) = library.open_executables(code, (DEVICE_TYPE, self.index))
+                (machine,) = library.open_executables(code, (DEVICE_TYPE, self.index)).machines
             except ArtifactError as error:
                 gpu_error = self.translate_error(error)
                 if gpu_error is None:

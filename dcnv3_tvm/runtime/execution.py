@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 from dcnv3_tvm.runtime import cuda, profile
 from dcnv3_tvm.runtime.arguments import Arguments
-from dcnv3_tvm.runtime.call_threads import Contexts, closed_error
+from dcnv3_tvm.runtime.calls import Contexts, closed_error
 from dcnv3_tvm.runtime.metadata import ArtifactMetadata
 
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
@@ -37,17 +37,23 @@ class CpuExecution:
     ----------
     workers : sequence of Functions
         As many calls run at the same time.
+    pooled : bool
+        Whether loops run on the `thread_pool`.
     """
 
-    def __init__(self, workers: Sequence[Functions]) -> None:
+    def __init__(self, workers: Sequence[Functions], *, pooled: bool) -> None:
         self._workers = Contexts(workers)
+        self._pooled = pooled
 
     def run(  # noqa: D102
         self, entry: str, arguments: Arguments, threads: int, *, rotate: bool = False
     ) -> Any:
         inputs = arguments.to_kernel([])
         return self._workers.run(
-            lambda functions: functions[entry](*inputs), threads, rotate=rotate
+            lambda functions: functions[entry](*inputs),
+            threads,
+            here=self._pooled,
+            rotate=rotate,
         )
 
     def profile(
@@ -68,6 +74,8 @@ class CpuExecution:
                     lambda: functions[entry](*inputs), functions[profile.SET_INSTRUMENT]
                 ),
                 threads,
+                # The virtual machine calls Python, which Ctrl-C interrupts in the main thread only.
+                here=False,
             )
 
         return profile.profile(run, metadata, calls=calls, threads=threads)

@@ -9,8 +9,8 @@ from typing import Any
 
 from dcnv3_tvm import gpu, machine
 from dcnv3_tvm.errors import InvalidArgumentError, TargetError
-from dcnv3_tvm.runtime import library, tensors
-from dcnv3_tvm.runtime.call_threads import Contexts, call_here
+from dcnv3_tvm.runtime import library, tensors, thread_pool
+from dcnv3_tvm.runtime.calls import Contexts, call_here
 from dcnv3_tvm.runtime.cuda import Gpu
 from dcnv3_tvm.runtime.cuda import load_runtime as load_cuda_runtime
 from dcnv3_tvm.runtime.metadata import TargetInfo
@@ -39,6 +39,11 @@ class KernelLibrary:
         if self.on_gpu:
             load_cuda_runtime()
         return library.open_library(self.code, permanent=self.on_gpu)
+
+    @functools.cached_property
+    def pooled(self) -> bool:
+        """Whether loops run on the `thread_pool`."""
+        return thread_pool.join(self._module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +135,15 @@ class Kernel:
         """
         function = self._function
         threads = _threads()
-        if threads == 1:
-            call_here(function, arguments)
+        pooled = self._pooled
+        if pooled or threads == 1:
+            call_here(function, arguments, threads, pooled=pooled)
         else:
-            _cpu_calls().run(lambda _: function(*arguments), threads)
+            _cpu_calls().run(lambda _: function(*arguments), threads, here=False)
+
+    @functools.cached_property
+    def _pooled(self) -> bool:
+        return isinstance(self.library, KernelLibrary) and self.library.pooled
 
     @functools.cached_property
     def _function(self) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -28,7 +29,7 @@ from dcnv3_tvm.errors import (
 )
 from dcnv3_tvm.forks import fork_safe_lock
 from dcnv3_tvm.machine import physical_cores, usable_cores
-from dcnv3_tvm.runtime import copied_library
+from dcnv3_tvm.runtime import copied_library, thread_pool
 from dcnv3_tvm.runtime.metadata import LIBRARY, RUNTIME_LIBRARY
 from dcnv3_tvm.tvm_workarounds.process import set_max_concurrency, without_torch
 
@@ -204,8 +205,24 @@ def open_library(code: bytes, *, permanent: bool = True) -> Any:
     return module
 
 
-def open_executables(code: bytes, device: tuple[int, int] = CPU, count: int = 1) -> list[Any]:
-    """Open a compiled model and return virtual machines that run it side by side.
+@dataclasses.dataclass(frozen=True)
+class Executables:
+    """Virtual machines that run a model side by side.
+
+    Parameters
+    ----------
+    machines : list of tvm_ffi.Module
+        The virtual machines.
+    pooled : bool
+        Whether loops run on the `thread_pool`.
+    """
+
+    machines: list[Any]
+    pooled: bool = False
+
+
+def open_executables(code: bytes, device: tuple[int, int] = CPU, count: int = 1) -> Executables:
+    """Open a compiled model.
 
     Parameters
     ----------
@@ -228,7 +245,7 @@ def open_executables(code: bytes, device: tuple[int, int] = CPU, count: int = 1)
         machines = [module["vm_load_executable"]() for _ in range(count)]
         for machine in machines:
             machine["vm_initialization"](*(number for place in devices for number in place))
-    return machines
+        return Executables(machines, thread_pool.join(module))
 
 
 @contextlib.contextmanager
@@ -259,10 +276,11 @@ def default_threads() -> int:
 
 
 def use_threads(count: int, *, pool_size: int | None = None) -> None:
-    """Run TVM's parallel loops, when called from this thread, on `count` threads.
+    """Run parallel loops, when called from this thread, on `count` threads.
 
     TVM has one thread pool per calling thread, and fixes its maximum size on first use. If TVM was
-    used from this thread before, fewer threads may be available.
+    used from this thread before, fewer threads may be available. Loops on the `thread_pool` do not
+    need this function: a process does not fork after it.
 
     Parameters
     ----------
@@ -276,6 +294,7 @@ def use_threads(count: int, *, pool_size: int | None = None) -> None:
     InvalidArgumentError
         If `count` is less than one.
     """
+    thread_pool.use_threads(count)
     if getattr(_thread_state, "count", None) == count:
         return
     integer("threads", count, low=1)

@@ -118,13 +118,10 @@ def load(
         raise _unreadable(folder, error) from error
     _check_weights(tensors, metadata)
     device_gpu = None if index is None else cuda.Gpu.of(index)
-    machines = (
+    model = CompiledModel(
         library.open_executables(code, count=workers)
         if device_gpu is None
-        else [device_gpu.open_executable(code)]
-    )
-    model = CompiledModel(
-        machines,
+        else library.Executables([device_gpu.open_executable(code)]),
         tensors if device_gpu is None else device_gpu.upload_all(tensors),
         metadata,
         folder=folder.absolute(),

@@ -48,7 +48,7 @@ class CompiledModel:
 
     def __init__(
         self,
-        machines: Sequence[Any],
+        executables: library.Executables,
         weights: dict[str, Any],
         metadata: ArtifactMetadata,
         *,
@@ -61,7 +61,7 @@ class CompiledModel:
         self.metadata = metadata
         """Description of the artifact."""
         self.threads = threads
-        self.workers = len(machines)
+        self.workers = len(executables.machines)
         """Number of calls that run side by side."""
         self.device = "cpu" if gpu is None else gpu.name
         """Device it runs on, for example ``"cpu"`` or ``"cuda:0"``."""
@@ -71,9 +71,11 @@ class CompiledModel:
         self._owner = owner
         self._reload = reload
         self._saved = None if owner is not None else folder
-        workers = [_functions(machine, weights, metadata) for machine in machines]
+        workers = [_functions(machine, weights, metadata) for machine in executables.machines]
         self._execution: Execution = (
-            CpuExecution(workers) if gpu is None else GpuExecution(workers[0], gpu)
+            CpuExecution(workers, pooled=executables.pooled)
+            if gpu is None
+            else GpuExecution(workers[0], gpu)
         )
 
     @property

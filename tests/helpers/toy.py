@@ -14,6 +14,7 @@ from dcnv3_tvm.machine import architecture
 from dcnv3_tvm.preprocessing import size_settings
 from dcnv3_tvm.runtime import ArtifactMetadata, TargetInfo
 from dcnv3_tvm.signature import Entry, TensorInfo, size_name, sized_entry
+from dcnv3_tvm.systems import this_system
 
 PREPROCESSING: Final = {
     "resize": 8,
@@ -53,6 +54,7 @@ class Toy:
         cuda_graph: bool = True,
         target: str | None = None,
         sizes: Sequence[tuple[int, int]] = ((8, 8),),
+        pooled: bool = True,
     ) -> Toy:
         """Compile the model for any CPU of this architecture, for a GPU, or for another system.
 
@@ -70,8 +72,12 @@ class Toy:
             Name of a CPU target, for another system.
         sizes : sequence of (int, int)
             Height and width of the images, of 64 pixels each.
+        pooled : bool
+            Link this package's thread pool, where there is one; else loops run on TVM's.
         """
         import tvm
+
+        from dcnv3_tvm.compiler.linker import find_linker
 
         module = _module(batch, features_only, sizes)
         metadata = _metadata(batch, features_only, sizes)
@@ -80,7 +86,10 @@ class Toy:
             if target is not None:
                 metadata = _build_for_target(module, metadata, target, path)
             elif arch is None:
-                tvm.compile(module, tvm.target.Target("llvm")).export_library(str(path))
+                linker = find_linker(this_system())
+                linker = linker if pooled else dataclasses.replace(linker, thread_pool=b"")
+                executable = tvm.compile(module, tvm.target.Target("llvm"))
+                executable.export_library(str(path), fcompile=linker)
             else:
                 metadata = _build_for_gpu(module, metadata, arch, path, cuda_graph)
             code = path.read_bytes()

@@ -26,6 +26,15 @@ def artifact_path(toy: Toy, tmp_path: Path) -> Path:
     return toy.write(tmp_path / "artifact")
 
 
+@pytest.fixture(params=["own pool", "TVM's pool"])
+def either_artifact_path(
+    request: pytest.FixtureRequest, make_toy: Callable[..., Toy], tmp_path: Path
+) -> Path:
+    """The toy artifact, with the thread pool of this package and without it."""
+    pooled = request.param == "own pool"
+    return make_toy(1, pooled=pooled).write(tmp_path / "artifact")
+
+
 @pytest.fixture
 def image() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)

@@ -25,13 +25,13 @@ SPEC = DCNv3Spec.of((1, 4, 5, 8), group=2)
 
 
 @pytest.fixture
-def model(artifact_path):
-    with runtime.load(artifact_path, threads=2) as loaded:
+def model(either_artifact_path):
+    with runtime.load(either_artifact_path, threads=2) as loaded:
         yield loaded
 
 
 @pytest.fixture
-def calls(model, artifact_path, toy, image):
+def calls(model, either_artifact_path, toy, image):
     """Calls by name, which return whether the result is right."""
     rng = np.random.default_rng(0)
     tensors = [
@@ -42,7 +42,7 @@ def calls(model, artifact_path, toy, image):
     expected = operator(*tensors)
 
     def loaded_anew():
-        with runtime.load(artifact_path, threads=2) as other:
+        with runtime.load(either_artifact_path, threads=2) as other:
             return np.array_equal(other(image), toy.main(image))
 
     return {
@@ -115,7 +115,7 @@ def test_fork_in_a_signal_handler_during_a_call(calls, form, monkeypatch):
             # In this thread, before it returns: a later one would meet the default handler.
             signal.raise_signal(signal.SIGUSR1)
 
-    monkeypatch.setattr("dcnv3_tvm.runtime.library.use_threads", interrupt_once)
+    monkeypatch.setattr("dcnv3_tvm.runtime.thread_pool.use_threads", interrupt_once)
     before = signal.signal(signal.SIGUSR1, lambda *_: forked.append(in_child(lambda: True)))
     try:
         assert calls[form]()

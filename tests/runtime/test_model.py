@@ -4,9 +4,11 @@ import concurrent.futures
 import copy
 import dataclasses
 import gc
+import itertools
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -17,8 +19,9 @@ import torch
 
 from dcnv3_tvm import runtime
 from dcnv3_tvm.errors import ArtifactError, DeviceError, InvalidArgumentError
-from dcnv3_tvm.runtime import call_threads, library
+from dcnv3_tvm.runtime import call_threads, calls, library, thread_pool
 from dcnv3_tvm.runtime.tensors import ALIGNMENT, aligned_bytes, aligned_copy
+from helpers.forks import in_child
 
 TASKS = "/proc/self/task"
 
@@ -151,18 +154,18 @@ def test_concurrent_calls(artifact_path, toy, workers):
     assert not failures
 
 
-def test_workers_run_side_by_side(artifact_path, image, monkeypatch):
+def test_workers_run_side_by_side(either_artifact_path, image, monkeypatch):
     together = threading.Barrier(2)
-    monkeypatch.setattr(library, "use_threads", lambda *_, **__: together.wait(timeout=60))
-    model = runtime.load(artifact_path, workers=2)
+    monkeypatch.setattr(thread_pool, "use_threads", lambda *_, **__: together.wait(timeout=60))
+    model = runtime.load(either_artifact_path, workers=2)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         assert len(list(pool.map(model, [image] * 4))) == 4  # Each passes the barrier with another.
 
 
-def test_one_worker_serves_in_order_of_arrival(artifact_path, image, monkeypatch):
+def test_one_worker_serves_in_order_of_arrival(either_artifact_path, image, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(library, "use_threads", lambda *_, **__: started.set() or go_on.wait())
-    model = runtime.load(artifact_path)
+    monkeypatch.setattr(thread_pool, "use_threads", lambda *_, **__: started.set() or go_on.wait())
+    model = runtime.load(either_artifact_path)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         calls = [pool.submit(model, image)]
         started.wait()
@@ -171,10 +174,10 @@ def test_one_worker_serves_in_order_of_arrival(artifact_path, image, monkeypatch
         assert len([call.result() for call in calls]) == 4
 
 
-def test_close_during_a_call(artifact_path, image, toy, monkeypatch):
+def test_close_during_a_call(either_artifact_path, image, toy, monkeypatch):
     started, go_on = threading.Event(), threading.Event()
-    monkeypatch.setattr(library, "use_threads", lambda *_, **__: started.set() or go_on.wait())
-    model = runtime.load(artifact_path)
+    monkeypatch.setattr(thread_pool, "use_threads", lambda *_, **__: started.set() or go_on.wait())
+    model = runtime.load(either_artifact_path)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         running = pool.submit(model, image)
         started.wait()
@@ -186,22 +189,58 @@ def test_close_during_a_call(artifact_path, image, toy, monkeypatch):
             waiting.result()
 
 
-def test_interrupted_call(model, image, toy, monkeypatch):
+def test_interrupted_call(either_artifact_path, image, toy, monkeypatch):
+    model = runtime.load(either_artifact_path)
+    main_thread = threading.get_ident()
+
     def interrupt(*_, **__):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(main_thread, signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(library, "use_threads", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                model(image)
+            patch.setattr(thread_pool, "use_threads", interrupt)
+            for _ in range(3):
+                with pytest.raises(KeyboardInterrupt):
+                    model(image)
     finally:
         signal.signal(signal.SIGINT, before)
     np.testing.assert_array_equal(model(image), toy.main(image))
 
 
-def test_system_that_starts_no_more_threads(model, image, toy, monkeypatch):
+def test_call_interrupted_anywhere(either_artifact_path, image, toy):
+    """Signal handlers run after calls of functions: an error of theirs stops no later call."""
+    model = runtime.load(either_artifact_path)
+    files = {calls.__file__, call_threads.__file__}
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        for number in itertools.count():
+            events = itertools.count()
+
+            def interrupt(frame, event, _, events=events, number=number):
+                if frame.f_code.co_filename in files and event in ("call", "return", "c_return"):
+                    if next(events) == number:
+                        raise KeyboardInterrupt
+
+            sys.setprofile(interrupt)
+            try:
+                model(image)
+            except KeyboardInterrupt:
+                interrupted = True
+            else:
+                interrupted = False
+            finally:
+                sys.setprofile(None)
+            result = other.submit(model, image).result(timeout=60)
+            np.testing.assert_array_equal(result, toy.main(image))
+            if not interrupted:
+                break
+    assert number > 20
+    assert in_child(lambda: np.array_equal(model(image), toy.main(image)))
+
+
+def test_system_that_starts_no_more_threads(make_toy, tmp_path, image, toy, monkeypatch):
+    model = runtime.load(make_toy(1, pooled=False).write(tmp_path / "artifact"))
+
     def fail(_):
         raise RuntimeError("can't start new thread")
 
@@ -288,16 +327,16 @@ def test_warm_up(make_toy, toy, tmp_path, image, monkeypatch):
 
 
 def test_calls_that_rotate_use_each_context():
-    contexts = call_threads.Contexts(["a", "b", "c"])
-    used = [contexts.run(lambda context: context, 1, rotate=True) for _ in range(6)]
+    contexts = calls.Contexts(["a", "b", "c"])
+    used = [contexts.run(lambda context: context, 1, here=True, rotate=True) for _ in range(6)]
     assert sorted(used[:3]) == ["a", "b", "c"]
     assert used[3:] == used[:3]
-    assert len({contexts.run(lambda context: context, 1) for _ in range(3)}) == 1
+    assert len({contexts.run(lambda context: context, 1, here=True) for _ in range(3)}) == 1
 
 
-def test_thread_count(artifact_path, toy, image):
+def test_thread_count(either_artifact_path, toy, image):
     for threads in (1, 2, 1):
-        model = runtime.load(artifact_path, threads=threads)
+        model = runtime.load(either_artifact_path, threads=threads)
         assert model.threads == threads
         np.testing.assert_array_equal(model(image), toy.main(image))
     model.threads = 3
