@@ -217,9 +217,9 @@ def test_call_interrupted_anywhere(either_artifact_path, image, toy):
             events = itertools.count()
 
             def interrupt(frame, event, _, events=events, number=number):
-                if frame.f_code.co_filename in files and event in ("call", "return", "c_return"):
-                    if next(events) == number:
-                        raise KeyboardInterrupt
+                after_a_call = event in ("call", "return", "c_return")
+                if after_a_call and frame.f_code.co_filename in files and next(events) == number:
+                    raise KeyboardInterrupt
 
             sys.setprofile(interrupt)
             try:
