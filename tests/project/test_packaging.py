@@ -90,8 +90,11 @@ def test_wheel_holds_modules_and_data_files_only(wheel: zipfile.ZipFile):
     assert targets
     names_of_classes = "dcnv3_tvm/frontend/models/imagenet_classes.txt"
     page = {f"dcnv3_tvm/visualize/page.{suffix}" for suffix in ("css", "html", "js")}
-    windows = {f"dcnv3_tvm/compiler/windows/{file}" for file in ("stack_probe.s", "tvm_ffi.def")}
-    data = {"dcnv3_tvm/py.typed", names_of_classes, *page, *windows} | {
+    linked = {
+        f"dcnv3_tvm/compiler/{file}"
+        for file in ("linux/thread_pool.c", "windows/stack_probe.s", "windows/tvm_ffi.def")
+    }
+    data = {"dcnv3_tvm/py.typed", names_of_classes, *page, *linked} | {
         f"dcnv3_tvm/schedules/records/{target}/{file}"
         for target in targets
         for file in ("about.json", "records.jsonl")

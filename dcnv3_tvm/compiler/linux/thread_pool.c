@@ -35,9 +35,13 @@ typedef struct {
 } Any;
 enum { TYPE_INT = 1 };
 
-/* Pointers of this library, which TVM sets when it loads it. */
+/* This thread's error. */
+extern void TVMFFIErrorMoveFromRaised(void **error);
+extern void TVMFFIErrorSetRaised(void *error);
+extern int TVMFFIObjectDecRef(void *object);
+
+/* What runs this library's loops; TVM sets it when it loads the library. Without loops there is none. */
 extern __attribute__((weak)) Launch __TVMBackendParallelLaunch;
-extern __attribute__((weak)) void (*__TVMFFIErrorSetRaisedFromCStr)(const char *, const char *);
 
 /* pthread_atfork is in no shared library of glibc. */
 extern int __register_atfork(void (*)(void), void (*)(void), void (*child)(void), void *);
@@ -53,6 +57,7 @@ typedef struct {
   Group group;
   CACHE_LINES atomic_int next_task; /* Of those that no thread begins with. */
   atomic_bool failed;
+  _Atomic(void *) error; /* Of the first task that failed. */
 } Loop;
 
 /* What a worker does. Its thread waits for TODO; a caller waits for the end of RUNNING. Either makes
@@ -125,9 +130,17 @@ static void reset_pool(void) {
   unlock_pool();
 }
 
+static void keep_error(Loop *loop) {
+  void *error = NULL, *none = NULL;
+  TVMFFIErrorMoveFromRaised(&error);
+  atomic_store(&loop->failed, true);
+  if (error != NULL && !atomic_compare_exchange_strong(&loop->error, &none, error))
+    TVMFFIObjectDecRef(error);
+}
+
 static void run_tasks(Loop *loop, int task) {
   do {
-    if (loop->body(task, &loop->group, loop->data) != 0) atomic_store(&loop->failed, true);
+    if (loop->body(task, &loop->group, loop->data) != 0) keep_error(loop);
     task = atomic_fetch_add_explicit(&loop->next_task, 1, memory_order_relaxed);
   } while (task < loop->group.num_task);
 }
@@ -236,8 +249,11 @@ static int launch(Body body, void *data, int tasks) {
   for (Worker *worker = workers; worker != NULL; worker = worker->next) finish(worker);
   return_workers(workers);
   if (!atomic_load(&loop.failed)) return 0;
-  if (&__TVMFFIErrorSetRaisedFromCStr != NULL)
-    __TVMFFIErrorSetRaisedFromCStr("RuntimeError", "a task of a parallel loop failed");
+  void *error = atomic_load(&loop.error);
+  if (error != NULL) {
+    TVMFFIErrorSetRaised(error);
+    TVMFFIObjectDecRef(error);
+  }
   return -1;
 }
 
