@@ -71,6 +71,12 @@ class DCNv3Error(Exception):
         return functools.partial(type(self), **details), (self.problem,)
 
 
+def os_reason(error: OSError, path: object) -> str:
+    """Return what the system says, and of which file: `path` if it names none."""
+    # The second file is the one that is written, where two are given.
+    return f"{error.strerror or error} ({error.filename2 or error.filename or path})"
+
+
 class DCNv3Warning(UserWarning):
     """Something was done in another way than asked for."""
 

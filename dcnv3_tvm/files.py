@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from dcnv3_tvm.errors import ArtifactError, DCNv3Error
+from dcnv3_tvm.errors import ArtifactError, DCNv3Error, os_reason
 
 try:
     import fcntl
@@ -92,6 +92,23 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def kept_folder(folder: Path) -> Iterator[None]:
+    """Let no `atomic_folder` of another process replace a folder during the block.
+
+    Without locks, as on Windows, it may.
+    """
+    folder = Path(os.path.realpath(folder))  # Links are not locked.
+    lock = _lock(folder)
+    while lock is not None and not _is_open_as(lock, folder):
+        _unlock(lock)  # The folder was replaced while this process waited.
+        lock = _lock(folder)
+    try:
+        yield
+    finally:
+        _unlock(lock)
+
+
+@contextlib.contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
     """Yield a temporary path whose file is renamed to `destination` when the block succeeds.
 
@@ -142,7 +159,12 @@ def check_replaceable(
             got=f"{folder} to {os.readlink(folder)}",
             hint="Name the folder itself, or remove the link first.",
         )
-    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
+    try:
+        names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else {"a file"}
+    except OSError as error:
+        raise ArtifactError(
+            "the destination cannot be read, so it is not replaced", got=os_reason(error, folder)
+        ) from error
     if names and not names.issuperset(required):
         raise ArtifactError(
             f"the destination exists and is not {kind}, so it is not replaced",
@@ -238,6 +260,13 @@ def _lock(path: Path, *, wait: bool = True) -> int | None:
     return descriptor
 
 
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _unlock(lock: int | None) -> None:
     if lock is not None:
         os.close(lock)
@@ -253,15 +282,16 @@ def _replace(temporary: Path, destination: Path) -> None:
     if not destination.exists():
         temporary.rename(destination)
         return
-    if _exchange(temporary, destination):
-        return  # `temporary` is now the old folder, which the caller removes
-    old = _sibling(destination, _OLD)
-    destination.rename(old)
-    try:
-        temporary.rename(destination)
-    except BaseException:
-        old.rename(destination)
-        raise
+    with kept_folder(destination):
+        if _exchange(temporary, destination):
+            return  # `temporary` is now the old folder, which the caller removes
+        old = _sibling(destination, _OLD)
+        destination.rename(old)
+        try:
+            temporary.rename(destination)
+        except BaseException:
+            old.rename(destination)
+            raise
     shutil.rmtree(old, ignore_errors=True)
 
 

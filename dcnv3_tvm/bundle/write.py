@@ -12,7 +12,7 @@ from dcnv3_tvm import checks, files
 from dcnv3_tvm.bundle import texts
 from dcnv3_tvm.bundle.modules import PACKAGE, runtime_modules
 from dcnv3_tvm.digests import digest_of_file
-from dcnv3_tvm.errors import ArtifactError
+from dcnv3_tvm.errors import ArtifactError, os_reason
 from dcnv3_tvm.runtime.loading import read_metadata
 from dcnv3_tvm.runtime.metadata import CARD, LIBRARY, METADATA, WEIGHTS, ArtifactMetadata
 
@@ -86,7 +86,7 @@ def write(path: str | os.PathLike[str], destination: str | os.PathLike[str]) -> 
     except OSError as error:
         raise ArtifactError(
             "the bundle cannot be written",
-            got=f"{error.strerror or error} ({error.filename or folder})",
+            got=os_reason(error, folder),
             hint=f"{folder} is unchanged.",
         ) from error
 

@@ -16,7 +16,7 @@ from dcnv3_tvm import files
 from dcnv3_tvm.cli.arguments import in_options
 from dcnv3_tvm.cli.process import report, write
 from dcnv3_tvm.cli.result import Result
-from dcnv3_tvm.errors import ImageError, InvalidArgumentError, first_line
+from dcnv3_tvm.errors import ImageError, InvalidArgumentError, first_line, os_reason
 from dcnv3_tvm.progress import Progress
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _open_writer(
     except OSError as error:
         raise InvalidArgumentError(
             "the results cannot be written",
-            got=f"{error.strerror or error} ({error.filename or output})",
+            got=os_reason(error, output),
         ) from error
 
 

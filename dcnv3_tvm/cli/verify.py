@@ -101,7 +101,9 @@ def execute(arguments: argparse.Namespace) -> Result:
     if arguments.record:
         from dcnv3_tvm.compiler.artifact import record_verification
 
-        record_verification(arguments.artifact, result | {"reference": "PyTorch in float64"})
+        record_verification(
+            arguments.artifact, compiled.metadata, result | {"reference": "PyTorch in float64"}
+        )
     return Result(result, text, ok=ok)
 
 

@@ -15,7 +15,7 @@ from dcnv3_tvm import files
 from dcnv3_tvm.compiler import artifact_readme
 from dcnv3_tvm.compiler.runtime_wheel import runtime_libraries
 from dcnv3_tvm.digests import digest_of_file
-from dcnv3_tvm.errors import ArtifactError
+from dcnv3_tvm.errors import ArtifactError, os_reason
 from dcnv3_tvm.runtime import weights as weights_file
 from dcnv3_tvm.runtime.loading import read_metadata
 from dcnv3_tvm.runtime.metadata import (
@@ -85,34 +85,46 @@ def write(
     except OSError as error:
         raise ArtifactError(
             "the artifact cannot be written",
-            got=f"{error.strerror or error} ({error.filename or destination})",
+            got=os_reason(error, destination),
             hint=f"{destination} is unchanged.",
         ) from error
 
 
-def record_verification(folder: Path, verification: dict[str, Any]) -> None:
+def record_verification(
+    folder: Path, verified: ArtifactMetadata, verification: dict[str, Any]
+) -> None:
     """Record in an artifact how its outputs compare with the reference implementation.
 
     Parameters
     ----------
     folder : Path
         The artifact.
+    verified : ArtifactMetadata
+        Metadata of the model that was compared.
     verification : dict
         JSON values: the reference, the inputs, and the errors of each output.
 
     Raises
     ------
     ArtifactError
-        If the artifact cannot be read or written; it is then unchanged.
+        If the artifact was replaced in the meantime, or cannot be read or written; it is then
+        unchanged.
     """
-    metadata = dataclasses.replace(read_metadata(folder), verification=verification)
     try:
-        with files.atomic_file(folder / METADATA) as path:
-            path.write_text(metadata.dumps(), encoding="utf-8")
+        with files.kept_folder(folder):
+            metadata = dataclasses.replace(read_metadata(folder), verification=verification)
+            if metadata.digests != verified.digests:
+                raise ArtifactError(
+                    "the artifact was replaced while it was verified",
+                    got=folder,
+                    hint="Verify it again.",
+                )
+            with files.atomic_file(folder / METADATA) as path:
+                path.write_text(metadata.dumps(), encoding="utf-8")
     except OSError as error:
         raise ArtifactError(
             "the verification cannot be written to the artifact",
-            got=f"{error.strerror} ({error.filename})",
+            got=os_reason(error, folder),
             hint="The artifact is unchanged.",
         ) from error
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dcnv3_tvm import checks, gpu
 from dcnv3_tvm.digests import digest_of, digest_of_file
-from dcnv3_tvm.errors import ArtifactError, InvalidArgumentError, TargetError
+from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, TargetError
 from dcnv3_tvm.machine import enable_amx, missing_features
 from dcnv3_tvm.runtime import cuda, library, weights
 from dcnv3_tvm.runtime.metadata import (
@@ -24,6 +25,8 @@ from dcnv3_tvm.runtime.metadata import (
 )
 from dcnv3_tvm.runtime.model import CompiledModel
 from dcnv3_tvm.systems import this_system
+
+_ATTEMPTS: Final = 10
 
 
 def load(
@@ -91,39 +94,18 @@ def load(
     verify_digests = checks.boolean("verify_digests", verify_digests)
     warm_up = checks.boolean("warm_up", warm_up)
     folder = checks.path("path", path)
-    try:
-        metadata = read_metadata(folder, verify_digest=verify_digests)
-        index = check_runs_here(metadata, device)
-        if index is not None and workers > 1:
-            raise InvalidArgumentError(
-                "a model on a GPU has one worker", got=f"workers={workers}", allowed=1
-            )
-        code = (folder / LIBRARY).read_bytes()
-        if verify_digests:
-            _check_digest(LIBRARY, digest_of(memoryview(code)), metadata)
-            for name in metadata.libraries:
-                _check_digest(name, digest_of_file(folder / name), metadata)
-        bundled = folder.resolve()
-        tvm = metadata.versions.get("tvm", "")
-        library.load_runtime(
-            version=tvm,
-            bundled=bundled / RUNTIME_LIBRARY if RUNTIME_LIBRARY in metadata.libraries else None,
+    content = _read_unchanged(folder, verify_digests=verify_digests, device=device)
+    if content.gpu is not None and workers > 1:
+        raise InvalidArgumentError(
+            "a model on a GPU has one worker", got=f"workers={workers}", allowed=1
         )
-        if index is not None:
-            cuda.load_runtime(bundled / CUDA_LIBRARY)
-        tensors, digest = weights.read(folder / WEIGHTS, digest=verify_digests)
-        if verify_digests:
-            _check_digest(WEIGHTS, digest, metadata)
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-    _check_weights(tensors, metadata)
-    device_gpu = None if index is None else cuda.Gpu.of(index)
+    device_gpu = None if content.gpu is None else cuda.Gpu.of(content.gpu)
     model = CompiledModel(
-        library.open_executables(code, count=workers)
+        library.open_executables(content.code, count=workers)
         if device_gpu is None
-        else library.Executables([device_gpu.open_executable(code)]),
-        tensors if device_gpu is None else device_gpu.upload_all(tensors),
-        metadata,
+        else library.Executables([device_gpu.open_executable(content.code)]),
+        content.weights if device_gpu is None else device_gpu.upload_all(content.weights),
+        content.metadata,
         folder=folder.absolute(),
         threads=max(1, library.default_threads() // workers) if threads is None else threads,
         reload=functools.partial(
@@ -140,6 +122,65 @@ def load(
     if warm_up:
         model.warm_up()
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Content:
+    """What is read of an artifact; `gpu` is the index of the GPU, or None."""
+
+    metadata: ArtifactMetadata
+    gpu: int | None
+    code: bytes
+    weights: dict[str, Any]
+
+
+def _read_unchanged(folder: Path, *, verify_digests: bool, device: str | None) -> _Content:
+    """Read an artifact, again if it is replaced meanwhile: files may be of the old and the new."""
+    for _ in range(_ATTEMPTS):
+        before = _identity(folder)
+        try:
+            content = _read(folder, verify_digests=verify_digests, device=device)
+        except DCNv3Error:
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return content
+    raise ArtifactError("the artifact is replaced again and again", got=folder)
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """Return what differs between a folder and another that takes its place; None without one."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _read(folder: Path, *, verify_digests: bool, device: str | None) -> _Content:
+    try:
+        metadata = read_metadata(folder, verify_digest=verify_digests)
+        index = check_runs_here(metadata, device)
+        code = (folder / LIBRARY).read_bytes()
+        if verify_digests:
+            _check_digest(LIBRARY, digest_of(memoryview(code)), metadata)
+            for name in metadata.libraries:
+                _check_digest(name, digest_of_file(folder / name), metadata)
+        bundled = folder.resolve()
+        library.load_runtime(
+            version=metadata.versions.get("tvm", ""),
+            bundled=bundled / RUNTIME_LIBRARY if RUNTIME_LIBRARY in metadata.libraries else None,
+        )
+        if index is not None:
+            cuda.load_runtime(bundled / CUDA_LIBRARY)
+        tensors, digest = weights.read(folder / WEIGHTS, digest=verify_digests)
+        if verify_digests:
+            _check_digest(WEIGHTS, digest, metadata)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    _check_weights(tensors, metadata)
+    return _Content(metadata, index, code, tensors)
 
 
 def read_metadata(path: str | os.PathLike[str], *, verify_digest: bool = True) -> ArtifactMetadata:

@@ -13,7 +13,13 @@ import numpy as np
 from dcnv3_tvm import checks, files
 from dcnv3_tvm.digests import digest_of_file
 from dcnv3_tvm.dtypes import numpy_dtype
-from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, first_line
+from dcnv3_tvm.errors import (
+    ArtifactError,
+    DCNv3Error,
+    InvalidArgumentError,
+    first_line,
+    os_reason,
+)
 from dcnv3_tvm.runtime import cuda, image, library, tensors
 from dcnv3_tvm.runtime.arguments import Arguments, choose_entry, in_order
 from dcnv3_tvm.runtime.execution import CpuExecution, Execution, Functions, GpuExecution
@@ -289,7 +295,7 @@ class CompiledModel:
         except OSError as error:
             raise ArtifactError(
                 "the artifact cannot be saved",
-                got=f"{error.strerror or error} ({error.filename or destination})",
+                got=os_reason(error, destination),
                 hint=f"{destination} is unchanged.",
             ) from error
         self._saved = destination.absolute()

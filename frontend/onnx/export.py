@@ -24,7 +24,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from dcnv3_tvm import files
-from dcnv3_tvm.errors import InvalidArgumentError, ModelExportError
+from dcnv3_tvm.errors import InvalidArgumentError, ModelExportError, os_reason
 from dcnv3_tvm.forks import one_at_a_time
 from dcnv3_tvm.frontend.onnx import FORMS, FormName, dcnv3_node, forms
 from dcnv3_tvm.frontend.onnx.graph import (
@@ -221,7 +221,7 @@ def write(model: ir.Model, path: Path) -> None:
                 _rename_data(file, data.name)
     except OSError as error:
         raise ModelExportError(
-            "the ONNX file cannot be written", got=f"{error.strerror} ({error.filename})"
+            "the ONNX file cannot be written", got=os_reason(error, path)
         ) from error
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,62 @@ def test_copy_inside_the_artifact(artifact_path, tmp_path):
         model.save(tmp_path / "link")
     model.save(artifact_path / ".." / "copy")
     assert (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("verify_digests", [True, False])
+def test_artifact_that_is_replaced_while_it_is_loaded(
+    toy, artifact_path, image, monkeypatch, verify_digests
+):
+    """The model is one of the two, not the code of one with the weights of the other."""
+    other = dataclasses.replace(toy, weights={"bias": toy.weights["bias"] + 1})
+    versions = [other, toy]
+    read = weights_file.read
+
+    def replace_and_read(*arguments, **keywords):
+        if versions:
+            versions.pop(0).write(artifact_path, name=f"version {len(versions)}")
+        return read(*arguments, **keywords)
+
+    monkeypatch.setattr(weights_file, "read", replace_and_read)
+    model = runtime.load(artifact_path, verify_digests=verify_digests)
+    assert model.metadata.name == "version 0"
+    np.testing.assert_array_equal(model(image), toy.main(image))
+    versions += 10 * [toy]
+    with pytest.raises(ArtifactError, match="replaced again and again"):
+        runtime.load(artifact_path, verify_digests=verify_digests)
+
+
+def test_verification_of_a_replaced_artifact(toy, artifact_path, monkeypatch):
+    verification = {"ok": True, "reference": "PyTorch", "outputs": [{"max_error": 0.0}]}
+    verified = runtime.read_metadata(artifact_path)
+    artifact.record_verification(artifact_path, verified, verification)
+    assert runtime.read_metadata(artifact_path).verification == verification
+    other = dataclasses.replace(toy, weights={"bias": toy.weights["bias"] + 1})
+    other.write(artifact_path)
+    with pytest.raises(ArtifactError, match="replaced while it was verified"):
+        artifact.record_verification(artifact_path, verified, verification)
+    assert runtime.read_metadata(artifact_path).verification is None
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # No file name, as from write().
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ArtifactError, match=rf"No space left on device \({artifact_path}\)"):
+        artifact.record_verification(
+            artifact_path, runtime.read_metadata(artifact_path), verification
+        )
+
+
+def test_folder_is_not_replaced_while_it_is_kept(toy, artifact_path, tmp_path):
+    before = contents(artifact_path)
+    (tmp_path / "link").symlink_to(artifact_path)
+    with files.kept_folder(tmp_path / "link"):
+        writer = threading.Thread(target=toy.write, args=[artifact_path], kwargs={"name": "new"})
+        writer.start()
+        writer.join(0.3)
+        assert contents(artifact_path) == before
+    writer.join()
+    assert runtime.read_metadata(artifact_path).name == "new"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
