@@ -7,6 +7,7 @@ from typing import Final
 from tvm import s_tir, tirx
 from tvm.target import Target
 
+from dcnv3_tvm.op.expr import product
 from dcnv3_tvm.schedules.cpu.loops import accumulate_tile, copy_in_parallel, copy_in_task
 from dcnv3_tvm.schedules.cpu.neon import fits_lanes, sum_by_lane
 from dcnv3_tvm.schedules.cpu.register_tiles import (
@@ -20,6 +21,7 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vector_unit,
     weights_stay_cached,
 )
+from dcnv3_tvm.schedules.cpu.weight_prefetch import WeightUse, prefetch_next_tile
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
@@ -38,7 +40,7 @@ def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
 
     A register tile holds the sums of a run of pixels of one output row. While the weights fit the
     L2 cache, a task is an output row. Otherwise tasks iterate over output channels first, so that
-    each weight tile is read from memory once.
+    each weight tile is read from memory once, and prefetch the next.
     """
     if refusal := refuse_other_kernels(func, "convolution"):
         return refusal
@@ -69,6 +71,7 @@ def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
         rows = space.pick(numbered("rows", index), row_tiles(extent), rows)
         pixel_outer, pixel_inner = sch.split(pixel, [None, rows])
         column_outer, column_inner = sch.split(column, [None, columns])
+        outputs = [sch.get(loop).extent for loop in (batch, line, pixel_outer)]
         order = [batch, line, pixel_outer, column_outer]
         if plan == _COLUMNS_FIRST:
             order = [column_outer, batch, line, pixel_outer]
@@ -97,6 +100,10 @@ def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
             depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
             sch.reorder(high, wide, depth, tile_depth, tile_pixel, tile_column)
             accumulate_tile(sch, sums, [tile_depth, tile_pixel, tile_column], high)
+            if plan == _COLUMNS_FIRST and index == 0:
+                number, turns = sch.get(task).loop_var, product(outputs)
+                use = WeightUse(tirx.floordiv(number, turns), tirx.floormod(number, turns), turns)
+                prefetch_next_tile(sch, weight, use, [high, wide, depth])
         sch.unroll(pixel_inner)
         sch.vectorize(column_inner)
     return sch.mod["main"]

@@ -28,7 +28,7 @@ define <16 x float> @dcnv3_tvm_dot_bf16(<16 x float> %sums, <16 x i32> %first, <
 """
 
 
-def sum_pairs(sch: s_tir.Schedule, sums: SBlockRV, task: LoopRV) -> None:
+def sum_pairs(sch: s_tir.Schedule, sums: SBlockRV, task: LoopRV) -> LoopRV:
     """Accumulate a register tile by dot products of bfloat16 pairs.
 
     Parameters
@@ -39,6 +39,11 @@ def sum_pairs(sch: s_tir.Schedule, sums: SBlockRV, task: LoopRV) -> None:
         Reduction block, whose innermost loops are over rows, columns and input features.
     task : LoopRV
         A loop around these.
+
+    Returns
+    -------
+    LoopRV
+        The loop over pairs of input features.
     """
     *_, row, column, depth = sch.get_loops(sums)
     depth, pair = sch.split(depth, [None, PAIR])
@@ -50,6 +55,7 @@ def sum_pairs(sch: s_tir.Schedule, sums: SBlockRV, task: LoopRV) -> None:
     sch.vectorize(sch.get_loops(start)[-1])
     sch.tensorize(lane, _DOT)
     sch.annotate(task, "pragma_import_llvm", _CODE)
+    return depth
 
 
 @T.prim_func(s_tir=True)

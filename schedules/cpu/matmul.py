@@ -8,7 +8,7 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
-from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.op.expr import constant_factor
 from dcnv3_tvm.schedules.cpu.dot_product import sum_pairs
 from dcnv3_tvm.schedules.cpu.loops import accumulate_tile
 from dcnv3_tvm.schedules.cpu.neon import fits_lanes, sum_by_lane
@@ -24,6 +24,7 @@ from dcnv3_tvm.schedules.cpu.register_tiles import (
     vector_unit,
     weights_stay_cached,
 )
+from dcnv3_tvm.schedules.cpu.weight_prefetch import WeightUse, prefetch_next_tile
 from dcnv3_tvm.schedules.rule import Refusal, refuse_other_kernels
 from dcnv3_tvm.schedules.space import SearchSpace
 
@@ -33,21 +34,29 @@ _ALL: Final = 0
 _BLOCKS: Final = (1, 2, 4, 8, 16, _ALL)
 """Candidates for the row tiles of a cache block."""
 
+_BLOCK_BYTES: Final = 768 * 1024
+"""Most bytes of x in a cache block, which stay in the L2 cache."""
+
+_FEWEST: Final = 4
+"""Row tiles of a cache block, at least, so that weights are not read from memory too often."""
+
+_FEW_ROWS: Final = 1024
+"""Most rows for which reading the weights from memory takes a large part of the time."""
+
 
 def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
     """Schedule matmuls with packed weights.
 
-    A task is a register tile of sums, which stay in registers over the whole of K. While the
-    weights fit the L2 cache, tasks iterate over columns first. Otherwise they iterate over rows
-    first, so that each weight tile is read from memory once. Blocks of row tiles in between stay in
-    the cache while tasks iterate over the weights.
+    A task is a register tile of sums, which stay in registers over the whole of K. A block of row
+    tiles stays in the L2 cache while tasks iterate over the weights, and half of the rows at most
+    so that a core reads what it wrote in the kernel before. Of many rows, whose weights fit that
+    cache, a block is one tile. While rows are few, tasks prefetch the weights.
     """
     if refusal := refuse_other_kernels(func, "matmul"):
         return refusal
     weight = func.params[1]
     dtype = str(weight.dtype)
     unit = vector_unit(target)
-    resident = weights_stay_cached(weight)
     inputs = int(func.params[0].shape[-1])
     row_bytes = inputs * DTYPE_BYTES[dtype]
     sch = s_tir.Schedule(func)
@@ -58,18 +67,21 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
         extent = sch.get(row).extent
         rows = row_tile(extent, columns, unit, dtype, row_bytes)
         rows = space.pick(numbered("rows", index), row_tiles(extent), rows)
-        block = space.pick(numbered("block", index), _BLOCKS, 1 if resident else _ALL)
+        known = constant_factor(extent)
+        few = rows <= known <= _FEW_ROWS and not unit.by_lane
+        usual = 1 if weights_stay_cached(weight) else _ALL
+        if few or usual == _ALL:
+            usual = _block(known // rows, rows * row_bytes, usual)
+        block = space.pick(numbered("block", index), _BLOCKS, usual)
 
         # Step 2. Tile the output and run tiles in parallel.
         row_outer, row_inner = sch.split(row, [None, rows])
         column_outer, column_inner = sch.split(column, [None, columns])
-        order = [row_outer, column_outer] if block == 1 else [column_outer, row_outer]
-        if block not in (1, _ALL):
-            together = largest_divisor(static(sch.get(row_outer).extent) or 1, block)
-            first, second = sch.split(row_outer, [None, together])
-            order = [first, column_outer, second]
-        sch.reorder(*order, row_inner, column_inner)
-        task = sch.fuse(*order)
+        tiles, count = sch.get(column_outer).extent, sch.get(row_outer).extent
+        together = count if block == _ALL else largest_divisor(constant_factor(count), block)
+        first, second = sch.split(row_outer, [1, None] if block == _ALL else [None, together])
+        sch.reorder(first, column_outer, second, row_inner, column_inner)
+        task = sch.fuse(first, column_outer, second)
         sch.parallel(task)
 
         # Step 3. Accumulate a tile in registers.
@@ -78,15 +90,31 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
         if fits_lanes(unit, columns, inputs, dtype):
             sum_by_lane(sch, sums, task, [], dtype)
         elif dtype == "bfloat16" and not unit.by_lane:
-            sum_pairs(sch, sums, task)
+            depth = sum_pairs(sch, sums, task)
         else:
             *_, tile_row, tile_column, depth = sch.get_loops(sums)
             spilled = rows > unspilled_rows(columns, unit, dtype)
             depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
             sch.reorder(depth, tile_depth, tile_row, tile_column)
             accumulate_tile(sch, sums, [tile_depth, tile_row, tile_column], depth)
+        # Step 4. Prefetch the next weight tile. The last tile, and narrower ones, have none.
+        if few and index == 0:
+            number = sch.get(task).loop_var
+            column_tile = tirx.floormod(tirx.floordiv(number, together), tiles)
+            use = WeightUse(column_tile, tirx.floormod(number, together), together)
+            prefetch_next_tile(sch, weight, use, [depth])
 
-        # Step 4. Apply the epilogue to the tile.
+        # Step 5. Apply the epilogue to the tile.
         sch.unroll(row_inner)
         sch.vectorize(column_inner)
     return sch.mod["main"]
+
+
+def _block(count: int, tile_bytes: int, otherwise: int) -> int:
+    """Return the row tiles of a cache block, of `count` tiles that read `tile_bytes` of x each.
+
+    Where the number does not divide well, return `otherwise`.
+    """
+    most = max(1, min(count // 2, _BLOCK_BYTES // tile_bytes))
+    together = largest_divisor(count, most)
+    return together if together >= _FEWEST and 2 * together >= most else otherwise

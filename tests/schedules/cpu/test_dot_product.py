@@ -7,6 +7,7 @@ import tvm
 from tvm import tirx
 
 from dcnv3_tvm import machine
+from dcnv3_tvm.compiler import cpu_pipeline
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.matmul import matmul
@@ -102,7 +103,8 @@ def compiled(rows, inner, columns):
     target = resolve_target(TARGET)
     module, rules = schedule_module(module, target)
     assert rules["main"].rule == "matmul"
-    return tvm.compile(module, target=target).mod.inspect_source("asm")
+    built = tvm.compile(module, target=target, tir_pipeline=cpu_pipeline.PIPELINE)
+    return built.mod.inspect_source("asm")
 
 
 def test_inner_loop_has_only_dot_products():
