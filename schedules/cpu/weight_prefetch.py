@@ -59,6 +59,8 @@ def prefetch_next_tile(
         The loops over input features, nested in this order.
     """
     shape = [int(size) for size in weight.shape]
+    if shape[0] == 1:
+        return
     item = DTYPE_BYTES[str(weight.dtype)]
     lines = math.prod(shape[1:]) * item // _LINE
     loops = [sch.get(loop) for loop in depth]
