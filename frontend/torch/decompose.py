@@ -22,7 +22,6 @@ _WITHOUT_KERNELS: Final = frozenset(
     {
         "argsort.default",
         "cumprod.default",
-        "cumsum.default",
         "median.default",
         "median.dim",
         "sort.default",

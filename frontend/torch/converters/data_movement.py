@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Final
 
+import numpy as np
 from torch.fx import Node
 from tvm import relax
 
@@ -88,8 +89,39 @@ def _pad(node: Node, importer: Any) -> relax.Var:
             node,
             "Pad the image before passing it to the model, or import with a fixed size.",
         )
+    if args.get("mode") == "circular" and min(args["pad"]) < 0:
+        raise unsupported(
+            "circular padding by a negative width is not supported",  # TVM's result is wrong.
+            node,
+            "Cut the tensor by slicing.",
+        )
     tvm_converter = importer._pad if "mode" in args else importer._constant_pad_nd
     return tvm_converter(node)
+
+
+def _squeeze(node: Node, importer: Any) -> relax.Var:
+    # TVM has no kernel for a squeeze of all axes of a tensor with dynamic sizes.
+    x = node_arguments(node, importer)["self"]
+    sizes = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    single = [axis for axis, size in enumerate(sizes) if isinstance(size, int) and size == 1]
+    return importer.block_builder.emit(relax.op.squeeze(x, single)) if single else x
+
+
+def _sliding_windows(node: Node, importer: Any) -> relax.Var:
+    # TVM has no converter.
+    args = node_arguments(node, importer)
+    x, axis, size, step = (args[name] for name in ("self", "dimension", "size", "step"))
+    length, axis = dimensions(x)[axis], axis % x.ty.ndim
+    if not isinstance(length, int):
+        raise unsupported(
+            "Tensor.unfold along a dynamic size is not supported",
+            node,
+            "Use torch.nn.functional.unfold, or import with a fixed size.",
+        )
+    starts = np.arange(0, length - size + 1, step)
+    windows = relax.op.take(x, constant(starts[:, None] + np.arange(size), "int64"), axis)
+    order = [each for each in range(x.ty.ndim + 1) if each != axis + 1] + [axis + 1]
+    return importer.block_builder.emit(relax.op.permute_dims(windows, order))
 
 
 def _roll(node: Node, importer: Any) -> relax.Var:
@@ -117,4 +149,6 @@ DATA_MOVEMENT: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "repeat_interleave.self_int": _repeat_interleave,
     "roll.default": _roll,
     "select.int": _select,
+    "squeeze.default": _squeeze,
+    "unfold.default": _sliding_windows,
 }

@@ -12,7 +12,7 @@ from torch.fx import Node
 from tvm import relax
 
 from dcnv3_tvm.frontend.torch.fx_nodes import constant, node_arguments
-from dcnv3_tvm.transform.ir import element_type
+from dcnv3_tvm.transform.ir import dimensions, element_type
 
 
 def _cast(node: Node, importer: Any) -> relax.Var:
@@ -25,12 +25,76 @@ def _cast(node: Node, importer: Any) -> relax.Var:
 
 
 def _rsub(node: Node, importer: Any) -> relax.Var:
-    # TVM's converter turns the 1 in `1 - gate` into an integer tensor.
+    # TVM's converter turns the 1 in `1 - gate` into an integer tensor, and ignores alpha.
     args = node_arguments(node, importer)
-    x, alpha, dtype = args["self"], args["alpha"], element_type(args["self"])
+    x, other, alpha, dtype = args["self"], args["other"], args["alpha"], element_type(args["self"])
     scaled = x if alpha == 1 else relax.op.multiply(x, constant(alpha, dtype))
-    result = relax.op.subtract(constant(args["other"], dtype), scaled)
+    other = other if isinstance(other, relax.Expr) else constant(other, dtype)
+    return importer.block_builder.emit(relax.op.subtract(other, scaled))
+
+
+def _divide_and_round(node: Node, importer: Any) -> relax.Var:
+    # TVM's converter takes the type of a number from Python, and truncates integers as floats.
+    args = node_arguments(node, importer)
+    x, other, dtype = args["self"], args["other"], element_type(args["self"])
+    other = other if isinstance(other, relax.Expr) else constant(other, dtype)
+    if args["rounding_mode"] == "floor":
+        result = relax.op.floor_divide(x, other)
+    else:
+        result = relax.op.divide(x, other)
+        if dtype.startswith("float") and args["rounding_mode"] == "trunc":
+            result = relax.op.trunc(result)
     return importer.block_builder.emit(result)
+
+
+def _power(node: Node, importer: Any) -> relax.Var:
+    # TVM has no kernel for powers of integers. Those below 2^53 are exact in float64.
+    args = node_arguments(node, importer)
+    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    computed = dtype if "float" in dtype else "float64"
+    base, exponent = (
+        relax.op.astype(each, computed)
+        if isinstance(each, relax.Expr)
+        else constant(each, computed)
+        for each in (args["self"], args["exponent"])
+    )
+    result = importer.block_builder.emit(relax.op.power(base, exponent))
+    if computed == dtype:
+        return result
+    return importer.block_builder.emit(relax.op.astype(relax.op.round(result), dtype))
+
+
+def _log_add_exp(node: Node, importer: Any) -> relax.Var:
+    # The exponentials of TVM's operator overflow.
+    args = node_arguments(node, importer)
+    a, b = args["self"], args["other"]
+    distance = relax.op.abs(relax.op.subtract(a, b))
+    smaller = relax.op.exp(relax.op.negative(distance))
+    rest = relax.op.log(relax.op.add(constant(1, element_type(a)), smaller))
+    return importer.block_builder.emit(relax.op.add(relax.op.maximum(a, b), rest))
+
+
+def _masked_fill(node: Node, importer: Any) -> relax.Var:
+    # TVM cannot compile its converter's result for infinite values.
+    args = node_arguments(node, importer)
+    value = constant(args["value"], element_type(args["self"]))
+    return importer.block_builder.emit(relax.op.where(args["mask"], value, args["self"]))
+
+
+def _full(node: Node, importer: Any) -> relax.Var:
+    # TVM cannot compile its converters' results for infinite values.
+    args = node_arguments(node, importer)
+    value = args["fill_value"]
+    if not isinstance(value, float) or math.isfinite(value):
+        return importer._full(node) if "size" in args else importer._full_like(node)
+    shape = args["size"] if "size" in args else dimensions(args["self"])
+    filled = constant(value, str(node.meta["val"].dtype).removeprefix("torch."))
+    return importer.block_builder.emit(relax.op.broadcast_to(filled, shape))
+
+
+def _matmul(node: Node, importer: Any) -> relax.Var:
+    # TVM's converters return float32 for every type.
+    return importer.block_builder.emit(relax.op.matmul(*importer.retrieve_args(node)))
 
 
 def _scaled_sum(
@@ -57,12 +121,20 @@ def _scaled_sum(
 def _clip(low: str | None, high: str | None) -> Callable[[Node, Any], relax.Var]:
     """Convert a clamp whose bounds are the arguments named `low` and `high`."""
 
-    # TVM's converters of hardtanh and clamp_max drop the bounds.
+    # TVM's converters drop bounds of hardtanh and clamp_max, and clip integers to infinity.
     def converter(node: Node, importer: Any) -> relax.Var:
         args = node_arguments(node, importer)
-        minimum = -math.inf if low is None else args[low]
-        maximum = math.inf if high is None else args[high]
-        return importer.block_builder.emit(relax.op.clip(args["self"], minimum, maximum))
+        x, dtype = args["self"], element_type(args["self"])
+        minimum, maximum = (None if name is None else args[name] for name in (low, high))
+        if "float" in dtype and not any(isinstance(b, relax.Expr) for b in (minimum, maximum)):
+            minimum = -math.inf if minimum is None else minimum
+            maximum = math.inf if maximum is None else maximum
+            return importer.block_builder.emit(relax.op.clip(x, minimum, maximum))
+        for bound, limit in ((minimum, relax.op.maximum), (maximum, relax.op.minimum)):
+            if bound is not None:
+                bound = bound if isinstance(bound, relax.Expr) else constant(bound, dtype)
+                x = importer.block_builder.emit(limit(x, bound))
+        return x
 
     return converter
 
@@ -93,12 +165,27 @@ def _linspace(node: Node, importer: Any) -> relax.Expr:
 ELEMENTWISE: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "add.Scalar": _scaled_sum(relax.op.add, operator.add),
     "add.Tensor": _scaled_sum(relax.op.add, operator.add),
+    "bmm.default": _matmul,
     "celu.default": _elu,
+    "clamp.Tensor": _clip(low="min", high="max"),
+    "clamp.default": _clip(low="min", high="max"),
     "clamp_max.default": _clip(low=None, high="max"),
+    "clamp_min.default": _clip(low="min", high=None),
+    "div.Tensor_mode": _divide_and_round,
     "elu.default": _elu,
+    "full.default": _full,
+    "full_like.default": _full,
     "hardtanh.default": _clip(low="min_val", high="max_val"),
     "linspace.default": _linspace,
+    "logaddexp.default": _log_add_exp,
+    "masked_fill.Scalar": _masked_fill,
+    "matmul.default": _matmul,
+    "mm.default": _matmul,
+    "pow.Scalar": _power,
+    "pow.Tensor_Scalar": _power,
+    "pow.Tensor_Tensor": _power,
     "rsub.Scalar": _rsub,
+    "rsub.Tensor": _rsub,
     "sub.Scalar": _scaled_sum(relax.op.subtract, operator.sub),
     "sub.Tensor": _scaled_sum(relax.op.subtract, operator.sub),
     "to.dtype": _cast,

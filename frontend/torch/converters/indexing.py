@@ -7,6 +7,7 @@ returns NaN for these, or in a tensor of integers the first or last element.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -87,6 +88,24 @@ def _index(node: Node, importer: Any) -> relax.Var:
     return emit(relax.op.permute_dims(result, order))
 
 
+def _index_put(node: Node, importer: Any) -> relax.Var:
+    # TVM's converter supports no masks.
+    args = node_arguments(node, importer)
+    x, indices, values = args["self"], args["indices"], args["values"]
+    if len(indices) != 1 or element_type(indices[0]) != "bool":
+        return importer._index_put(node)
+    if math.prod(node.args[2].meta["val"].shape) != 1 or args["accumulate"]:
+        raise unsupported(
+            "an assignment of several values to what a mask selects is not supported",
+            node,
+            "Use torch.where.",
+        )
+    emit = importer.block_builder.emit
+    (mask,) = indices
+    mask = emit(relax.op.expand_dims(mask, list(range(mask.ty.ndim, x.ty.ndim))))
+    return emit(relax.op.where(mask, relax.op.reshape(values, ()), x))
+
+
 def _take(x: relax.Expr, indices: relax.Expr, axis: int, importer: Any) -> relax.Var:
     mode = "nan" if element_type(x).startswith("float") else "clip"
     return importer.block_builder.emit(relax.op.take(x, indices, axis, mode))
@@ -111,5 +130,6 @@ INDEXING: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "embedding.default": _embedding,
     "gather.default": _gather,
     "index.Tensor": _index,
+    "index_put.default": _index_put,
     "index_select.default": _index_select,
 }

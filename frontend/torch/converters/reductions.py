@@ -58,6 +58,27 @@ def _count_nonzero(node: Node, importer: Any) -> relax.Var:
     return importer.block_builder.emit(relax.op.sum(ones, reduction_axes(ones, args.get("dim"))))
 
 
+def _any(node: Node, importer: Any) -> relax.Var:
+    # TVM has no converter for all axes.
+    x = node_arguments(node, importer)["self"]
+    truth = relax.op.astype(relax.op.astype(x, "bool"), "int8")
+    return importer.block_builder.emit(relax.op.astype(relax.op.max(truth), "bool"))
+
+
+def _cumulative_sum(node: Node, importer: Any) -> relax.Var:
+    # TVM lowers it to a call of its library, which artifacts do not have.
+    args = node_arguments(node, importer)
+    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    x, (axis,) = relax.op.astype(args["self"], dtype), reduction_axes(args["self"], args["dim"])
+    positions = relax.op.arange(0, dimensions(args["self"])[axis], 1, "int64")
+    after = list(range(2, args["self"].ty.ndim - axis + 1))
+    is_added = relax.op.less_equal(
+        relax.op.expand_dims(positions, [0, *after]), relax.op.expand_dims(positions, [1, *after])
+    )
+    terms = relax.op.where(is_added, relax.op.expand_dims(x, axis), constant(0, dtype))
+    return importer.block_builder.emit(relax.op.sum(terms, axis + 1))
+
+
 def _variance(node: Node, importer: Any) -> relax.Var:
     # TVM's converter of the standard deviation ignores the correction.
     args = node_arguments(node, importer)
@@ -103,8 +124,10 @@ def _with_mean(spread: Callable[[Node, Any], relax.Var]) -> Callable[[Node, Any]
 REDUCTIONS: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "amax.default": _reduction(relax.op.max),
     "amin.default": _reduction(relax.op.min),
+    "any.default": _any,
     "count_nonzero.default": _count_nonzero,
     "count_nonzero.dim_IntList": _count_nonzero,
+    "cumsum.default": _cumulative_sum,
     "max.dim": _extremum(relax.op.max, relax.op.argmax),
     "min.dim": _extremum(relax.op.min, relax.op.argmin),
     "prod.dim_int": _reduction(relax.op.prod),

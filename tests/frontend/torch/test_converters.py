@@ -82,7 +82,48 @@ def indexed(x):
     )
 
 
+def mixed_types(x):
+    """TVM's converters compute in the type of the first tensor."""
+    n, positions = (x * 5).long(), torch.arange(4)[:, None, None]
+    return (
+        positions / 4,
+        (positions + 0.5) * x,
+        n / 3,
+        1.5 - n,
+        n > 1.5,
+        2 ** n.clamp(0, 9),
+        n.clamp(min=-1),
+        n.clamp(-1.5, 2),
+        torch.div(n, 3, rounding_mode="trunc"),
+        torch.div(x, 2, rounding_mode="floor"),
+        n.int() % n.abs().clamp(min=1),
+        torch.rsub(x, n, alpha=2),
+        torch.cat([x, n], 1),
+        torch.where(x > 0, n, x),
+        x * torch.tensor(0.1, dtype=torch.float64),
+        x.double() @ x.double().mT,
+        (x > 3).any(),
+    )
+
+
+def infinite(x):
+    masked = x.masked_fill(x > 0.5, -torch.inf)
+    return masked.softmax(-1), torch.full_like(x, -torch.inf), torch.logaddexp(x * 80, x * 60)
+
+
+def assigned(x):
+    result = x.clone()
+    result[x > 0] = 0.5
+    result[x[:, 0, 0, 0] > 0] = -1
+    return result
+
+
 DYNAMIC_SIZE = {
+    "mixed types": mixed_types,
+    "infinite": infinite,
+    "assignment by a mask": assigned,
+    "cumsum": lambda x: (x.cumsum(2), (x > 0).cumsum(0)),
+    "squeeze": lambda x: x[:1, :, :, :1].squeeze(),
     "count_nonzero": lambda x: torch.count_nonzero(x > 0),
     "count_nonzero over axes": lambda x: torch.count_nonzero(F.relu(x), (1, 3)),
     "pad": lambda x: F.pad(x, (1, 2, 0, 3), value=0.5),
@@ -148,6 +189,8 @@ FIXED_SIZE = {
     "unfold, strided and dilated": lambda x: F.unfold(
         x, (2, 3), dilation=2, stride=2, padding=(1, 2)
     ),
+    "Tensor.unfold": lambda x: (x.unfold(3, 3, 2), x.unfold(1, 2, 1)),
+    "max_pool2d without batch": lambda x: F.max_pool2d(x[0], 2),
     "linspace": lambda x: x * torch.linspace(-1, 1, x.shape[3]),
     "attention, scale": attention(scale=0.3),
     "attention, 4-D": lambda x: F.scaled_dot_product_attention(x, x * 2, x + 1),
@@ -218,7 +261,19 @@ UNSUPPORTED = {
     "selection by a mask": (lambda x: x[torch.tensor([True, False])], False),
     "aten.topk": (lambda x: x.topk(2), False),
     "aten.sort": (lambda x: x.sort(), False),
-    "aten.cumsum": (lambda x: x.cumsum(1), False),
+    "circular padding by a negative": (
+        lambda x: F.pad(x, (-1, 1, 0, 0), mode="circular"),
+        False,
+    ),
+    "several values to what a mask selects": (
+        lambda x: x[:1].index_put((x[:1] > 0,), torch.arange(3.0)),
+        False,
+    ),
+    "while PyTorch returns": (lambda x: F.max_pool2d(x, 2, return_indices=True), False),
+    "TVM cannot convert an operator": (
+        lambda x: torch.cat([x, torch.zeros(0)], 1),
+        False,
+    ),
 }
 
 

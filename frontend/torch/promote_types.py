@@ -1,0 +1,59 @@
+"""Cast the operands of an exported program to the type in which PyTorch computes.
+
+TVM's converters compute in the type of the first tensor: ``torch.arange(n) / n`` in integers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+_RESULT_TYPED: Final = frozenset(
+    {
+        *("add", "sub", "rsub", "mul", "div", "floor_divide", "fmod", "remainder", "pow"),
+        *("atan2", "clamp", "clamp_max", "clamp_min", "logaddexp", "maximum", "minimum"),
+        *("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__"),
+        *("cat", "stack", "where"),
+    }
+)
+"""Operators that compute in the type of their result."""
+
+_COMPARISONS: Final = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
+"""Operators that compute in the common type of their operands."""
+
+
+def promote_types(program: ExportedProgram) -> None:
+    """Insert a cast before each operator that computes in another type than an operand's."""
+    for node in list(program.graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name = node.target.overloadpacket.__name__
+        if name in _RESULT_TYPED:
+            dtype = node.meta["val"].dtype
+        elif name in _COMPARISONS:
+            dtype = torch.result_type(*map_arg(node.args, lambda each: each.meta["val"]))
+        else:
+            continue
+        kept = node.args[:1] if name == "where" else ()
+        node.args = (*kept, *_cast(node, node.args[len(kept) :], dtype))
+        node.kwargs = _cast(node, node.kwargs, dtype)
+
+
+def _cast(node: Node, operands: Any, dtype: torch.dtype) -> Any:
+    """Return the operands with those of another type replaced by casts."""
+
+    def cast(operand: Node) -> Node:
+        value = operand.meta["val"]
+        if not isinstance(value, Tensor) or value.dtype == dtype:
+            return operand
+        with node.graph.inserting_before(node):
+            result = node.graph.call_function(torch.ops.aten.to.dtype, (operand, dtype))
+        result.meta = {**node.meta, "val": value.to(dtype)}
+        return result
+
+    return map_arg(operands, cast)
