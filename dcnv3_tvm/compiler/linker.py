@@ -141,18 +141,17 @@ def find_linker(system: System) -> Linker:
     MissingDependencyError
         If there is none, or ``$CXX`` cannot be run.
     """
-    pool = _thread_pool(system)
     installed = _installed_compiler(system)
     if installed is not None:
-        options = ("-shared", *_OPTIONS.get(system.operating_system, ("-fPIC",)))
-        return Linker((*installed, *options), thread_pool=pool)
+        options = ("-shared", *_OPTIONS.get(system.operating_system, ("-fPIC", "-pthread")))
+        return Linker((*installed, *options), thread_pool=_thread_pool(system, "-DLINKED_TO_LIBC"))
     zig = _zig_compiler(system)
     if zig is not None:
         dlltool = (*_ZIG, "dlltool", "-m", "i386:x86-64", "-d", str(_WINDOWS / "tvm_ffi.def"))
         return Linker(
             (*zig, "-shared", *_ZIG_OPTIONS[system.operating_system]),
             dlltool if system.operating_system == "windows" else (),
-            pool,
+            _thread_pool(system),
         )
     chosen = _chosen_compiler()
     given = "" if chosen is None else f", and $CXX ({shlex.join(chosen)}) is for another system"
@@ -179,7 +178,7 @@ def _zig_compiler(system: System) -> tuple[str, ...] | None:
     return (*_ZIG, "cc", "-target", system.zig)
 
 
-def _thread_pool(system: System) -> bytes:
+def _thread_pool(system: System, *options: str) -> bytes:
     """Return the thread pool as an object file; empty where there is none or no C compiler."""
     if system.operating_system != "linux":
         return b""
@@ -187,7 +186,7 @@ def _thread_pool(system: System) -> bytes:
         compiler = find_compiler(system)
     except MissingDependencyError:
         return b""
-    return b"" if compiler is None else _compile(compiler, _THREAD_POOL)
+    return b"" if compiler is None else _compile((*compiler, *options), _THREAD_POOL)
 
 
 @functools.lru_cache(maxsize=8)

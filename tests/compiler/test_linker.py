@@ -74,6 +74,14 @@ def test_library_for_another_system(here, name):
     assert found.signed == (found.kind == "Mach-O")
 
 
+def test_library_of_an_installed_compiler_loads_where_glibc_is_older(here):
+    """It needs no later version than TVM's runtime library."""
+    assert find_linker(this_system()).command[0] != sys.executable
+    versions = [name.partition("_")[2].split(".") for name in here.versions if "GLIBC_" in name]
+    oldest = this_system().zig.partition("gnu.")[2].split(".")
+    assert max(list(map(int, version)) for version in versions) <= list(map(int, oldest))
+
+
 @pytest.mark.parametrize("name", sorted(SYSTEMS))
 @pytest.mark.usefixtures("without_compiler")
 def test_imports_are_in_the_system(tmp_path, name):

@@ -21,6 +21,8 @@ class Binary:
         Likewise.
     libraries : set of str
         Libraries that it needs.
+    versions : set of str
+        Versions of these that it needs, for ELF, such as ``"GLIBC_2.17"``.
     signed : bool
         Whether it has a code signature, for Mach-O.
     """
@@ -30,6 +32,7 @@ class Binary:
     exports: set[str]
     imports: set[str]
     libraries: set[str]
+    versions: set[str] = dataclasses.field(default_factory=set)
     signed: bool = False
 
     @classmethod
@@ -49,8 +52,8 @@ def _elf(data: bytes) -> Binary:
     (table,) = struct.unpack_from("<Q", data, 40)
     size, count = struct.unpack_from("<HH", data, 58)
     sections = [struct.unpack_from("<IIQQQQIIQQ", data, table + size * i) for i in range(count)]
-    exports, imports, libraries = set(), set(), set()
-    for _, kind, _, _, offset, length, link, _, _, _ in sections:
+    exports, imports, libraries, versions = set(), set(), set(), set()
+    for _, kind, _, _, offset, length, link, count, _, _ in sections:
         if kind == 11:  # SHT_DYNSYM
             for symbol in range(offset + 24, offset + length, 24):
                 name, info, _, section = struct.unpack_from("<IBBH", data, symbol)
@@ -61,7 +64,17 @@ def _elf(data: bytes) -> Binary:
             for tag, value in struct.iter_unpack("<QQ", data[offset : offset + length]):
                 if tag == 1:  # DT_NEEDED
                     libraries.add(_text(data, sections[link][4] + value))
-    return Binary("ELF", {62: "x86_64", 183: "aarch64"}[machine], exports, imports, libraries)
+        if kind == 0x6FFFFFFE:  # SHT_GNU_VERNEED
+            for _ in range(count):  # Libraries.
+                _, number, _, version, following = struct.unpack_from("<HHIII", data, offset)
+                version += offset
+                for _ in range(number):
+                    name, step = struct.unpack_from("<II", data, version + 8)
+                    versions.add(_text(data, sections[link][4] + name))
+                    version += step
+                offset += following
+    name = {62: "x86_64", 183: "aarch64"}[machine]
+    return Binary("ELF", name, exports, imports, libraries, versions)
 
 
 def _pe(data: bytes) -> Binary:
@@ -117,4 +130,4 @@ def _mach_o(data: bytes) -> Binary:
                     found.add(_text(data, strings + name).removeprefix("_"))
         position += size
     machines = {0x0100000C: "aarch64"}
-    return Binary("Mach-O", machines[machine], exports, imports, libraries, signed)
+    return Binary("Mach-O", machines[machine], exports, imports, libraries, signed=signed)

@@ -43,6 +43,21 @@ extern int TVMFFIObjectDecRef(void *object);
 /* What runs this library's loops; TVM sets it when it loads the library. Without loops there is none. */
 extern __attribute__((weak)) Launch __TVMBackendParallelLaunch;
 
+/* What glibc 2.32 and 2.34 moved to libc, in its first version: a library loads where glibc is older
+   than where it was linked. Without libc it is linked to no version. */
+#if defined(LINKED_TO_LIBC) && defined(__GLIBC__)
+#if defined(__x86_64__)
+#define FIRST "@GLIBC_2.2.5"
+#elif defined(__aarch64__)
+#define FIRST "@GLIBC_2.17"
+#endif
+#endif
+#ifdef FIRST
+__asm__(".symver pthread_create, pthread_create" FIRST);
+__asm__(".symver pthread_detach, pthread_detach" FIRST);
+__asm__(".symver pthread_sigmask, pthread_sigmask" FIRST);
+#endif
+
 /* pthread_atfork is in no shared library of glibc. */
 extern int __register_atfork(void (*)(void), void (*)(void), void (*child)(void), void *);
 
