@@ -85,10 +85,14 @@ def dcnv3(
     return cast("TensorT", operator.dcnv3(*tensors, **params))
 
 
-def _requires_gradients(*tensors: object) -> bool:
+def _requires_gradients(x: object, offset: object, mask: object) -> bool:
     torch = sys.modules.get("torch")
     return (
         torch is not None
         and torch.is_grad_enabled()
-        and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
+        and (
+            getattr(x, "requires_grad", False)
+            or getattr(offset, "requires_grad", False)
+            or getattr(mask, "requires_grad", False)
+        )
     )

@@ -14,7 +14,7 @@ from dcnv3_tvm.compiler.operator import compile_op, result_tensor
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.runtime import tensors
-from dcnv3_tvm.runtime.repeated_call import RepeatedCall, RepeatedCalls
+from dcnv3_tvm.runtime.repeated_call import RepeatedCalls
 from dcnv3_tvm.spec import PARAMETERS, DCNv3Keywords, DCNv3Spec
 
 TensorT = TypeVar("TensorT")
@@ -67,7 +67,7 @@ def dcnv3(
     operator = compile_op(kernel_spec(DCNV3, spec), target_of(device))
     result = operator.run_checked(spec, x, offset, mask, out)
     if call is None or call.kernel is not operator.kernel:
-        _CALLS.keep(RepeatedCall(spec, operator.kernel), x, key)
+        _CALLS.keep(spec, operator.kernel, x, key)
     return result
 
 

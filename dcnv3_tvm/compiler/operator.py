@@ -14,7 +14,7 @@ from dcnv3_tvm.compiler.compile_kernel import CACHE_SIZE, DCNV3, compile_kernel
 from dcnv3_tvm.errors import InvalidArgumentError, raise_if_tvm_is_missing
 from dcnv3_tvm.runtime import tensors
 from dcnv3_tvm.runtime.kernel import Kernel
-from dcnv3_tvm.runtime.repeated_call import RepeatedCall, RepeatedCalls
+from dcnv3_tvm.runtime.repeated_call import RepeatedCalls
 from dcnv3_tvm.spec import DCNv3Spec
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class CompiledOperator:
             return result_tensor(spec, x, offset, mask, out)
         result = self.run_checked(spec, x, offset, mask, out)
         if call is None:
-            self._calls.keep(RepeatedCall(spec, self.kernel), x)
+            self._calls.keep(spec, self.kernel, x)
         return result
 
     @functools.cached_property

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import collections
-import contextlib
 import os
 import threading
 import weakref
@@ -106,11 +105,17 @@ def call_here(
     """
     caller = threading.get_ident()
     try:
-        _calls.enter(caller)
+        _calls.entered.append(caller)
+        # Who forks looks at the list after it has announced that.
+        if _calls.pausing:
+            _calls.enter_later(caller)
         (thread_pool if pooled else library).use_threads(threads)
         function(*arguments)
     finally:
-        _calls.leave(caller)
+        if caller in _calls.entered:  # Else a signal handler has raised an error before.
+            _calls.entered.remove(caller)
+        if _calls.pausing:
+            _calls.notify()
 
 
 class _Call:
@@ -136,7 +141,8 @@ class _Calls:
 
     def __init__(self) -> None:
         self._all: weakref.WeakSet[Contexts[Any]] = weakref.WeakSet()
-        self._entered: list[int] = []  # Threads within `call_here`, without the lock.
+        self.entered: list[int] = []  # Threads within `call_here`, which uses these two unlocked.
+        self.pausing = False  # Another thread forks, or the process exits.
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -144,6 +150,7 @@ class _Calls:
         self._state = threading.Condition(self._lock)
         self._forks = 0
         self._exiting = False
+        self.pausing = False
         self._process = os.getpid()
 
     def register(self, contexts: Contexts[Any]) -> None:
@@ -152,8 +159,7 @@ class _Calls:
 
     def begin(self, contexts: Contexts[Any], call: _Call) -> None:
         """Wait for a context."""
-        if self._process != os.getpid():  # A server in C, such as uWSGI, forks without Python.
-            self.after_fork_in_child()
+        self._notice_fork()
         with self._lock:
             if contexts.closed:
                 raise closed_error()
@@ -185,41 +191,46 @@ class _Calls:
             elif call in contexts.waiting:
                 contexts.waiting.remove(call)
             self._admit(contexts)
-            if self._forks or self._exiting:
+            if self.pausing:
                 self._state.notify_all()
 
     def _admit(self, contexts: Contexts[Any]) -> None:
-        """Let waiting calls begin for which a context is free."""
+        """Let waiting calls begin for which a context is free; after `close`, reject them."""
         for call in list(contexts.waiting):
-            if not contexts.free:
-                return
-            if self._may_begin(call.caller):
-                contexts.waiting.remove(call)
+            if not contexts.closed:
+                if not contexts.free:
+                    return
+                if not self._may_begin(call.caller):
+                    continue
+            place = contexts.waiting.index(call)
+            # No function is called until the caller is woken.
+            del contexts.waiting[place]
+            if contexts.closed:
+                call.rejected = True
+            else:
                 call.has_context = True
                 contexts.running[call.caller] = call
                 call.context = contexts.free[-1]
                 del contexts.free[-1]
-                call.turn.release()
+            call.turn.release()
 
-    def enter(self, caller: int) -> None:
-        """Begin a call of a thread that needs no context."""
-        if self._process != os.getpid():
+    def enter_later(self, caller: int) -> None:
+        """Wait until a call that has entered may begin."""
+        self._notice_fork()
+        with self._lock:
+            self.entered.remove(caller)
+            self._state.notify_all()
+            self._state.wait_for(lambda: self._may_begin(caller))
+            self.entered.append(caller)
+
+    def notify(self) -> None:
+        """Say that a call has ended."""
+        with self._lock:
+            self._state.notify_all()
+
+    def _notice_fork(self) -> None:
+        if self._process != os.getpid():  # A server in C, such as uWSGI, forks without Python.
             self.after_fork_in_child()
-        self._entered.append(caller)
-        # Who forks looks at the list after it has announced that.
-        if self._forks or self._exiting:
-            with self._lock:
-                self._entered.remove(caller)
-                self._state.notify_all()
-                self._state.wait_for(lambda: self._may_begin(caller))
-                self._entered.append(caller)
-
-    def leave(self, caller: int) -> None:
-        with contextlib.suppress(ValueError):  # `enter` was interrupted.
-            self._entered.remove(caller)
-        if self._forks or self._exiting:
-            with self._lock:
-                self._state.notify_all()
 
     def _may_begin(self, caller: int) -> bool:
         """Return whether a call may begin while another thread forks, or the process exits.
@@ -232,7 +243,7 @@ class _Calls:
         return caller in self._callers()  # A signal handler: the fork waits for its thread.
 
     def _callers(self) -> list[int]:
-        return [*self._entered, *(caller for each in self._all for caller in each.running)]
+        return [*self.entered, *(caller for each in self._all for caller in each.running)]
 
     def _is_idle(self) -> bool:
         """Return whether no call runs, but of this thread, which handles a signal then."""
@@ -244,25 +255,26 @@ class _Calls:
             contexts.closed = True
             contexts.all.clear()
             contexts.free.clear()
-            while contexts.waiting:
-                call = contexts.waiting.popleft()
-                call.rejected = True
-                call.turn.release()
+            self._admit(contexts)
 
     def before_exit(self) -> None:
         """Wait for running calls, and let daemon threads start no more."""
+        self._notice_fork()
         with self._lock:
-            self._exiting = True
+            self._exiting = self.pausing = True
             self._state.wait_for(self._is_idle)
 
     def before_fork(self) -> None:
+        self._notice_fork()
         call_threads.finish_own_call()
         self._state.acquire()
         self._forks += 1
+        self.pausing = True
         self._state.wait_for(self._is_idle)
 
     def after_fork_in_parent(self) -> None:
         self._forks -= 1
+        self.pausing = self._exiting or self._forks > 0
         for contexts in self._all:
             self._admit(contexts)
         self._state.notify_all()
@@ -273,7 +285,7 @@ class _Calls:
         call_threads.forget()
         here = threading.get_ident()
         self._start_empty()
-        self._entered = [caller for caller in self._entered if caller == here]
+        self.entered = [caller for caller in self.entered if caller == here]
         for contexts in self._all:
             own = [call for call in contexts.waiting if call.caller == here]
             contexts.waiting = collections.deque(own)

@@ -140,42 +140,31 @@ def needs_copy(tensor: Any, alignment: int = 1) -> bool:
     return not tensor.is_contiguous() or tensor.data_ptr() % alignment != 0
 
 
-def share_all(*given: Any) -> list[Any] | None:
-    """Convert tensors as `to_kernel` does, in less time, where they are ordinary.
+def are_plain(*given: Any) -> bool:
+    """Return whether compiled code takes tensors of one type as they are.
 
-    Returns
-    -------
-    list of tvm_ffi.Tensor or None
-        None unless all are of one kind, NumPy or PyTorch, in CPU memory, and need no copy.
+    It checks shapes, dtypes, strides and devices itself. Looked for are what it does not see, a
+    negated view of PyTorch, and strides and read-only memory, for which an error would take long.
+
+    Raises
+    ------
+    RuntimeError
+        If they are sparse, or of torch.func.
     """
     kind = type(given[0])
-    torch = sys.modules.get("torch")
     # Written out: calls of functions would take as long as the checks.
     if kind is np.ndarray:
         for tensor in given:
-            if type(tensor) is not kind or not tensor.flags.carray:
-                return None
-            dtype = tensor.dtype
-            if dtype.kind != "f" or not dtype.isnative:  # DLPack does not export bfloat16.
-                return None
-    elif torch is not None and kind is torch.Tensor:
-        try:
-            for tensor in given:
-                if (
-                    type(tensor) is not kind
-                    or not tensor.is_cpu
-                    or tensor.is_nested
-                    or tensor.is_neg()
-                    or not tensor.is_contiguous()
-                    or not tensor.data_ptr()
-                ):
-                    return None
-        except RuntimeError:  # A sparse tensor, or one of torch.func.
-            return None
-    else:
-        return None
-    convert = tvm_ffi().from_dlpack
-    return [convert(tensor) for tensor in given]
+            if not tensor.flags.carray:
+                return False
+        return bool(given[0].dtype.kind == "f")  # DLPack does not export bfloat16.
+    torch = sys.modules.get("torch")
+    if torch is None or kind is not torch.Tensor:
+        return False
+    for tensor in given:  # noqa: SIM110  # A generator takes longer.
+        if tensor.is_neg() or not tensor.is_contiguous():
+            return False
+    return True
 
 
 def overlap(tensor: Any, others: Iterable[Any], itemsize: int) -> bool:

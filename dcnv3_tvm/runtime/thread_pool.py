@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import threading
 from typing import Any, Final
 
 from dcnv3_tvm.forks import fork_safe_lock
@@ -24,6 +25,7 @@ class _Pool:
     use_threads: Any
 
 
+_thread_state = threading.local()
 _lock = fork_safe_lock()
 _pool: _Pool | None = None
 
@@ -53,5 +55,6 @@ def join(module: Any) -> bool:
 
 def use_threads(count: int) -> None:
     """Run loops on `count` threads, if this thread calls them; without a pool, do nothing."""
-    if _pool is not None:
+    if _pool is not None and getattr(_thread_state, "count", 0) != count:
         _pool.use_threads(count)
+        _thread_state.count = count
