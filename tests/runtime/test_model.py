@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -208,11 +209,21 @@ def test_interrupted_call(either_artifact_path, image, toy, monkeypatch):
     np.testing.assert_array_equal(model(image), toy.main(image))
 
 
-def test_call_interrupted_anywhere(either_artifact_path, image, toy):
-    """Signal handlers run after calls of functions: an error of theirs stops no later call."""
+def test_call_interrupted_anywhere(either_artifact_path, image, toy, monkeypatch):
+    """Signal handlers run after calls of functions: an error of theirs stops no other call."""
     model = runtime.load(either_artifact_path)
     files = {calls.__file__, call_threads.__file__}
-    with concurrent.futures.ThreadPoolExecutor(1) as other:
+    use_threads, others = thread_pool.use_threads, []
+
+    def let_another_wait(count):
+        if not others:
+            others.append(executor.submit(model, image))
+            while not model._execution._workers.waiting:
+                time.sleep(0)
+        use_threads(count)
+
+    monkeypatch.setattr(thread_pool, "use_threads", let_another_wait)
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
         for number in itertools.count():
             events = itertools.count()
 
@@ -221,6 +232,7 @@ def test_call_interrupted_anywhere(either_artifact_path, image, toy):
                 if after_a_call and frame.f_code.co_filename in files and next(events) == number:
                     raise KeyboardInterrupt
 
+            others.clear()
             sys.setprofile(interrupt)
             try:
                 model(image)
@@ -230,8 +242,9 @@ def test_call_interrupted_anywhere(either_artifact_path, image, toy):
                 interrupted = False
             finally:
                 sys.setprofile(None)
-            result = other.submit(model, image).result(timeout=60)
-            np.testing.assert_array_equal(result, toy.main(image))
+            others.append(executor.submit(model, image))
+            for other in others:
+                np.testing.assert_array_equal(other.result(timeout=60), toy.main(image))
             if not interrupted:
                 break
     assert number > 20
