@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 FFI: Final = "apache-tvm-ffi>=0.1.14.post0,<0.1.15"
 """What pip installs to run compiled models."""
 
-INSTALL_FFI: Final = f"Run: pip install '{FFI}'"
+# Of the shells of Windows, cmd knows only double quotes.
+INSTALL_FFI: Final = f'Run: pip install "{FFI}"'
 """Hint where the runtime library of compiled models is missing."""
 
 # apache-tvm alone would come with tvm-ffi 0.1.15. See tvm_workarounds: ffi-json.
 INSTALL_TVM: Final = f"{INSTALL_FFI} apache-tvm==0.27.0.post1"
 """Hint where TVM's compiler is missing."""
 
-INSTALL_CROSS: Final = "Run: pip install 'dcnv3-tvm[cross]'"
+INSTALL_CROSS: Final = 'Run: pip install "dcnv3-tvm[cross]"'
 """Hint where there is no linker for a system."""
 
 

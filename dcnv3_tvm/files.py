@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ except ImportError:  # On Windows.
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
+"""Linux's flag, and macOS's ``RENAME_SWAP``."""
+
+_NEW_SECONDS: Final = 60
 
 _TEMPORARY: Final = "dcnv3-tvm-tmp-"
 
@@ -229,8 +233,10 @@ def _remove_stale(folder: Path, pattern: str) -> None:
             if not re.fullmatch(pattern, path.name):
                 continue
             if fcntl is None:
-                # Windows has no such locks, but does not remove what is open or loaded.
-                if path.name.startswith(f"{_TEMPORARY}{CODE}"):
+                # Windows has no such locks, but does not remove what is open or loaded. A new
+                # folder may not hold its file yet.
+                age = time.time() - path.lstat().st_mtime
+                if path.name.startswith(f"{_TEMPORARY}{CODE}") and age > _NEW_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
                 continue
             if path.lstat().st_uid != os.getuid():
@@ -299,12 +305,14 @@ def _exchange(first: Path, second: Path) -> bool:
     """Exchange two names atomically; return False if the system does not support it."""
     if os.name == "nt":
         return False
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
+    library = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(first), os.fsencode(second)
+    if hasattr(library, "renameat2"):
+        result = library.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    elif hasattr(library, "renamex_np"):  # On macOS.
+        result = library.renamex_np(*names, _RENAME_EXCHANGE)
+    else:
         return False
-    result = renameat2(
-        _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
-    )
     if result == 0:
         return True
     code = ctypes.get_errno()

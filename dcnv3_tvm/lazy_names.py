@@ -39,7 +39,7 @@ def lazy_names(
                 raise
             raise MissingDependencyError(
                 f"{package}.{name} needs {error.name}, which is not installed",
-                hint=f"Run: pip install 'dcnv3-tvm[{extra}]'",
+                hint=f'Run: pip install "dcnv3-tvm[{extra}]"',
             ) from error
         value = namespace[name] = getattr(module, name)  # Later uses do not come here.
         return value

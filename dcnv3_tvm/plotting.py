@@ -36,7 +36,7 @@ def new_figure(size: tuple[float, float], *, extra: str, instead: str = "") -> F
     except ImportError as error:
         raise MissingDependencyError(
             "the picture needs matplotlib, which is not installed",
-            hint=f"Run: pip install 'dcnv3-tvm[{extra}]'" + (f". {instead}" if instead else ""),
+            hint=f'Run: pip install "dcnv3-tvm[{extra}]"' + (f". {instead}" if instead else ""),
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)

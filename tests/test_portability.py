@@ -1,6 +1,8 @@
 """What differs on macOS and Windows, simulated: their calls, and the absence of Linux's."""
 
 import ctypes
+import io
+import ntpath
 import os
 import platform
 import signal
@@ -10,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from dcnv3_tvm import files, machine, system_calls
-from dcnv3_tvm.cli import process
-from dcnv3_tvm.runtime import copied_library
+from dcnv3_tvm.cli import process, run_batch
+from dcnv3_tvm.errors import ArtifactError, DCNv3Error
+from dcnv3_tvm.runtime import copied_library, library
 from dcnv3_tvm.tvm_workarounds.process import set_max_concurrency
 
 
@@ -142,9 +145,71 @@ def test_library_that_stays_in_use(monkeypatch, tmp_path):
     assert copied_library.load(b"second", load) == b"second"
     kept = [path.read_bytes() for path in tmp_path.rglob("model.so")]
     assert sorted(kept) == [b"first", b"second"]
-    in_use.clear()  # That process ends, and another one loads a library.
+    in_use.clear()  # That process ends, and another one loads a library, after a while.
+    for folder in tmp_path.iterdir():
+        os.utime(folder, (0, 0))
+    # A third one is about to write its own.
+    other = tmp_path / f"{files._TEMPORARY}{files.CODE}other"
+    other.mkdir()
     assert copied_library.load(b"third", lambda path: Path(path).read_bytes()) == b"third"
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_error_of_the_loader_on_windows(monkeypatch, tmp_path):
+    """What is wrong with a library is not taken for a folder that may not hold code."""
+    error = OSError(22, "The specified module could not be found")
+    error.winerror = 126
+
+    def load(_):
+        raise error
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(OSError, match="module could not be found"):
+        copied_library.load(b"", load)
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda *_: load(None))
+    with pytest.raises(ArtifactError, match=r"dll cannot be loaded.*module could not be found"):
+        library.load_global(tmp_path / "tvm_runtime.dll")
+
+
+def test_exchange_on_macos(monkeypatch, tmp_path):
+    (tmp_path / "x").mkdir()
+
+    class Libc:
+        @staticmethod
+        def renamex_np(first, second, flags):
+            assert flags == 2
+            third = second + b"old"
+            for names in ((second, third), (first, second), (third, first)):
+                os.rename(*names)
+            return 0
+
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: Libc)
+    with files.atomic_folder(tmp_path / "x") as folder:
+        (folder / "file").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["x", "file"]
+
+
+def test_pipe_that_is_closed_on_windows(monkeypatch):
+    stream = io.TextIOWrapper(io.FileIO(os.open(os.devnull, os.O_WRONLY), "w"), "cp1252")
+    monkeypatch.setattr(stream, "flush", lambda: os.truncate(tempfile.gettempdir(), -1))
+    with pytest.raises(DCNv3Error, match="Invalid argument"):
+        process._write(stream, "x")
+    monkeypatch.setattr(process.os, "name", "nt")
+    with pytest.raises(process.StdoutClosedError):
+        process._write(stream, "x")
+    monkeypatch.undo()
+
+
+def test_images_on_several_drives(monkeypatch):
+    roots = [r"C:\photos", r"D:\photos"]
+    monkeypatch.setattr(run_batch.os, "path", ntpath)
+    found = [run_batch._relative(rf"{root}\a.jpg", roots) for root in roots]
+    share = run_batch._relative(r"\\server\share\a.jpg", [roots[0], r"\\server\share"])
+    same = run_batch._relative(r"C:\photos\a\b.jpg", [r"C:\photos\a", r"C:\photos"])
+    monkeypatch.undo()
+    assert found == [r"C\photos\a.jpg", r"D\photos\a.jpg"]
+    assert (share, same) == (r"server\share\a.jpg", r"a\b.jpg")
 
 
 def test_signals_without_sighup(monkeypatch):

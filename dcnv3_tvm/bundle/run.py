@@ -6,6 +6,7 @@ An image is a file of any size, or an .npy file with the input itself, whose sha
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each image")
     arguments = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # Not all of them can show all labels.
     try:
         size = None if arguments.size is None else parse_image_size(arguments.size)
         artifact = Path(__file__).resolve().with_name("artifact")

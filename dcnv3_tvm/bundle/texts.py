@@ -80,8 +80,9 @@ def readme(metadata: ArtifactMetadata, sizes: Mapping[str, int]) -> str:
     sizes : mapping of str to int
         Bytes by the name of each part.
     """
-    on_windows = _operating_system(metadata) == "windows"
-    run = r".venv\Scripts\python" if on_windows else ".venv/bin/python"
+    python, run = f"python{PYTHON}", ".venv/bin/python"
+    if _operating_system(metadata) == "windows":
+        python, run = f"py -{PYTHON}", r".venv\Scripts\python"
     parts = "\n".join(f"| `{part}` | {size / 1e6:.1f} MB |" for part, size in sizes.items())
     return f"""\
 # {metadata.name}
@@ -90,7 +91,7 @@ def readme(metadata: ArtifactMetadata, sizes: Mapping[str, int]) -> str:
 {PYTHON} and the packages of `requirements.txt`; neither PyTorch nor TVM's compiler.
 
 ```sh
-python{PYTHON} -m venv .venv
+{python} -m venv .venv
 {run} -m pip install -r requirements.txt
 {run} run.py photo.jpg --top 3     # --json for a JSON object for each image
 ```

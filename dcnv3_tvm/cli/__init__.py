@@ -119,7 +119,7 @@ def _execute(verb: _Verb, arguments: argparse.Namespace, program: str) -> Result
         if error.name == "torch":
             raise errors.MissingDependencyError(
                 f"{program} needs PyTorch, which is not installed",
-                hint="Run: pip install 'dcnv3-tvm[torch]'",
+                hint='Run: pip install "dcnv3-tvm[torch]"',
             ) from error
         raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -36,7 +37,7 @@ def prepared_process() -> Iterator[list[int]]:
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # Closed by the caller: `dcnv3-tvm models >&-`.
-                setattr(sys, name, stack.enter_context(open(os.devnull, "w")))
+                setattr(sys, name, stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
                 stack.callback(setattr, sys, name, None)
         if threading.current_thread() is threading.main_thread():
             # Windows has no SIGHUP.
@@ -81,7 +82,8 @@ def _write(stream: TextIO, text: str) -> None:
     except OSError as error:
         # What is left in the buffer would raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if isinstance(error, BrokenPipeError):
+        # Windows reports a closed pipe as an invalid argument.
+        if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == errno.EINVAL):
             raise StdoutClosedError from error
         raise DCNv3Error("the result cannot be written to stdout", got=error.strerror) from error
 

@@ -154,8 +154,15 @@ def _find_images(inputs: Sequence[Path]) -> tuple[list[_Image], list[str]]:
             got=", ".join(map(str, inputs)),
             allowed=f"files that end with {', '.join(SUFFIXES)}",
         )
-    root = os.path.commonpath(roots)
-    return [_Image(path, os.path.relpath(full, root)) for full, path in paths.items()], unreadable
+    return [_Image(path, _relative(full, roots)) for full, path in paths.items()], unreadable
+
+
+def _relative(path: str, roots: Sequence[str]) -> str:
+    """Return an absolute path relative to the folder that holds all roots."""
+    try:
+        return os.path.relpath(path, os.path.commonpath(roots))
+    except ValueError:  # On Windows, they are on several drives.
+        return path.replace(":", "").lstrip("\\/")
 
 
 def _walk(folder: Path, note: Callable[[OSError], None]) -> Iterator[Path]:

@@ -54,7 +54,7 @@ def _system(metadata: ArtifactMetadata) -> list[str]:
     """Say where it runs, and what has to be installed there."""
     system = metadata.target.system
     name = metadata.target.triple if system is None else f"{system.name} ({metadata.target.triple})"
-    packages = [f"'{FFI}'", "numpy", "pillow"]
+    packages = [f'"{FFI}"', "numpy", "pillow"]
     lines = [f"It runs on {name or 'this system'}, and needs neither PyTorch nor TVM's compiler."]
     if not metadata.libraries:
         tvm = f"apache-tvm=={metadata.versions.get('tvm')}"

@@ -71,6 +71,8 @@ def load(code: bytes, open_path: Callable[[str], LoadedT]) -> LoadedT:
 
 def is_denied(error: OSError | RuntimeError) -> bool:
     """Return whether a library may not be loaded from where it is, but may be valid."""
+    if getattr(error, "winerror", None) is not None:
+        return False  # Windows, which has no ``noexec``, says what is wrong with the library.
     return getattr(error, "errno", None) is not None or any(text in str(error) for text in _DENIALS)
 
 

@@ -1,6 +1,7 @@
 """Bundles: what is in them, and that they run with nothing else."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -136,16 +137,20 @@ def test_container(artifact, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("system", "python"),
-    [("macos-arm64", ".venv/bin/python"), ("windows-x86_64", r".venv\Scripts\python")],
+    ("system", "python", "run"),
+    [
+        ("macos-arm64", f"python{texts.PYTHON}", ".venv/bin/python"),
+        ("windows-x86_64", f"py -{texts.PYTHON}", r".venv\Scripts\python"),
+    ],
 )
-def test_other_systems(toy, tmp_path, system, python):
+def test_other_systems(toy, tmp_path, system, python, run):
     target = dataclasses.replace(toy.metadata.target, triple=SYSTEMS[system].triple)
     library = {SYSTEMS[system].runtime_library: b"library"}
     toy.write(tmp_path / "model", runtime=library, target=target)
     write(tmp_path / "model", tmp_path / "bundle")
     readme = (tmp_path / "bundle" / "README.md").read_text()
-    assert f"{python} run.py photo.jpg" in readme
+    assert f"{python} -m venv .venv\n{run} -m pip" in readme
+    assert f"{run} run.py photo.jpg" in readme
     assert "docker" not in readme
     assert not (tmp_path / "bundle" / "Dockerfile").exists()
 
@@ -253,6 +258,13 @@ def test_script_takes_each_size(tmp_path, photo, monkeypatch, capsys, rng):
     assert shown.count("got 8x16; allowed: 8x8, 4x16") == 1
     assert run.main([str(photo), "--size", "8x"]) == 1
     assert "got '8x'; allowed: height and width such as 384x640" in capsys.readouterr().err
+
+
+def test_script_on_a_console_that_cannot_show_all_labels(script, photo, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert script([str(photo), "--top", "1"]) == 0
+    assert shown.buffer.getvalue().endswith(rb". Gr\xf6\xdfe" + b"\n")
 
 
 def test_script_goes_on_after_an_error(script, photo, capsys):

@@ -111,7 +111,7 @@ def test_without_a_compiler(tmp_path):
 
 @pytest.mark.usefixtures("without_compiler", "without_ziglang")
 def test_nothing_that_links():
-    with pytest.raises(MissingDependencyError, match=r"Run: pip install 'dcnv3-tvm\[cross\]'"):
+    with pytest.raises(MissingDependencyError, match=r'Run: pip install "dcnv3-tvm\[cross\]"'):
         find_linker(SYSTEMS["windows-x86_64"])
 
 

@@ -132,7 +132,7 @@ def test_required_packages_are_light(wheel: zipfile.ZipFile):
 def test_hints_install_the_required_tvm():
     required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     tvm, ffi = (name for name in required if name.startswith("apache-tvm"))
-    assert f"Run: pip install '{ffi}'" == errors.INSTALL_FFI
+    assert f'Run: pip install "{ffi}"' == errors.INSTALL_FFI
     assert f"{errors.INSTALL_FFI} {tvm}" == errors.INSTALL_TVM
     # tvm-ffi 0.1.15 crashes in TVM 0.27's JSON reader and writer.
     assert ffi.endswith(",<0.1.15")
