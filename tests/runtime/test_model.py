@@ -360,10 +360,19 @@ def test_thread_count(either_artifact_path, toy, image):
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="affinities are Linux's")
 def test_threads_are_not_pinned(artifact_path, image):
-    runtime.load(artifact_path, threads=2)(image)
-    affinities = {int(task): os.sched_getaffinity(int(task)) for task in os.listdir(TASKS)}
-    assert len(affinities) > 1
-    assert all(cores == os.sched_getaffinity(0) for cores in affinities.values())
+    model = runtime.load(artifact_path, threads=2)
+    for _ in range(3):
+        model(image)
+        time.sleep(0.005)  # They fall asleep, and are woken on another core than this one.
+    deadline = time.monotonic() + 30
+    while not all(os.sched_getaffinity(0) == cores for cores in affinities()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)  # A thread that has not run since is not back on all cores.
+    assert len(affinities()) > 1
+
+
+def affinities():
+    return [os.sched_getaffinity(int(task)) for task in os.listdir(TASKS)]
 
 
 def through_pickle(value):

@@ -84,6 +84,9 @@ typedef struct Worker {
   Loop *loop; /* These two are for the worker from TODO on, until it is idle again. */
   int first_task;
   struct Worker *next;
+  atomic_int thread; /* For sched_setaffinity. */
+  atomic_bool restricted;
+  cpu_set_t cores; /* To run on again, while restricted. */
 } Worker;
 
 static struct {
@@ -116,6 +119,26 @@ static void sleep_while(atomic_int *state, int value) {
 
 static void wake(atomic_int *state) { syscall(SYS_futex, state, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0); }
 
+/* Wake a worker on another core than this one. Where no core is idle, the system may choose this one,
+   on which the worker would wait for the caller to end, again and again. */
+static void wake_elsewhere(Worker *worker) {
+  int here = sched_getcpu(), thread = atomic_load(&worker->thread);
+  bool known = atomic_load(&worker->restricted) ||
+               sched_getaffinity(thread, sizeof worker->cores, &worker->cores) == 0;
+  if (known && here >= 0 && CPU_ISSET(here, &worker->cores) && CPU_COUNT(&worker->cores) > 1) {
+    cpu_set_t others = worker->cores;
+    CPU_CLR(here, &others);
+    atomic_store(&worker->restricted, sched_setaffinity(thread, sizeof others, &others) == 0);
+  }
+  wake(&worker->state);
+}
+
+static void lift_restriction(Worker *worker) {
+  if (!atomic_load(&worker->restricted)) return;
+  sched_setaffinity(0, sizeof worker->cores, &worker->cores);
+  atomic_store(&worker->restricted, false);
+}
+
 /* Wait for a short time while a worker is in a state, and only while enough cores are free that the
    thread waited for can run. */
 static void spin_while(atomic_int *state, int value, int busy_limit) {
@@ -138,7 +161,9 @@ static void unlock_pool(void) { atomic_store_explicit(&pool.locked, false, memor
    the parent may hold the lock. */
 static void reset_pool(void) {
   cpu_set_t cores;
-  pool.cores = sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
+  /* It fails on machines with more cores than fit the set. */
+  pool.cores = sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores)
+                                                               : (int)sysconf(_SC_NPROCESSORS_ONLN);
   pool.workers = 0;
   pool.idle = NULL;
   atomic_store(&pool.busy, 0);
@@ -162,6 +187,7 @@ static void run_tasks(Loop *loop, int task) {
 
 static void *work(void *argument) {
   Worker *worker = argument;
+  atomic_store(&worker->thread, (int)syscall(SYS_gettid));
   for (;;) {
     int state = TODO;
     if (atomic_compare_exchange_strong(&worker->state, &state, RUNNING)) {
@@ -169,6 +195,7 @@ static void *work(void *argument) {
       atomic_fetch_sub(&pool.busy, 1);
       if (atomic_exchange(&worker->state, IDLE) == AWAITED) wake(&worker->state);
     } else if (state == IDLE) {
+      lift_restriction(worker);
       spin_while(&worker->state, IDLE, pool.cores - 1);
       atomic_compare_exchange_strong(&worker->state, &state, ASLEEP);
     } else {
@@ -182,6 +209,7 @@ static Worker *start_worker(void) {
   Worker *worker = aligned_alloc(_Alignof(Worker), sizeof(Worker));
   if (worker == NULL) return NULL;
   atomic_init(&worker->state, IDLE);
+  atomic_init(&worker->restricted, false);
   pthread_t thread;
   sigset_t all, before;
   sigfillset(&all);
@@ -259,7 +287,7 @@ static int launch(Body body, void *data, int tasks) {
   }
   atomic_init(&loop.next_task, started);
   for (Worker *worker = workers; worker != NULL; worker = worker->next)
-    if (atomic_exchange(&worker->state, TODO) == ASLEEP) wake(&worker->state);
+    if (atomic_exchange(&worker->state, TODO) == ASLEEP) wake_elsewhere(worker);
   run_tasks(&loop, 0);
   for (Worker *worker = workers; worker != NULL; worker = worker->next) finish(worker);
   return_workers(workers);
