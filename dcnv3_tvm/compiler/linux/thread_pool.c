@@ -206,14 +206,16 @@ static void *work(void *argument) {
 }
 
 static Worker *start_worker(void) {
+  static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
   Worker *worker = aligned_alloc(_Alignof(Worker), sizeof(Worker));
   if (worker == NULL) return NULL;
   atomic_init(&worker->state, IDLE);
   atomic_init(&worker->restricted, false);
   pthread_t thread;
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before); /* Signals are for the program's own threads. */
+  sigset_t others, before; /* Signals are for the program's own threads, but for faults. */
+  sigfillset(&others);
+  for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&others, faults[i]);
+  pthread_sigmask(SIG_SETMASK, &others, &before);
   int error = pthread_create(&thread, NULL, work, worker);
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   if (error != 0) {
