@@ -1,6 +1,7 @@
 """Cast the operands of an exported program to the type in which PyTorch computes.
 
-TVM's converters compute in the type of the first tensor: ``torch.arange(n) / n`` in integers.
+TVM's converters compute in the type of the first tensor: ``torch.arange(n) / n`` in integers. They
+fail for a tensor and a dynamic size, which becomes a tensor here.
 """
 
 from __future__ import annotations
@@ -49,11 +50,17 @@ def _cast(node: Node, operands: Any, dtype: torch.dtype) -> Any:
 
     def cast(operand: Node) -> Node:
         value = operand.meta["val"]
-        if not isinstance(value, Tensor) or value.dtype == dtype:
+        if isinstance(value, torch.SymInt):
+            function, arguments = torch.ops.aten.scalar_tensor.default, {"dtype": dtype}
+            value = torch.empty((), dtype=dtype, device="meta")
+        elif isinstance(value, Tensor) and value.dtype != dtype:
+            function, arguments = torch.ops.aten.to.dtype, {"dtype": dtype}
+            value = value.to(dtype)
+        else:
             return operand
         with node.graph.inserting_before(node):
-            result = node.graph.call_function(torch.ops.aten.to.dtype, (operand, dtype))
-        result.meta = {**node.meta, "val": value.to(dtype)}
+            result = node.graph.call_function(function, (operand,), arguments)
+        result.meta = {**node.meta, "val": value}
         return result
 
     return map_arg(operands, cast)

@@ -80,6 +80,21 @@ def _select(node: Node, importer: Any) -> relax.Var:
     return importer.block_builder.emit(relax.op.take(x, position, axis=dim, mode="clip"))
 
 
+def _slice(node: Node, importer: Any) -> relax.Var:
+    # TVM does not know the size of a slice of fixed size of a dynamic axis, as of x[-1:].
+    args = node_arguments(node, importer)
+    x, step, axis = args["self"], args["step"], args["dim"]
+    size, count = dimensions(x)[axis], node.meta["val"].shape[axis]
+    start = args["start"] or 0
+    if isinstance(size, int) or not isinstance(count, int) or not isinstance(start, int):
+        return importer._slice(node)
+    positions = constant(start + step * np.arange(count), "int64")
+    if start < 0:
+        length = relax.op.add(size_minus_one(size, importer, "int64"), constant(1, "int64"))
+        positions = importer.block_builder.emit(relax.op.add(length, positions))
+    return importer.block_builder.emit(relax.op.take(x, positions, axis, "clip"))
+
+
 def _pad(node: Node, importer: Any) -> relax.Var:
     # Relax pads by constants only.
     args = node_arguments(node, importer)
@@ -119,7 +134,7 @@ def _sliding_windows(node: Node, importer: Any) -> relax.Var:
             "Use torch.nn.functional.unfold, or import with a fixed size.",
         )
     starts = np.arange(0, length - size + 1, step)
-    windows = relax.op.take(x, constant(starts[:, None] + np.arange(size), "int64"), axis)
+    windows = relax.op.take(x, constant(starts[:, None] + np.arange(size), "int64"), axis, "clip")
     order = [each for each in range(x.ty.ndim + 1) if each != axis + 1] + [axis + 1]
     return importer.block_builder.emit(relax.op.permute_dims(windows, order))
 
@@ -149,6 +164,7 @@ DATA_MOVEMENT: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "repeat_interleave.self_int": _repeat_interleave,
     "roll.default": _roll,
     "select.int": _select,
+    "slice.Tensor": _slice,
     "squeeze.default": _squeeze,
     "unfold.default": _sliding_windows,
 }

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 from tvm import relax
 
-from dcnv3_tvm.frontend.torch.fx_nodes import constant, node_arguments
+from dcnv3_tvm.frontend.torch.fx_nodes import constant, node_arguments, size_minus_one
 from dcnv3_tvm.transform.ir import dimensions, element_type
 
 
@@ -90,6 +90,16 @@ def _full(node: Node, importer: Any) -> relax.Var:
     shape = args["size"] if "size" in args else dimensions(args["self"])
     filled = constant(value, str(node.meta["val"].dtype).removeprefix("torch."))
     return importer.block_builder.emit(relax.op.broadcast_to(filled, shape))
+
+
+def _scalar_tensor(node: Node, importer: Any) -> relax.Expr:
+    # TVM's converter does not support sizes.
+    args = node_arguments(node, importer)
+    value, dtype = args["s"], str(node.meta["val"].dtype).removeprefix("torch.")
+    if isinstance(value, int | float):
+        return constant(value, dtype)
+    last = size_minus_one(value, importer, dtype)
+    return importer.block_builder.emit(relax.op.add(last, constant(1, dtype)))
 
 
 def _matmul(node: Node, importer: Any) -> relax.Var:
@@ -186,6 +196,7 @@ ELEMENTWISE: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "pow.Tensor_Tensor": _power,
     "rsub.Scalar": _rsub,
     "rsub.Tensor": _rsub,
+    "scalar_tensor.default": _scalar_tensor,
     "sub.Scalar": _scaled_sum(relax.op.subtract, operator.sub),
     "sub.Tensor": _scaled_sum(relax.op.subtract, operator.sub),
     "to.dtype": _cast,

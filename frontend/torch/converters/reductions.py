@@ -76,7 +76,9 @@ def _cumulative_sum(node: Node, importer: Any) -> relax.Var:
         relax.op.expand_dims(positions, [0, *after]), relax.op.expand_dims(positions, [1, *after])
     )
     terms = relax.op.where(is_added, relax.op.expand_dims(x, axis), constant(0, dtype))
-    return importer.block_builder.emit(relax.op.sum(terms, axis + 1))
+    sums = relax.op.sum(terms, axis + 1)
+    # TVM cannot tell that the length of the range is the dynamic size it was made of.
+    return importer.block_builder.emit(relax.op.reshape(sums, dimensions(args["self"])))
 
 
 def _variance(node: Node, importer: Any) -> relax.Var:

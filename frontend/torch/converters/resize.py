@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
+import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 from tvm import relax
 
-from dcnv3_tvm.frontend.torch.fx_nodes import node_arguments, unsupported
+from dcnv3_tvm.frontend.torch.fx_nodes import constant, node_arguments, unsupported
 from dcnv3_tvm.transform.ir import dimensions
 
 
@@ -39,6 +41,8 @@ def _resize(method: _Method) -> Callable[[Node, Any], relax.Var]:
         align_corners = bool(args.get("align_corners"))
         scales = args.get("scale_factors") or [args.get("scales_h"), args.get("scales_w")]
         size = _output_size(node, x, args["output_size"], scales, align_corners)
+        if size is None:
+            return _resize_axes(node, importer)
         dynamic_to_fixed = any(
             isinstance(new, int) and not isinstance(old, int)
             for old, new in zip(dimensions(x)[-2:], size, strict=True)
@@ -79,15 +83,17 @@ def _output_size(
     size: Sequence[Any] | None,
     scales: Sequence[Any],
     align_corners: bool,
-) -> tuple[Any, ...]:
+) -> tuple[Any, ...] | None:
     """Return the output (height, width).
 
     Relax derives the scale from the two sizes. PyTorch uses the given scale factor, which differs
-    where the output size was rounded down, so such a resize is an error.
+    where the output size was rounded down: then the result is None if the sizes are fixed.
     """
     old = dimensions(x)[-2:]
     new = list(size) if size is not None else list(map(_scaled_size, old, scales))
     if None in new or not (align_corners or all(map(_is_exact, old, new, scales))):
+        if all(isinstance(each, int) for each in old):
+            return None
         raise unsupported(
             f"interpolation of size {tuple(map(str, old))} by scale_factor={tuple(scales)} does "
             "not give a whole number of pixels",
@@ -107,27 +113,53 @@ def _is_exact(old: Any, new: Any, scale: float | None) -> bool:
     return scale is None or scale.is_integer() or (isinstance(old, int) and old * scale == new)
 
 
+def _resize_axes(node: Node, importer: Any) -> relax.Var:
+    """Resize one axis after the other, with the weights that PyTorch gives to unit vectors."""
+    args = node_arguments(node, importer)
+    x = args["input"] if "input" in args else args["self"]
+    old, new = dimensions(x)[-2:], node.meta["val"].shape[-2:]
+    if not all(isinstance(size, int) for size in old):
+        raise unsupported(
+            "interpolation of a dynamic size with antialias=True is not supported",
+            node,
+            "Leave antialias=True out, or import with a fixed size.",
+        )
+    options = {name: args[name] for name in ("align_corners",) if name in args}
+    scales = args.get("scale_factors") or [args.get("scales_h"), args.get("scales_w")]
+    resize = cast("OpOverload", node.target).overloadpacket.default
+    for axis in (0, 1):
+        if old[axis] == new[axis] and scales[axis] in (None, 1):
+            continue
+        # As rows: PyTorch's antialiased kernels are wrong for columns of one pixel.
+        units = torch.eye(old[axis]).reshape(1, old[axis], 1, old[axis])
+        resized = resize(units, [1, new[axis]], **options, scales_h=None, scales_w=scales[axis])
+        weights = resized.reshape(old[axis], new[axis])
+        if "nearest" in str(node.target):
+            x = relax.op.take(x, constant(weights.argmax(0), "int64"), axis + 2, "clip")
+        elif axis == 0:
+            x = relax.op.matmul(constant(weights.T), x)
+        else:
+            x = relax.op.matmul(x, constant(weights))
+        x = importer.block_builder.emit(x)
+    return x
+
+
 def _resize_antialiased(node: Node, importer: Any) -> relax.Var:
-    # The anti-aliasing filter has no effect on enlargement.
+    # The anti-aliasing filter has no effect on bilinear enlargement.
     args = node_arguments(node, importer)
     x, size = args["input" if "input" in args else "self"], args["output_size"]
     enlarges = size is not None and all(
         isinstance(old, int) and isinstance(new, int) and new >= old
         for old, new in zip(dimensions(x)[-2:], size, strict=True)
     )
-    if not enlarges:
-        raise unsupported(
-            "interpolation with antialias=True is supported only to a fixed, larger size",
-            node,
-            "Leave antialias=True out where the size grows, or use avg_pool2d to shrink.",
-        )
-    return _resize(_METHODS["upsample_bilinear2d"])(node, importer)
+    return (_resize(_METHODS["upsample_bilinear2d"]) if enlarges else _resize_axes)(node, importer)
 
 
 RESIZE: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     f"{name}.{overload}": converter
     for name, converter in (
         *((name, _resize(method)) for name, method in _METHODS.items()),
+        ("_upsample_bicubic2d_aa", _resize_axes),
         ("_upsample_bilinear2d_aa", _resize_antialiased),
     )
     for overload in ("default", "vec")

@@ -14,6 +14,24 @@ from dcnv3_tvm.frontend.torch.fx_nodes import constant, node_arguments, unsuppor
 from dcnv3_tvm.transform.ir import dimensions
 
 
+def _max_pool(node: Node, importer: Any) -> relax.Var:
+    # TVM's converter fails where the stride is left out before other arguments.
+    args = node_arguments(node, importer)
+    x, window = args["self"], args["kernel_size"]
+    batched = x if x.ty.ndim == 4 else relax.op.expand_dims(x, 0)
+    result = relax.op.nn.max_pool2d(
+        batched,
+        window,
+        strides=args["stride"] or window,
+        padding=args["padding"],
+        dilation=args["dilation"],
+        ceil_mode=args["ceil_mode"],
+    )
+    return importer.block_builder.emit(
+        result if x.ty.ndim == 4 else relax.op.squeeze(importer.block_builder.emit(result), [0])
+    )
+
+
 def _average_pool(node: Node, importer: Any) -> relax.Var:
     # TVM's converter ignores divisor_override.
     if node_arguments(node, importer)["divisor_override"] is not None:
@@ -81,4 +99,5 @@ WINDOWS: Final[dict[str, Callable[[Node, Any], relax.Var]]] = {
     "adaptive_max_pool2d.default": _adaptive_max_pool,
     "avg_pool2d.default": _average_pool,
     "im2col.default": _unfold,
+    "max_pool2d.default": _max_pool,
 }

@@ -118,7 +118,33 @@ def assigned(x):
     return result
 
 
+def odd_scales(x):
+    return tuple(
+        F.interpolate(x, scale_factor=(1.3, 0.5), mode=mode, antialias=antialias)
+        for mode, antialias in (
+            ("nearest", False),
+            ("nearest-exact", False),
+            ("bilinear", False),
+            ("bilinear", True),
+            ("bicubic", True),
+        )
+    )
+
+
+def dynamic_numbers(x):
+    """Sizes as operands, and slices of fixed size, which TVM's converters do not support."""
+    columns = torch.arange(x.shape[3])
+    return (
+        columns / x.shape[3],
+        columns > x.shape[3] // 2,
+        x * x.shape[2],
+        x / x.cumsum(2)[:, :, -1:],
+        x[..., :4:3] + x[:, :, :1, -2:],
+    )
+
+
 DYNAMIC_SIZE = {
+    "numbers that depend on sizes": dynamic_numbers,
     "mixed types": mixed_types,
     "infinite": infinite,
     "assignment by a mask": assigned,
@@ -186,11 +212,16 @@ FIXED_SIZE = {
     "align_corners to one pixel": resize(size=(1, 1), mode="bicubic", align_corners=True),
     "bicubic, align_corners": resize(size=(13, 17), mode="bicubic", align_corners=True),
     "bilinear, antialias": resize(size=(13, 17), mode="bilinear", antialias=True),
+    "scales that give no whole numbers": odd_scales,
+    "pooling without a stride": lambda x: (
+        F.max_pool2d(x, 2, ceil_mode=True),
+        F.max_pool2d(x[0], (2, 3), padding=1),
+        F.avg_pool2d(x, 2, ceil_mode=True),
+    ),
     "unfold, strided and dilated": lambda x: F.unfold(
         x, (2, 3), dilation=2, stride=2, padding=(1, 2)
     ),
     "Tensor.unfold": lambda x: (x.unfold(3, 3, 2), x.unfold(1, 2, 1)),
-    "max_pool2d without batch": lambda x: F.max_pool2d(x[0], 2),
     "linspace": lambda x: x * torch.linspace(-1, 1, x.shape[3]),
     "attention, scale": attention(scale=0.3),
     "attention, 4-D": lambda x: F.scaled_dot_product_attention(x, x * 2, x + 1),
@@ -247,13 +278,12 @@ UNSUPPORTED = {
     "windows of different sizes": (nn.AdaptiveMaxPool2d(5), False),
     "return_indices=True": (nn.AdaptiveMaxPool2d(1, return_indices=True), False),
     "whole number of pixels": (resize(scale_factor=1.5), True),
-    "does not give a whole number": (resize(scale_factor=1.3), False),
     "from a dynamic to a fixed size": (resize(size=(13, 17)), True),
     "align_corners=True to a dynamic size": (
         resize(scale_factor=2, mode="bilinear", align_corners=True),
         True,
     ),
-    "antialias=True": (resize(size=(3, 4), mode="bilinear", antialias=True), False),
+    "antialias=True": (resize(scale_factor=0.5, mode="bilinear", antialias=True), True),
     "divisor_override": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), False),
     "grouped-query attention": (attention(enable_gqa=True), False),
     "running statistics": (nn.InstanceNorm2d(4, track_running_stats=True), False),
