@@ -21,7 +21,7 @@ from dcnv3_tvm.bench.roofline import Peaks, Roofline
 from dcnv3_tvm.bench.runners import Array
 from dcnv3_tvm.compiler import cpu_pipeline
 from dcnv3_tvm.compiler.compile import compile_model
-from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument, model_kernels
+from dcnv3_tvm.compiler.kernel_listing import CalledKernel, KernelArgument, model_kernels
 from dcnv3_tvm.compiler.kernel_work import MATMUL_KINDS, flops_per_output
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.provenance import Provenance
@@ -265,7 +265,9 @@ def list_rooflines(
     )
 
 
-def _time_each(kernels: list[Kernel], target: tvm.target.Target) -> Iterable[tuple[str, float]]:
+def _time_each(
+    kernels: list[CalledKernel], target: tvm.target.Target
+) -> Iterable[tuple[str, float]]:
     module = {
         kernel.name: kernel.function.with_attr("global_symbol", kernel.name) for kernel in kernels
     }
@@ -285,13 +287,13 @@ def _random(rng: np.random.Generator, argument: KernelArgument) -> Array:
 
 
 def tabulate(
-    kernels: Iterable[Kernel], peaks: Peaks, seconds: Mapping[str, float] | None = None
+    kernels: Iterable[CalledKernel], peaks: Peaks, seconds: Mapping[str, float] | None = None
 ) -> tuple[tuple[KernelRow, ...], tuple[KernelTotal, ...]]:
     """Compute rooflines, shares and totals.
 
     Parameters
     ----------
-    kernels : iterable of Kernel
+    kernels : iterable of CalledKernel
         Kernels of a model.
     peaks : Peaks
         Rates of the roofline.
@@ -322,7 +324,7 @@ def tabulate(
     return tuple(rows), tuple(totals)
 
 
-def _row(kernel: Kernel, peaks: Peaks, seconds: float | None) -> KernelRow:
+def _row(kernel: CalledKernel, peaks: Peaks, seconds: float | None) -> KernelRow:
     roofline = kernel_roofline(kernel, peaks)
     return KernelRow(
         kernel=kernel.name,
@@ -338,19 +340,19 @@ def _row(kernel: Kernel, peaks: Peaks, seconds: float | None) -> KernelRow:
     )
 
 
-def kernel_roofline(kernel: Kernel, peaks: Peaks) -> Roofline:
+def kernel_roofline(kernel: CalledKernel, peaks: Peaks) -> Roofline:
     """Return the roofline of one call of a kernel."""
     # Everything but matmuls computes in float32, whatever the dtype of its arguments.
     dtype = kernel.inputs[1].dtype if kernel.kind in MATMUL_KINDS else "float32"
     return Roofline.of(kernel_flops(kernel), kernel_bytes(kernel), peaks, dtype)
 
 
-def kernel_bytes(kernel: Kernel) -> int:
+def kernel_bytes(kernel: CalledKernel) -> int:
     """Return the bytes of a kernel's inputs, weights and outputs."""
     arguments = (*kernel.inputs, *kernel.outputs)
     return sum(math.prod(shape) * DTYPE_BYTES[dtype] for shape, dtype in arguments)
 
 
-def kernel_flops(kernel: Kernel) -> int:
+def kernel_flops(kernel: CalledKernel) -> int:
     """Count the multiplications and additions of one call of a kernel, without padding."""
     return round(math.prod(kernel.outputs[0].shape) * flops_per_output(kernel))

@@ -15,12 +15,10 @@ from dcnv3_tvm.compiler.linker import find_linker, system_to_build
 from dcnv3_tvm.targets import is_gpu
 
 ENTRY: Final = "main"
-"""Default name of the kernel in its library."""
+"""Name of the kernel in its library."""
 
 
-def export_kernel(
-    function: tirx.PrimFunc, target: Target, path: Path, *, name: str = ENTRY
-) -> None:
+def export_kernel(function: tirx.PrimFunc, target: Target, path: Path) -> None:
     """Compile a kernel to a shared library.
 
     Parameters
@@ -31,8 +29,6 @@ def export_kernel(
         Target to compile for.
     path : Path
         Library to write.
-    name : str
-        Name of the kernel in the library.
 
     Raises
     ------
@@ -41,7 +37,7 @@ def export_kernel(
     MissingDependencyError, TargetError
         If there is no linker for the target.
     """
-    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
+    module = tvm.IRModule({ENTRY: function.with_attr("global_symbol", ENTRY)})
     if is_gpu(target):
         export_module(module, target, path)
     else:

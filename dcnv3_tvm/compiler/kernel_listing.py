@@ -24,7 +24,7 @@ class KernelArgument(NamedTuple):
     dtype: str
 
 
-class Kernel(NamedTuple):
+class CalledKernel(NamedTuple):
     """A kernel of a model and how it is called.
 
     Parameters
@@ -68,7 +68,7 @@ def model_kernels(
     dtype: str = "float32",
     scheduled: bool = True,
     on_phase: Callable[[str], None] | None = None,
-) -> list[Kernel]:
+) -> list[CalledKernel]:
     """Run the pipeline on a model and list the kernels of its entry ``"main"``.
 
     Parameters
@@ -91,7 +91,7 @@ def model_kernels(
 
 def called_kernels(
     module: tvm.IRModule, schedules: Mapping[str, ScheduledKernel] = MappingProxyType({})
-) -> list[Kernel]:
+) -> list[CalledKernel]:
     """List the kernels that the entry ``"main"`` of a module calls.
 
     Parameters
@@ -116,7 +116,7 @@ def called_kernels(
                     _arguments(outputs),
                 )
     return [
-        Kernel(
+        CalledKernel(
             name,
             schedules[name].rule if name in schedules else "",
             module[name],

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import tvm
 
-from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument
+from dcnv3_tvm.compiler.kernel_listing import CalledKernel, KernelArgument
 from dcnv3_tvm.kernels import gemm, mlp, tile_convolution, tile_matmul
 from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.op.tensorir import spec_of
@@ -37,7 +37,7 @@ def module_work(module: tvm.IRModule, rules: Mapping[str, str]) -> dict[str, Ker
         function = module[name]
         arguments = [_argument(param) for param in function.params]
         tensors = [argument for argument in arguments if argument is not None]
-        kernel = Kernel(name, rule, function, tuple(tensors[:-1]), (tensors[-1],), calls=1)
+        kernel = CalledKernel(name, rule, function, tuple(tensors[:-1]), (tensors[-1],), calls=1)
         work[name] = KernelWork(
             flops_per_output=flops_per_output(kernel), matmul=kernel.kind in MATMUL_KINDS
         )
@@ -51,7 +51,7 @@ def _argument(param: Any) -> KernelArgument | None:
     return KernelArgument(tuple(static(size) or 0 for size in param.shape), str(param.dtype))
 
 
-def flops_per_output(kernel: Kernel) -> float:
+def flops_per_output(kernel: CalledKernel) -> float:
     """Count the multiplications and additions for an element of the result, without padding.
 
     The sampling counts as in `DCNv3Spec.flops`. Kernels of other kinds are bound by memory and
@@ -78,7 +78,7 @@ def flops_per_output(kernel: Kernel) -> float:
     return 0
 
 
-def _gemm_depth(kernel: Kernel) -> int:
+def _gemm_depth(kernel: CalledKernel) -> int:
     """Return the reduction length of a GEMM or implicit-GEMM convolution with a square window."""
     x, weight = kernel.inputs[:2]
     # Packing transposes float32 weights.

@@ -25,7 +25,6 @@ def convolution(
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     pad: tuple[int, int],
-    dilation: tuple[int, int] = (1, 1),
     tile: int,
     row_slack: int = 0,
     epilogue: Epilogue | None = None,
@@ -39,7 +38,7 @@ def convolution(
         Sizes of x.
     in_channels, out_channels : int
         C and O.
-    kernel_size, stride, pad, dilation : (int, int)
+    kernel_size, stride, pad : (int, int)
         (height, width) pairs.
     tile : int
         Output channels of a weight tile.
@@ -61,11 +60,10 @@ def convolution(
     epilogue = epilogue or Epilogue()
     batch, height, width = int64(batch), int64(height), int64(width)
     out_height, out_width = (
-        _as_variable(
-            output_extent(size, kernel_size[axis], stride[axis], pad[axis], dilation[axis]),
-            f"out_{name}",
+        _as_variable(size, f"out_{name}")
+        for name, size in zip(
+            ("height", "width"), output_size((height, width), kernel_size, stride, pad), strict=True
         )
-        for axis, (name, size) in enumerate((("height", height), ("width", width)))
     )
     wide = out_width + row_slack if row_slack else out_width
     shape = [batch, out_height, out_width, out_channels]
@@ -75,13 +73,13 @@ def convolution(
             "weight", [-(-out_channels // tile), *kernel_size, in_channels, tile], dtype
         )
         finish = declare_epilogue(epilogue, shape, dtype, dtype)
-        image = pad_image(x, (out_height, wide), kernel_size, stride, pad, dilation, dtype)
+        image = pad_image(x, (out_height, wide), kernel_size, stride, pad, dtype)
         for part in column_parts(out_channels, tile):
             sums = compute(
                 f"sums{part.suffix}",
                 [batch, out_height, wide, part.width],
                 lambda b, i, j, n, p, q, c, part=part: (
-                    image[b, i * stride[0] + p * dilation[0], j * stride[1] + q * dilation[1], c]
+                    image[b, i * stride[0] + p, j * stride[1] + q, c]
                     * weight[(part.start + n) // tile, p, q, c, (part.start + n) % tile]
                 ),
                 reduce=[*kernel_size, in_channels],
@@ -96,13 +94,24 @@ def convolution(
     return builder.get()
 
 
-def output_extent(size: Any, kernel: int, stride: int, pad: int, dilation: int) -> Any:
-    """Return the output size of a convolution along one axis."""
-    span = dilation * (kernel - 1) + 1
+def output_size(
+    size: tuple[Any, Any],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    pad: tuple[int, int],
+) -> tuple[Any, Any]:
+    """Return height and width of a convolution's result."""
+    height, width = (
+        _output_extent(*axis) for axis in zip(size, kernel_size, stride, pad, strict=True)
+    )
+    return height, width
+
+
+def _output_extent(size: Any, kernel: int, stride: int, pad: int) -> Any:
     known = static(size)
     if known is not None:
-        return int64((known + 2 * pad - span) // stride + 1)
-    return Analyzer().simplify(tirx.floordiv(size + (2 * pad - span), int64(stride)) + 1)
+        return int64((known + 2 * pad - kernel) // stride + 1)
+    return Analyzer().simplify(tirx.floordiv(size + (2 * pad - kernel), int64(stride)) + 1)
 
 
 def _as_variable(size: Any, name: str) -> Any:
@@ -116,7 +125,6 @@ def pad_image(
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     pad: tuple[int, int],
-    dilation: tuple[int, int],
     dtype: str,
 ) -> Any:
     """Add the block ``padded``, which copies a channels-last image and zero-pads it.
@@ -124,10 +132,7 @@ def pad_image(
     Its extents cover the windows of ``outputs`` = (rows, columns); `dtype` is its element type.
     """
     batch, height, width, channels = x.shape
-    extents = [
-        (count - 1) * stride[axis] + (dilation[axis] * (kernel_size[axis] - 1) + 1)
-        for axis, count in enumerate(outputs)
-    ]
+    extents = [(count - 1) * stride[axis] + kernel_size[axis] for axis, count in enumerate(outputs)]
 
     def pixel(b: Any, i: Any, j: Any, c: Any) -> Any:
         row, column = i - pad[0], j - pad[1]

@@ -9,7 +9,7 @@ from typing import Any
 from tvm import tirx
 
 from dcnv3_tvm.kernels.activations import activate
-from dcnv3_tvm.kernels.convolution import output_extent, pad_image
+from dcnv3_tvm.kernels.convolution import output_size, pad_image
 from dcnv3_tvm.kernels.layer_norm import normalize
 from dcnv3_tvm.op.expr import cast, int64, unflatten
 from dcnv3_tvm.op.prim_func_builder import argument, compute, function
@@ -71,10 +71,7 @@ def depthwise(
         (n, ho, run, pixel, c, kh, kw).
     """
     batch, height, width = int64(batch), int64(height), int64(width)
-    out_height, out_width = (
-        output_extent(size, kernel_size[axis], stride[axis], pad[axis], 1)
-        for axis, size in enumerate((height, width))
-    )
+    out_height, out_width = output_size((height, width), kernel_size, stride, pad)
     with function("depthwise") as builder:
         x = argument("x", [batch, height, width, channels], x_dtype or dtype)
         weight = argument("weight", [*kernel_size, channels], dtype)
@@ -87,7 +84,7 @@ def depthwise(
         if run is None:
             wide = out_width + row_slack if row_slack else out_width
             columns: list[Any] = [wide]
-            image = pad_image(x, (out_height, wide), kernel_size, stride, pad, (1, 1), dtype)
+            image = pad_image(x, (out_height, wide), kernel_size, stride, pad, dtype)
         else:
             # ceil(width / run) in a form from which TVM sees, for a symbolic width, that the last
             # pixel has a run.

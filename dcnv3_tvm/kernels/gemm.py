@@ -26,7 +26,7 @@ import numpy.typing as npt
 from tvm import tirx
 
 from dcnv3_tvm.kernels.activations import activate
-from dcnv3_tvm.kernels.convolution import output_extent
+from dcnv3_tvm.kernels.convolution import output_size
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.op.expr import cast, int64, product, static, unflatten
 from dcnv3_tvm.op.prim_func_builder import argument, compute, function
@@ -152,13 +152,7 @@ def implicit_gemm(
         [residual (N, Ho, Wo, O)], out (N, Ho, Wo, O); unscheduled.
     """
     batch, height, width = int64(batch), int64(height), int64(width)
-    pixels = [
-        batch,
-        *(
-            output_extent(size, kernel_size[axis], stride[axis], pad[axis], 1)
-            for axis, size in enumerate((height, width))
-        ),
-    ]
+    pixels = [batch, *output_size((height, width), kernel_size, stride, pad)]
     vector = math.gcd(in_channels, padding.vector)
 
     def gather(x: Any, row: Any, k: Any) -> tuple[Any, Any]:

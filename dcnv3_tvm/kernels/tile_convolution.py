@@ -17,7 +17,7 @@ from tvm import tirx
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.kernels.convolution import output_extent
+from dcnv3_tvm.kernels.convolution import output_size
 from dcnv3_tvm.kernels.epilogue import DeclaredEpilogue, Epilogue, declare_epilogue
 from dcnv3_tvm.kernels.packing import BLOCK, PAIR, TILE, pack_tile_weight
 from dcnv3_tvm.kernels.tile_matmul import (
@@ -90,10 +90,7 @@ def tile_convolution(
             allowed=f"at least {BLOCK}",
         )
     batch, height, width = int64(batch), int64(height), int64(width)
-    out_height, out_width = (
-        output_extent(size, kernel_size[axis], stride[axis], pad[axis], 1)
-        for axis, size in enumerate((height, width))
-    )
+    out_height, out_width = output_size((height, width), kernel_size, stride, pad)
     with function(KERNEL) as builder:
         x = argument("x", [batch, height, width, in_channels], ACCUMULATOR)
         weight = argument(

@@ -15,6 +15,7 @@ from tvm import relax, tirx
 from tvm.target import Target
 
 from dcnv3_tvm.errors import InvalidArgumentError
+from dcnv3_tvm.op.expr import static
 from dcnv3_tvm.spec import PARAMETERS, DCNv3Params, DCNv3Spec
 from dcnv3_tvm.targets import is_gpu
 
@@ -70,7 +71,7 @@ def spec_of(call: relax.Call, *, x: int = 0) -> DCNv3Spec:
     x_type = call.args[x].ty
     dims = dims_of(x_type)
     dtype = dtype_of(x_type)
-    sizes = None if dims is None else [constant(dim) for dim in dims]
+    sizes = None if dims is None else [static(dim) for dim in dims]
     if sizes is None or sizes[3] is None or dtype is None:
         raise InvalidArgumentError(
             "the channels or the dtype of x are unknown",
@@ -85,13 +86,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [plain(item) for item in value]
     return value.value if isinstance(value, (tirx.IntImm, tirx.FloatImm)) else value
-
-
-def constant(dim: Any) -> int | None:
-    """Return the value of a dimension, None if it is not constant."""
-    if isinstance(dim, int):
-        return dim
-    return int(dim.value) if isinstance(dim, tirx.IntImm) else None
 
 
 def dims_of(tensor: relax.TensorType) -> list[Any] | None:

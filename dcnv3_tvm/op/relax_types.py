@@ -14,7 +14,8 @@ from tvm import relax, tirx
 
 from dcnv3_tvm.dtypes import DTYPE_BYTES
 from dcnv3_tvm.errors import InvalidArgumentError
-from dcnv3_tvm.op.relax_call import constant, dims_of, dtype_of, params_of, plain
+from dcnv3_tvm.op.expr import static
+from dcnv3_tvm.op.relax_call import dims_of, dtype_of, params_of, plain
 from dcnv3_tvm.spec import DCNv3Params, DCNv3Spec
 
 ARGUMENTS: Final = {
@@ -79,7 +80,7 @@ def result_type(call: relax.Call, types: Mapping[str, relax.TensorType]) -> rela
     params = params_of(call)
     x = types["x"]
     dims = dims_of(x)
-    sizes: list[int | None] = [None] * 4 if dims is None else [constant(dim) for dim in dims]
+    sizes: list[int | None] = [None] * 4 if dims is None else [static(dim) for dim in dims]
     if sizes[3] is None:
         # No check of a parameter or of another tensor depends on the channels in a group.
         sizes[3] = params.group

@@ -174,7 +174,7 @@ def _scaled(rebuilder: Rebuilder, source: relax.Expr, scale: np.ndarray) -> rela
         if scaled is None:
             return None
         return rebuilder.emit(relax.op.add(scaled, rebuilder.weight(shift * scale, bias, "scaled")))
-    for name, axis, last in (("relax.matmul", -1, 2), ("relax.nn.conv2d", 0, 2)):
+    for name, axis in (("relax.matmul", -1), ("relax.nn.conv2d", 0)):
         inner = rebuilder.call(source, name, only_use=True)
         if inner is None:
             continue
@@ -185,8 +185,7 @@ def _scaled(rebuilder: Rebuilder, source: relax.Expr, scale: np.ndarray) -> rela
         shape[axis] = -1
         product = LazyArray(np.multiply, weight, scale.reshape(shape))
         scaled_weight = rebuilder.weight(product, inner.args[1], "scaled")
-        arguments = [inner.args[0], scaled_weight, *inner.args[last:]]
-        return rebuilder.emit(relax.Call(inner.op, arguments, inner.attrs))
+        return rebuilder.emit(relax.Call(inner.op, [inner.args[0], scaled_weight], inner.attrs))
     if (inner := rebuilder.call(source, "relax.nn.layer_norm", only_use=True)) is not None:
         parameters = [rebuilder.array(argument) for argument in inner.args[1:]]
         if any(array is None or array.shape != scale.shape for array in parameters):

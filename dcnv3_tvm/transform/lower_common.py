@@ -10,7 +10,7 @@ import tvm
 from tvm import relax
 
 from dcnv3_tvm.dtypes import numpy_dtype
-from dcnv3_tvm.kernels.convolution import output_extent
+from dcnv3_tvm.kernels.convolution import output_size
 from dcnv3_tvm.kernels.depthwise import depthwise
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.kernels.layer_norm import layer_norm
@@ -103,6 +103,16 @@ class LayerContext:
         attrs = self.layer.root.attrs
         return {"stride": _pair(attrs.strides), "pad": _pair(attrs.padding)}
 
+    @property
+    def rows(self) -> Any:
+        """Number of vectors of features in the input."""
+        return product([int64(size) for size in self.sizes[:-1]])
+
+    def output_width(self, kernel_size: tuple[int, int]) -> Any:
+        """Return the pixels in a row of a convolution's result."""
+        height, width = (int64(size) for size in self.sizes[1:3])
+        return output_size((height, width), kernel_size, **self.window)[1]
+
     def packed(
         self,
         function: Callable[..., np.ndarray],
@@ -163,22 +173,19 @@ def depthwise_kernel(
     row_slack : callable
         Extra pixels to compute, for the pixels of an output row.
     """
-    layer, window = context.layer, context.window
+    layer = context.layer
     kernel_size = context.weight.shape[1], context.weight.shape[2]
-    width = output_extent(
-        int64(context.sizes[2]), kernel_size[1], window["stride"][1], window["pad"][1], 1
-    )
     return depthwise(
         *context.sizes,
         kernel_size=kernel_size,
-        **window,
+        **context.window,
         bias=layer.bias is not None,
         norm_eps=None if layer.norm is None else float(layer.norm.attrs.epsilon),
         activation=layer.activation,
         x_dtype=context.dtype,
         out_dtype=context.out_dtype,
         run=run,
-        row_slack=row_slack(width),
+        row_slack=row_slack(context.output_width(kernel_size)),
     )
 
 
@@ -212,7 +219,7 @@ def lower_layer_norm(
         eps=float(layer.root.attrs.epsilon),
         activation=layer.activation,
         residual=layer.residual is not None,
-        row_slack=row_slack(product([int64(size) for size in lead])),
+        row_slack=row_slack(context.rows),
         x_dtype=context.dtype,
         residual_dtype=context.residual_dtype,
         out_dtype=context.out_dtype,

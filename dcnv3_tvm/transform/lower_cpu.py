@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from tvm import relax
 
-from dcnv3_tvm.kernels.convolution import convolution, output_extent
+from dcnv3_tvm.kernels.convolution import convolution
 from dcnv3_tvm.kernels.matmul import matmul
 from dcnv3_tvm.kernels.packing import (
     pack_convolution_weight,
@@ -16,7 +16,6 @@ from dcnv3_tvm.kernels.packing import (
 )
 from dcnv3_tvm.kernels.tile_convolution import pack_tile_convolution_weight, tile_convolution
 from dcnv3_tvm.kernels.tile_matmul import supports_tiles, tile_matmul
-from dcnv3_tvm.op.expr import int64, product
 from dcnv3_tvm.op.relax_packed_op import is_dcnv3_packed
 from dcnv3_tvm.transform.find_layers import Layer, absorbed_values, find_layers
 from dcnv3_tvm.transform.ir import Program, Rebuilder, element_type
@@ -112,22 +111,25 @@ def lower_cpu(program: Program, tiling: CpuTiling, dtype: str = "float32") -> Pr
 def _lower_matmul(context: LayerContext, tiling: CpuTiling) -> relax.Var:
     layer, matrix = context.layer, context.matrix
     outputs, inputs = matrix.shape
-    lead = context.sizes[:-1]
     arguments = [context.source, None, layer.bias, layer.residual]
     weight = matrix.astype(context.dtype)
     if tiling.matrix_tiles and context.dtype == "bfloat16":
         kernel = tile_matmul(
-            lead, inputs, outputs, epilogue=context.epilogue, out_dtype=context.out_dtype
+            context.sizes[:-1],
+            inputs,
+            outputs,
+            epilogue=context.epilogue,
+            out_dtype=context.out_dtype,
         )
         arguments[1] = context.packed(pack_tile_weight, weight, kernel.params[1])
         return context.call(kernel, f"tile_matmul_{inputs}_{outputs}", arguments)
     tile = tiling.weight_tile_width(outputs)
     kernel = matmul(
-        lead,
+        context.sizes[:-1],
         inputs,
         outputs,
         tile=tile,
-        row_slack=tiling.row_slack(product([int64(size) for size in lead])),
+        row_slack=tiling.row_slack(context.rows),
         epilogue=context.epilogue,
         dtype=context.dtype,
         out_dtype=context.out_dtype,
@@ -149,25 +151,23 @@ def _lower_tile_convolution(context: LayerContext) -> relax.Var:
     packed = context.packed(
         pack_tile_convolution_weight, weight.astype("bfloat16"), kernel.params[1]
     )
-    arguments = [context.source, packed, context.layer.bias, context.layer.residual]
+    arguments = [context.source, packed, context.layer.bias]
     return context.call(kernel, f"tile_convolution_{inputs}_{outputs}", arguments)
 
 
 def _lower_convolution(context: LayerContext, tiling: CpuTiling, *, tiles: bool) -> relax.Var:
-    weight, window = context.weight, context.window
-    outputs, *kernel_size, inputs = weight.shape
-    if tiles and supports_tiles(kernel_size[1] * inputs, outputs):
+    weight = context.weight
+    outputs, height, width, inputs = weight.shape
+    if tiles and supports_tiles(width * inputs, outputs):
         return _lower_tile_convolution(context)
     tile = tiling.weight_tile_width(outputs)
-    width = int64(context.sizes[2])
-    out_width = output_extent(width, kernel_size[1], window["stride"][1], window["pad"][1], 1)
     kernel = convolution(
         *context.sizes,
         outputs,
-        kernel_size=tuple(kernel_size),
-        **window,
+        kernel_size=(height, width),
+        **context.window,
         tile=tile,
-        row_slack=tiling.row_slack(out_width),
+        row_slack=tiling.row_slack(context.output_width((height, width))),
         epilogue=context.epilogue,
     )
     weight = weight.transpose(0, 3, 1, 2)

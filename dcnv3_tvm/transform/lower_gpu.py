@@ -132,14 +132,12 @@ def _lower_mlp(
     outer = LayerContext(rebuilder, var, second, source, out_dtype)
     hidden, inputs = inner.matrix.shape
     outputs, _ = outer.matrix.shape
-    lead = inner.sizes[:-1]
-    padding = gemm_padding(_rows(lead), inputs)
     kernel = mlp(
-        lead,
+        inner.sizes[:-1],
         inputs,
         hidden,
         outputs,
-        padding=padding,
+        padding=gemm_padding(inner.rows, inputs),
         activation=first.activation or "",
         residual=second.residual is not None,
         dtype=dtype,
@@ -158,13 +156,11 @@ def _lower_mlp(
 def _lower_matmul(context: LayerContext, dtype: str) -> relax.Var:
     layer, matrix = context.layer, context.matrix
     outputs, inputs = matrix.shape
-    lead = context.sizes[:-1]
-    padding = gemm_padding(_rows(lead), inputs)
     kernel = gemm(
-        lead,
+        context.sizes[:-1],
         inputs,
         outputs,
-        padding=padding,
+        padding=gemm_padding(context.rows, inputs),
         epilogue=context.epilogue,
         dtype=dtype,
         x_dtype=context.dtype,
@@ -179,7 +175,8 @@ def _lower_matmul(context: LayerContext, dtype: str) -> relax.Var:
 def _lower_convolution(context: LayerContext, dtype: str) -> relax.Var:
     weight = context.weight
     outputs, *kernel_size, inputs = weight.shape
-    padding = gemm_padding(_rows(dimensions(context.var)[:-1]), math.prod(weight.shape[1:]))
+    pixels = product([int64(size) for size in dimensions(context.var)[:-1]])
+    padding = gemm_padding(pixels, math.prod(weight.shape[1:]))
     kernel = implicit_gemm(
         *context.sizes,
         outputs,
@@ -199,7 +196,3 @@ def _lower_convolution(context: LayerContext, dtype: str) -> relax.Var:
 def _packed(context: LayerContext, weight: LazyArray, parameter: tirx.Buffer) -> relax.Var:
     padded = tuple(int(size) for size in parameter.shape)
     return context.packed(pack_gemm_weight, weight, parameter, padded=padded)
-
-
-def _rows(lead: tuple[object, ...]) -> object:
-    return product([int64(size) for size in lead])

@@ -323,7 +323,7 @@ _ELEMENTWISE: Final = (
     *("multiply", "not_equal", "power", "subtract"),
 )
 _REDUCTIONS: Final = ("max", "mean", "min", "prod", "std", "sum", "variance")
-_IMAGES: Final = (*("nn.adaptive_avg_pool2d", "nn.avg_pool2d", "nn.max_pool2d", "image.resize2d"),)
+_IMAGES: Final = ("nn.adaptive_avg_pool2d", "nn.avg_pool2d", "nn.max_pool2d", "image.resize2d")
 
 _RULES: Final[dict[str, _Rule]] = {
     f"relax.{name}": rule

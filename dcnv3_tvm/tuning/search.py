@@ -35,13 +35,11 @@ class Search:
     ----------
     space : mapping of str to tuple of Decision
         Candidates of each decision, the default first.
-    seed : int
-        Seed of the random generator.
     """
 
-    def __init__(self, space: Mapping[str, tuple[Decision, ...]], seed: int = 0) -> None:
+    def __init__(self, space: Mapping[str, tuple[Decision, ...]]) -> None:
         self._space = space
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._times: dict[str, float] = {}
         self._decisions: dict[str, dict[str, Decision]] = {}
         self._proposed: set[str] = set()

@@ -62,9 +62,9 @@ def vector_unit(target: Target) -> VectorUnit:
     return VectorUnit(bits=bits, registers=32 if arm or bits == 512 else 16, by_lane=arm)
 
 
-def weight_tile_width(out_features: int, target: Target, dtype: str = "float32") -> int:
+def weight_tile_width(out_features: int, target: Target) -> int:
     """Return the columns of a weight tile: two vectors, or one if the matmul has no more."""
-    lanes = vector_unit(target).lanes(dtype)
+    lanes = vector_unit(target).lanes("float32")
     return lanes if out_features <= lanes else 2 * lanes
 
 

@@ -11,7 +11,7 @@ from dcnv3_tvm.bench.kernels import list_rooflines, tabulate
 from dcnv3_tvm.bench.problems import encoder_flops
 from dcnv3_tvm.bench.roofline import Peaks
 from dcnv3_tvm.cli import main
-from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument
+from dcnv3_tvm.compiler.kernel_listing import CalledKernel, KernelArgument
 from dcnv3_tvm.targets import has_fast_bfloat16, resolve_target
 from dcnv3_tvm.verify.placeholder_weights import placeholder_model
 
@@ -22,7 +22,7 @@ PEAKS = Peaks(flops=1e9, bytes=1e8, how="made up")
 def kernel(rule, *shapes, calls=1):
     """Make a float32 kernel whose last shape is the output's."""
     *inputs, output = (KernelArgument(shape, "float32") for shape in shapes)
-    return Kernel(f"{rule}_0", rule, None, tuple(inputs), (output,), calls)
+    return CalledKernel(f"{rule}_0", rule, None, tuple(inputs), (output,), calls)
 
 
 NORM = kernel("layer_norm", (4, 8), (8,), (4, 8))

@@ -6,7 +6,7 @@ import pytest
 from dcnv3_tvm.bench.gpu_models import GPU_MODELS, gpu_model
 from dcnv3_tvm.bench.kernels import kernel_bytes, kernel_flops, kernel_roofline
 from dcnv3_tvm.bench.roofline import Peaks, Roofline
-from dcnv3_tvm.compiler.kernel_listing import Kernel, KernelArgument
+from dcnv3_tvm.compiler.kernel_listing import CalledKernel, KernelArgument
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.kernels.epilogue import Epilogue
 from dcnv3_tvm.op import tensorir
@@ -19,14 +19,14 @@ PEAKS = Peaks(flops=1e9, bytes=1e8, how="made up", half_flops=1e10)
 def gpu_kernel(function, *shapes, dtypes):
     """Make a kernel whose last shape is the output's."""
     arguments = [KernelArgument(*pair) for pair in zip(shapes, dtypes, strict=True)]
-    return Kernel("k", "rule", function, tuple(arguments[:-1]), (arguments[-1],), calls=1)
+    return CalledKernel("k", "rule", function, tuple(arguments[:-1]), (arguments[-1],), calls=1)
 
 
 def cpu_kernel(rule, *shapes, function=None, weight="float32"):
     """Make a kernel with float32 activations, whose last shape is the output's."""
     dtypes = ["float32", weight, "float32", "float32"]
     arguments = [KernelArgument(*pair) for pair in zip(shapes, dtypes, strict=False)]
-    return Kernel("k", rule, function, tuple(arguments[:-1]), (arguments[-1],), calls=1)
+    return CalledKernel("k", rule, function, tuple(arguments[:-1]), (arguments[-1],), calls=1)
 
 
 def gemm_kernel(rows, inputs, outputs, dtype):

@@ -3,7 +3,7 @@
 import math
 
 from dcnv3_tvm.kernels import gemm as gemm_kernels
-from dcnv3_tvm.kernels.convolution import output_extent
+from dcnv3_tvm.kernels.convolution import output_size
 from dcnv3_tvm.kernels.depthwise import depthwise as depthwise_kernel
 from dcnv3_tvm.kernels.mlp import mlp as mlp_kernel
 from dcnv3_tvm.op.expr import int64, product
@@ -18,10 +18,7 @@ def gemm(lead, inputs, outputs, **options):
 
 def implicit_gemm(batch, height, width, inputs, outputs, *, kernel_size, stride, pad, **options):
     window = {"kernel_size": kernel_size, "stride": stride, "pad": pad}
-    pixels = [
-        output_extent(size, kernel_size[axis], stride[axis], pad[axis], 1)
-        for axis, size in enumerate((height, width))
-    ]
+    pixels = output_size((height, width), **window)
     padding = gemm_padding(_rows([batch, *pixels]), math.prod(kernel_size) * inputs)
     sizes = batch, height, width, inputs, outputs
     return gemm_kernels.implicit_gemm(*sizes, **window, padding=padding, **options)

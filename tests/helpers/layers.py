@@ -43,15 +43,10 @@ def finish(
 
 
 def convolution(
-    x: Array,
-    weight: Array,
-    *,
-    stride: tuple[int, int],
-    pad: tuple[int, int],
-    dilation: tuple[int, int] = (1, 1),
+    x: Array, weight: Array, *, stride: tuple[int, int], pad: tuple[int, int]
 ) -> Float64Array:
     """Convolve (N, H, W, C) with (O, C, kh, kw), zero-padded, to (N, Ho, Wo, O), in float64."""
-    windows = _windows(x, weight.shape[2:], stride, pad, dilation)
+    windows = _windows(x, weight.shape[2:], stride, pad)
     return np.asarray(np.einsum("nhwcpq,ocpq->nhwo", windows, weight.astype(np.float64)))
 
 
@@ -59,7 +54,7 @@ def depthwise(
     x: Array, weight: Array, *, stride: tuple[int, int], pad: tuple[int, int]
 ) -> Float64Array:
     """Convolve (N, H, W, C) with (kh, kw, C) depthwise, zero-padded, in float64."""
-    windows = _windows(x, weight.shape[:2], stride, pad, (1, 1))
+    windows = _windows(x, weight.shape[:2], stride, pad)
     return np.asarray(np.einsum("nhwcpq,pqc->nhwc", windows, weight.astype(np.float64)))
 
 
@@ -72,17 +67,12 @@ def layer_norm(x: Array, gamma: Array, beta: Array, eps: float) -> Float64Array:
 
 
 def _windows(
-    x: Array,
-    kernel: Sequence[int],
-    stride: tuple[int, int],
-    pad: tuple[int, int],
-    dilation: tuple[int, int],
+    x: Array, kernel: Sequence[int], stride: tuple[int, int], pad: tuple[int, int]
 ) -> Float64Array:
     """Return a view of x as windows of shape (N, Ho, Wo, C, kh, kw)."""
     framed = np.pad(x.astype(np.float64), [(0, 0), *((p, p) for p in pad), (0, 0)])
-    spans = tuple(d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
-    windows = np.lib.stride_tricks.sliding_window_view(framed, spans, axis=(1, 2))
-    return windows[:, :: stride[0], :: stride[1], :, :: dilation[0], :: dilation[1]]
+    windows = np.lib.stride_tricks.sliding_window_view(framed, tuple(kernel), axis=(1, 2))
+    return windows[:, :: stride[0], :: stride[1]]
 
 
 def run_kernel(

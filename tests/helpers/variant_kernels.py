@@ -8,7 +8,7 @@ from tvm.target import Target
 
 from dcnv3_tvm import frontend
 from dcnv3_tvm.bench.cases import encoder_case
-from dcnv3_tvm.compiler.kernel_listing import Kernel, model_kernels
+from dcnv3_tvm.compiler.kernel_listing import CalledKernel, model_kernels
 from dcnv3_tvm.imported_model import ImportedModel
 from dcnv3_tvm.verify.placeholder_weights import placeholder_model
 
@@ -21,7 +21,7 @@ def variant_kernels(
     batch: int = 1,
     size: tuple[int, int] | None = None,
     scheduled: bool = True,
-) -> list[Kernel]:
+) -> list[CalledKernel]:
     """List the kernels of a variant with its own widths and as few blocks as possible.
 
     Parameters
