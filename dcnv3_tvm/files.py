@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from dcnv3_tvm.errors import ArtifactError, DCNv3Error, os_reason
+from dcnv3_tvm.errors import ArtifactError, DCNv3Error, InvalidArgumentError, os_reason
 
 try:
     import fcntl
@@ -134,6 +134,31 @@ def atomic_file(destination: Path) -> Iterator[Path]:
             os.replace(temporary, destination)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def output_file(what: str, destination: Path) -> Iterator[Path]:
+    """Yield a temporary path as `atomic_file` does, for a file that a user asked for.
+
+    Parameters
+    ----------
+    what : str
+        Its content, for errors: ``"the results"``.
+    destination : Path
+        As for `atomic_file`.
+
+    Raises
+    ------
+    InvalidArgumentError
+        If the file cannot be written.
+    """
+    try:
+        with atomic_file(destination) as temporary:
+            yield temporary
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"{what} cannot be written", got=f"{error.strerror or error} ({destination})"
+        ) from error
 
 
 def check_replaceable(

@@ -89,7 +89,8 @@ def execute(arguments: argparse.Namespace) -> Result:
 
     def save() -> None:
         if isinstance(arguments.json, str) and arguments.json != declare.STDOUT:
-            _write(Path(arguments.json), json.dumps(data, indent=2) + "\n")
+            with files.output_file("the results", Path(arguments.json)) as temporary:
+                temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         if getattr(arguments, "plot", None) is not None:
             from dcnv3_tvm.bench.plot import save_plot
 
@@ -337,13 +338,3 @@ _BENCHMARKS: Final = {
     ),
 }
 """Sub-commands by name, in the order of the help."""
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        with files.atomic_file(path) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InvalidArgumentError(
-            "cannot write the results", got=f"{error.strerror or error} ({path})"
-        ) from error

@@ -206,10 +206,5 @@ def _write_trace(found: Profile, path: Path) -> None:
         }
         for event in found.timeline
     ]
-    try:
-        with files.atomic_file(path) as temporary:
-            temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
-    except OSError as error:
-        raise InvalidArgumentError(
-            "the trace cannot be written", got=f"{error.strerror or error} ({path})"
-        ) from error
+    with files.output_file("the trace", path) as temporary:
+        temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -213,15 +213,13 @@ def _export(arguments: argparse.Namespace) -> Result:
     ]
     about = dataclasses.asdict(records.about)
     about["all_trials"] = about.pop("trials")
-    try:
-        with files.atomic_file(arguments.output) as path, path.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, [*(rows[0] if rows else {}), *about])
-            writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
-    except OSError as error:
-        raise InvalidArgumentError(
-            "the file cannot be written", got=f"{error.strerror} ({arguments.output})"
-        ) from error
+    with (
+        files.output_file("the CSV file", arguments.output) as path,
+        path.open("w", newline="") as stream,
+    ):
+        writer = csv.DictWriter(stream, [*(rows[0] if rows else {}), *about])
+        writer.writeheader()
+        writer.writerows({**row, **about} for row in rows)
     return Result(_data(records), f"{arguments.output}: {len(rows)} records")
 
 

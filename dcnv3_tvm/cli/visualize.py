@@ -245,13 +245,8 @@ def _write(path: Path, content: Any) -> None:
 
         save_picture(content, path)
         return
-    try:
-        with files.atomic_file(path) as temporary:
-            temporary.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise InvalidArgumentError(
-            "the page cannot be written", got=f"{error.strerror or error} ({path})"
-        ) from error
+    with files.output_file("the page", path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 def _make_folder(path: Path) -> None:

@@ -89,12 +89,7 @@ def depthwise(
             # ceil(width / run) in a form from which TVM sees, for a symbolic width, that the last
             # pixel has a run.
             columns = [tirx.floordiv(out_width - int64(1), int64(run)) + int64(1), int64(run)]
-            image = _pad_runs(x, out_height, columns, kernel_size, stride, pad)
-            if image.dtype != dtype:
-                raw = image
-                image = compute(
-                    "converted", raw.shape, lambda *index: cast(dtype, raw[index]), dtype=dtype
-                )
+            image = _pad_runs(x, out_height, columns, kernel_size, stride, pad, dtype)
 
         def position(b: Any, i: Any, j: Any) -> tuple[Any, ...]:
             """Return the index of an output pixel in the sums."""
@@ -115,14 +110,16 @@ def depthwise(
             start=None if shift is None else lambda *index: shift[index[-1]],
             dtype=dtype,
         )
+
+        def finish(value: Any) -> Any:
+            return cast(stored, activate(activation, value, stored=stored))
+
         pixels = [batch, out_height, out_width]
         if norm_eps is None:
             compute(
                 "epilogue",
                 [*pixels, channels],
-                lambda b, i, j, c: cast(
-                    stored, activate(activation, sums[(*position(b, i, j), c)], stored=stored)
-                ),
+                lambda b, i, j, c: finish(sums[(*position(b, i, j), c)]),
                 dtype=stored,
                 into=out,
             )
@@ -134,7 +131,7 @@ def depthwise(
                 gamma,
                 beta,
                 norm_eps,
-                lambda *index: cast(stored, activate(activation, index[-1], stored=stored)),
+                lambda *index: finish(index[-1]),
                 dtype=dtype,
                 into=out,
                 rows=pixels,
@@ -150,8 +147,12 @@ def _pad_runs(
     kernel_size: tuple[int, int],
     stride: tuple[int, int],
     pad: tuple[int, int],
+    dtype: str,
 ) -> Any:
-    """Add the block ``padded`` of an image in runs: the pixels of each row that a run reads."""
+    """Add the block ``padded`` of an image in runs: the pixels of each row that a run reads.
+
+    Where x is of another type than `dtype`, a block ``converted`` follows.
+    """
     batch, height, width, channels = x.shape
     runs, run = columns
     extents = [
@@ -166,4 +167,9 @@ def _pad_runs(
         inside = tirx.all(row >= 0, row < height, column >= 0, column < width)
         return tirx.if_then_else(inside, x[b, row, column, c], tirx.const(0, x.dtype))
 
-    return compute("padded", [*extents, channels], pixel, dtype=x.dtype)
+    padded = compute("padded", [*extents, channels], pixel, dtype=x.dtype)
+    if x.dtype == dtype:
+        return padded
+    return compute(
+        "converted", padded.shape, lambda *index: cast(dtype, padded[index]), dtype=dtype
+    )

@@ -114,8 +114,9 @@ class DCNv3(nn.Module):
         dilation = integer("dilation", dilation, low=1)
         stride = integer("stride", stride, low=1)
         dw_kernel_size = kernel_size if dw_kernel_size is None else dw_kernel_size
-        same_pad = dilation * (kernel_size - 1) // 2
-        pad = same_pad if pad is None else integer("pad", pad, low=0)
+        if pad is None:
+            pad = dilation * (kernel_size - 1) // 2
+        pad = integer("pad", pad, low=0)
         self.params = DCNv3Params(
             group=group,
             kernel_size=kernel_size,
@@ -132,16 +133,7 @@ class DCNv3(nn.Module):
                 got=f"channels={channels}, group={group}, dw_kernel_size={dw_kernel_size}",
                 allowed="channels a multiple of group, and an odd dw_kernel_size",
             )
-        if 2 * pad != dilation * (kernel_size - 1):
-            raise InvalidArgumentError(
-                "the padding does not keep height and width, so that offset and mask would have "
-                "another size than the result",
-                got=f"kernel_size={kernel_size}, pad={pad}, dilation={dilation}",
-                allowed="2*pad == dilation*(kernel_size - 1)",
-                hint=f"Use pad={same_pad}."
-                if 2 * same_pad == dilation * (kernel_size - 1)
-                else "Use an odd kernel_size.",
-            )
+        _check_padding(kernel_size, pad, dilation)
         if center_feature_scale and stride != 1:
             raise InvalidArgumentError(
                 "center_feature_scale blends result and input, which need one size",
@@ -234,6 +226,19 @@ def softmax_over_points(logits: Tensor, params: DCNv3Params) -> Tensor:
     """Return the weights of the mask for logits of shape (N, Ho, Wo, group*P)."""
     grouped = torch.unflatten(logits, -1, (params.group, -1))
     return torch.softmax(grouped, dim=-1).flatten(-2)
+
+
+def _check_padding(kernel_size: int, pad: int, dilation: int) -> None:
+    """Check that a convolution of stride 1 keeps height and width."""
+    added = dilation * (kernel_size - 1)
+    if 2 * pad != added:
+        raise InvalidArgumentError(
+            "the padding does not keep height and width, so that offset and mask would have "
+            "another size than the result",
+            got=f"kernel_size={kernel_size}, pad={pad}, dilation={dilation}",
+            allowed="2*pad == dilation*(kernel_size - 1)",
+            hint=f"Use pad={added // 2}." if added % 2 == 0 else "Use an odd kernel_size.",
+        )
 
 
 def _named(argument: str, name: str, layers: dict[str, LayerT]) -> LayerT:
