@@ -202,7 +202,11 @@ def _gpu_cases(
     parts = PARTS if arguments.part is None else [arguments.part]
     groups, encoders = select_cases(parts, arguments.case)
     if not groups and not encoders:
-        raise InvalidArgumentError("no case matches the pattern", got=repr(arguments.case))
+        raise InvalidArgumentError(
+            "no case matches the pattern",
+            got=repr(arguments.case),
+            hint="For example --case 'internimage_t-*', or --case '*-c128-*' for the operator.",
+        )
     return groups, encoders
 
 

@@ -175,6 +175,7 @@ def _merge(arguments: argparse.Namespace) -> Result:
                 "records of different devices cannot be merged",
                 got=f"{about.target} on {about.hardware}, {about.cores} cores; "
                 f"{newest.target} on {newest.hardware}, {newest.cores} cores",
+                allowed="records of one target, processor and number of cores",
             )
     # Sessions are told apart by date, so merging one twice does not count its trials twice.
     trials = sum({records.about.date: records.about.trials for records in read}.values())

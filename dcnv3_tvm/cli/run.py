@@ -103,7 +103,9 @@ def execute(arguments: argparse.Namespace) -> Result:
     entry = model.metadata.feature_entry if arguments.features else "main"
     if entry is None:
         raise InvalidArgumentError(
-            "the artifact has no feature maps", got=", ".join(model.output_names())
+            "the artifact has no feature maps",
+            got=", ".join(model.output_names()),
+            hint="Leave --features out, or compile the model with --features-only.",
         )
     model.metadata.preprocessing_for(arguments.size)  # Raises before results are replaced.
     if not many:

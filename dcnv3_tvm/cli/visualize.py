@@ -175,7 +175,9 @@ def _sampled(
 
         if given:
             raise InvalidArgumentError(
-                "an artifact has its weights", got=f"--{given[0].replace('_', '-')}"
+                "an artifact has its weights",
+                got=f"--{given[0].replace('_', '-')}",
+                hint="Leave this option out.",
             )
         checks.outside("the output", arguments.output, Path(arguments.model))
         model = runtime.load(arguments.model, device=arguments.device)
@@ -188,7 +190,11 @@ def _sampled(
         from dcnv3_tvm.runtime.image import preprocess
 
         if arguments.device is not None:
-            raise InvalidArgumentError("--device is for artifacts", got=arguments.device)
+            raise InvalidArgumentError(
+                "--device is for artifacts",
+                got=arguments.device,
+                hint="Compile the model with --expose offsets, and visualize the artifact.",
+            )
         name, checkpoint = find_model(arguments)
         progress.step("build PyTorch model")
         model = create_described(name, checkpoint, arguments)

@@ -52,7 +52,9 @@ def join_sizes(models: ImportedModel | Sequence[ImportedModel]) -> ImportedModel
     for model in others:
         size = _size(model)
         if size in seen:
-            raise InvalidArgumentError("two of the models have one image size", got=size)
+            raise InvalidArgumentError(
+                "two of the models have one image size", got=size, hint="Import each size once."
+            )
         seen.add(size)
         _check_same_model(first, model)
         sizes[size] = model.preprocessing

@@ -50,7 +50,9 @@ def argument_types(call: relax.Call, arguments: Mapping[str, str]) -> dict[str, 
     types = {}
     for name, argument in zip(arguments, call.args, strict=True):
         if not isinstance(argument.ty, relax.TensorType):
-            raise InvalidArgumentError(f"{name} is not a tensor", got=str(argument.ty))
+            raise InvalidArgumentError(
+                f"{name} is not a tensor", got=str(argument.ty), allowed=arguments[name]
+            )
         if argument.ty.ndim not in (-1, 4):
             raise InvalidArgumentError(
                 f"{name} does not have four dimensions",
@@ -144,7 +146,11 @@ def _check_dtypes(types: Mapping[str, relax.TensorType]) -> None:
     given = {dtype for dtype in dtypes.values() if dtype is not None}
     if len(given) > 1:
         *others, last = types
-        raise InvalidArgumentError(f"{', '.join(others)} and {last} differ in dtype", got=got)
+        raise InvalidArgumentError(
+            f"{', '.join(others)} and {last} differ in dtype",
+            got=got,
+            hint="Cast them to one with relax.op.astype.",
+        )
     if given and given.isdisjoint(DTYPE_BYTES):
         raise InvalidArgumentError(
             "the dtype is not supported", got=got, allowed=", ".join(DTYPE_BYTES)

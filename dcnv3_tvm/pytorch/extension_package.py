@@ -60,6 +60,7 @@ def write_package(folder: Path) -> None:
         raise DCNv3Error(
             f"a module {MODULE} that is not this library's exists, and is not overwritten",
             got=folder / MODULE,
+            hint="Uninstall that module, or use an environment without it.",
         )
     record = [
         f"{name},sha256={_digest(text)},{len(text.encode())}" for name, text in _FILES.items()

@@ -225,7 +225,9 @@ def read_metadata(path: str | os.PathLike[str], *, verify_digest: bool = True) -
         text = (folder / METADATA).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ArtifactError(
-            f"the folder is not an artifact: it has no {METADATA}", got=folder
+            f"the folder is not an artifact: it has no {METADATA}",
+            got=folder,
+            hint="Pass the folder that `dcnv3-tvm compile` wrote.",
         ) from error
     except UnicodeDecodeError as error:
         raise ArtifactError(

@@ -30,7 +30,11 @@ def expose_offsets(program: Program) -> Program:
         If the model has no DCNv3, or an entry of that name.
     """
     if OFFSETS in program.entries:
-        raise CompileError("the model has an entry of the name of the exposed one", got=OFFSETS)
+        raise CompileError(
+            "the model has an entry of the name of the exposed one",
+            got=OFFSETS,
+            hint="Rename that entry of the imported model.",
+        )
     functions = dict(program.module.functions_items())
     entries = dict(program.entries)
     for name in program.entries:
@@ -60,7 +64,9 @@ def _exposed(program: Program, name: str) -> tuple[relax.Function, Entry]:
             continue
         blocks.append(_described(call))
     if not results:
-        raise CompileError("the model has no DCNv3 whose offsets could be exposed")
+        raise CompileError(
+            "the model has no DCNv3 whose offsets could be exposed", hint="Compile without expose."
+        )
     output = relax.Var("output", added.type_of(relax.Tuple(results)))
     last = relax.VarBinding(output, relax.Tuple(results))
     exposed = relax.Function(

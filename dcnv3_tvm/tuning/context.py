@@ -63,7 +63,7 @@ class MeasurementContext:
             text = path.read_text(encoding="utf-8")
             existing = decode(MeasurementContext, json.loads(text), _FILE)
         except (OSError, ValueError, RecursionError) as error:
-            raise InvalidArgumentError("the work directory cannot be used", got=error) from error
+            raise _unusable(error) from error
         if existing != self:
             raise InvalidArgumentError(
                 "the times in the work directory are not comparable with those of this session",
@@ -86,10 +86,16 @@ def check_work_directory(directory: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise InvalidArgumentError("the work directory cannot be used", got=error) from error
+        raise _unusable(error) from error
     if _FILE not in names and any(not name.startswith(f".{_FILE}.") for name in names):
         raise InvalidArgumentError(
             "the work directory holds something other than a tuning session",
             got=directory,
             hint="Choose a new or an empty folder.",
         )
+
+
+def _unusable(error: Exception) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "the work directory cannot be used", got=error, hint="Choose another --work-dir."
+    )

@@ -220,7 +220,11 @@ def operator_task(spec: DCNv3Spec, target: Target) -> TuningTask:
         If the shape is dynamic.
     """
     if not spec.is_static:
-        raise InvalidArgumentError("kernels are tuned for static shapes", got=spec.slug)
+        raise InvalidArgumentError(
+            "kernels are tuned for static shapes",
+            got=spec.slug,
+            hint="Give batch, height and width.",
+        )
     kernel = tensorir.dcnv3(spec, vector_loads=is_gpu(target))
     return TuningTask.of(kernel, _operator_arguments(spec), 1, target)
 

@@ -40,10 +40,9 @@ def render_page(
     """Return the page: HTML with the image, the points and all code inside; it loads nothing.
 
     Offsets and weights are stored as 16-bit integers, to 1/32767 of the largest of a block; longer
-    offsets than eight times the map are shortened to that. Where
-    all blocks take more than `max_bytes`, the last block of each stage comes first, the deepest
-    stage before the others; the page says which blocks are left out, and takes them for
-    identities in receptive fields.
+    offsets than eight times the map are shortened to that. Where all blocks take more than
+    `max_bytes`, the last block of each stage comes first, the deepest stage before the others; the
+    page says which blocks are left out, and takes them for identities in receptive fields.
 
     Parameters
     ----------
