@@ -23,7 +23,7 @@ store            for offset and mask: the gradients, rounded to the types of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tvm import tirx
@@ -153,26 +153,42 @@ def emit_grad_offset_mask(
         T.buffer_store(factor_grad, over_corners(rows.weights, columns.weights, place), at)
         for offset_grad, element in zip(offset_grads, along_axes(place), strict=False):
             T.buffer_store(offset_grad, element, at)
+
+    def offset_gradients(at: tuple[Any, ...]) -> Sequence[Any]:
+        return [offset_grad[at] for offset_grad in offset_grads] or along_axes(at)
+
+    _emit_results(kernel, buffers, factor_grad, offset_gradients, grad_offset, grad_mask)
+
+
+def _emit_results(
+    kernel: SamplingKernel,
+    buffers: Buffers,
+    factor_grad: Any,
+    offset_gradients: Callable[[tuple[Any, ...]], Sequence[Any]],
+    grad_offset: Any,
+    grad_mask: Any,
+) -> None:
+    """Apply the gradient of the softmax, if any, and store the gradients."""
+    spec = kernel.spec
     if spec.softmax:
         softmax_dot = compute(
             "softmax_dot",
             kernel.group_extents,
-            lambda n, y, x, g, p: buffers.exp_logit[n, y, x, g, p] * factor_grad[n, y, x, g, p],
+            lambda *at: buffers.exp_logit[at] * factor_grad[at],
             dtype=kernel.dtype,
             reduce=[kernel.point_extents[-1]],
         )
     with block("store", kernel.point_extents, "SSSSS") as at:
-        n, y, x_, g, p = place = tuple(at)
+        n, y, x, g, p = place = tuple(at)
         value = factor_grad[place]
         if spec.softmax:
-            total = buffers.exp_sum[n, y, x_, g]
-            value = buffers.exp_logit[place] / total * (value - softmax_dot[n, y, x_, g] / total)
+            total = buffers.exp_sum[n, y, x, g]
+            value = buffers.exp_logit[place] / total * (value - softmax_dot[n, y, x, g] / total)
         point = g * int64(spec.points) + p
-        T.buffer_store(grad_mask, tirx.Cast(grad_mask.dtype, value), [n, y, x_, point])
-        elements = [offset_grad[place] for offset_grad in offset_grads] or along_axes(place)
-        for axis, element in enumerate(elements):
+        T.buffer_store(grad_mask, tirx.Cast(grad_mask.dtype, value), [n, y, x, point])
+        for axis, element in enumerate(offset_gradients(place)):
             channel = point * int64(2) + axis
-            T.buffer_store(grad_offset, tirx.Cast(grad_offset.dtype, element), [n, y, x_, channel])
+            T.buffer_store(grad_offset, tirx.Cast(grad_offset.dtype, element), [n, y, x, channel])
 
 
 class _AxisWeights(NamedTuple):

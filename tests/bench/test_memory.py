@@ -2,11 +2,13 @@
 
 import json
 import os
+import types
 
 import numpy as np
 import pytest
 
-from dcnv3_tvm.bench.backends import OURS
+from dcnv3_tvm.bench import memory
+from dcnv3_tvm.bench.backends import OURS, UNTUNED, Peer
 from dcnv3_tvm.bench.memory import MemoryListing, MemoryRow
 from dcnv3_tvm.bench.memory_worker import MemoryTask, WorkerError, run_worker
 from dcnv3_tvm.cli import main
@@ -19,18 +21,34 @@ pytestmark = pytest.mark.usefixtures("unoptimized")
 TINY = ("--variant", "test_internimage_pre_norm")
 
 
-def test_worker_imports_no_compiler(tmp_path, rng):
+@pytest.mark.parametrize("backend", [OURS, UNTUNED])
+def test_worker_imports_no_compiler(tmp_path, rng, backend):
     model = Toy.build()
     image = rng.standard_normal((1, 3, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "inputs.npz", image=image)
     outputs = tmp_path / "outputs.npz"
     paths = map(str, (model.write(tmp_path / "toy"), tmp_path / "inputs.npz", outputs))
-    result = run_worker(MemoryTask(OURS, *paths, threads=1, calls=2))
+    result = run_worker(MemoryTask(backend, *paths, threads=1, calls=2))
     assert result["imported"] == []
     # An interpreter with NumPy takes some 30 MB; PyTorch or TVM's compiler, 200.
     assert 10e6 < result["bytes"] < 120e6
     with np.load(outputs) as file:
         np.testing.assert_array_equal(file["arr_0"], model.main(image))
+
+
+def test_untuned_artifact_is_compiled_without_records(monkeypatch, tmp_path):
+    asked = {}
+
+    def compile_artifact(_, path, **options):
+        asked[path.name] = options["database"]
+
+    monkeypatch.setattr(memory, "compile_artifact", compile_artifact)
+    monkeypatch.setattr(memory.frontend, "import_model", lambda *_, **__: None)
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    problem = types.SimpleNamespace(source=None, inputs={"image": image}, dtype="float32")
+    for name in (OURS, UNTUNED):
+        assert memory._model(Peer(name), problem, tmp_path) == tmp_path / name
+    assert asked == {OURS: "default", UNTUNED: "none"}
 
 
 def test_failing_worker_reports_its_error(tmp_path):
