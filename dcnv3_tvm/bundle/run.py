@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,4 +146,6 @@ def text(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    # The first process of a container ignores the signal otherwise, and `docker stop` waits.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(main())

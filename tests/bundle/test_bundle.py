@@ -81,6 +81,17 @@ def test_runs_without_anything_else(artifact, photo, tmp_path):
     assert [row["probability"] for row in found["top"]] == pytest.approx(expected.tolist())
 
 
+def test_a_signal_ends_the_script(artifact, photo, tmp_path):
+    """Also as the first process of a container, for which it has no effect by default."""
+    write(artifact, tmp_path / "bundle")
+    command = [sys.executable, str(tmp_path / "bundle" / "run.py"), *(3000 * [str(photo)])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == f"{photo}\n"
+        process.terminate()
+        process.stdout.read()
+    assert process.returncode == 143
+
+
 def test_files(artifact, tmp_path):
     folder = tmp_path / "bundle"
     sizes = write(artifact, folder)
