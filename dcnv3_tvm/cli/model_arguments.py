@@ -12,6 +12,8 @@ from dcnv3_tvm.cli.arguments import parse_natural, parse_path
 from dcnv3_tvm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dcnv3_tvm.frontend.models.internimage import InternImage
 
 
@@ -27,7 +29,8 @@ def add_model(parser: argparse.ArgumentParser, *, others: str = "") -> None:
         "--num-classes",
         type=parse_natural,
         metavar="N",
-        help="logits of a fine-tuned model; 0 for pooled features (default: the model's own)",
+        help="logits of a fine-tuned model; 0 for pooled features (default: as in a checkpoint "
+        "that is named without a model, else the model's own)",
     )
     parser.add_argument(
         "--layer-scale",
@@ -39,7 +42,8 @@ def add_model(parser: argparse.ArgumentParser, *, others: str = "") -> None:
     parser.add_argument(
         "--features-only",
         action="store_true",
-        help="return feature maps instead of logits, as for a detection checkpoint",
+        help="return feature maps instead of logits, as a detection checkpoint does that is "
+        "named without a model",
     )
     parser.add_argument(
         "--out-indices",
@@ -142,14 +146,26 @@ def create(
 def create_described(
     name: str, checkpoint: Path | None, arguments: argparse.Namespace
 ) -> InternImage:
-    """Create the model that the options of `add_model` describe."""
+    """Create the model that the options of `add_model` describe.
+
+    A checkpoint that is named without a model has the classes of its head, and returns feature
+    maps if it has none.
+    """
+    from dcnv3_tvm.frontend.checkpoints.layouts import has_head, number_of_classes
+
+    num_classes, features_only = arguments.num_classes, arguments.features_only
+    if checkpoint is not None and arguments.checkpoint is None:
+        tensors = _internimage_in(checkpoint, arguments)
+        features_only = features_only or (num_classes is None and not has_head(tensors))
+        if num_classes is None and not features_only:
+            num_classes = number_of_classes(tensors)
     return create(
         name,
         checkpoint,
         arguments,
-        num_classes=arguments.num_classes,
+        num_classes=num_classes,
         layer_scale=arguments.layer_scale,
-        features_only=arguments.features_only,
+        features_only=features_only,
         out_indices=arguments.out_indices,
     )
 
@@ -175,11 +191,9 @@ def _name_in(path: Path) -> str | None:
 def _variant_of(path: Path, arguments: argparse.Namespace) -> str:
     """Return the variant whose width and depths the weights have."""
     from dcnv3_tvm.errors import CheckpointError
-    from dcnv3_tvm.frontend.checkpoints.layouts import find_internimage, matching_variants
-    from dcnv3_tvm.frontend.checkpoints.read import read_tensors
+    from dcnv3_tvm.frontend.checkpoints.layouts import matching_variants
 
-    content = read_tensors(path, use_ema=arguments.use_ema, ignore_objects=arguments.ignore_objects)
-    found = matching_variants(find_internimage(content, path).tensors)
+    found = matching_variants(_internimage_in(path, arguments))
     if len(found) == 1:
         return found[0]
     raise CheckpointError(
@@ -187,6 +201,14 @@ def _variant_of(path: Path, arguments: argparse.Namespace) -> str:
         got=f"{path}, " + (f"which fits {' and '.join(found)}" if found else "which fits none"),
         hint=f"Name the model: dcnv3-tvm compile internimage_t --checkpoint {path} -o DIR",
     )
+
+
+def _internimage_in(path: Path, arguments: argparse.Namespace) -> dict[str, Tensor]:
+    from dcnv3_tvm.frontend.checkpoints.layouts import find_internimage
+    from dcnv3_tvm.frontend.checkpoints.read import read_tensors
+
+    content = read_tensors(path, use_ema=arguments.use_ema, ignore_objects=arguments.ignore_objects)
+    return find_internimage(content, path).tensors
 
 
 def _parse_layer_scale(text: str) -> float | str | None:

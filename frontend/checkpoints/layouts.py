@@ -16,6 +16,16 @@ from dcnv3_tvm.frontend.models.variants import VARIANTS
 
 _USUAL_PREFIXES: Final = ("module.", "model.", "backbone.")
 
+HEAD_PREFIXES: Final = (
+    "conv_head.",
+    "head.",
+    "dcnv3_head_x4.",
+    "dcnv3_head_x3.",
+    "clip_projector.",
+    "fc_norm.",
+)
+"""How the keys of a classification head start."""
+
 
 class InternImageTensors(NamedTuple):
     """The tensors of a checkpoint, divided into InternImage and the rest.
@@ -70,6 +80,17 @@ def find_internimage(content: CheckpointTensors, path: str | Path) -> InternImag
     }
     others = [key for key in content.tensors if not key.startswith(prefix)]
     return InternImageTensors(tensors, others, prefix)
+
+
+def has_head(tensors: dict[str, Tensor]) -> bool:
+    """Whether an InternImage has (a part of) a classification head."""
+    return any(key.startswith(HEAD_PREFIXES) for key in tensors)
+
+
+def number_of_classes(tensors: dict[str, Tensor]) -> int:
+    """Return the number of logits of an InternImage with a head; 0 for pooled features."""
+    head = tensors.get("head.weight")
+    return 0 if head is None else head.shape[0]
 
 
 def has_layer_scale(content: CheckpointTensors) -> bool:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from dcnv3_tvm.errors import CheckpointError
 from dcnv3_tvm.frontend.checkpoints.containers import CheckpointTensors
-from dcnv3_tvm.frontend.checkpoints.layouts import find_internimage, matching_variants
+from dcnv3_tvm.frontend.checkpoints.layouts import (
+    HEAD_PREFIXES,
+    find_internimage,
+    matching_variants,
+    number_of_classes,
+)
 from dcnv3_tvm.frontend.checkpoints.read import read_tensors
 from dcnv3_tvm.frontend.checkpoints.report import LoadReport, shortened
 from dcnv3_tvm.frontend.models.config import InternImageConfig
 from dcnv3_tvm.frontend.models.internimage import InternImage
-
-_HEAD_PREFIXES: Final = (
-    "conv_head.",
-    "head.",
-    "dcnv3_head_x4.",
-    "dcnv3_head_x3.",
-    "clip_projector.",
-    "fc_norm.",
-)
 
 
 def load_checkpoint(
@@ -142,7 +137,7 @@ def _unusable(key: str, path: str | Path, found: str) -> CheckpointError:
 
 def _is_unused_head(key: str, config: InternImageConfig) -> bool:
     if config.features_only:
-        return key.startswith(_HEAD_PREFIXES)
+        return key.startswith(HEAD_PREFIXES)
     return config.num_classes == 0 and key.startswith("head.")
 
 
@@ -151,10 +146,12 @@ def _mismatch(
 ) -> CheckpointError:
     """Return the error for weights that do not fit, with the most likely fix as its hint."""
     variants = matching_variants(tensors)
-    classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else None
+    classes = number_of_classes(tensors)
+    listed = 8
     if variants and config.variant not in variants:
         hint = f"The weights look like {' or '.join(variants)}: choose that model."
-    elif classes is not None and classes != config.num_classes and not config.features_only:
+        listed = 1  # All keys of another model would hide the hint.
+    elif classes and classes != config.num_classes and not config.features_only:
         return CheckpointError(
             f"{report.path} has {classes} classes, the model has {config.num_classes}",
             got=shortened(report.wrong_shape),
@@ -165,12 +162,12 @@ def _mismatch(
         hint = "The weights have no layer scale: use layer_scale=None."
     elif any(key.endswith(".gamma1") for key in report.unexpected):
         hint = "The weights have a layer scale: use layer_scale=1.0."
-    elif report.missing and all(key.startswith(_HEAD_PREFIXES) for key in report.missing):
+    elif report.missing and all(key.startswith(HEAD_PREFIXES) for key in report.missing):
         hint = "The weights have no classification head: use features_only=True."
     else:
         hint = "Use the variant and the options that the weights were trained with."
     counts = [
-        f"{len(keys)} {kind} ({shortened(keys)})"
+        f"{len(keys)} {kind} ({shortened(keys, listed)})"
         for keys, kind in (
             (report.missing, "missing"),
             (report.unexpected, "unexpected"),

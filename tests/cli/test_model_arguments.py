@@ -8,7 +8,12 @@ from safetensors.torch import save_file
 
 from dcnv3_tvm.cli import compile as compile_verb
 from dcnv3_tvm.cli import parser
-from dcnv3_tvm.cli.model_arguments import create, describe_weights, find_model
+from dcnv3_tvm.cli.model_arguments import (
+    create,
+    create_described,
+    describe_weights,
+    find_model,
+)
 from dcnv3_tvm.errors import CheckpointError
 from dcnv3_tvm.frontend.models.internimage import InternImage
 from dcnv3_tvm.frontend.models.variants import VARIANTS
@@ -74,6 +79,29 @@ def test_options_of_the_model_and_its_weights(tmp_path):
     assert arguments(NAME, "--layer-scale", "none").layer_scale is None
 
 
+def test_a_checkpoint_alone_tells_its_head(tmp_path):
+    state = random_state(NAME)
+    fine_tuned = dict(state)
+    for key in ("head.weight", "head.bias"):
+        fine_tuned[key] = fine_tuned[key][:7]
+    backbone = {key: value for key, value in state.items() if "head" not in key}
+    pooled = {key: value for key, value in state.items() if not key.startswith("head.")}
+    for content, options, shapes in (
+        (fine_tuned, [], (1, 7)),
+        (fine_tuned, ["--num-classes", "0"], (1, 96)),
+        (pooled, [], (1, 96)),
+        (backbone, [], [(1, 8, 8, 8), (1, 16, 4, 4), (1, 32, 2, 2), (1, 64, 1, 1)]),
+        (fine_tuned, ["--features-only", "--out-indices", "1"], [(1, 16, 4, 4)]),
+    ):
+        path = saved(tmp_path / f"{NAME}.pth", {"model": content})
+        found = arguments(path, *options)
+        result = create_described(*find_model(found), found)(torch.zeros(1, 3, 32, 32))
+        if isinstance(result, list):
+            assert [tuple(each.shape) for each in result] == shapes
+        else:
+            assert tuple(result.shape) == shapes
+
+
 def test_errors_name_options(cli, tmp_path):
     state = random_state(NAME)
     fine_tuned = dict(state)
@@ -86,6 +114,6 @@ def test_errors_name_options(cli, tmp_path):
         ({"model": state, "config": torch.Generator}, "Use --ignore-objects"),
     ):
         path = saved(tmp_path / f"{NAME}.pth", content)
-        found = cli("compile", path, "-o", tmp_path / "artifact")
+        found = cli("compile", NAME, "--checkpoint", path, "-o", tmp_path / "artifact")
         assert found.code == 2
         assert option in found.err
