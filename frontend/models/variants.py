@@ -184,7 +184,8 @@ def model_config(name: str) -> InternImageConfig:
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    close = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
+    usual = name.lower().replace("-", "_")
+    close = [usual] if usual in VARIANTS else difflib.get_close_matches(usual, VARIANTS, cutoff=0.5)
     raise InvalidArgumentError(
         "there is no model with this name",
         got=repr(name),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dcnv3_tvm.errors import ModelImportError
 from dcnv3_tvm.frontend.torch.model_inputs import ModelInputs
@@ -60,13 +64,20 @@ class EntryPoint(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of the model's result in order."""
-        if not self.method:
-            outputs = self.inputs.call(self.model, tensors)
-        else:
-            method = getattr(self.model.get_submodule(self.owner), self.method)
-            outputs = self.inputs.call(method, tensors)
-            if PYRAMID_METHODS[self.method] == "NHWC":
-                outputs = [feature.permute(0, 3, 1, 2) for feature in outputs]
+        call = self.model
+        if self.method:
+            call = getattr(self.model.get_submodule(self.owner), self.method)
+        try:
+            outputs = self.inputs.call(call, tensors)
+        except GuardOnDataDependentSymNode as error:
+            # Raised here: torch.export would print the whole graph before it raises its own error.
+            raise ModelImportError(
+                "the model takes a decision by the values of a tensor",
+                got=_user_line(error),
+                hint="Express it with torch.where, or store the value as a Python number.",
+            ) from error
+        if self.method and PYRAMID_METHODS[self.method] == "NHWC":
+            outputs = [feature.permute(0, 3, 1, 2) for feature in outputs]
         flat = flatten_result("", outputs)
         self._output_names.value = [name for name, _ in flat]
         return tuple(tensor for _, tensor in flat)
@@ -107,3 +118,14 @@ def flatten_result(path: str, value: Any) -> list[tuple[str, Tensor]]:
     for key, item in items:
         flat += flatten_result(f"{path}.{key}" if path else str(key), item)
     return flat
+
+
+def _user_line(error: BaseException) -> str:
+    """Return the innermost line of the model's source that an error has passed."""
+    libraries = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(libraries)
+    ]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import traceback
 import warnings
 from collections.abc import Mapping
 
@@ -14,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from dcnv3_tvm.errors import InvalidArgumentError, ModelImportError
 from dcnv3_tvm.frontend.torch.call_state import export_stateless
@@ -62,12 +59,6 @@ def _export(entry_point: EntryPoint) -> ExportedProgram:
     except (ModelImportError, InvalidArgumentError):
         raise
     except Exception as error:  # raised by the model's own code, or by PyTorch tracing it
-        if isinstance(error, GuardOnDataDependentSymNode):
-            raise ModelImportError(
-                "the model takes a decision by the values of a tensor",
-                got=_user_line(error),
-                hint="Express it with torch.where, or store the value as a Python number.",
-            ) from error
         if any(dynamic):
             hint = (
                 "Try fixed sizes (dynamic_batch=False, dynamic_size=False), or sizes that are "
@@ -117,17 +108,6 @@ def runs_with_sizes(entry_point: EntryPoint, sizes: Mapping[str, int]) -> bool:
         logger.disabled = disabled
         state.restore()
     return True
-
-
-def _user_line(error: BaseException) -> str:
-    """Return the innermost line of the model's source that an error has passed."""
-    libraries = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(libraries)
-    ]
-    return f"{frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line}"
 
 
 def _check_random(program: ExportedProgram) -> None:
