@@ -35,6 +35,7 @@ from dcnv3_tvm.frontend.onnx.graph import (
     replace_node,
 )
 from dcnv3_tvm.frontend.torch.entry_points import MODEL_PREFIX, EntryPoint
+from dcnv3_tvm.frontend.torch.entry_signature import name_outputs
 from dcnv3_tvm.frontend.torch.export import export_entry_point
 from dcnv3_tvm.frontend.torch.import_arguments import check_weights, unwrap
 from dcnv3_tvm.frontend.torch.model_inputs import Example, ModelInputs
@@ -269,8 +270,14 @@ def _to_onnx(program: ExportedProgram, entry_point: EntryPoint, opset: int) -> i
     assert exported is not None
     model: ir.Model = exported.model
     _name_dynamic_sizes(model.graph, entry_point.inputs.infos)
-    for name, output in zip(entry_point.output_names, model.graph.outputs, strict=True):
-        output.name = name or ("logits" if len(output.shape or ()) == 2 else "output")
+    # Only the batch may be dynamic.
+    shapes = [
+        [size if isinstance(size, int) else 1 for size in output.shape or ()]
+        for output in model.graph.outputs
+    ]
+    names = name_outputs(entry_point.output_names, shapes, entry_point.inputs.spatial_size)
+    for name, output in zip(names, model.graph.outputs, strict=True):
+        output.name = name
     _name_like_state_dict(model.graph)
     _fold_transposes(model.graph)
     onnxscript.optimizer.optimize(model)

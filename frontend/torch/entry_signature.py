@@ -48,16 +48,32 @@ def describe_outputs(
                 "constant) with one of a dynamic size: import it with fixed sizes.",
             )
         shapes.append(shape)
-    all_maps = all(len(shape) == 4 and _stride(shape[2:], image) for shape in shapes)
+    all_maps = _are_maps(shapes, image)
     return tuple(
         TensorInfo(
-            _output_name(name, output.ndim, all_maps),
+            name,
             _symbolic_shape(output),
             str(output.dtype.dtype),
             *_layout_and_stride(shape, image, all_maps),
         )
-        for name, output, shape in zip(names, outputs, shapes, strict=True)
+        for name, output, shape in zip(
+            name_outputs(names, shapes, image), outputs, shapes, strict=True
+        )
     )
+
+
+def name_outputs(
+    paths: Sequence[str], shapes: Sequence[Sequence[int]], image: tuple[int, int] | None
+) -> list[str]:
+    """Name outputs by their paths and shapes; parameters as in `describe_outputs`."""
+    all_maps = _are_maps(shapes, image)
+    return [
+        _output_name(path, len(shape), all_maps) for path, shape in zip(paths, shapes, strict=True)
+    ]
+
+
+def _are_maps(shapes: Sequence[Sequence[int]], image: tuple[int, int] | None) -> bool:
+    return all(len(shape) == 4 and _stride(shape[2:], image) for shape in shapes)
 
 
 def is_pyramid(outputs: Sequence[TensorInfo]) -> bool:
@@ -104,13 +120,13 @@ def _layout_and_stride(
     return possible[0] if len(possible) == 1 or (all_maps and possible) else ("", None)
 
 
-def _stride(size: list[int], image: tuple[int, int] | None) -> int | None:
+def _stride(size: Sequence[int], image: tuple[int, int] | None) -> int | None:
     """Return the power of two by which a (height, width) is smaller than the image's."""
     if image is None:
         return None
     height, width = image
     stride = 1
-    while [height, width] != size:
+    while [height, width] != list(size):
         if height == width == 1:
             return None
         height, width = (height + 1) // 2, (width + 1) // 2

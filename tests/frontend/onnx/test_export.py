@@ -102,10 +102,13 @@ def test_invalid_arguments(model, options, message, tmp_path):
 @pytest.mark.usefixtures("unoptimized")
 def test_command_line(tmp_path, capsys):
     out = tmp_path / "model.onnx"
-    options = ["--random-weights", "0", "--size", "32", "--form", "plugin", "-o", str(out)]
+    options = ["--random-weights", "0", "--size", "32", "--form", "plugin", "--features-only"]
+    options += ["-o", str(out)]
     assert main(["export", "test_internimage_pre_norm", *options]) == 0
     assert "the plugin runs in TensorRT" in capsys.readouterr().out
-    assert {node.op_type for node in ir.load(out).graph} >= {"TRTDCNv3"}
+    graph = ir.load(out).graph
+    assert {node.op_type for node in graph} >= {"TRTDCNv3"}
+    assert [value.name for value in graph.outputs] == [f"feature_{stage}" for stage in range(4)]
     assert main(["export", "test_internimage_pre_norm", *options]) == 2
     assert "the file exists" in capsys.readouterr().err
     compiled = ["compile", str(out), "-o", str(tmp_path / "artifact"), "--features-only"]
