@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -26,7 +27,7 @@ from dcnv3_tvm.cli.model_arguments import (
 from dcnv3_tvm.cli.result import Result
 from dcnv3_tvm.errors import InvalidArgumentError
 from dcnv3_tvm.progress import Progress
-from dcnv3_tvm.signature import OFFSETS
+from dcnv3_tvm.signature import OFFSETS, TensorInfo
 
 if TYPE_CHECKING:
     from dcnv3_tvm.imported_model import ImportedModel
@@ -191,11 +192,20 @@ def execute(arguments: argparse.Namespace) -> Result:
         "records": metadata.records,
         "entries": {entry: value.to_json() for entry, value in metadata.entries.items()},
     }
-    text = (
+    lines = [
         f"{arguments.output}: {metadata.name} for {metadata.target.slug}, {metadata.dtype}, "
-        f"{size / 1e6:.1f} MB, {seconds:.1f} s; tuning records: {tuning_summary(metadata)}"
-    )
-    return Result(data, text)
+        f"{size / 1e6:.1f} MB, {seconds:.1f} s; tuning records: {tuning_summary(metadata)}",
+        *(
+            f"{name}: {_tensors(entry.inputs)} -> {_tensors(entry.outputs)}"
+            for name, entry in metadata.entries.items()
+            if not entry.blocks  # Two outputs of each DCNv3.
+        ),
+    ]
+    return Result(data, "\n".join(lines))
+
+
+def _tensors(infos: Sequence[TensorInfo]) -> str:
+    return ", ".join(f"{info.name} {info.describe()}" for info in infos)
 
 
 def _check_target(arguments: argparse.Namespace) -> None:

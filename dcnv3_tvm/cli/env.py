@@ -8,7 +8,7 @@ import platform
 from typing import Any, Final
 
 from dcnv3_tvm.cli.result import Result, table
-from dcnv3_tvm.errors import INSTALL_FFI
+from dcnv3_tvm.errors import INSTALL_FFI, MissingDependencyError
 from dcnv3_tvm.provenance import installed_version
 
 HELP: Final = "show versions, CPU, GPUs, threads and environment variables"
@@ -49,6 +49,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         "physical_cores": machine.physical_cores(),
         "threads": default_threads(),
         "auto_target": _auto_target(),
+        "linker": _linker(),
         "gpus": [dataclasses.asdict(device) for device in gpu.devices()],
         "cuda": _cuda(),
         "operator_cache": _operator_cache(),
@@ -71,6 +72,7 @@ def execute(arguments: argparse.Namespace) -> Result:
         ("AMX", data["amx"]),
         ("threads", data["threads"]),
         ("target auto", data["auto_target"] or "unknown (TVM cannot be imported)"),
+        ("linker", data["linker"] or "unknown (TVM cannot be imported)"),
         *[
             (f"cuda:{found.index}", f"{found.name}, {found.arch}, {found.total_bytes / 1e9:.0f} GB")
             for found in gpu.devices()
@@ -157,6 +159,20 @@ def _auto_target() -> str | None:
     try:
         from dcnv3_tvm import targets
 
-        return str(targets.resolve_target("auto"))
+        return targets.target_slug(targets.resolve_target("auto"))
     except ImportError:
         return None
+
+
+def _linker() -> str | None:
+    """Return the program that links compiled models for this system, or what to do without one."""
+    try:
+        from dcnv3_tvm.compiler.linker import find_linker
+        from dcnv3_tvm.systems import this_system
+
+        command = find_linker(this_system()).command
+    except MissingDependencyError as error:
+        return str(error)
+    except ImportError:
+        return None
+    return "ziglang" if "ziglang" in command else command[0]

@@ -77,11 +77,15 @@ def test_env(cli, monkeypatch):
     assert found.data["versions"]["tvm"].startswith("0.27")
     assert found.data["threads"] == 7
     assert found.data["warnings"] == []
-    assert "mcpu" in found.data["auto_target"]
+    assert found.data["auto_target"].startswith("cpu-")
+    assert "there is no" not in found.data["linker"]
     assert found.data["gpus"] == [dataclasses.asdict(device) for device in gpu.devices()]
     assert set(found.data["cuda"]) == {"NVIDIA driver", "CUDA runtime", "nvcc", "NVRTC"}
     assert {"name", "value", "read_by", "meaning"} == set(found.data["variables"][0])
-    assert "TVM_BIND_THREADS" in cli("env").out
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = cli("env").out
+    assert "TVM_BIND_THREADS" in found
+    assert re.search(r"linker +.*no-such-compiler", found)
 
 
 @pytest.mark.parametrize(
