@@ -51,15 +51,15 @@ def _cast(node: Node, operands: Any, dtype: torch.dtype) -> Any:
     def cast(operand: Node) -> Node:
         value = operand.meta["val"]
         if isinstance(value, torch.SymInt):
-            function, arguments = torch.ops.aten.scalar_tensor.default, {"dtype": dtype}
+            function = torch.ops.aten.scalar_tensor.default
             value = torch.empty((), dtype=dtype, device="meta")
         elif isinstance(value, Tensor) and value.dtype != dtype:
-            function, arguments = torch.ops.aten.to.dtype, {"dtype": dtype}
+            function = torch.ops.aten.to.dtype
             value = value.to(dtype)
         else:
             return operand
         with node.graph.inserting_before(node):
-            result = node.graph.call_function(function, (operand,), arguments)
+            result = node.graph.call_function(function, (operand,), {"dtype": dtype})
         result.meta = {**node.meta, "val": value}
         return result
 

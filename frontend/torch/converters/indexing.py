@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 from torch.fx import Node
@@ -94,7 +94,7 @@ def _index_put(node: Node, importer: Any) -> relax.Var:
     x, indices, values = args["self"], args["indices"], args["values"]
     if len(indices) != 1 or element_type(indices[0]) != "bool":
         return importer._index_put(node)
-    if math.prod(node.args[2].meta["val"].shape) != 1 or args["accumulate"]:
+    if math.prod(cast("Node", node.args[2]).meta["val"].shape) != 1 or args["accumulate"]:
         raise unsupported(
             "an assignment of several values to what a mask selects is not supported",
             node,
