@@ -41,7 +41,8 @@ _FEWEST: Final = 4
 """Row tiles of a cache block, at least, so that weights are not read from memory too often."""
 
 _FEW_ROWS: Final = 1024
-"""Most rows for which reading the weights from memory takes a large part of the time."""
+"""Most rows for which reading the weights from memory takes a large part of the time. Of a dynamic
+number only the constant factor counts, the rows of an image."""
 
 
 def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.PrimFunc | Refusal:
@@ -68,7 +69,7 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
         rows = row_tile(extent, columns, unit, dtype, row_bytes)
         rows = space.pick(numbered("rows", index), row_tiles(extent), rows)
         known = constant_factor(extent)
-        few = rows <= known <= _FEW_ROWS and not unit.by_lane
+        few = known <= _FEW_ROWS and not unit.by_lane
         usual = 1 if weights_stay_cached(weight) else _ALL
         if few or usual == _ALL:
             usual = _block(known // rows, rows * row_bytes, usual)
@@ -97,8 +98,10 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
             depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
             sch.reorder(depth, tile_depth, tile_row, tile_column)
             accumulate_tile(sch, sums, [tile_depth, tile_row, tile_column], depth)
-        # Step 4. Prefetch the next weight tile. The last tile, and narrower ones, have none.
-        if few and index == 0:
+
+        # Step 4. Prefetch the next weight tile; but the last one has none, and neither have the
+        # narrower columns. Of an unknown number of rows, only tasks of one tile in turn prefetch.
+        if few and index == 0 and (known >= rows or block == _ALL):
             number = sch.get(task).loop_var
             column_tile = tirx.floormod(tirx.floordiv(number, together), tiles)
             use = WeightUse(column_tile, tirx.floormod(number, together), together)
@@ -113,7 +116,7 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
 def _block(count: int, tile_bytes: int, otherwise: int) -> int:
     """Return the row tiles of a cache block, of `count` tiles that read `tile_bytes` of x each.
 
-    Where the number does not divide well, return `otherwise`.
+    Where the number is unknown (0) or does not divide well, return `otherwise`.
     """
     most = max(1, min(count // 2, _BLOCK_BYTES // tile_bytes))
     together = largest_divisor(count, most)

@@ -19,6 +19,10 @@ _LINE: Final = 64
 _HINTS: Final = tuple(tirx.const(value, "int32") for value in (0, 2, 1))
 """Arguments of LLVM's prefetch: of data, to be read, into the L2 cache."""
 
+_FEWEST_TURNS: Final = 4
+"""Tasks of a weight tile, at least, if their number is dynamic. If there are fewer, they prefetch a
+part of the next tile."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightUse:
@@ -31,7 +35,7 @@ class WeightUse:
     turn : expression
         Number of the task among those that multiply by this tile one after another.
     turns : int or expression
-        Number of these tasks. Of a dynamic number only the constant factor is used.
+        Number of these tasks.
     """
 
     tile: Any
@@ -65,8 +69,10 @@ def prefetch_next_tile(
     lines = math.prod(shape[1:]) * item // _LINE
     loops = [sch.get(loop) for loop in depth]
     steps = math.prod(int(loop.extent) for loop in loops)
-    turns = constant_factor(use.turns)
-    step = use.turn if static(use.turns) else tirx.floormod(use.turn, turns)
+    turns, step = static(use.turns), use.turn
+    if turns is None:
+        turns = max(constant_factor(use.turns), _FEWEST_TURNS)
+        step = tirx.floormod(step, turns)
     for loop in loops:
         step = step * loop.extent + loop.loop_var
 

@@ -85,6 +85,12 @@ def test_of_one_image_of_a_dynamic_batch():
     check_next_tiles(func, {batch: 2})
 
 
+def test_of_any_image_size_if_tasks_iterate_over_columns_first():
+    height = tirx.Var("h", "int64")
+    func = matmul((1, height, height), 4, 96, tile=32)
+    check_next_tiles(scheduled(func, {"block": 0}).function, {height: 6})
+
+
 def test_narrow_vectors_and_pairs():
     check_next_tiles(scheduled(matmul((42,), 12, 48, tile=16), target="cpu-haswell").function)
     pairs = matmul((42,), 12, 96, tile=32, dtype="bfloat16")
