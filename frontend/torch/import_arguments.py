@@ -16,20 +16,21 @@ def unwrap(module: nn.Module) -> nn.Module:
     InvalidArgumentError
         If `module` is not a module.
     ModelImportError
-        If it is a TorchScript module.
+        If it is or has a TorchScript module.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        raise ModelImportError(
-            "TorchScript modules cannot be imported",
-            got=type(module).__name__,
-            hint="Import the Python module that it was made from.",
-        )
     if not isinstance(module, nn.Module):
         raise InvalidArgumentError(
             "module is not a PyTorch model", got=type(module).__name__, allowed="a torch.nn.Module"
         )
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrap(module.module)
+    for path, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ModelImportError(
+                "TorchScript modules cannot be imported",
+                got=f"{type(part).__name__}{f' {path}' if path else ''}",
+                hint="Import the Python module that it was made from.",
+            )
     original = getattr(module, "_orig_mod", None)
     return unwrap(original) if isinstance(original, nn.Module) else module
 

@@ -19,7 +19,9 @@ def _batch_norm(node: Node, importer: Any) -> relax.Var:
     x, mean, variance = (args[name] for name in ("input", "running_mean", "running_var"))
     if args["training"] or mean is None or variance is None:
         raise unsupported(
-            "batch_norm without running statistics is not supported", node, "Call model.eval()."
+            "batch_norm by the statistics of the batch is not supported",
+            node,
+            "Use track_running_stats=True, InstanceNorm or GroupNorm.",
         )
     channels = dimensions(x)[1]
     result = relax.op.nn.batch_norm(

@@ -284,6 +284,7 @@ UNSUPPORTED = {
         True,
     ),
     "antialias=True": (resize(scale_factor=0.5, mode="bilinear", antialias=True), True),
+    "statistics of the batch": (nn.BatchNorm2d(4, track_running_stats=False), False),
     "divisor_override": (lambda x: F.avg_pool2d(x, 2, divisor_override=3), False),
     "grouped-query attention": (attention(enable_gqa=True), False),
     "running statistics": (nn.InstanceNorm2d(4, track_running_stats=True), False),

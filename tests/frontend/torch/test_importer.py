@@ -233,6 +233,12 @@ def test_weights_must_be_float32_and_allocated():
         import_model(published.Detector().to("meta"), example=SHAPE)
 
 
+def test_torchscript_is_rejected_with_the_path():
+    model = torch.nn.Sequential(CallsOperator(), torch.jit.script(torch.nn.ReLU()))
+    with pytest.raises(ModelImportError, match=r"TorchScript.*got RecursiveScriptModule 1\."):
+        import_model(model, example=SHAPE)
+
+
 def test_labels_and_preprocessing_of_a_users_model():
     given = {"mean": (0.5, 0.5, 0.5), "std": np.full(3, 0.25), "interpolation": "bilinear"}
     labels = [f"class {number}" for number in range(10)]
