@@ -34,19 +34,21 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.output or Path("build") / arguments.variant
 
-    # Step 1. Create the PyTorch model. A fresh InternImage does not deform anything (its offset
-    # layers are zero), so without a checkpoint use random weights that do.
-    model = frontend.create_model(arguments.variant, checkpoint=arguments.checkpoint)
-    if arguments.checkpoint is None:
-        randomize_(model)
-
-    # Step 2. Import it into Relax, TVM's graph language. The example fixes the image size;
-    # dynamic_batch=True and dynamic_size=True leave it dynamic.
-    resolution = model.config.resolution
-    imported = frontend.import_model(model, example=(1, 3, resolution, resolution))
-
-    # Step 3. Compile it for this machine and save the result, the artifact.
     with Progress("compile") as progress:
+        # Step 1. Create the PyTorch model. A fresh InternImage does not deform anything (its offset
+        # layers are zero), so without a checkpoint use random weights that do.
+        progress.step("build PyTorch model")
+        model = frontend.create_model(arguments.variant, checkpoint=arguments.checkpoint)
+        if arguments.checkpoint is None:
+            randomize_(model)
+
+        # Step 2. Import it into Relax, TVM's graph language. The example fixes the image size;
+        # dynamic_batch=True and dynamic_size=True leave it dynamic.
+        progress.step("import into Relax")
+        resolution = model.config.resolution
+        imported = frontend.import_model(model, example=(1, 3, resolution, resolution))
+
+        # Step 3. Compile it for this machine and save the result, the artifact.
         compiled = dt.compile_model(imported, on_phase=progress.step)
     compiled.save(folder)
 
@@ -57,9 +59,9 @@ def main() -> int:
 
     # Step 5. Run it on an image: classify it, and compute the feature maps of the four stages.
     image = encoder.preprocess(arguments.image or sample_image())
-    classes, probabilities = top_k(encoder(image), k=3)
-    for number, probability in zip(classes[0], probabilities[0], strict=True):
-        print(f"class {number}: probability {probability:.2f}")
+    classes, probabilities = top_k(encoder(image), k=3, labels=encoder.metadata.labels)
+    for name, probability in zip(classes[0], probabilities[0], strict=True):
+        print(f"{name}: probability {probability:.2f}")
     for index, feature in enumerate(encoder.features(image)):
         print(f"feature map {index}: {feature.shape}")
 

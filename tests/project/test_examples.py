@@ -92,6 +92,7 @@ def test_compile_and_run(run: Callable[..., tuple[str, str]], tmp_path: Path):
     assert "main/logits" in out
     assert "features/feature_3" in out
     assert "within the tolerance" in out
+    assert "compile: import into Relax" in err, "no progress"
     assert "compile: schedule" in err, "no progress"
     metadata = json.loads((tmp_path / "build" / TINY / "metadata.json").read_text())
     assert metadata["name"] == TINY
