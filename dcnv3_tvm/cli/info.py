@@ -105,6 +105,8 @@ def tuning_summary(metadata: ArtifactMetadata) -> str:
     outcomes = collections.Counter(metadata.records.values())
     if not outcomes:
         return "not used"
+    if outcomes.keys() == {"miss"}:
+        return "none for these kernels"
     origin = metadata.records_from
     text = (
         f"hit for {outcomes.pop('hit', 0)} of {len(metadata.records)} kernels (recorded for "

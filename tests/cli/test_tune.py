@@ -86,6 +86,8 @@ def test_info_counts_records():
     )
     plain = dataclasses.replace(metadata, records={}, records_from={})
     assert tuning_summary(plain) == "not used"
+    missed = dataclasses.replace(metadata, records={"a": "miss", "b": "miss"})
+    assert tuning_summary(missed) == "none for these kernels"
 
 
 @pytest.mark.slow
