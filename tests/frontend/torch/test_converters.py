@@ -103,6 +103,13 @@ def mixed_types(x):
         x * torch.tensor(0.1, dtype=torch.float64),
         x.double() @ x.double().mT,
         (x > 3).any(),
+        n.sin(),
+        n.abs().sqrt(),
+        n.abs().log1p(),
+        2 / (n.abs() + 1),
+        (x > 0) * (x < 1),
+        (x < -1) + (x > 1),
+        (x > 0) * n,
     )
 
 
