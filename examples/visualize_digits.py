@@ -53,16 +53,17 @@ def main() -> None:
 
     # Step 3. A picture of each kind, and what the page shows: `render_page` would return the page,
     # but the documentation is built with this, so that its page has the package's script.
-    for kind in visualize.PICTURES:
+    pictures = {kind: folder / f"{kind}.png" for kind in visualize.PICTURES}
+    for kind, path in pictures.items():
         figure = visualize.draw_picture(kind, blocks, photo, at=AT)
-        path = folder / f"{kind}.png"
         visualize.save_picture(figure, path)
         # A palette halves the file.
         Image.open(path).convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=3).save(
             path, optimize=True
         )
-    (folder / "page.json").write_text(json.dumps(page_data(blocks, photo)) + "\n", encoding="utf-8")
-    for path in sorted(folder.iterdir()):
+    page = folder / "page.json"
+    page.write_text(json.dumps(page_data(blocks, photo)) + "\n", encoding="utf-8")
+    for path in (*pictures.values(), page):
         print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
 
 
