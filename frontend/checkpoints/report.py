@@ -69,8 +69,8 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def shortened(names: Iterable[str]) -> str:
-    """Join names with commas; after `_LISTED` names only their number."""
+def shortened(names: Iterable[str], limit: int = _LISTED) -> str:
+    """Join names with commas; after `limit` names only their number."""
     listed = list(names)
-    text = ", ".join(listed[:_LISTED]) or "nothing"
-    return f"{text}, and {len(listed) - _LISTED} more" if len(listed) > _LISTED else text
+    text = ", ".join(listed[:limit]) or "nothing"
+    return f"{text}, and {len(listed) - limit} more" if len(listed) > limit else text
