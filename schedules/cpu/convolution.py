@@ -11,6 +11,7 @@ from dcnv3_tvm.op.expr import product
 from dcnv3_tvm.schedules.cpu.loops import accumulate_tile, copy_in_parallel, copy_in_task
 from dcnv3_tvm.schedules.cpu.neon import fits_lanes, sum_by_lane
 from dcnv3_tvm.schedules.cpu.register_tiles import (
+    SPILLED_STEPS,
     matmul_blocks,
     numbered,
     row_tile,
@@ -97,7 +98,8 @@ def convolution(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx
             sum_by_lane(sch, sums, task, [high, wide], dtype)
         else:
             spilled = rows > unspilled_rows(columns, unit, dtype)
-            depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
+            most = SPILLED_STEPS if spilled else 1
+            depth, tile_depth = unrolled_depth(sch, depth, space, index, most=most)
             sch.reorder(high, wide, depth, tile_depth, tile_pixel, tile_column)
             accumulate_tile(sch, sums, [tile_depth, tile_pixel, tile_column], high)
             if plan == _COLUMNS_FIRST and index == 0:

@@ -13,6 +13,7 @@ from dcnv3_tvm.schedules.cpu.dot_product import sum_pairs
 from dcnv3_tvm.schedules.cpu.loops import accumulate_tile
 from dcnv3_tvm.schedules.cpu.neon import fits_lanes, sum_by_lane
 from dcnv3_tvm.schedules.cpu.register_tiles import (
+    SPILLED_STEPS,
     largest_divisor,
     matmul_blocks,
     numbered,
@@ -39,6 +40,9 @@ _BLOCK_BYTES: Final = 768 * 1024
 
 _FEWEST: Final = 4
 """Row tiles of a cache block, at least, so that weights are not read from memory too often."""
+
+_OPERATIONS: Final = 32
+"""Vector operations in an iteration over K that prefetches, about, so that they take longer."""
 
 _FEW_ROWS: Final = 1024
 """Most rows for which reading the weights from memory takes a large part of the time. Of a dynamic
@@ -94,8 +98,12 @@ def matmul(func: tirx.PrimFunc, target: Target, space: SearchSpace) -> tirx.Prim
             depth = sum_pairs(sch, sums, task)
         else:
             *_, tile_row, tile_column, depth = sch.get_loops(sums)
-            spilled = rows > unspilled_rows(columns, unit, dtype)
-            depth, tile_depth = unrolled_depth(sch, depth, space, index, spilled=spilled)
+            most = 1
+            if rows > unspilled_rows(columns, unit, dtype):
+                most = SPILLED_STEPS
+            elif few and known > rows:
+                most = max(1, _OPERATIONS // (rows * -(-columns // unit.lanes(dtype))))
+            depth, tile_depth = unrolled_depth(sch, depth, space, index, most=most)
             sch.reorder(depth, tile_depth, tile_row, tile_column)
             accumulate_tile(sch, sums, [tile_depth, tile_row, tile_column], depth)
 

@@ -22,6 +22,9 @@ _PARTIAL_TILE_VECTORS: Final = 14
 """Most vectors of sums in a register tile of which the last may be partial. Each row has an address
 register then, because the last row stands for those beyond it; and fewer rows are wasted."""
 
+SPILLED_STEPS: Final = 4
+"""Steps of K that are unrolled if sums spill: they are loaded and stored once for all steps."""
+
 _L2_WEIGHT_BYTES: Final = 512 * 1024
 """Bytes of weights that stay in the L2 cache."""
 
@@ -167,15 +170,12 @@ def numbered(name: str, index: int) -> str:
 
 
 def unrolled_depth(
-    sch: s_tir.Schedule, depth: LoopRV, space: SearchSpace, index: int = 0, *, spilled: bool = False
+    sch: s_tir.Schedule, depth: LoopRV, space: SearchSpace, index: int = 0, *, most: int = 1
 ) -> list[LoopRV]:
-    """Split off the unrolled steps of the loop over K: one by default, up to four if sums spill.
-
-    Spilled sums are loaded and stored once for all steps.
-    """
+    """Split off the unrolled steps of the loop over K: by default those up to `most` that fit."""
     extent = static(sch.get(depth).extent) or 1
     fitting = [steps for steps in (1, 2, 4, 8) if extent % steps == 0]
-    default = max(steps for steps in fitting if steps <= 4) if spilled else 1
+    default = max(steps for steps in fitting if steps <= most)
     steps = space.pick(numbered("unroll", index), fitting, default)
     split: list[LoopRV] = sch.split(depth, [None, steps])
     return split
