@@ -31,7 +31,11 @@ def fuse(graph: ir.Graph) -> None:
         _fuse_flatten(node)
     for node in each_node(graph, lambda node: node.op_type == "Expand"):
         source, result = node.inputs[0], node.outputs[0]
-        if source is not None and None is not source.shape == result.shape:
+        if (
+            source is not None
+            and None is not source.shape == result.shape
+            and not result.is_graph_output()
+        ):
             result.replace_all_uses_with(source)
     remove_unused(graph)
 
@@ -127,8 +131,10 @@ def _fuse_flatten(gather: ir.Node) -> None:
     x = flat.inputs[0]
     if x is None or x.shape is None or result.shape is None or len(result.shape) < 2:
         return
-    if list(x.shape) != list(result.shape) or not all(
-        isinstance(size, int) for size in list(x.shape)[1:]
+    if (
+        result.is_graph_output()
+        or list(x.shape) != list(result.shape)
+        or not all(isinstance(size, int) for size in list(x.shape)[1:])
     ):
         return
     places = constant_of(indices)

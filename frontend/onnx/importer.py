@@ -204,6 +204,7 @@ def _simplify(model: ir.Model) -> None:
     for node in model.graph:
         if (node.domain, node.op_type) == _NODE:
             node.overload = ""
+    _constants_to_tensors(model.graph)
     _to_float32(model.graph)
     onnxscript.optimizer.inline(model)
     if model.opset_imports[""] < _OPSET:
@@ -232,6 +233,16 @@ _OPSET: Final = 20
 """Older graphs are converted to this operator set, which has Gelu."""
 
 _NODE = (dcnv3_node.DOMAIN, dcnv3_node.OP_TYPE)
+
+
+def _constants_to_tensors(graph: ir.Graph) -> None:
+    """Store numbers as tensors: TVM knows no other constants."""
+    for node in graph:
+        if node.op_type == "Constant" and "value" not in node.attributes:
+            tensor = ir.convenience.get_const_tensor(node.outputs[0])
+            if tensor is not None:
+                node.attributes.clear()
+                node.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
 def _to_float32(graph: ir.Graph) -> None:

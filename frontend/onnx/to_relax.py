@@ -18,11 +18,15 @@ from dcnv3_tvm.errors import ModelImportError
 from dcnv3_tvm.frontend.onnx import dcnv3_node
 from dcnv3_tvm.frontend.onnx.graph import Array
 from dcnv3_tvm.op import relax_op
+from dcnv3_tvm.transform.ir import dimensions, element_type
 
 _CONSTANT_OPERANDS: Final = frozenset(
     {"Clip", "ConstantOfShape", "Dropout", "OneHot", "Pad", "Range", "Resize", "Upsample"}
 )
 """Operators whose converters need the values of their floating-point constants."""
+
+_ROUNDING: Final = 1e-6
+"""Relative error of a scale in float32."""
 
 
 def to_relax(model: ir.Model) -> tuple[tvm.IRModule, dict[str, Array]]:
@@ -98,12 +102,42 @@ class _Importer(ONNXGraphImporter):
         if op_name == "Tile" and isinstance(inputs[1], GenericConst):
             # As an operator, which `fuse_center_feature` matches, and not as a kernel.
             return self.bb.emit(relax.op.tile(inputs[0], inputs[1].value.numpy().tolist()))
+        if op_name == "Pow" and not element_type(inputs[0]).startswith("float"):
+            # TVM has no kernel for powers of integers. Those below 2^53 are exact in float64.
+            base, exponent = (relax.op.astype(each, "float64") for each in inputs)
+            power = relax.op.round(relax.op.power(base, exponent))
+            return self.bb.emit(relax.op.astype(power, element_type(inputs[0])))
+        if op_name == "Resize":
+            _check_resize(inputs, attrs)
         if op_name != dcnv3_node.OP_TYPE:
             return super()._convert_operator(op_name, inputs, attrs, opset)
         del attrs["tvm_custom"]
         for name in ("remove_center", "softmax"):
             attrs[name] = bool(attrs[name])
         return self.bb.emit(relax_op.dcnv3(*inputs, **attrs))
+
+
+def _check_resize(inputs: Any, attrs: dict[str, Any]) -> None:
+    """Raise an error for what TVM's converter ignores: antialiasing, and the scale.
+
+    TVM derives the scale from the two sizes. ONNX takes the given one, which differs where the
+    output size was rounded.
+    """
+    mode = attrs.get("coordinate_transformation_mode", b"half_pixel")
+    mode = mode.decode() if isinstance(mode, bytes) else mode
+    scales = inputs[2] if len(inputs) > 2 else None
+    problem = "antialias=1" if attrs.get("antialias") else ""
+    if isinstance(scales, GenericConst) and mode != "align_corners":
+        for size, scale in zip(dimensions(inputs[0]), scales.value.numpy().tolist(), strict=False):
+            exact = size * scale if isinstance(size, int) else scale
+            if abs(exact - round(exact)) > _ROUNDING * exact:
+                problem = f"size {size} by scale {scale:g}, which gives no whole number of pixels"
+    if problem:
+        raise ModelImportError(
+            "a Resize is not supported",
+            got=problem,
+            hint="Export it with an output size or a whole scale, and without antialiasing.",
+        )
 
 
 def _is_over_pixels(inputs: Any, attrs: dict[str, Any]) -> bool:

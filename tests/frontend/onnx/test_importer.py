@@ -3,6 +3,7 @@ import io
 import logging
 import warnings
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -10,6 +11,7 @@ from onnx_ir.tape import Tape
 from torch import nn
 from tvm import relax
 
+from dcnv3_tvm.compiler.compile import compile_model
 from dcnv3_tvm.errors import DCNv3Error, InvalidArgumentError, ModelImportError
 from dcnv3_tvm.frontend.onnx.export import express
 from dcnv3_tvm.frontend.onnx.fuse import fuse
@@ -25,7 +27,7 @@ from helpers.imported_models import (
     run_imported,
     run_pytorch,
 )
-from helpers.onnx_graphs import dcnv3_graph
+from helpers.onnx_graphs import dcnv3_graph, random_inputs
 
 SHAPE = (2, 3, 16, 12)
 
@@ -86,6 +88,39 @@ def test_deform_conv_with_filters_is_rejected(rng):
     weight.const_value = ir.tensor(2 * weight.const_value.numpy(), name=weight.name)
     with pytest.raises(ModelImportError, match="its filters are not ones"):
         recognize(model.graph)
+
+
+def _with_output(model, op_type, *operands, **attributes):
+    """Add an operator of the output, with constants as numbers, as a further output."""
+    tape = Tape()
+    constants = [tape.op("Constant", [], each) for each in operands]
+    (y, *_) = model.graph.outputs
+    source = y if op_type == "Resize" else tape.op("Cast", [y], {"to": ir.DataType.INT64})
+    places = [None] * (op_type == "Resize")
+    result = tape.op(op_type, [source, *places, *constants], attributes)
+    result.name = op_type
+    model.graph.extend(tape.nodes)
+    model.graph.outputs.append(result)
+
+
+def test_powers_of_integers_and_constants_as_numbers(rng):
+    model = dcnv3_graph(DCNv3Params(group=2), rng=rng)
+    _with_output(model, "Pow", {"value_int": 2})
+    _with_output(model, "Resize", {"value_floats": [1.0, 1.0, 2.0, 1.0]})
+    inputs = random_inputs(model, rng)
+    compiled = compile_model(import_onnx(model))
+    y, power, resized = compiled(*inputs.values()).values()
+    np.testing.assert_array_equal(power, y.astype("int64") ** 2)
+    assert resized.shape == (2, 7, 18, 8)
+
+
+@pytest.mark.parametrize(("scale", "antialias"), [(1.5, 0), (2.0, 1)])
+def test_resizes_that_tvm_computes_otherwise_are_rejected(scale, antialias, rng):
+    model = dcnv3_graph(DCNv3Params(group=2), rng=rng)
+    scales = {"value_floats": [1.0, 1.0, scale, 1.0]}
+    _with_output(model, "Resize", scales, mode="linear", antialias=antialias)
+    with pytest.raises(ModelImportError, match=r"Resize.*got (size 9 by scale 1\.5|antialias)"):
+        import_onnx(model)
 
 
 def test_half_precision_becomes_float32(rng):
