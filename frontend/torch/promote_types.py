@@ -48,6 +48,7 @@ def promote_types(program: ExportedProgram) -> None:
             dtype = node.meta["val"].dtype
         elif name in _COMPARISONS:
             dtype = torch.result_type(*map_arg(node.args, lambda each: each.meta["val"]))
+            dtype = torch.int8 if dtype == torch.bool else dtype  # TVM cannot compare booleans.
         else:
             continue
         kept = node.args[:1] if name == "where" else ()

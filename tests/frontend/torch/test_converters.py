@@ -91,6 +91,8 @@ def mixed_types(x):
         n / 3,
         1.5 - n,
         n > 1.5,
+        (x > 0) == (x < 1),
+        (n > 0) != True,  # noqa: E712
         2 ** n.clamp(0, 9),
         n.clamp(min=-1),
         n.clamp(-1.5, 2),
