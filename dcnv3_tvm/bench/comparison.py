@@ -62,7 +62,7 @@ def run(
     provenance = Provenance.here(threads)
     skipped = missing_packages(against)
     for name, reason in skipped.items():
-        on_step(f"skip {name}, {reason} (pip install 'dcnv3-tvm[bench]')")
+        on_step(f'skip {name}, {reason} (pip install "dcnv3-tvm[bench]")')
     on_step("measure the peak rates of the machine")
     peaks = measure_peaks(threads)
     present = [peer for peer in against if peer.name not in skipped]

@@ -227,7 +227,7 @@ def _requirements() -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"the benchmark needs {error.name}, which is not installed",
-            hint="Run: pip install 'dcnv3-tvm[bench]'",
+            hint='Run: pip install "dcnv3-tvm[bench]"',
         ) from error
 
 

@@ -57,7 +57,7 @@ def execute(arguments: argparse.Namespace) -> Result:
     if not has_pkg_resources:
         lines.append(
             "pkg_resources, which the published code imports, is missing. "
-            "Run: pip install 'setuptools<82'"
+            'Run: pip install "setuptools<82"'
         )
     data = {**dataclasses.asdict(found), "pkg_resources": has_pkg_resources}
     return Result(data, "\n".join(lines))

@@ -52,7 +52,7 @@ def import_tvm_rpc() -> ModuleType:
         raise MissingDependencyError(
             "a package that TVM's RPC needs is not installed",
             got=error,
-            hint="Run: pip install 'dcnv3-tvm[tune]'",
+            hint='Run: pip install "dcnv3-tvm[tune]"',
         ) from error
     module: ModuleType = rpc
     return module

@@ -114,7 +114,10 @@ def test_version_warnings(tvm, ffi, warned):
         (("compile", "internimage_u", "-o", "x"), "Did you mean"),
         (("compile", "internimage_t", "-o", "x"), "--random-weights SEED"),
         (("compile", "photo.pth", "-o", "x"), "there is no checkpoint"),
-        (("compile", "internimage_t", "-o", "x", "--size", "big"), "not a size such as 384x512"),
+        (
+            ("compile", "internimage_t", "-o", "x", "--size", "big"),
+            "the image size is invalid; got 'big'",
+        ),
         (("compile", "internimage_t", "-o", "x", "--size", "10000000x10000000"), "from 1 to 16384"),
         (("compile", "internimage_t", "-o", "x", "--batch", "0"), "1 or more"),
         (("compile", "internimage_t", "-o", "x", "--layer-scale", "much"), "none or auto"),

@@ -27,7 +27,7 @@ def test_install_status_and_remove(cli, environment):
         assert done.data == {**expected, "pkg_resources": has_pkg_resources}
     done = cli("extensions", "status")
     assert "`import DCNv3` finds nothing" in done.out
-    assert ("pip install 'setuptools<82'" in done.out) is not has_pkg_resources
+    assert ('pip install "setuptools<82"' in done.out) is not has_pkg_resources
 
 
 def test_an_extension_is_not_replaced(cli, environment):

@@ -40,7 +40,7 @@ def test_missing_torch_is_named():
         "    print(error)\n"
     )
     assert "needs torch" in message
-    assert "pip install 'dcnv3-tvm[torch]'" in message
+    assert 'pip install "dcnv3-tvm[torch]"' in message
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,6 @@ def test_missing_tvm_is_named(statement: str):
         "except errors.MissingDependencyError as error:\n"
         "    print(error)\n"
     )
-    assert (
-        "needs TVM's compiler, which is not installed. Run: pip install 'apache-tvm-ffi" in message
-    )
+    assert "needs TVM's compiler" in message
+    assert 'which is not installed. Run: pip install "apache-tvm-ffi' in message
     assert " apache-tvm==" in message
