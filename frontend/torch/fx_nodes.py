@@ -28,6 +28,11 @@ def constant(array: Any, dtype: str = "float32") -> relax.Expr:
     return relax.const(np.asarray(array, dtype), dtype)
 
 
+def operand(value: Any, dtype: str) -> relax.Expr:
+    """Return an operand, a tensor or a number, as a tensor."""
+    return value if isinstance(value, relax.Expr) else constant(value, dtype)
+
+
 def size_minus_one(size: Any, importer: Any, dtype: str = "float32") -> relax.Expr:
     """Return ``size - 1`` as a scalar tensor; `size` is an integer or symbolic."""
     if isinstance(size, int):
@@ -35,6 +40,12 @@ def size_minus_one(size: Any, importer: Any, dtype: str = "float32") -> relax.Ex
     # Relax cannot convert a symbolic size to a tensor.
     indices = relax.op.astype(relax.op.arange(0, size, 1, "int64"), dtype)
     return importer.block_builder.emit(relax.op.max(indices))
+
+
+def size_tensor(size: Any, importer: Any, dtype: str) -> relax.Var:
+    """Return an integer or symbolic size as a scalar tensor."""
+    last = size_minus_one(size, importer, dtype)
+    return importer.block_builder.emit(relax.op.add(last, constant(1, dtype)))
 
 
 def reduction_axes(x: relax.Expr, dim: int | Sequence[int] | None) -> list[int]:

@@ -16,6 +16,7 @@ from dcnv3_tvm.frontend.torch.converters.table import CONVERTERS
 from dcnv3_tvm.frontend.torch.decompose import decompose
 from dcnv3_tvm.frontend.torch.fx_nodes import unsupported
 from dcnv3_tvm.frontend.torch.promote_types import promote_types
+from dcnv3_tvm.runtime.tensors import dtype_of
 from dcnv3_tvm.signature import TensorInfo
 from dcnv3_tvm.transform.ir import dimensions, element_type
 
@@ -91,7 +92,7 @@ def _checked(convert: _Converter) -> _Converter:
 
 def _has_type_of(result: relax.Expr, expected: Tensor) -> bool:
     """Whether element type and rank are equal, and the sizes where both are fixed."""
-    if element_type(result) != str(expected.dtype).removeprefix("torch."):
+    if element_type(result) != dtype_of(expected):
         return False
     if result.ty.shape is None:
         return False

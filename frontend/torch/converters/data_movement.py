@@ -14,6 +14,7 @@ from dcnv3_tvm.frontend.torch.fx_nodes import (
     constant,
     node_arguments,
     size_minus_one,
+    size_tensor,
     unsupported,
 )
 from dcnv3_tvm.transform.ir import dimensions
@@ -90,7 +91,7 @@ def _slice(node: Node, importer: Any) -> relax.Var:
         return importer._slice(node)
     positions = constant(start + step * np.arange(count), "int64")
     if start < 0:
-        length = relax.op.add(size_minus_one(size, importer, "int64"), constant(1, "int64"))
+        length = size_tensor(size, importer, "int64")
         positions = importer.block_builder.emit(relax.op.add(length, positions))
     return importer.block_builder.emit(relax.op.take(x, positions, axis, "clip"))
 
@@ -148,7 +149,7 @@ def _roll(node: Node, importer: Any) -> relax.Var:
         x, dims = relax.op.reshape(x, (-1,)), [0]
     for shift, dim in zip(args["shifts"], dims, strict=True):
         size = math.prod(shape) if not args["dims"] else shape[dim]
-        count = relax.op.add(size_minus_one(size, importer, "int64"), constant(1, "int64"))
+        count = size_tensor(size, importer, "int64")
         indices = relax.op.subtract(relax.op.arange(0, size, 1, "int64"), constant(shift, "int64"))
         indices = importer.block_builder.emit(relax.op.floor_mod(indices, count))
         x = importer.block_builder.emit(relax.op.take(x, indices, axis=dim, mode="clip"))

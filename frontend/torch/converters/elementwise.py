@@ -11,7 +11,8 @@ import torch
 from torch.fx import Node
 from tvm import relax
 
-from dcnv3_tvm.frontend.torch.fx_nodes import constant, node_arguments, size_minus_one
+from dcnv3_tvm.frontend.torch.fx_nodes import constant, node_arguments, operand, size_tensor
+from dcnv3_tvm.runtime.tensors import dtype_of
 from dcnv3_tvm.transform.ir import dimensions, element_type
 
 
@@ -29,15 +30,15 @@ def _rsub(node: Node, importer: Any) -> relax.Var:
     args = node_arguments(node, importer)
     x, other, alpha, dtype = args["self"], args["other"], args["alpha"], element_type(args["self"])
     scaled = x if alpha == 1 else relax.op.multiply(x, constant(alpha, dtype))
-    other = other if isinstance(other, relax.Expr) else constant(other, dtype)
-    return importer.block_builder.emit(relax.op.subtract(other, scaled))
+    result = relax.op.subtract(operand(other, dtype), scaled)
+    return importer.block_builder.emit(result)
 
 
 def _divide_and_round(node: Node, importer: Any) -> relax.Var:
     # TVM's converter takes the type of a number from Python, and truncates integers as floats.
     args = node_arguments(node, importer)
-    x, other, dtype = args["self"], args["other"], element_type(args["self"])
-    other = other if isinstance(other, relax.Expr) else constant(other, dtype)
+    x, dtype = args["self"], element_type(args["self"])
+    other = operand(args["other"], dtype)
     if args["rounding_mode"] == "floor":
         result = relax.op.floor_divide(x, other)
     else:
@@ -50,7 +51,7 @@ def _divide_and_round(node: Node, importer: Any) -> relax.Var:
 def _power(node: Node, importer: Any) -> relax.Var:
     # TVM has no kernel for powers of integers. Those below 2^53 are exact in float64.
     args = node_arguments(node, importer)
-    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    dtype = dtype_of(node.meta["val"])
     computed = dtype if "float" in dtype else "float64"
     base, exponent = (
         relax.op.astype(each, computed)
@@ -88,18 +89,17 @@ def _full(node: Node, importer: Any) -> relax.Var:
     if not isinstance(value, float) or math.isfinite(value):
         return importer._full(node) if "size" in args else importer._full_like(node)
     shape = args["size"] if "size" in args else dimensions(args["self"])
-    filled = constant(value, str(node.meta["val"].dtype).removeprefix("torch."))
+    filled = constant(value, dtype_of(node.meta["val"]))
     return importer.block_builder.emit(relax.op.broadcast_to(filled, shape))
 
 
 def _scalar_tensor(node: Node, importer: Any) -> relax.Expr:
     # TVM's converter does not support sizes.
     args = node_arguments(node, importer)
-    value, dtype = args["s"], str(node.meta["val"].dtype).removeprefix("torch.")
+    value, dtype = args["s"], dtype_of(node.meta["val"])
     if isinstance(value, int | float):
         return constant(value, dtype)
-    last = size_minus_one(value, importer, dtype)
-    return importer.block_builder.emit(relax.op.add(last, constant(1, dtype)))
+    return size_tensor(value, importer, dtype)
 
 
 def _matmul(node: Node, importer: Any) -> relax.Var:
@@ -142,8 +142,7 @@ def _clip(low: str | None, high: str | None) -> Callable[[Node, Any], relax.Var]
             return importer.block_builder.emit(relax.op.clip(x, minimum, maximum))
         for bound, limit in ((minimum, relax.op.maximum), (maximum, relax.op.minimum)):
             if bound is not None:
-                bound = bound if isinstance(bound, relax.Expr) else constant(bound, dtype)
-                x = importer.block_builder.emit(limit(x, bound))
+                x = importer.block_builder.emit(limit(x, operand(bound, dtype)))
         return x
 
     return converter

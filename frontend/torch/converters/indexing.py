@@ -19,6 +19,7 @@ from dcnv3_tvm.frontend.torch.fx_nodes import (
     constant,
     node_arguments,
     size_minus_one,
+    size_tensor,
     unsupported,
 )
 from dcnv3_tvm.op.expr import product
@@ -115,7 +116,7 @@ def _from_the_end(index: relax.Expr, size: Any, importer: Any) -> relax.Var:
     """Replace negative indices."""
     emit = importer.block_builder.emit
     index = emit(relax.op.astype(index, "int64"))
-    count = relax.op.add(size_minus_one(size, importer, "int64"), constant(1, "int64"))
+    count = size_tensor(size, importer, "int64")
     negative = relax.op.less(index, constant(0, "int64"))
     return emit(relax.op.where(negative, relax.op.add(index, count), index))
 

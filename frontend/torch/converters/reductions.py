@@ -15,6 +15,7 @@ from dcnv3_tvm.frontend.torch.fx_nodes import (
     reduction_axes,
     size_minus_one,
 )
+from dcnv3_tvm.runtime.tensors import dtype_of
 from dcnv3_tvm.transform.ir import dimensions, element_type
 
 
@@ -68,7 +69,7 @@ def _any(node: Node, importer: Any) -> relax.Var:
 def _cumulative_sum(node: Node, importer: Any) -> relax.Var:
     # TVM lowers it to a call of its library, which artifacts do not have.
     args = node_arguments(node, importer)
-    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    dtype = dtype_of(node.meta["val"])
     x, (axis,) = relax.op.astype(args["self"], dtype), reduction_axes(args["self"], args["dim"])
     positions = relax.op.arange(0, dimensions(args["self"])[axis], 1, "int64")
     after = list(range(2, args["self"].ty.ndim - axis + 1))
